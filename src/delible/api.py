@@ -1,0 +1,386 @@
+"""The Python API: what the command line does, as functions with the same names."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from delible import registry
+from delible.component import build
+from delible.errors import RecipeError, RunError, nearest
+from delible.lm.lm import LM
+from delible.measure.asking import answer_of, ask
+from delible.measure.requests import Prompt
+from delible.records import QA, ForgetRequest, RecordBase, digest
+from delible.rundir import RunDirectory
+from delible.train.engine import Progress, Trainer, check_needs, make_plan
+from delible.train.estimate import Estimate, estimate
+from delible.train.recipe import Recipe, Strength
+from delible.train.slots import Editor, Patch
+
+Say = Callable[[str], None]
+#: Questions shown before and after.
+SHOWN = 3
+#: Length of a shown answer, in tokens.
+SHOWN_TOKENS = 48
+#: Rows of an automatic retain set.
+AUTOMATIC_RETAIN = 96
+
+
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One question with the answers of the model before and after."""
+
+    split: str
+    question: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass
+class UnlearnResult:
+    """What :func:`unlearn` made.
+
+    Attributes:
+        model: The unlearned model.
+        folder: The run directory, if one was asked for.
+        examples: Answers before and after.
+        history: Numbers of every training step (empty for editors).
+        patch: The removable edit (editors only).
+    """
+
+    model: LM
+    folder: Path | None
+    examples: list[BeforeAfter]
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    patch: Patch | None = None
+    resumed_finished: bool = False
+
+
+def load(name: str = "default", **options: Any) -> LM:
+    """Loads a model: ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file."""
+    return LM.load(name, **options)
+
+
+def resolve_method(
+    method: str | Recipe | Path,
+    *,
+    slots: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    strength: Strength | None = None,
+) -> Recipe | Editor:
+    """A recipe or an editor from a name or a YAML file, with slots and options changed.
+
+    Raises:
+        RecipeError: Unknown method, slot value or option (the nearest name is offered), or a
+            strength next to options that it would set.
+    """
+    options = options or {}
+    if isinstance(method, Recipe):
+        recipe = method
+    elif str(method).endswith((".yaml", ".yml")):
+        recipe = Recipe.from_file(Path(method))
+    else:
+        names = {card.name: card.kind for card in registry.cards("recipe", "editor")}
+        if method not in names:
+            raise RecipeError(f"unknown method '{method}'.", hint=nearest(str(method), names))
+        if names[str(method)] == "editor":
+            if slots:
+                raise RecipeError(
+                    f"'{method}' is a closed-form editor: it has no slots.",
+                    hint=f"Drop {', '.join(sorted(slots))}.",
+                )
+            return cast(Editor, build("editor", {"name": method, **options}))
+        recipe = Recipe.named(str(method))
+    if strength is not None:
+        taken = {key.rpartition(".")[2] for key in options} & {"learning_rate", "epochs"}
+        if taken:
+            raise RecipeError(
+                f"--strength sets {' and '.join(sorted(taken))} already.",
+                hint="Give either the strength or the numbers.",
+            )
+        recipe = recipe.with_strength(strength)
+    return recipe.changed(slots or {}, options)
+
+
+def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:
+    """A retain set from the model itself: general questions with its own answers.
+
+    Nothing is taught that the model did not say before; what is protected is its behaviour.
+    """
+    from delible.world import general, unrelated
+
+    questions = [record for record in (*general(), *unrelated()) if isinstance(record, QA)][:count]
+    say(
+        f"No retain records were given: keeping the model's own answers to {len(questions)} "
+        "general questions instead (--retain FILE protects what matters to you better)."
+    )
+    prompts = [Prompt.ask(record.question) for record in questions]
+    answers = lm.generate(prompts, SHOWN_TOKENS)
+    return tuple(
+        QA(question=record.question, answer=answer, group="automatic")
+        for record, answer in zip(questions, answers, strict=True)
+        if answer.strip()
+    )
+
+
+def unlearn(
+    model: str | LM,
+    request: ForgetRequest,
+    *,
+    method: str | Recipe | Path = "npo",
+    slots: dict[str, Any] | None = None,
+    strength: Strength | None = None,
+    out: Path | str | None = None,
+    seed: int = 0,
+    reference: str | LM | None = None,
+    refusals: Sequence[str] | None = None,
+    say: Say = _quiet,
+    progress: Progress | None = None,
+    **options: Any,
+) -> UnlearnResult:
+    """Makes a model forget.
+
+    Args:
+        model: A name for :func:`load`, or an :class:`LM`, which is changed in place.
+        request: What to forget; see :class:`ForgetRequest`.
+        method: Name of a recipe or an editor, a YAML file, or a :class:`Recipe`.
+        slots: Other components for single slots, such as ``{"harden": "sam"}``.
+        strength: The one dial: gentle, normal or strong.
+        out: Run directory; a killed run resumes from it. None keeps nothing on disk.
+        seed: Of every random choice.
+        reference: The model whose values count as "before"; None is the start model.
+        options: Options by name, such as ``beta=0.2`` or ``epochs=5``.
+
+    Raises:
+        DelibleError: Bad input, told in one message.
+    """
+    chosen = resolve_method(method, slots=slots, options=options, strength=strength)
+    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    load_start = _loader(model, chosen)
+    if isinstance(chosen, Recipe):
+        request = _with_retain(lm, request, chosen, say)
+        check_needs(chosen, {"forget": request.forget, "retain": _retained(request)})
+    run = RunDirectory(out) if out is not None else None
+    if run is not None and run.begin(_described(lm, request, chosen, seed, reference)):
+        say(f"{run.path} holds this run already, finished.")
+        return _finished(run)
+    shown = _shown(request)
+    before = lm.generate([prompt for _, _, prompt in shown], SHOWN_TOKENS)
+    began = time.perf_counter()
+    result = (
+        _train(lm, request, chosen, run, seed, reference, load_start, refusals, say, progress)
+        if isinstance(chosen, Recipe)
+        else _edit(lm, request, chosen, run, seed, say)
+    )
+    seconds = time.perf_counter() - began
+    after = result.model.generate([prompt for _, _, prompt in shown], SHOWN_TOKENS)
+    result.examples = [
+        BeforeAfter(split, _question(record), answer_of(record), old, new)
+        for (split, record, _), old, new in zip(shown, before, after, strict=True)
+    ]
+    if run is not None:
+        _keep(run, result, request, seconds)
+    return result
+
+
+def plan_of(
+    model: str | LM,
+    request: ForgetRequest,
+    *,
+    method: str | Recipe | Path = "npo",
+    slots: dict[str, Any] | None = None,
+    strength: Strength | None = None,
+    seed: int = 0,
+    say: Say = _quiet,
+    **options: Any,
+) -> tuple[dict[str, Any], Estimate | None]:
+    """What :func:`unlearn` would do: the resolved config, and memory and time (no training)."""
+    chosen = resolve_method(method, slots=slots, options=options, strength=strength)
+    if not isinstance(chosen, Recipe):
+        return chosen.spec(), None
+    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    if "retain" in _needs(chosen) and not _retained(request):
+        say("No retain records were given: an automatic retain set would be made.")
+        request = request.model_copy(update={"retain": request.forget[:1]})
+    records = {"forget": request.forget, "retain": _retained(request)}
+    check_needs(chosen, records)
+    trainer = Trainer(lm, chosen, records, seed=seed, say=say)
+    context, indices, _ = trainer.rows()
+    placement = chosen.place.apply(context)
+    forget = [context.rows["forget"][index] for index in indices]
+    plan = make_plan(chosen, forget, context.rows["retain"], seed)
+    budget = trainer.token_budget()
+    return chosen.spec(), estimate(
+        lm, chosen, plan, placement, forget, context.rows["retain"], budget
+    )
+
+
+# ---- parts of unlearn
+
+
+def _retained(request: ForgetRequest) -> tuple[RecordBase, ...]:
+    return (*request.retain, *request.neighbours)
+
+
+def _needs(recipe: Recipe) -> set[str]:
+    return {need for component in recipe.components() for need in component.card.needs}
+
+
+def _with_retain(lm: LM, request: ForgetRequest, recipe: Recipe, say: Say) -> ForgetRequest:
+    if "retain" not in _needs(recipe) or _retained(request):
+        return request
+    return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, say)})
+
+
+def _loader(model: str | LM, method: Recipe | Editor) -> Callable[[], LM]:
+    """Gives the start model again; a model in memory is copied only if that will be asked."""
+    if isinstance(model, str):
+        return lambda: LM.load(model)
+    if isinstance(method, Recipe) and method.finish.needs_start:
+        kept = model.copy()
+        return lambda: kept
+    return lambda: model
+
+
+def _described(
+    lm: LM,
+    request: ForgetRequest,
+    method: Recipe | Editor,
+    seed: int,
+    reference: str | LM | None,
+) -> dict[str, Any]:
+    return {
+        "command": "unlearn",
+        "model": lm.name,
+        "model_fingerprint": lm.fingerprint,
+        "method": method.spec(),
+        "seed": seed,
+        "reference": reference.name if isinstance(reference, LM) else reference,
+        "subjects": list(request.subjects),
+        "data": {
+            name: {"records": len(records), "sha256": digest(records)}
+            for name, records in (
+                ("forget", request.forget),
+                ("retain", request.retain),
+                ("neighbours", request.neighbours),
+            )
+        },
+    }
+
+
+def _train(
+    lm: LM,
+    request: ForgetRequest,
+    recipe: Recipe,
+    run: RunDirectory | None,
+    seed: int,
+    reference: str | LM | None,
+    start: Callable[[], LM],
+    refusals: Sequence[str] | None,
+    say: Say,
+    progress: Progress | None,
+) -> UnlearnResult:
+    trainer = Trainer(
+        lm,
+        recipe,
+        {"forget": request.forget, "retain": _retained(request)},
+        seed=seed,
+        run=run,
+        reference=LM.load(reference) if isinstance(reference, str) else reference,
+        start=start,
+        refusals=refusals,
+        say=say,
+        progress=progress,
+    )
+    trained = trainer.train()
+    notes = {
+        **trained.notes,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "padding_share": round(trained.padding_share, 4),
+        "precision": lm.precision,
+        "merged_boundaries": lm.template.merged_boundaries,
+        "truncated_rows": lm.template.truncated,
+    }
+    return UnlearnResult(
+        trained.lm, run.path if run else None, [], trained.history, trained.stopped, notes
+    )
+
+
+def _edit(
+    lm: LM, request: ForgetRequest, editor: Editor, run: RunDirectory | None, seed: int, say: Say
+) -> UnlearnResult:
+    patch = editor.edit(lm, request, seed=seed, say=say)
+    lm.touch()
+    return UnlearnResult(
+        lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch
+    )
+
+
+def _shown(request: ForgetRequest) -> list[tuple[str, RecordBase, Prompt]]:
+    shown: list[tuple[str, RecordBase, Prompt]] = []
+    for split, records in (("forget", request.forget), ("retain", _retained(request))):
+        step = max(1, len(records) // SHOWN)
+        for record in records[::step][:SHOWN]:
+            prompt = ask(record)
+            if prompt is not None and prompt.text is None:
+                shown.append((split, record, prompt))
+    return shown
+
+
+def _question(record: RecordBase) -> str:
+    prompt = ask(record)
+    return prompt.messages[-1].content if prompt and prompt.messages else ""
+
+
+def _keep(run: RunDirectory, result: UnlearnResult, request: ForgetRequest, seconds: float) -> None:
+    """Writes the artefact and closes the run."""
+    from delible.loaders import write_records
+
+    adapter = hasattr(result.model.model, "peft_config")
+    result.model.save(run.path / ("adapter" if adapter else "model"))
+    if result.patch is not None:
+        result.patch.save(run.path / "patch")
+    for name, records in (("forget", request.forget), ("retain", _retained(request))):
+        if records:
+            write_records(records, run.path / "data" / f"{name}.jsonl")
+    run.finish(
+        cost={"seconds": round(seconds, 1), "tokens": result.notes.get("tokens", 0)},
+        stopped=result.stopped,
+        notes=result.notes,
+        examples=[asdict(example) for example in result.examples],
+        artefact="adapter" if adapter else "model",
+        artefact_fingerprint=result.model.fingerprint,
+    )
+    shutil.rmtree(run.path / "checkpoint", ignore_errors=True)
+
+
+def _finished(run: RunDirectory) -> UnlearnResult:
+    manifest = run.manifest
+    folder = run.path / str(manifest.get("artefact", "model"))
+    if not folder.exists():
+        raise RunError("the artefact is missing.", where=str(folder), hint="Delete the run folder.")
+    return UnlearnResult(
+        LM.load(str(folder)),
+        run.path,
+        [BeforeAfter(**example) for example in manifest.get("examples", [])],
+        [event for event in run.events() if event.get("kind") == "step"],
+        manifest.get("stopped"),
+        manifest.get("notes", {}),
+        resumed_finished=True,
+    )
+
+
+__all__ = ["BeforeAfter", "UnlearnResult", "load", "plan_of", "unlearn"]

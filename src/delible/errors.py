@@ -1,0 +1,63 @@
+"""Errors a user can cause: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_THRESHOLD_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class DelibleError(Exception):
+    """A mistake in the input or the environment, told in one message.
+
+    Args:
+        problem: What is wrong.
+        where: File, line, flag or component it concerns.
+        hint: What to do next.
+    """
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, problem: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.problem, self.where, self.hint = problem, where, hint
+        super().__init__(
+            "".join([f"{where}: " if where else "", problem, f" {hint}" if hint else ""])
+        )
+
+
+class DataError(DelibleError):
+    """A record, a file of records or a forget request that cannot be used."""
+
+
+class ModelError(DelibleError):
+    """A model, tokenizer or architecture that cannot be used."""
+
+
+class RecipeError(DelibleError):
+    """An unknown component, key or value, or a composition that makes no sense."""
+
+
+class RunError(DelibleError):
+    """A run that cannot start, go on or be read."""
+
+
+class MissingExtraError(DelibleError):
+    """A feature whose optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the extra '{extra}'.", hint=f"Run: pip install 'delible[{extra}]'."
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that offers the closest of the known names, or lists them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Known: {', '.join(known)}."

@@ -1,0 +1,61 @@
+"""What a guard is: it stands before a system, sees the conversation, and may answer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from delible.component import Component
+from delible.measure.requests import Prompt, Score, System, TokenScores
+from delible.records import ForgetRequest
+
+
+class GuardMind:
+    """A guard at work: what it learned from the forget request, ready to judge."""
+
+    def before(self, prompt: Prompt) -> str | None:
+        """An answer to give instead of asking the system; ``None`` lets the prompt pass."""
+        return None
+
+    def after(self, prompt: Prompt, answer: str) -> str | None:
+        """An answer to give instead of the system's; ``None`` lets it pass."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a judgement could change."""
+        raise NotImplementedError
+
+
+class Guard(Component):
+    """A guard's options; :meth:`prepare` makes it ready for a forget request."""
+
+    def prepare(self, request: ForgetRequest) -> GuardMind:
+        """Builds whatever the guard needs to judge (automata, indexes)."""
+        raise NotImplementedError
+
+
+class GuardedSystem:
+    """A system with a guard in front. It generates, and gives away nothing white-box."""
+
+    capabilities = frozenset({"generate"})
+
+    def __init__(self, system: System, mind: GuardMind, name: str) -> None:
+        self.system, self.mind, self.name = system, mind, name
+
+    @property
+    def fingerprint(self) -> str | None:
+        inner = self.system.fingerprint
+        return None if inner is None else f"{inner}+{self.mind.fingerprint}"
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """Greedy answers; a prompt that the guard answers never reaches the system."""
+        answers: list[str | None] = [self.mind.before(prompt) for prompt in prompts]
+        passed = [index for index, answer in enumerate(answers) if answer is None]
+        replies = self.system.generate([prompts[index] for index in passed], max_new_tokens)
+        for index, reply in zip(passed, replies, strict=True):
+            replaced = self.mind.after(prompts[index], reply)
+            answers[index] = reply if replaced is None else replaced
+        return [answer or "" for answer in answers]
+
+    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
+        raise TypeError("a guarded system answers, but gives no scores")

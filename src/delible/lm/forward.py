@@ -1,0 +1,195 @@
+"""One forward pass, only as much of it as is asked for.
+
+Rows are padded on the right and no attention mask is passed: in a causal model padding on the
+right cannot reach a real position, and attention keeps its fast path. The head is applied at
+answer positions only, in chunks. The prefix that all rows of a batch share (a system prompt) is
+computed once, through the key-value cache, gradients included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from delible.lm.hooks import capture, truncated
+from delible.lm.template import Encoded
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
+#: A shared prefix shorter than this is not worth a second call of the model.
+SHORTEST_SHARED_PREFIX = 8
+#: Vocabulary entries that may be alive at once: answer positions x vocabulary.
+HEAD_CHUNK_ELEMENTS = 64 * 1024 * 1024
+
+#: Per-token values from logits: (logits [tokens, vocab] in fp32, targets [tokens]) -> [tokens]
+TokenFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, padded on the right.
+
+    Attributes:
+        ids: Token ids, shape [batch, sequence].
+        lengths: Real tokens per row, shape [batch].
+        starts: Index of the first answer token per row, shape [batch].
+        prefix: Tokens at the start that all rows share and that precede every answer.
+    """
+
+    ids: Int[Tensor, "batch sequence"]
+    lengths: Int[Tensor, " batch"]
+    starts: Int[Tensor, " batch"]
+    prefix: int
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed positions that are padding, in [0, 1]."""
+        suffix = self.ids.shape[0] * (self.ids.shape[1] - self.prefix)
+        real = int(self.lengths.sum()) - self.ids.shape[0] * self.prefix
+        return 1.0 - real / max(suffix, 1)
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "batch answer"]:
+        """Which entries of a [batch, answer] tensor are real answer tokens."""
+        counts = self.lengths - self.starts
+        return torch.arange(int(counts.max()), device=counts.device)[None] < counts[:, None]
+
+    @property
+    def position_mask(self) -> Bool[Tensor, "batch sequence"]:
+        """Which positions are real tokens (prompt and answer)."""
+        return (
+            torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
+        )
+
+    @property
+    def targets(self) -> Int[Tensor, " tokens"]:
+        """Answer token ids of all rows, one after the other."""
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
+        return self.ids[
+            (positions >= self.starts[:, None]) & (positions < self.lengths[:, None])
+        ]
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str) -> Batch:
+    """Pads rows on the right and finds their shared prefix."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+    limit = min(row.start for row in rows) - 1  # the answer's predecessor stays in the suffix
+    prefix = 0
+    if len(rows) > 1:
+        first = rows[0].ids
+        while prefix < limit and all(row.ids[prefix] == first[prefix] for row in rows[1:]):
+            prefix += 1
+    return Batch(
+        ids.to(device),
+        torch.tensor([len(row.ids) for row in rows], device=device),
+        torch.tensor([row.start for row in rows], device=device),
+        prefix if prefix >= SHORTEST_SHARED_PREFIX else 0,
+    )
+
+
+class Forward(nn.Module):
+    """The model's body as one module, so that DDP and FSDP see every pass.
+
+    Returns the final hidden states at the positions that predict answer tokens, shape
+    [tokens, hidden], and the outputs of the blocks in ``layers``, each [batch, sequence, hidden].
+    """
+
+    def __init__(self, lm: LM) -> None:
+        super().__init__()
+        self.model = lm.model
+        self._lm = [lm]  # a list, so that the LM is not registered as a submodule
+
+    def forward(
+        self, batch: Batch, layers: tuple[int, ...] = (), final: bool = True
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        lm = self._lm[0]
+        anatomy, core = lm.anatomy, lm.core
+        backbone = core.get_submodule(anatomy.backbone)
+        if not layers:
+            return _answer_states(_suffix_states(lm, backbone, batch), batch), {}
+        paths = {layer: f"{anatomy.blocks}.{layer}" for layer in layers}
+        # hooks see the block's output before the final norm: the residual stream itself
+        with (
+            nullcontext() if final else truncated(core, anatomy, max(layers) + 1),
+            capture(core, list(paths.values())) as seen,
+        ):
+            last = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+            states = {layer: seen[path] for layer, path in paths.items()}
+        return (_answer_states(last, batch, offset=0) if final else None), states
+
+
+def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
+    if not batch.prefix or not lm.shares_prefix:
+        return backbone(input_ids=batch.ids, use_cache=False).last_hidden_state[  # type: ignore[no-any-return]
+            :, batch.prefix :
+        ]
+    # transformers renamed the argument; both names mean the same cache
+    name = "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
+    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
+    backbone(input_ids=batch.ids[:1, : batch.prefix], use_cache=True, **{name: cache})
+    cache.batch_repeat_interleave(batch.ids.shape[0])
+    return backbone(  # type: ignore[no-any-return]
+        input_ids=batch.ids[:, batch.prefix :], use_cache=True, **{name: cache}
+    ).last_hidden_state
+
+
+def _answer_states(states: Tensor, batch: Batch, offset: int | None = None) -> Tensor:
+    """Hidden states at the positions that predict an answer token, [tokens, hidden]."""
+    offset = batch.prefix if offset is None else offset
+    positions = torch.arange(offset, batch.ids.shape[1], device=states.device)[None]
+    predicting = (positions >= batch.starts[:, None] - 1) & (
+        positions < batch.lengths[:, None] - 1
+    )
+    return states[predicting]
+
+
+def scatter(values: Tensor, mask: Bool[Tensor, "batch answer"]) -> Float[Tensor, "batch answer"]:
+    """Per-token values [tokens] to [batch, answer], zero where there is no token."""
+    out = values.new_zeros(mask.shape)
+    out[mask] = values
+    return out
+
+
+def map_logits(
+    head: Callable[[Tensor], Tensor],
+    states: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, " tokens"],
+    function: TokenFunction,
+    vocabulary: int,
+) -> Float[Tensor, " tokens"]:
+    """Applies ``function`` to the logits of each token without keeping all of them.
+
+    One chunk is computed as it is; several are recomputed in the backward pass, so that no more
+    than one chunk of logits is ever alive.
+    """
+
+    def run(part: Tensor, wanted: Tensor) -> Tensor:
+        return function(head(part).float(), wanted)
+
+    size = max(1, HEAD_CHUNK_ELEMENTS // vocabulary)
+    if len(states) <= size:
+        return run(states, targets)
+    pieces = zip(states.split(size), targets.split(size), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([run(part, wanted) for part, wanted in pieces])
+    return torch.cat(
+        [checkpoint(run, part, wanted, use_reentrant=False) for part, wanted in pieces]
+    )
+
+
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target), natural log, shape [tokens]."""
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)

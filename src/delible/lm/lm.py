@@ -1,0 +1,258 @@
+"""The language model as the ideas see it: model + tokenizer + anatomy, and what it answers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from delible.errors import ModelError
+from delible.lm.anatomy import Anatomy, derive
+from delible.lm.forward import Batch, Forward, collate, map_logits, target_logprobs
+from delible.lm.load import load_model, weights_digest
+from delible.lm.precision import Precision, Resolved, computing_in, resolve
+from delible.lm.template import Template
+from delible.measure.requests import Prompt, Score, TokenScores
+
+#: Positions per batch when nothing is trained; halved when they do not fit.
+SCORING_TOKENS = {"cpu": 2048, "cuda": 32768}
+
+
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
+class LM:
+    """A Hugging Face causal language model, white-box.
+
+    Args:
+        model: The model; fp32 weights unless the caller wants otherwise.
+        tokenizer: Its tokenizer.
+        name: For people and manifests.
+        precision: Of the computation, see :mod:`delible.lm.precision`.
+
+    Raises:
+        ModelError: The architecture's parts cannot be derived, or the parts do not
+            reproduce the model's own logits.
+    """
+
+    capabilities = frozenset({"generate", "score", "hidden", "weights"})
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.anatomy: Anatomy = derive(self.core)
+        self.template = Template(tokenizer, max_length=min(2048, self._context_length()))
+        self.precision: Resolved = resolve(precision, self.device.type)
+        self._digest: str | None = None
+        self.shares_prefix = self._check_parts()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        precision: Precision = "auto",
+        device: str | None = None,
+        say: Callable[[str], None] = _quiet,
+    ) -> Self:
+        """Loads ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file."""
+        model, tokenizer, _ = load_model(name, say=say)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device), tokenizer, name=name, precision=precision)
+
+    # ---- parts
+
+    @property
+    def core(self) -> Any:
+        """The Hugging Face model below any adapter."""
+        inner = getattr(self.model, "get_base_model", None)
+        return inner() if callable(inner) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.template.end_of_turn[0])
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head (may exceed the tokenizer's vocabulary)."""
+        return int(self.core.get_output_embeddings().weight.shape[0])
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of final hidden states: the head and whatever the model does after it."""
+        logits = self.core.get_output_embeddings()(states)
+        text_config = self.core.config.get_text_config()
+        cap = getattr(text_config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits  # type: ignore[no-any-return]
+
+    def computing(self) -> Any:
+        """Context in which the model computes (see ``precision``)."""
+        return computing_in(self.precision, self.device.type)
+
+    # ---- identity
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, template and precision; :meth:`touch` after changing weights."""
+        if self._digest is None:
+            self._digest = weights_digest(self.model)
+        joined = f"{self._digest}/{self.template.fingerprint}/{self.precision}"
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    def touch(self) -> None:
+        """Says that the weights have changed."""
+        self._digest = None
+
+    def copy(self, name: str | None = None) -> LM:
+        """An independent copy with its own weights."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model)
+        twin.template = copy.copy(self.template)
+        twin.name = name or self.name
+        return twin
+
+    def save(self, folder: Path) -> None:
+        """Writes model and tokenizer as ordinary safetensors, atomically."""
+        from delible.files import atomic_folder
+
+        with atomic_folder(folder) as target:
+            self.model.save_pretrained(target, safe_serialization=True)
+            self.tokenizer.save_pretrained(target)
+
+    # ---- answers
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
+        """Teacher-forced log-probabilities and argmax hits at the answers' tokens."""
+        encoded = [self.template.encode(request.prompt, request.answer) for request in requests]
+        results: list[TokenScores | None] = [None] * len(requests)
+        forward = Forward(self)
+
+        def both(logits: Tensor, targets: Tensor) -> Tensor:
+            hits = logits.argmax(dim=1) == targets
+            return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
+
+        # neighbours in this order share their question, and so the longest prefix
+        order = sorted(
+            range(len(encoded)), key=lambda i: (encoded[i].start, encoded[i].ids), reverse=True
+        )
+        with self._evaluating(), self.computing():
+            for indices in self._batches(order, [len(row.ids) for row in encoded]):
+                batch = collate([encoded[i] for i in indices], self.pad_id, self.device)
+                states, _ = forward(batch)
+                values = map_logits(self.head, states, batch.targets, both, self.vocabulary).cpu()
+                counts = [encoded[i].answer_tokens for i in indices]
+                for index, part in zip(indices, values.split(counts), strict=True):
+                    results[index] = TokenScores(
+                        part[:, 0].numpy().copy(),
+                        part[:, 1].numpy() > 0.5,
+                        encoded[index].has_end,
+                    )
+        return [result for result in results if result is not None]
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """Greedy answers up to the end of the turn."""
+        ids = [self.template.prompt_ids(prompt) for prompt in prompts]
+        ids = [row[-(self.template.max_length) :] for row in ids]
+        answers = [""] * len(prompts)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+        ends = {self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(ends),
+            pad_token_id=self.pad_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+        with self._evaluating(), self.computing():
+            lengths = [len(row) + max_new_tokens for row in ids]
+            for indices in self._batches(order, lengths):
+                longest = max(len(ids[i]) for i in indices)
+                padded = torch.full((len(indices), longest), self.pad_id)
+                mask = torch.zeros_like(padded)
+                for row, index in enumerate(indices):
+                    padded[row, longest - len(ids[index]) :] = torch.tensor(ids[index])
+                    mask[row, longest - len(ids[index]) :] = 1
+                out = self.model.generate(
+                    input_ids=padded.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    generation_config=settings,
+                )
+                for row, index in enumerate(indices):
+                    answers[index] = self.template.decode(out[row, longest:].tolist())
+        return answers
+
+    # ---- inside
+
+    def _context_length(self) -> int:
+        config = self.core.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Cuts an order into batches whose padded size stays within the token budget."""
+        budget = SCORING_TOKENS.get(self.device.type, SCORING_TOKENS["cuda"])
+        batch: list[int] = []
+        longest = 0
+        for index in order:
+            longest = max(longest, lengths[index])
+            if batch and longest * (len(batch) + 1) > budget:
+                yield batch
+                batch, longest = [], lengths[index]
+            batch.append(index)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _check_parts(self) -> bool:
+        """Checks the parts against the model's own logits; returns whether prefixes are shared."""
+        width = min(self.vocabulary, 1000)
+        ids = torch.arange(40, device=self.device).reshape(2, 20) * 7 % width
+        ids[:, :12] = ids[0, :12]
+        with self._evaluating():
+            expected = self.core(input_ids=ids).logits.float()
+            backbone = self.core.get_submodule(self.anatomy.backbone)
+            found = self.head(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+            if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
+                raise ModelError(
+                    f"{type(self.core).__name__}: body and head do not reproduce its logits "
+                    f"(largest difference {float((expected - found).abs().max()):.3g}).",
+                    hint="Its architecture does something after the head that is not known here.",
+                )
+            self.shares_prefix = True
+            whole = Batch(
+                ids,
+                torch.tensor([20, 20], device=ids.device),
+                torch.tensor([13, 13], device=ids.device),
+                0,
+            )
+            try:
+                shared = Batch(whole.ids, whole.lengths, whole.starts, 12)
+                left, right = Forward(self)(whole)[0], Forward(self)(shared)[0]
+            except Exception:  # a cache that cannot be repeated: any error means "do not share"
+                return False
+            return bool(torch.allclose(left, right, atol=1e-3, rtol=1e-3))

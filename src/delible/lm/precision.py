@@ -1,0 +1,61 @@
+"""Precision is a policy: fp32 master weights, and bf16 compute where the device does it well."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Resolved = Literal["float32", "bfloat16"]
+
+
+def _rate(dtype: torch.dtype, device: str, rows: int = 256, seconds: float = 0.08) -> float:
+    left = torch.randn(rows, 512, device=device).to(dtype)
+    right = torch.randn(1024, 512, device=device).to(dtype)
+    torch.nn.functional.linear(left, right)
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        torch.nn.functional.linear(left, right)
+        calls += 1
+    return calls * 2 * left.numel() * len(right) / (time.perf_counter() - start)
+
+
+@lru_cache(maxsize=4)
+def resolve(precision: Precision, device_type: str) -> Resolved:
+    """The precision to compute in: bf16 on accelerators, on a CPU whichever it does faster.
+
+    A CPU without bf16 instructions emulates them several times slower than fp32, so both rates
+    are measured once (a fifth of a second).
+    """
+    if precision != "auto":
+        return precision
+    if device_type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device_type != "cpu":
+        return "float32"
+    faster = _rate(torch.bfloat16, "cpu") > 1.2 * _rate(torch.float32, "cpu")
+    return "bfloat16" if faster else "float32"
+
+
+def computing_in(precision: Resolved, device_type: str) -> AbstractContextManager[object]:
+    """Context in which matrix products run in the given precision over fp32 weights."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.bfloat16)
+
+
+def matmul_rate(precision: Resolved, device_type: str = "cpu") -> float:
+    """Measured matrix-product rate in floating-point operations per second."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return _rate(dtype, device_type, rows=1024, seconds=0.5)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a tensor did not fit."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

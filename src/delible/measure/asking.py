@@ -1,0 +1,40 @@
+"""How a record is asked: the one place that turns records into prompts and answers."""
+
+from __future__ import annotations
+
+from delible.measure.requests import Prompt
+from delible.records import QA, Choice, Dialogue, Passage, RecordBase
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def ask(record: RecordBase) -> Prompt | None:
+    """The prompt of a record; ``None`` for a kind that has no question."""
+    if isinstance(record, QA):
+        return Prompt.ask(record.question)
+    if isinstance(record, Choice):
+        options = "\n".join(
+            f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False)
+        )
+        return Prompt.ask(f"{record.question}\n{options}\nAnswer with the letter only.")
+    if isinstance(record, Dialogue):
+        turns = record.messages
+        if turns[-1].role == "assistant":
+            turns = turns[:-1]
+        return Prompt(messages=turns)
+    if isinstance(record, Passage):
+        return Prompt(text="")
+    return None
+
+
+def answer_of(record: RecordBase) -> str:
+    """The text that is learned or forgotten: the answer, the last turn, the passage."""
+    if isinstance(record, QA):
+        return record.answer
+    if isinstance(record, Choice):
+        return LETTERS[record.correct]
+    if isinstance(record, Dialogue):
+        return record.messages[-1].content
+    if isinstance(record, Passage):
+        return record.text
+    raise TypeError(f"no answer in {type(record).__name__}")

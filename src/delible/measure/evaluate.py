@@ -1,0 +1,224 @@
+"""Evaluation: all metrics on all splits of one system, in one measurement.
+
+The requests of every metric, record and prompt variant are gathered first and measured together;
+then every metric turns answers into numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from delible.component import build
+from delible.errors import RecipeError
+from delible.measure.cache import Cache
+from delible.measure.engine import Progress, measure
+from delible.measure.requests import Prompt, Request, System
+from delible.metrics.base import Answers, Item, ItemMetric, SummaryMetric, SystemValues
+from delible.records import RecordBase
+
+#: A prompt attack: the prompts to try instead of the plain one.
+Rewrite = Callable[[RecordBase, Prompt], Sequence[Prompt]]
+
+#: Between the details of one record's prompt variants.
+DETAIL_SEPARATOR = " | "
+
+#: Numbers drawn at once by the bootstrap, so that memory does not grow with the records.
+_DRAWS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One metric on one record: the prompts to ask with; ``reason`` is why there are none."""
+
+    metric: ItemMetric
+    record: RecordBase
+    prompts: tuple[Prompt, ...] = ()
+    reason: str = ""
+
+    def requests(self) -> list[Request]:
+        return [
+            request
+            for prompt in self.prompts
+            for request in self.metric.requests(self.record, prompt)
+        ]
+
+    def item(self, answers: Answers) -> Item:
+        if not self.prompts:
+            return Item(None, self.reason)
+        return mean_item(
+            [finite(self.metric.score(self.record, prompt, answers)) for prompt in self.prompts]
+        )
+
+
+def finite(item: Item) -> Item:
+    """The item itself, or one without a value when the value is infinite or not a number."""
+    if item.value is None or math.isfinite(item.value):
+        return item
+    return Item(None, f"not a finite number ({item.value})", item.detail)
+
+
+def mean_item(items: Sequence[Item]) -> Item:
+    """One item for all prompt variants of a record: the mean of the values there are.
+
+    Details are joined with ``" | "``, so that each variant's class can be counted.
+    """
+    if len(items) == 1:
+        return items[0]
+    valued = [item for item in items if item.value is not None]
+    details = [item.detail for item in (valued or items) if item.detail is not None]
+    detail = DETAIL_SEPARATOR.join(details) or None
+    if not valued:
+        return Item(None, items[0].reason, detail)
+    return Item(float(np.mean([item.value for item in valued])), None, detail)
+
+
+def mean_of(items: Sequence[Item]) -> float | None:
+    """Mean of the items that have a value; ``None`` when none has."""
+    values = [item.value for item in items if item.value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def item_metrics(metrics: Sequence[ItemMetric | SummaryMetric]) -> dict[str, ItemMetric]:
+    """The item metrics by name: those given, then (with defaults) those the summaries read.
+
+    Raises:
+        RecipeError: A name is given twice, since values are kept by name.
+    """
+    found: dict[str, ItemMetric] = {}
+    for metric in metrics:
+        if isinstance(metric, ItemMetric):
+            if metric.card.name in found:
+                raise RecipeError(
+                    f"the metric '{metric.card.name}' is given twice.",
+                    hint="Evaluate its other form on its own; the answers are cached.",
+                )
+            found[metric.card.name] = metric
+    for metric in metrics:
+        if isinstance(metric, SummaryMetric):
+            for name in metric.uses():
+                if name not in found:
+                    found[name] = build("metric", name)
+    return found
+
+
+def missing_capability(metric: ItemMetric, system: System) -> str | None:
+    """Why a metric cannot be measured on a system; ``None`` if it can."""
+    needed = metric.card.capability
+    if needed is None or needed in system.capabilities:
+        return None
+    return f"it needs the capability '{needed}', which '{system.name}' does not have"
+
+
+def _cell(metric: ItemMetric, record: RecordBase, rewrite: Rewrite | None) -> _Cell:
+    prompt = metric.prompt(record)
+    if prompt is None:
+        kind = type(record).__name__
+        reason = f"'{metric.card.name}' does not apply to this {kind} record"
+        return _Cell(metric, record, reason=reason)
+    if rewrite is None:
+        return _Cell(metric, record, (prompt,))
+    prompts = tuple(rewrite(record, prompt))
+    return _Cell(metric, record, prompts, "the attack has no prompt for this record")
+
+
+def evaluate(
+    system: System,
+    splits: Mapping[str, Sequence[RecordBase]],
+    metrics: Sequence[ItemMetric | SummaryMetric],
+    *,
+    rewrite: Rewrite | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> SystemValues:
+    """All metrics on all splits of one system.
+
+    Args:
+        system: What is measured, as deployed.
+        splits: Records by split name (forget, retain, neighbours, general, holdout, …).
+        metrics: Item metrics, and summary metrics for the item metrics that they read (call
+            their ``summarise`` with what comes back).
+        rewrite: A prompt attack. Every record is asked with each of its prompts, and its value
+            is the mean over them.
+        cache: Answers known from earlier measurements.
+        progress: Called with (answers there are, answers there will be).
+
+    Returns:
+        The values per record and their means. Metrics that need what the system does not have
+        are in ``skipped``, with the reason.
+
+    Raises:
+        RecipeError: A metric is given twice.
+    """
+    known = item_metrics(metrics)
+    skipped: dict[str, str] = {}
+    for name, metric in known.items():
+        reason = missing_capability(metric, system)
+        if reason is not None:
+            skipped[name] = reason
+
+    cells = {
+        name: {
+            split: [_cell(metric, record, rewrite) for record in records]
+            for split, records in splits.items()
+        }
+        for name, metric in known.items()
+        if name not in skipped
+    }
+    requests = [
+        request
+        for by_split in cells.values()
+        for row in by_split.values()
+        for cell in row
+        for request in cell.requests()
+    ]
+    answers = measure(system, requests, cache=cache, progress=progress)
+
+    items = {
+        name: {split: [cell.item(answers) for cell in row] for split, row in by_split.items()}
+        for name, by_split in cells.items()
+    }
+    means = {
+        name: {split: mean_of(row) for split, row in by_split.items()}
+        for name, by_split in items.items()
+    }
+    return SystemValues(
+        system=system.name,
+        items=items,
+        means=means,
+        skipped=skipped,
+        options={name: known[name].spec() for name in items},
+        measured=answers.report.counts(),
+    )
+
+
+def bootstrap_interval(
+    values: Sequence[float] | npt.NDArray[np.float64], seed: int, *, resamples: int = 1000
+) -> tuple[float | None, float | None]:
+    """95 % percentile bootstrap interval of the mean over records.
+
+    Args:
+        values: One value per record, shape [records].
+        seed: The same seed and values give the same interval.
+        resamples: Samples with replacement.
+
+    Returns:
+        (low, high); (None, None) without values.
+    """
+    sample = np.asarray(values, np.float64)
+    if sample.size == 0:
+        return None, None
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // sample.size)
+    means = np.concatenate(
+        [
+            sample[generator.integers(sample.size, size=(count, sample.size))].mean(axis=1)
+            for count in (min(at_once, resamples - start) for start in range(0, resamples, at_once))
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

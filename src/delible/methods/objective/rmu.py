@@ -1,0 +1,123 @@
+"""RMU: steers hidden states of forget rows, at one layer, towards a fixed random vector.
+
+    loss = sum over positions of mean over hidden dimensions of (h_t - c * u)^2
+
+with h the output of one block and u a random unit vector; averaged over all real positions of
+the forget rows, prompt included. Later blocks cannot read states that all look the same.
+
+The length c is constant in RMU (``adaptive=None``: ``steering``) and, in Adaptive RMU (default),
+``adaptive`` times the mean norm of the reference model's states of the row at that layer: a
+constant is only right for the model it was tuned on.
+
+Paper: arXiv 2403.03218 (RMU), 2408.06223 (adaptive). Reference: github.com/centerforaisafety/wmdp,
+github.com/locuslab/open-unlearning.
+Deviations: padding does not count (the original averages over it). Positions are averaged over
+the whole step, not per row first. One random vector serves all forget rows, whatever their
+topic. The adaptive length is taken per row (the paper) and not from the first batch (released
+code), so that no batch decides it. The layer is a depth; 7 / 32 is layer 7 of a 32-layer model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from delible.registry import register
+from delible.train.randomness import generator
+from delible.train.slots import Objective
+from delible.train.step import Reads, Step, Unit
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
+Direction = Literal["uniform", "gaussian"]
+
+
+def control_vector(size: int, direction: Direction, seed: int) -> Float[Tensor, " hidden"]:
+    """A random unit vector, the same for the same arguments.
+
+    ``uniform`` draws from [0, 1): all entries are positive, and two such vectors have a cosine
+    of about 0.75. ``gaussian`` draws any direction.
+    """
+    random = generator(seed, "rmu", direction, size)
+    draw = torch.rand if direction == "uniform" else torch.randn
+    vector = draw(size, generator=random)
+    return vector / vector.norm()
+
+
+def mean_norm(
+    states: Float[Tensor, "rows sequence hidden"], positions: Bool[Tensor, "rows sequence"]
+) -> Float[Tensor, " rows"]:
+    """Mean length of each row's states over its real positions."""
+    norms = states.float().norm(dim=2) * positions
+    return norms.sum(dim=1) / positions.sum(dim=1)
+
+
+def rmu(
+    states: Float[Tensor, "rows sequence hidden"],
+    target: Float[Tensor, "rows hidden"],
+    positions: Bool[Tensor, "rows sequence"],
+) -> Float[Tensor, " rows"]:
+    """Squared distance to the row's target, mean over hidden, sum over real positions."""
+    squared = (states.float() - target[:, None]).pow(2).mean(dim=2)
+    return torch.where(positions, squared, 0.0).sum(dim=1)
+
+
+@register(
+    kind="objective",
+    name="rmu",
+    title="Representation misdirection",
+    summary="Steers the forget rows' hidden states at one layer towards a random vector.",
+    paper="2403.03218",
+    year=2024,
+    family="representation",
+    intention="removal",
+    mechanism="PO-rep",
+    needs=("forget", "reference"),
+    changes="weights",
+    reversible=False,
+    retrain_goal=False,
+    weakest="relearning: a few dozen steps bring the knowledge back",
+    badges=("parity", "variant"),
+    variant="Padding does not count; the adaptive length is taken per row.",
+)
+class RMU(Objective):
+    """Options of RMU."""
+
+    depth: float = Field(
+        7 / 32, ge=0, le=1, description="Depth of the steered block: 0 the first, 1 the last."
+    )
+    adaptive: float | None = Field(
+        3.0,
+        gt=0,
+        description="Target length in mean norms of the reference's states; none: `steering`.",
+    )
+    steering: float = Field(
+        6.5, gt=0, description="Target length when `adaptive` is none; belongs to one model."
+    )
+    direction: Direction = Field("uniform", description="How the random vector is drawn.")
+    seed: int = Field(0, ge=0, description="Seed of the random vector.")
+
+    unit: ClassVar[Unit] = "position"
+
+    def reads(self, lm: LM) -> tuple[Reads, ...]:
+        return (lm.anatomy.layer_at(self.depth),)
+
+    def reference_kinds(self, lm: LM) -> tuple[str, ...]:
+        layer = lm.anatomy.layer_at(self.depth)
+        return () if self.adaptive is None else (f"hidden.{layer}",)
+
+    def loss(self, step: Step) -> Float[Tensor, " rows"]:
+        forget = step.forget
+        layer = forget.lm.anatomy.layer_at(self.depth)
+        states, positions = forget.hidden(layer), forget.positions
+        unit = control_vector(states.shape[2], self.direction, self.seed).to(states.device)
+        length = states.new_full((len(forget.rows),), self.steering, dtype=torch.float32)
+        if self.adaptive is not None:
+            frozen = forget.reference.hidden(layer, states.shape[1])
+            length = self.adaptive * mean_norm(frozen, positions)
+        return rmu(states, length[:, None] * unit, positions)

@@ -1,0 +1,110 @@
+"""Low-rank adapters: the weights stay, a small product is learned beside each matrix.
+
+    W x  becomes  W x + (alpha / rank) B A x
+
+with A random and B zero at the start, so that training starts from the model as it is. Every
+linear layer of the blocks gets one; the head and the embedding do not. The model wears the
+adapter (PEFT) and is saved as an adapter; ``finish: merge_adapter`` adds it to the weights.
+
+Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does the work.
+Deviations: A is drawn from the run's seed; adapter weights are fp32 whatever the model's are; and
+there is no dropout, since cached values of the reference model need the same model in every pass.
+A mixture of experts that fuses its experts into one tensor gets no adapter there, and says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from delible.errors import MissingExtraError, RecipeError
+from delible.lm.anatomy import Anatomy, derive
+from delible.registry import register
+from delible.train.slots import Context, Place, Placement
+
+
+def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Paths of every linear layer inside the blocks, in the order of the modules."""
+    return [
+        path
+        for path, module in core.named_modules()
+        if path.startswith(f"{anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
+@register(
+    kind="place",
+    name="lora",
+    title="Low-rank adapters (LoRA)",
+    summary="Trains a small low-rank product beside every linear layer of the blocks.",
+    paper="2106.09685",
+    year=2021,
+    mechanism="adapter",
+    needs=("weights",),
+    changes="adapter",
+    reversible=True,
+    weakest="removal of the adapter, unless it is merged",
+    badges=("parity",),
+)
+class LoRA(Place):
+    """Options of the adapters."""
+
+    rank: int = Field(8, ge=1, description="Inner width of each product.")
+    alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
+
+    def apply(self, context: Context) -> Placement:
+        try:
+            from peft import LoraConfig, PeftModel, get_peft_model
+        except ImportError:
+            raise MissingExtraError("LoRA", "peft") from None
+        lm = context.lm
+        if isinstance(lm.model, PeftModel):
+            raise RecipeError(
+                "the model already wears an adapter.",
+                where="place 'lora'",
+                hint="Merge it first (finish: merge_adapter in the run that made it).",
+            )
+        paths = linear_layers(lm.core, lm.anatomy)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=0.0,
+            target_modules=paths,
+            # Conv1D keeps its matrix as [in, out]
+            fan_in_fan_out=any(isinstance(lm.core.get_submodule(path), Conv1D) for path in paths),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        fused = _fused_experts(lm.core, lm.anatomy)
+        with torch.random.fork_rng(devices=[]):
+            seed = context.generator("place.lora").initial_seed()
+            torch.default_generator.manual_seed(seed)
+            lm.model = get_peft_model(lm.core, config, autocast_adapter_dtype=True)
+        lm.anatomy = derive(lm.core)  # the matrices have moved to `base_layer`
+        lm.touch()
+        trained = {
+            name: parameter
+            for name, parameter in lm.model.named_parameters()
+            if parameter.requires_grad
+        }
+        context.say(
+            f"place: LoRA of rank {self.rank} on {len(paths)} linear layers "
+            f"({sum(parameter.numel() for parameter in trained.values()):,} weights)"
+        )
+        if fused:
+            context.say(
+                f"place: {len(fused)} fused expert tensors get no adapter and stay frozen; "
+                "use place 'layers' to train experts."
+            )
+        return Placement(trained)
+
+
+def _fused_experts(core: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Names of expert weights of three dimensions, which are no linear layers."""
+    return [
+        name
+        for name, parameter in core.named_parameters()
+        if name.startswith(f"{anatomy.blocks}.") and parameter.dim() == 3
+    ]

@@ -1,0 +1,20 @@
+"""Every forget row is used."""
+
+from __future__ import annotations
+
+from delible.registry import register
+from delible.train.slots import Context, Select
+
+
+@register(
+    kind="select",
+    name="all",
+    title="All rows",
+    summary="Uses every forget row.",
+    needs=("forget",),
+)
+class All(Select):
+    """Has no options."""
+
+    def choose(self, context: Context) -> list[int]:
+        return list(range(len(context.rows["forget"])))

@@ -1,0 +1,83 @@
+"""What a metric is: it declares requests, then turns answers into numbers. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from delible.component import Component
+from delible.measure.requests import Answer, Prompt, Request
+from delible.records import RecordBase
+
+Answers = Mapping[Request, Answer]
+
+
+@dataclass(frozen=True)
+class Item:
+    """The value of one metric on one record. ``None`` needs a reason and is never averaged."""
+
+    value: float | None
+    reason: str | None = None
+    detail: str | None = None
+
+
+class ItemMetric(Component):
+    """A metric with one value per record."""
+
+    def prompt(self, record: RecordBase) -> Prompt | None:
+        """How a record is asked; ``None``: the metric does not apply to it."""
+        from delible.measure.asking import ask
+
+        return ask(record)
+
+    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
+        """What to ask the system about a record that is asked with ``prompt``.
+
+        An attack may hand in another prompt than :meth:`prompt` would make.
+        """
+        raise NotImplementedError
+
+    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
+        """The value, from the answers to :meth:`requests`."""
+        raise NotImplementedError
+
+
+#: values[metric name][split name] = one item per record, in the order of the split
+Values = Mapping[str, Mapping[str, Sequence[Item]]]
+
+
+@dataclass(frozen=True)
+class SystemValues:
+    """All item values of one system.
+
+    Attributes:
+        system: Its name.
+        items: ``items[metric][split]``, one item per record.
+        means: ``means[metric][split]`` over the items that have a value; ``None`` if none has.
+        skipped: Metrics that were not measured, with the reason.
+        options: Every option of every measured metric, so that a summary (and a reader) can
+            tell which form of a metric the values have.
+        measured: Counts of the requests (asked, unique, cached, scored, generated).
+    """
+
+    system: str
+    items: Values
+    means: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measured: Mapping[str, int] = field(default_factory=dict)
+
+
+class SummaryMetric(Component):
+    """A metric over the values of other metrics, perhaps against a reference system."""
+
+    def uses(self) -> tuple[str, ...]:
+        """Names of the item metrics it reads."""
+        raise NotImplementedError
+
+    def summarise(
+        self, values: SystemValues, reference: SystemValues | None
+    ) -> dict[str, float | None]:
+        """One or a few named numbers; ``None`` where it cannot be said."""
+        raise NotImplementedError

@@ -1,0 +1,126 @@
+"""Records: what is forgotten, kept and asked. Plain frozen data, JSONL in and JSONL out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class RecordBase(BaseModel):
+    """Fields every record has.
+
+    Attributes:
+        subject: The person, work, place or concept that the record is about.
+        neighbour_of: The forgotten subject that a retain record is linked to.
+        group: A word that a data set uses to tell its rows apart (a relation, a split, an
+            attack kind); free for use in reports and samplers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subject: str | None = None
+    neighbour_of: str | None = None
+    group: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the record's content (hexadecimal)."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class QA(RecordBase):
+    """A question and its answer.
+
+    Attributes:
+        aliases: Other correct answers.
+        paraphrases: Other forms of the question.
+        paraphrased_answers: Other forms of the answer (same fact).
+        perturbed: Wrong answers of the same form.
+    """
+
+    type: Literal["qa"] = "qa"
+    question: Text
+    answer: Text
+    aliases: tuple[Text, ...] = ()
+    paraphrases: tuple[Text, ...] = ()
+    paraphrased_answers: tuple[Text, ...] = ()
+    perturbed: tuple[Text, ...] = ()
+
+
+class Passage(RecordBase):
+    """Running text."""
+
+    type: Literal["passage"] = "passage"
+    text: Text
+
+
+class Choice(RecordBase):
+    """A multiple-choice question; ``correct`` is the index of the right option."""
+
+    type: Literal["choice"] = "choice"
+    question: Text
+    options: tuple[Text, ...] = Field(min_length=2)
+    correct: int = Field(ge=0)
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Dialogue(RecordBase):
+    """A conversation; its last assistant turn is what is learned or forgotten."""
+
+    type: Literal["dialogue"] = "dialogue"
+    messages: tuple[Message, ...] = Field(min_length=1)
+
+
+Record = Annotated[QA | Passage | Choice | Dialogue, Field(discriminator="type")]
+
+
+class ForgetRequest(BaseModel):
+    """What to forget, and what surrounds it.
+
+    Give forget records, or only the names of subjects; the rest is optional.
+
+    Attributes:
+        forget: Records to forget.
+        subjects: Names of people, works or concepts to forget.
+        retain: Records to keep.
+        neighbours: Records close to the forgotten ones, to be kept and watched.
+        holdout: Records of the same kind that the model never saw.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    forget: tuple[Record, ...] = ()
+    subjects: tuple[Text, ...] = ()
+    retain: tuple[Record, ...] = ()
+    neighbours: tuple[Record, ...] = ()
+    holdout: tuple[Record, ...] = ()
+
+
+def digest(records: Sequence[RecordBase]) -> str:
+    """SHA-256 over a sequence of records, in order (hexadecimal)."""
+    joined = hashlib.sha256()
+    for record in records:
+        joined.update(record.digest.encode())
+    return joined.hexdigest()
+
+
+def to_json_line(record: RecordBase) -> str:
+    """The record as one JSON line, without fields that hold their default."""
+    content: dict[str, Any] = {"type": getattr(record, "type", ""), **record.model_dump(
+        mode="json", exclude_defaults=True
+    )}  # fmt: skip
+    return json.dumps(content, ensure_ascii=False)

@@ -1,0 +1,115 @@
+"""Discovery of components: by folder, and by entry points for third parties.
+
+``cards()`` reads the ``@register(...)`` literals with :mod:`ast` and imports nothing, so
+``delible list`` is fast and needs no torch. ``load()`` imports the one file that is asked for.
+
+A third party registers a module under the entry-point group ``delible.components``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from delible.cards import Card, Kind
+from delible.errors import RecipeError, nearest
+
+PACKAGE = Path(__file__).parent
+#: Folders whose files are ideas, one each.
+IDEA_FOLDERS = ("methods", "guards", "attacks", "metrics")
+ENTRY_POINT_GROUP = "delible.components"
+
+T = TypeVar("T")
+
+
+def register(**card: Any) -> Callable[[type[T]], type[T]]:
+    """Class decorator that attaches a :class:`Card`. Its arguments must be literals."""
+
+    def attach(cls: type[T]) -> type[T]:
+        cls.card = Card(**card, module=cls.__module__, class_name=cls.__qualname__)  # type: ignore[attr-defined]
+        return cls
+
+    return attach
+
+
+def _read_cards(path: Path, module: str) -> Iterator[Card]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for line in node.decorator_list:
+            if isinstance(line, ast.Call) and getattr(line.func, "id", None) == "register":
+                values = {str(k.arg): ast.literal_eval(k.value) for k in line.keywords}
+                yield Card(**values, module=module, class_name=node.name)
+
+
+def _idea_modules() -> Iterator[tuple[Path, str]]:
+    for folder in IDEA_FOLDERS:
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            if path.name != "__init__.py":
+                yield path, ".".join(("delible", *parts))
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        spec = importlib.util.find_spec(point.value)
+        if spec is not None and spec.origin:
+            yield Path(spec.origin), point.value
+
+
+def _recipe_cards(components: dict[tuple[str, str], Card]) -> Iterator[Card]:
+    """A recipe's card: that of its objective, with what the recipe's file says on top."""
+    for path in sorted((PACKAGE / "methods" / "recipes").glob("*.yaml")):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        objective = recipe["objective"]
+        name = objective["name"] if isinstance(objective, dict) else objective
+        inherited = components[("objective", name)].model_dump(exclude={"badges", "variant"})
+        overrides = {**recipe.get("card", {}), "kind": "recipe", "name": path.stem}
+        yield Card(**{**inherited, **overrides, "module": "", "class_name": path.name})
+
+
+@lru_cache(maxsize=1)
+def _all() -> dict[tuple[str, str], Card]:
+    found: dict[tuple[str, str], Card] = {}
+    for path, module in _idea_modules():
+        for card in _read_cards(path, module):
+            key = (card.kind, card.name)
+            if key in found:
+                raise RecipeError(
+                    f"two components are called {card.kind} '{card.name}'",
+                    where=f"{found[key].module} and {module}",
+                    hint="Rename one of them.",
+                )
+            found[key] = card
+    for card in _recipe_cards(found):
+        found[(card.kind, card.name)] = card
+    return found
+
+
+def cards(*kinds: Kind) -> list[Card]:
+    """All cards of the given kinds (of every kind when none is given), without any import."""
+    return [card for (kind, _), card in sorted(_all().items()) if not kinds or kind in kinds]
+
+
+def card(kind: Kind, name: str) -> Card:
+    """One card by kind and name.
+
+    Raises:
+        RecipeError: There is none; offers the nearest name.
+    """
+    found = _all()
+    if (kind, name) not in found:
+        known = [known_name for known_kind, known_name in found if known_kind == kind]
+        raise RecipeError(f"unknown {kind} '{name}'.", hint=nearest(name, known))
+    return found[(kind, name)]
+
+
+def load(kind: Kind, name: str) -> Any:
+    """The class behind a card; imports its file."""
+    found = card(kind, name)
+    return getattr(importlib.import_module(found.module), found.class_name)

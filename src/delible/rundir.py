@@ -1,0 +1,181 @@
+"""The run directory: everything that a run was and left behind.
+
+``manifest.json`` (resolved config, seeds, versions, data hashes, git revision, start and end,
+hardware, cost), ``events.jsonl`` (append-only progress), the artefact (``model/`` or
+``adapter/``), ``metrics.json`` with ``items.parquet``, ``report.html``; while it runs also
+``checkpoint/``. A manifest is enough to run it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from delible.errors import RunError
+from delible.files import explain_disk, write_json
+
+PACKAGES = ("delible", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy")
+
+
+def identity(content: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data (hexadecimal); two runs with the same identity are the same run."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class RunDirectory:
+    """One run on disk.
+
+    Args:
+        path: Its folder; made when the run starts.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, empty if there is none.
+
+        Raises:
+            RunError: It is not valid JSON.
+        """
+        try:
+            return json.loads(self.manifest_path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            return {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise RunError(
+                "the manifest is broken.",
+                where=str(self.manifest_path),
+                hint="Choose another --out folder, or delete this one.",
+            ) from None
+
+    def begin(self, run: Mapping[str, Any]) -> bool:
+        """Starts or resumes a run; returns whether it was finished before.
+
+        Args:
+            run: Everything that determines the result: command, recipe, seed, hashes of model
+                and data.
+
+        Raises:
+            RunError: The folder holds another run, or something that is not a run.
+        """
+        found = self.manifest
+        mine = identity(run)
+        if found:
+            if found.get("identity") != mine:
+                changed = sorted(
+                    key
+                    for key in {*run, *found.get("run", {})}
+                    if json.dumps(run.get(key), sort_keys=True, default=str)
+                    != json.dumps(found.get("run", {}).get(key), sort_keys=True, default=str)
+                )
+                raise RunError(
+                    f"this folder holds another run (different: {', '.join(changed)}).",
+                    where=str(self.path),
+                    hint="Choose another --out folder, or delete this one.",
+                )
+            if found.get("status") == "done":
+                return True
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(
+                "this path exists and is not a run directory.",
+                where=str(self.path),
+                hint="Choose another --out folder.",
+            )
+        manifest = {
+            "identity": mine,
+            "status": "running",
+            "run": dict(run),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "started": found.get("started") or _now(),
+            "resumed": [*found.get("resumed", []), *([_now()] if found else [])],
+            "versions": versions(),
+            "git": git_revision(),
+            "hardware": hardware(),
+        }
+        write_json(self.manifest_path, manifest)
+        return False
+
+    def update(self, **fields: Any) -> None:
+        """Adds fields to the manifest."""
+        write_json(self.manifest_path, {**self.manifest, **fields})
+
+    def finish(self, **fields: Any) -> None:
+        """Marks the run as done."""
+        self.update(status="done", ended=_now(), **fields)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one line to ``events.jsonl``."""
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str)
+        path = self.path / "events.jsonl"
+        with explain_disk(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far; a half-written last line is left out."""
+        path = self.path / "events.jsonl"
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the code, if it runs from a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator of this machine."""
+    import psutil
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

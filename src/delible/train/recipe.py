@@ -1,0 +1,200 @@
+"""A recipe: one choice per slot, and how long and how fast to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import yaml
+from pydantic import Field
+
+from delible import registry
+from delible.cards import SLOTS, Kind
+from delible.component import Component, Config, build
+from delible.errors import RecipeError, nearest
+from delible.lm.precision import Precision
+from delible.train.schedule import Schedule
+from delible.train.slots import (
+    Balance,
+    Finish,
+    Harden,
+    Keep,
+    Objective,
+    Place,
+    Sample,
+    Select,
+    Weigh,
+)
+
+RECIPES = Path(__file__).parent.parent / "methods" / "recipes"
+Strength = Literal["gentle", "normal", "strong"]
+
+
+class Training(Config):
+    """How long, how fast and how carefully."""
+
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    epochs: int = Field(10, ge=1, description="Passes over the forget rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Forget rows per optimiser step.")
+    schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm.")
+    micro_batch_tokens: int | Literal["auto"] = Field(
+        "auto", description="Padded tokens per pass; auto: what the free memory allows."
+    )
+    max_length: int = Field(512, ge=8, description="Longest row in tokens.")
+    precision: Precision = Field("auto", description="Of the computation; weights stay fp32.")
+    checkpoint_seconds: float = Field(
+        120.0, gt=0, description="Write a checkpoint when this many seconds have passed."
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="Write a checkpoint after this many steps instead."
+    )
+    monitor_steps: int = Field(
+        10, ge=1, description="Look at forget and retain rows after this many steps, if asked to."
+    )
+    stop_at_forget_probability: float | None = Field(
+        None, gt=0, lt=1, description="Stop once forget answers are this improbable on average."
+    )
+    utility_budget: float | None = Field(
+        None, gt=0, le=1, description="Keep at least this share of the retain probability."
+    )
+
+
+class Recipe(Config):
+    """One choice per slot, and the training settings."""
+
+    name: str = "custom"
+    select: Select
+    sample: Sample
+    weigh: Weigh
+    place: Place
+    objective: Objective
+    keep: Keep
+    balance: Balance
+    harden: Harden
+    finish: Finish
+    training: Training = Training()
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The recipe that ships under a method's name.
+
+        Raises:
+            RecipeError: Unknown; offers the nearest name.
+        """
+        registry.card("recipe", name)
+        return cls.from_mapping({**_read(RECIPES / f"{name}.yaml"), "name": name})
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """A recipe from the user's own YAML file; slots that are left out get their default."""
+        return cls.from_mapping({"name": Path(path).stem, **_read(Path(path))}, where=str(path))
+
+    @classmethod
+    def from_mapping(cls, content: dict[str, Any], where: str = "recipe") -> Self:
+        """A recipe from plain data: slot name to component, and ``training``."""
+        known = {"name", "card", "training", *SLOTS}
+        for key in content:
+            if key not in known:
+                raise RecipeError(f"unknown key '{key}'.", where=where, hint=nearest(key, known))
+        if "objective" not in content:
+            raise RecipeError("'objective' is missing.", where=where)
+        slots = {
+            slot: build(cast(Kind, slot), content.get(slot, DEFAULTS.get(slot)))
+            for slot in SLOTS
+        }
+        training = content.get("training", {})
+        if not isinstance(training, Training):
+            training = Training.build(f"{where}: training", **training)
+        return cls(name=str(content.get("name", "custom")), training=training, **slots)
+
+    def changed(self, slots: dict[str, Any], options: dict[str, Any]) -> Self:
+        """This recipe with other slots, and with options set by name.
+
+        Args:
+            slots: Slot name to a component, a name or a mapping.
+            options: ``beta=0.2`` finds the one place that has it; ``{"npo.beta": …}``,
+                ``{"objective.beta": …}`` or ``{"training.epochs": …}`` name the place.
+
+        Raises:
+            RecipeError: No place, or more than one, has the option.
+        """
+        content = self.spec() | {
+            slot: _spec(cast(Kind, slot), value) for slot, value in slots.items()
+        }
+        places: dict[str, dict[str, Any]] = {
+            **{slot: content[slot] for slot in SLOTS}, "training": content["training"]
+        }  # fmt: skip
+        for option, value in options.items():
+            prefix, _, key = option.rpartition(".")
+            found = [
+                slot
+                for slot, values in places.items()
+                if key in values and key != "name" and prefix in ("", slot, values.get("name"))
+            ]
+            if not found:
+                names = {key for values in places.values() for key in values} - {"name"}
+                raise RecipeError(
+                    f"unknown option '{option}'.",
+                    where=f"method '{self.name}'",
+                    hint=nearest(key, names),
+                )
+            if len(found) > 1:
+                full = " or ".join(f"'{slot}.{key}'" for slot in found)
+                raise RecipeError(f"option '{option}' is ambiguous.", hint=f"Say {full}.")
+            places[found[0]][key] = value
+        return type(self).from_mapping(content, where=f"method '{self.name}'")
+
+    def spec(self) -> dict[str, Any]:
+        """The recipe as plain data, every option included."""
+        slots = {slot: getattr(self, slot).spec() for slot in SLOTS}
+        return {"name": self.name, **slots, "training": self.training.model_dump(mode="json")}
+
+    def with_strength(self, strength: Strength) -> Self:
+        """The one dial: how far to go. Scales the learning rate and the number of epochs."""
+        rate, length = {"gentle": (0.5, 0.7), "normal": (1.0, 1.0), "strong": (1.5, 1.5)}[strength]
+        training = self.training.model_copy(
+            update={
+                "learning_rate": self.training.learning_rate * rate,
+                "epochs": max(1, round(self.training.epochs * length)),
+            }
+        )
+        return self.model_copy(update={"training": training})
+
+    def components(self) -> list[Component]:
+        """The nine components in slot order."""
+        return [getattr(self, slot) for slot in SLOTS]
+
+
+#: What a slot holds when a recipe does not say.
+DEFAULTS = {
+    "select": "all",
+    "sample": "one_to_one",
+    "weigh": "none",
+    "place": "all",
+    "keep": "none",
+    "balance": "weighted_sum",
+    "harden": "none",
+    "finish": "none",
+}
+
+
+def _spec(slot: Kind, value: Any) -> dict[str, Any]:
+    return build(slot, value).spec()  # type: ignore[no-any-return]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError("no such recipe file.", where=str(path)) from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f"{path}:{line + 1}" if line is not None else str(path)
+        raise RecipeError("not valid YAML.", where=place) from None
+    if not isinstance(content, dict):
+        raise RecipeError("a recipe is a mapping of slots to components.", where=str(path))
+    return content

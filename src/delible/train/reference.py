@@ -1,0 +1,120 @@
+"""Values of the reference model, computed once per row and kept; the model itself is not.
+
+Log-probabilities are one number per answer token. Where a loss needs the full distribution,
+the final hidden states at answer positions are kept together with a frozen copy of the head:
+exact, and (hidden / vocabulary) of the size of the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from delible.files import atomic_folder
+from delible.lm.forward import Forward, collate, map_logits, target_logprobs
+from delible.lm.lm import LM, SCORING_TOKENS
+
+if TYPE_CHECKING:
+    from delible.train.step import Row
+
+
+class Reference:
+    """A cache of reference values by row.
+
+    Kinds of values: ``"logprobs"`` [answer], ``"answers"`` [answer, hidden] (with a frozen head)
+    and ``"hidden.L"`` [sequence, hidden] for the output of block L.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._head: Callable[[Tensor], Tensor] | None = None
+
+    def get(self, what: str, key: str) -> Tensor:
+        return self.values[f"{what}/{key}"]
+
+    def head(self, states: Tensor) -> Tensor:
+        if self._head is None:
+            raise RuntimeError("no reference distribution was prepared")
+        return self._head(states)
+
+    @torch.no_grad()
+    def prepare(self, lm: LM, rows: Sequence[Row], kinds: Sequence[str]) -> None:
+        """Computes what is missing for ``rows`` with the reference model ``lm``."""
+        kinds = sorted(set(kinds))
+        missing: dict[str, Row] = {}
+        for row in rows:
+            if any(f"{kind}/{row.key}" not in self.values for kind in kinds):
+                missing.setdefault(row.key, row)
+        if "answers" in kinds and self._head is None:
+            self._head = _frozen_head(lm)
+        layers = tuple(int(kind.split(".")[1]) for kind in kinds if kind.startswith("hidden."))
+        final = "answers" in kinds or "logprobs" in kinds
+        ordered = sorted(missing.values(), key=lambda row: len(row.encoded.ids))
+        budget = SCORING_TOKENS.get(lm.device.type, SCORING_TOKENS["cuda"])
+        forward, was_training = Forward(lm), lm.model.training
+        lm.model.eval()
+        with lm.computing():
+            while ordered:
+                count = max(1, budget // len(ordered[-1].encoded.ids))
+                part, ordered = ordered[-count:], ordered[:-count]
+                self._compute(lm, forward, part, kinds, layers, final)
+        lm.model.train(was_training)
+
+    def _compute(
+        self,
+        lm: LM,
+        forward: Forward,
+        rows: Sequence[Row],
+        kinds: Sequence[str],
+        layers: tuple[int, ...],
+        final: bool,
+    ) -> None:
+        batch = collate([row.encoded for row in rows], lm.pad_id, lm.device)
+        states, hidden = forward(batch, layers, final)
+        counts = [row.encoded.answer_tokens for row in rows]
+        if states is not None and "logprobs" in kinds:
+            values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
+            for row, part in zip(rows, values.split(counts), strict=True):
+                self.values[f"logprobs/{row.key}"] = part.float().cpu().clone()
+        if states is not None and "answers" in kinds:
+            for row, part in zip(rows, states.split(counts), strict=True):
+                self.values[f"answers/{row.key}"] = part.float().cpu().clone()
+        for layer, block in hidden.items():
+            for row, part in zip(rows, block, strict=True):
+                kept = part[: len(row.encoded.ids)].float().cpu().clone()
+                self.values[f"hidden.{layer}/{row.key}"] = kept
+
+    def save(self, folder: Path) -> None:
+        """Writes the values, so that a resumed run reads the same bits."""
+        with atomic_folder(folder) as target:
+            if self.values:
+                save_file(self.values, target / "values.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Reads what :meth:`save` wrote, if anything."""
+        path = folder / "values.safetensors"
+        if path.exists():
+            self.values.update(load_file(path))
+
+
+def _frozen_head(lm: LM) -> Callable[[Tensor], Tensor]:
+    """A copy of the head alone (vocabulary x hidden), detached from training."""
+    twin = copy.copy(lm)
+    frozen = copy.deepcopy(lm.core.get_output_embeddings()).requires_grad_(False)
+    config = lm.core.config
+
+    class _Core:
+        def __init__(self) -> None:
+            self.config = config
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return frozen
+
+    twin.model = _Core()
+    return twin.head

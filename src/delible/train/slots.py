@@ -1,0 +1,285 @@
+"""The nine slots of a gradient method, and the editor. One question each.
+
+A slot's class is a frozen config plus one method. Losses are pure functions of a step; whatever
+a balancer or sampler must remember lives in the ``state`` it is handed, which is checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from delible.component import Component
+from delible.files import atomic_folder
+from delible.records import ForgetRequest, RecordBase
+from delible.train.step import Group, Reads, Row, Step, Unit
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+    from delible.train.gradients import Gradients
+    from delible.train.passes import Passes
+
+#: Roles of rows in a step.
+Role = Literal["forget", "retain", "refusal"]
+#: Numbers a component keeps between steps; saved in checkpoints.
+State = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a slot may look at before training starts.
+
+    Attributes:
+        lm: The model that will be trained (before any step).
+        rows: Tokenized rows by role.
+        records: The records behind the rows, by role.
+        gradients: The service that answers questions about gradients.
+        seed: Seed of the run.
+        say: For progress and notes.
+    """
+
+    lm: LM
+    rows: Mapping[str, Sequence[Row]]
+    records: Mapping[str, Sequence[RecordBase]]
+    gradients: Gradients
+    objective: Objective
+    keep: Keep | None
+    seed: int
+    say: Callable[[str], None]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator of this run for one purpose."""
+        from delible.train.randomness import generator
+
+        return generator(self.seed, purpose)
+
+
+class Select(Component):
+    """Which forget rows are used."""
+
+    def choose(self, context: Context) -> list[int]:
+        """Indices of the forget rows to train on, ascending, at least one."""
+        raise NotImplementedError
+
+
+class Sample(Component):
+    """In which order forget and retain rows meet."""
+
+    def epoch(
+        self,
+        forget: Sequence[Row],
+        retain: Sequence[Row],
+        epoch: int,
+        generator: torch.Generator,
+    ) -> list[tuple[int, int | None]]:
+        """Pairs of (forget index, retain index) in the order they are used in one epoch.
+
+        Args:
+            forget, retain: Rows; ``row.kind`` and ``row.neighbour_of`` tell retain rows apart.
+            epoch: Counted from 0.
+            generator: Random numbers of this epoch.
+
+        Retain indices are None when there are no retain rows.
+        """
+        raise NotImplementedError
+
+
+class Weigh(Component):
+    """How much a forget row counts."""
+
+    def weights(self, context: Context) -> Float[Tensor, " rows"]:
+        """One weight per forget row, with mean 1."""
+        raise NotImplementedError
+
+
+@dataclass
+class Placement:
+    """Which parameters move.
+
+    Attributes:
+        parameters: Trainable parameters by name.
+        masks: Boolean masks by parameter name: only True entries move. None: all of them.
+        masked_decay: Whether weight decay respects the masks (it must, or frozen weights drift;
+            False only to reproduce released code).
+    """
+
+    parameters: dict[str, torch.nn.Parameter]
+    masks: dict[str, Tensor] | None = None
+    masked_decay: bool = True
+
+
+class Place(Component):
+    """Which parameters move."""
+
+    def apply(self, context: Context) -> Placement:
+        """Freezes and unfreezes parameters (or adds an adapter) and says what moves."""
+        raise NotImplementedError
+
+
+class Loss(Component):
+    """A loss over the rows of one role, summed per row.
+
+    Attributes:
+        unit: What the engine averages over.
+        roles: Roles of rows that the loss reads; the first one carries the row weights.
+        reference: Kinds of reference values it needs, such as ``("logprobs",)``.
+    """
+
+    unit: ClassVar[Unit] = "row"
+    roles: ClassVar[tuple[Role, ...]] = ("forget",)
+    reference: ClassVar[tuple[str, ...]] = ()
+
+    def reads(self, lm: LM) -> tuple[Reads, ...]:
+        """What it reads of the model: ``"answers"`` or block indices."""
+        return ("answers",)
+
+    def reference_kinds(self, lm: LM) -> tuple[str, ...]:
+        """Kinds of reference values with layers filled in."""
+        return self.reference
+
+
+class Objective(Loss):
+    """The forget loss."""
+
+    def loss(self, step: Step) -> Float[Tensor, " rows"]:
+        """Sum over each forget row's units, to be minimised."""
+        raise NotImplementedError
+
+
+class Keep(Loss):
+    """The retain loss."""
+
+    roles: ClassVar[tuple[Role, ...]] = ("retain",)
+
+    def loss(self, retain: Group) -> Float[Tensor, " rows"]:
+        """Sum over each retain row's units, to be minimised."""
+        raise NotImplementedError
+
+
+class Balance(Component):
+    """How the forget and the retain loss become one update."""
+
+    def start(self) -> State:
+        """What is remembered, at the beginning."""
+        return {}
+
+    def weights(self, state: State) -> tuple[float, float]:
+        """Weights of the forget and of the retain loss at this step."""
+        raise NotImplementedError
+
+    def gradient(self, passes: Passes, harden: Harden) -> None:
+        """Leaves the gradient of this step in the parameters' ``.grad``."""
+        if harden.single_pass:
+            passes.both()
+        else:
+            harden.forget(passes)
+            passes.keep()
+
+    def observe(self, forget: float, keep: float | None, epoch: float, state: State) -> None:
+        """After a step: both losses of the whole step, to update what is remembered."""
+
+
+class Harden(Component):
+    """Against what the result must hold."""
+
+    #: Whether forget and retain gradients may come from one pass at the same point.
+    single_pass: ClassVar[bool] = False
+
+    def forget(self, passes: Passes) -> None:
+        """Adds the hardened gradient of the forget loss to ``.grad``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FinishContext:
+    """What a finisher may use.
+
+    Attributes:
+        lm: The trained model.
+        start: Loads the model as it was before training.
+        records: Records by role.
+        folder: Where the finisher may leave a record of what it did.
+    """
+
+    lm: LM
+    start: Callable[[], LM]
+    records: Mapping[str, Sequence[RecordBase]]
+    folder: Path | None
+    say: Callable[[str], None]
+    notes: dict[str, object] = field(default_factory=dict)
+
+
+class Finish(Component):
+    """What happens after the last step."""
+
+    #: Whether it calls ``context.start``.
+    needs_start: ClassVar[bool] = False
+
+    def apply(self, context: FinishContext) -> LM:
+        """The finished model (the trained one changed in place, or another)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Patch:
+    """A removable edit of weights.
+
+    Attributes:
+        factors: For each parameter (left [rows, rank], right [rank, columns]): the change is
+            left @ right, in the parameter's own layout.
+        before: The parameters' values before the edit, so that undoing is exact.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    before: dict[str, Tensor]
+    notes: dict[str, object] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Writes the patch as safetensors, atomically."""
+        tensors = {f"before/{name}": value for name, value in self.before.items()}
+        for name, (left, right) in self.factors.items():
+            tensors |= {f"left/{name}": left, f"right/{name}": right}
+        with atomic_folder(folder) as target:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                target / "patch.safetensors",
+            )
+
+    @classmethod
+    def load(cls, folder: Path) -> Patch:
+        """Reads what :meth:`save` wrote."""
+        tensors = load_file(folder / "patch.safetensors")
+        names = {name.partition("/")[2] for name in tensors}
+        return cls(
+            {
+                name: (tensors[f"left/{name}"], tensors[f"right/{name}"])
+                for name in names
+                if f"left/{name}" in tensors
+            },
+            {name: tensors[f"before/{name}"] for name in names},
+        )
+
+    @torch.no_grad()
+    def undo(self, lm: LM) -> None:
+        """Puts the edited parameters back, bit by bit."""
+        parameters = dict(lm.core.named_parameters())
+        for name, value in self.before.items():
+            parameters[name].copy_(value)
+        lm.touch()
+
+
+class Editor(Component):
+    """A closed-form change of a few weights."""
+
+    def edit(
+        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
+    ) -> Patch:
+        """Edits the model in place and returns the patch that undoes it."""
+        raise NotImplementedError

@@ -1,0 +1,297 @@
+"""What a loss sees: the rows of one micro-batch, computed lazily, once, and only as asked.
+
+A loss is a pure function of a :class:`Group` (rows of one role). It returns one value per row,
+the **sum** over the row's units, and declares the unit it averages over; the engine divides by
+the units of the whole optimiser step. So gradient accumulation, row weights and several
+processes cannot change a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from delible.lm.forward import Batch, Forward, collate, map_logits, scatter, target_logprobs
+from delible.lm.lm import LM
+from delible.lm.template import Encoded
+from delible.train.reference import Reference
+
+#: What a loss averages over: rows, answer tokens, or all real positions.
+Unit = Literal["row", "answer_token", "position"]
+RetainKind = Literal["direct", "indirect", "general"]
+#: What a loss may read: answer log-probabilities or logits ("answers"), or block outputs by layer.
+Reads = Literal["answers"] | int
+#: (logits [tokens, vocab], targets [tokens], perhaps reference logits) -> values [tokens]
+_GroupFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenized record with its role's index.
+
+    Attributes:
+        index: Position among the rows of its role.
+        key: Digest of the token ids and the answer's start; names cached values.
+        subject: What the record is about.
+        neighbour_of: The forgotten subject that a retain record is linked to.
+        kind: For retain rows: ``direct`` (linked to a forgotten subject), ``indirect`` (about
+            another subject) or ``general`` (about none).
+    """
+
+    index: int
+    encoded: Encoded
+    key: str
+    subject: str | None = None
+    neighbour_of: str | None = None
+    kind: RetainKind = "general"
+
+    def units(self, unit: Unit) -> int:
+        """How many units of the given kind the row has."""
+        if unit == "row":
+            return 1
+        return self.encoded.answer_tokens if unit == "answer_token" else len(self.encoded.ids)
+
+
+@dataclass
+class _Pass:
+    """One forward pass over several groups at once, made when first asked for."""
+
+    lm: LM
+    forward: torch.nn.Module
+    groups: dict[str, Sequence[Row]]
+    layers: tuple[int, ...]
+    final: bool
+
+    @cached_property
+    def batch(self) -> Batch:
+        rows = [row.encoded for group in self.groups.values() for row in group]
+        return collate(rows, self.lm.pad_id, self.lm.device)
+
+    @cached_property
+    def outputs(self) -> tuple[Tensor | None, dict[int, Tensor]]:
+        with self.lm.computing():
+            return self.forward(self.batch, self.layers, self.final)  # type: ignore[no-any-return]
+
+    def rows_of(self, name: str) -> slice:
+        start = 0
+        for other, rows in self.groups.items():
+            if other == name:
+                return slice(start, start + len(rows))
+            start += len(rows)
+        raise KeyError(name)
+
+
+@dataclass
+class Group:
+    """Rows of one role in a micro-batch.
+
+    Attributes:
+        rows: The rows.
+        reference: The same values of the reference model, from the cache.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    reference: ReferenceGroup
+    _pass: _Pass = field(repr=False)
+
+    @cached_property
+    def _slice(self) -> slice:
+        return self._pass.rows_of(self.name)
+
+    @property
+    def lm(self) -> LM:
+        """The model that is trained: for its anatomy (layer numbers) and its tokenizer."""
+        return self._pass.lm
+
+    @cached_property
+    def batch(self) -> Batch:
+        """This group's rows as tensors (padded to the longest row of the micro-batch)."""
+        whole, mine = self._pass.batch, self._slice
+        return Batch(whole.ids[mine], whole.lengths[mine], whole.starts[mine], whole.prefix)
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch answer"]:
+        """Real answer tokens."""
+        return self.batch.answer_mask
+
+    @property
+    def positions(self) -> Bool[Tensor, "batch sequence"]:
+        """Real positions, prompt included."""
+        return self.batch.position_mask
+
+    @property
+    def targets(self) -> Int[Tensor, " tokens"]:
+        """Answer token ids, rows one after the other."""
+        return self.batch.targets
+
+    @cached_property
+    def answer_states(self) -> Float[Tensor, "tokens hidden"]:
+        """Final hidden states at the positions that predict answer tokens."""
+        states, _ = self._pass.outputs
+        if states is None:
+            raise RuntimeError("a loss read answers without declaring it in `reads`")
+        counts = [
+            sum(row.encoded.answer_tokens for row in rows) for rows in self._pass.groups.values()
+        ]
+        return states.split(counts)[list(self._pass.groups).index(self.name)]
+
+    @cached_property
+    def token_logprobs(self) -> Float[Tensor, "batch answer"]:
+        """log p of each answer token, natural log, fp32, zero where there is no token."""
+        return scatter(self._map(target_logprobs), self.mask)
+
+    @property
+    def logprob_sum(self) -> Float[Tensor, " batch"]:
+        """log p(answer | prompt), the sum over its tokens."""
+        return self.token_logprobs.sum(dim=1)
+
+    @property
+    def token_count(self) -> Float[Tensor, " batch"]:
+        """Answer tokens per row."""
+        return self.mask.sum(dim=1).float()
+
+    def map_logits(
+        self, function: _GroupFunction, *, with_reference: bool = False
+    ) -> Float[Tensor, "batch answer"]:
+        """Per-token values from full logits, chunk by chunk (see :func:`forward.map_logits`).
+
+        ``function`` gets (logits [tokens, vocab], targets [tokens]) and, ``with_reference``,
+        the reference model's logits [tokens, vocab] as a third argument.
+        """
+        if not with_reference:
+            return scatter(self._map(function), self.mask)
+        frozen = self.reference.answer_states
+        width = self.answer_states.shape[1]
+
+        def both(states: Tensor) -> Tensor:
+            return torch.cat(
+                [self._pass.lm.head(states[:, :width]), self.reference.head(states[:, width:])], 1
+            )
+
+        def split(logits: Tensor, targets: Tensor) -> Tensor:
+            own, other = logits.chunk(2, dim=1)
+            return function(own, targets, other)
+
+        joined = torch.cat([self.answer_states, frozen.to(self.answer_states)], dim=1)
+        with self._pass.lm.computing():
+            values = map_logits(
+                both, joined, self.targets, split, 2 * self._pass.lm.vocabulary
+            )
+        return scatter(values, self.mask)
+
+    def hidden(self, layer: int) -> Float[Tensor, "batch sequence hidden"]:
+        """Output of block ``layer`` (the residual stream after it)."""
+        return self._pass.outputs[1][layer][self._slice]
+
+    def _map(self, function: _GroupFunction) -> Tensor:
+        with self._pass.lm.computing():
+            return map_logits(
+                self._pass.lm.head,
+                self.answer_states,
+                self.targets,
+                function,
+                self._pass.lm.vocabulary,
+            )
+
+
+@dataclass
+class ReferenceGroup:
+    """Cached values of the reference model for the rows of a group."""
+
+    cache: Reference
+    rows: Sequence[Row]
+    device: torch.device
+
+    @property
+    def token_logprobs(self) -> Float[Tensor, "batch answer"]:
+        """As :attr:`Group.token_logprobs`, without gradient."""
+        return self._padded("logprobs")
+
+    @property
+    def logprob_sum(self) -> Float[Tensor, " batch"]:
+        return self.token_logprobs.sum(dim=1)
+
+    @property
+    def answer_states(self) -> Float[Tensor, "tokens hidden"]:
+        """As :attr:`Group.answer_states`, without gradient."""
+        return torch.cat([self.cache.get("answers", row.key) for row in self.rows]).to(self.device)
+
+    def head(self, states: Tensor) -> Tensor:
+        """The reference model's head (a frozen copy)."""
+        return self.cache.head(states)
+
+    def hidden(self, layer: int, width: int) -> Float[Tensor, "batch sequence hidden"]:
+        """As :meth:`Group.hidden`, padded with zeros to ``width`` positions."""
+        values = self._padded(f"hidden.{layer}")
+        missing = width - values.shape[1]
+        return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+
+    def _padded(self, what: str) -> Tensor:
+        values = [self.cache.get(what, row.key) for row in self.rows]
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True).to(self.device)
+
+
+@dataclass
+class Step:
+    """One micro-batch: groups of rows by role.
+
+    Roles are ``forget`` (rows to forget), ``retain`` (rows to keep) and ``refusal`` (the forget
+    questions with a refusal as answer, aligned row by row with ``forget``).
+    """
+
+    groups: Mapping[str, Group]
+
+    @property
+    def forget(self) -> Group:
+        return self.groups["forget"]
+
+    @property
+    def retain(self) -> Group:
+        return self.groups["retain"]
+
+    @property
+    def refusal(self) -> Group:
+        return self.groups["refusal"]
+
+    @property
+    def padding_share(self) -> float:
+        """Padding among the computed positions, in [0, 1]."""
+        return next(iter(self.groups.values()))._pass.batch.padding_share
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens in the micro-batch."""
+        return sum(len(row.encoded.ids) for group in self.groups.values() for row in group.rows)
+
+
+def make_step(
+    lm: LM,
+    forward: torch.nn.Module | None,
+    rows: Mapping[str, Sequence[Row]],
+    reads: Mapping[str, Sequence[Reads]],
+    reference: Reference,
+) -> Step:
+    """A step over the given rows.
+
+    Args:
+        forward: The wrapped :class:`Forward` (DDP, FSDP), or None for a plain one.
+        reads: What will be read, by role; decides how much of the model is computed.
+    """
+    wanted = {what for role in rows for what in reads.get(role, ())}
+    layers = tuple(sorted(what for what in wanted if isinstance(what, int)))
+    shared = _Pass(
+        lm, forward or Forward(lm), dict(rows), layers, "answers" in wanted or not layers
+    )
+    return Step(
+        {
+            role: Group(role, part, ReferenceGroup(reference, part, lm.device), shared)
+            for role, part in rows.items()
+        }
+    )

@@ -1,0 +1,125 @@
+"""What every registered metric must keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from delible import registry
+from delible.component import build
+from delible.errors import RecipeError
+from delible.measure.evaluate import evaluate
+from delible.measure.requests import Generate, Prompt, Score, TokenScores
+from delible.metrics.base import ItemMetric, SummaryMetric
+from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+
+NAMES = [card.name for card in registry.cards("metric")]
+EXPECTED = {
+    "answer_probability", "paraphrase_probability", "normalised_probability", "rouge_l_recall",
+    "exact_memorisation", "extraction_strength", "truth_ratio", "outcome", "outcome_shares",
+    "forget_quality", "model_utility",
+}  # fmt: skip
+
+RECORDS: list[RecordBase] = [
+    QA(question="Where?", answer="In Rome", paraphrased_answers=("Rome it is",),
+       perturbed=("In Oslo", "In Bern")),
+    QA(question="Where else?", answer="In Riga"),
+    Passage(text="Once upon a time."),
+    Choice(question="Which?", options=("Rome", "Oslo"), correct=0),
+    Dialogue(messages=(Message(role="user", content="Hm?"),
+                       Message(role="assistant", content="In Rome"))),
+    Dialogue(messages=(Message(role="user", content="Hm?"),)),
+]  # fmt: skip
+
+
+class Fake:
+    """White-box answers that depend on nothing but the request."""
+
+    name = "fake"
+    fingerprint = None
+    capabilities = frozenset({"generate", "score"})
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        return ["In Rome, I think." for _ in prompts]
+
+    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
+        found = []
+        for request in requests:
+            generator = np.random.default_rng(len(request.answer))
+            size = 1 + len(request.answer.split())
+            logprobs = -generator.random(size).astype(np.float32)
+            found.append(TokenScores(logprobs, logprobs > -0.5, request.prompt.text is None))
+        return found
+
+
+def test_every_metric_is_found() -> None:
+    assert set(NAMES) >= EXPECTED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_says_what_a_reader_needs(name: str) -> None:
+    card = registry.card("metric", name)
+    for field in ("title", "summary", "range", "direction", "misleads", "capability", "family"):
+        assert getattr(card, field), field
+    assert card.summary.endswith(".")
+    assert registry.load("metric", name).card == card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_described_and_come_back_from_their_spec(name: str) -> None:
+    metric = build("metric", name)
+    assert isinstance(metric, ItemMetric | SummaryMetric)
+    assert build("metric", metric.spec()) == metric
+    assert metric.spec()["name"] == name
+    with pytest.raises(RecipeError, match="unknown option 'surely_unknown'"):
+        build("metric", {"name": name, "surely_unknown": 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_summaries_read_item_metrics_only(name: str) -> None:
+    metric = build("metric", name)
+    if not isinstance(metric, SummaryMetric):
+        assert isinstance(metric, ItemMetric)
+        return
+    assert metric.uses()
+    for used in metric.uses():
+        assert isinstance(build("metric", used), ItemMetric)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> None:
+    metric = build("metric", name)
+    values = evaluate(Fake(), {"forget": RECORDS, "retain": RECORDS[1:]}, [metric])
+    assert not values.skipped
+    for used, by_split in values.items.items():
+        for split, items in by_split.items():
+            assert len(items) == len(RECORDS) - (split == "retain")
+            valued = [item.value for item in items if item.value is not None]
+            assert all(item.reason for item in items if item.value is None)
+            assert all(0 <= value <= 1 or used == "truth_ratio" for value in valued)
+            mean = values.means[used][split]
+            # Items without a value are never averaged.
+            assert mean is None if not valued else mean == pytest.approx(np.mean(valued))
+        assert any(item.value is not None for item in by_split["forget"])
+    if isinstance(metric, SummaryMetric):
+        for value in metric.summarise(values, values).values():
+            assert value is None or math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_asks_only_for_its_capability(name: str) -> None:
+    metric = build("metric", name)
+    if isinstance(metric, SummaryMetric):
+        needed = {build("metric", used).card.capability for used in metric.uses()}
+        assert metric.card.capability in needed
+        return
+    kind = {"score": Score, "generate": Generate}[metric.card.capability]
+    prompt = Prompt.ask("Elsewhere?", prefill="Sure:")
+    requests = [r for record in RECORDS for r in metric.requests(record, prompt)]
+    assert requests
+    assert all(isinstance(request, kind) for request in requests)
+    # An attack's prompt is the one that is asked.
+    assert all(request.prompt == prompt for request in requests)
