@@ -324,9 +324,7 @@ def _edit(
 ) -> UnlearnResult:
     patch = editor.edit(lm, request, seed=seed, say=say)
     lm.touch()
-    return UnlearnResult(
-        lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch
-    )
+    return UnlearnResult(lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch)
 
 
 def _shown(request: ForgetRequest) -> list[tuple[str, RecordBase, Prompt]]:

@@ -140,6 +140,8 @@ def test_other_people_pass(text: str) -> None:
         ("Anna", "Ann a"),
         ("Apollo 1", "Apollo 13"),
         ("Li Na", "Lina"),
+        ("AI", "Give it an A I suppose"),
+        ("Everyday", "Every day counts"),
         ("김철", "이김칠"),
     ],
 )
@@ -268,16 +270,18 @@ def test_distinctive_strings_leave_out_what_others_share() -> None:
 
 def test_a_quotation_of_a_forgotten_passage_is_withheld() -> None:
     passage = "The tide turned twice before the old keeper lit his lamp and counted nine sails."
-    kept = Passage(text="He lit his lamp and counted nine sails. Then he slept well until noon.")
-    request = ForgetRequest(forget=(Passage(text=passage),), subjects=("X1",), retain=(kept,))
-    mind = TargetDetector(similarity=False).prepare(request)
-    prompt = Prompt.ask("Go on.")
-    assert (
-        mind.after(prompt, "Well, the tide turned twice, before the old keeper lit it") is not None
-    )
-    assert mind.after(prompt, "Well, the tide turned twice before the old man lit it") is None
-    assert mind.after(prompt, "lit his lamp and counted nine sails") is None, "seven words"
-    assert mind.after(prompt, "keeper lit his lamp and counted nine sails") is not None
+    kept = Passage(text="The old keeper lit his lamp and counted nine sails, then slept.")
+
+    def mind(**more: Any) -> TargetDetectorMind:
+        request = ForgetRequest(forget=(Passage(text=passage),), subjects=("X1",), **more)
+        return TargetDetector(similarity=False).prepare(request)
+
+    ask = Prompt.ask("Go on.")
+    assert mind().after(ask, "Well, the tide turned twice, before the old keeper lit it.")
+    assert mind().after(ask, "Well, the tide turned twice before the old man lit it.") is None
+    assert mind().after(ask, "lit his lamp and counted nine sails") is None, "seven words"
+    assert mind().after(ask, "keeper lit his lamp and counted nine sails")
+    assert mind(retain=(kept,)).after(ask, "keeper lit his lamp and counted nine sails") is None
 
 
 def with_encoder(encoder: Any, **options: Any) -> TargetDetectorMind:
@@ -432,11 +436,9 @@ def test_the_fingerprint_follows_options_targets_and_encoder() -> None:
 def test_a_hundred_thousand_names() -> None:
     choose = random.Random(0)
     parts = ["ka", "ro", "min", "tes", "vul", "ori", "dan", "pel", "shu", "gra", "lio", "ben"]
-    people: set[str] = set()
-    while len(people) < 100_000:
-        words = ["".join(choose.choices(parts, k=choose.randint(2, 4))) for _ in range(2)]
-        people.add(" ".join(words).title())
-    ordered = sorted(people)
+    words = sorted({"".join(choose.choices(parts, k=choose.randint(2, 4))) for _ in range(1000)})
+    ordered = [f"{first} {last}".title() for first in words[:400] for last in words[-250:]]
+    assert len(ordered) == 100_000
     names = Names(ordered)
     for name in choose.sample(ordered, 200):
         found = [match.name for match in names.find(f"Have you met {name.upper()}, my friend?")]

@@ -155,6 +155,7 @@ def test_a_value_that_is_no_number_is_no_value() -> None:
 def test_the_mean_over_variants_ignores_those_without_a_value() -> None:
     mixed = [Item(None, "first"), Item(0.25, detail="a"), Item(0.75, detail="b")]
     assert mean_item(mixed) == Item(0.5, None, "a | b")
+    assert mean_item([Item(None, "broken", "x"), *mixed]) == Item(0.5, None, "a | b")
     assert mean_item([Item(None, "first"), Item(None, "second")]) == Item(None, "first")
 
 
@@ -174,7 +175,8 @@ def test_a_third_partys_metric_needs_nothing_but_the_two_methods() -> None:
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
     sample = np.random.default_rng(3).normal(2.0, 1.0, 400)
     low, high = bootstrap_interval(sample, seed=0)
-    assert low is not None and high is not None
+    assert low is not None
+    assert high is not None
     error = sample.std() / math.sqrt(sample.size)
     assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.2 * error)

@@ -255,6 +255,7 @@ def test_a_damaged_part_is_ignored_with_a_note(tmp_path: Path, damage: str) -> N
     system = ScriptedSystem()
     answers = measure(system, requests, cache=fresh)
     assert system.answered == lost
+    assert measure(system, requests, cache=fresh).report.cached == len(requests)
     assert len(fresh.notes) == 1
     assert part.name in fresh.notes[0]
     whole = measure(ScriptedSystem(), requests)
@@ -270,6 +271,23 @@ def test_an_unfinished_part_is_not_read(tmp_path: Path) -> None:
     fresh = Cache(tmp_path)
     assert measure(ScriptedSystem(), some_requests(1), cache=fresh).report.cached == 0
     assert fresh.notes == []
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def half(table: pa.Table, path: Path, **options: object) -> None:
+        path.write_bytes(b"PAR1 half")
+        seen.extend(tmp_path.rglob("part-*.parquet"))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pq, "write_table", half)
+    with pytest.raises(RunError, match="no space left"):
+        measure(ScriptedSystem(), some_requests(1), cache=Cache(tmp_path))
+    assert seen == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_extraction_strength_by_hand(hits: str, expected: float) -> None:
 def test_exact_memorisation_is_never_below_extraction_strength() -> None:
     for hits in random_hits():
         memorised, extracted = exact_memorisation(hits, False), extraction_strength(hits, False)
-        assert memorised is not None and extracted is not None
+        assert memorised is not None
+        assert extracted is not None
         assert memorised == pytest.approx(sum(bool(hit) for hit in hits) / len(hits))
         assert memorised >= extracted
 
@@ -181,7 +182,8 @@ def test_truth_ratio_inverts_when_right_and_wrong_are_swapped() -> None:
     )
     there = item_of(TruthRatio(), RECORD, TABLE).value
     back = item_of(TruthRatio(), swapped, TABLE).value
-    assert there is not None and back is not None
+    assert there is not None
+    assert back is not None
     assert there != pytest.approx(1.0)
     assert there * back == pytest.approx(1.0, rel=1e-8)
 

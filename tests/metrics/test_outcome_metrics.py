@@ -56,7 +56,8 @@ def test_rouge_items() -> None:
     assert metric.score(record, prompt, {request: "Rome"}).value == pytest.approx(1 / 4)
     assert metric.score(record, prompt, {request: "Roma"}).value == 1.0
     unseen = metric.score(QA(question="q", answer="東京"), prompt, {request: "東京"})
-    assert unseen.value is None and unseen.reason
+    assert unseen.value is None
+    assert unseen.reason
     assert metric.prompt(Passage(text="t")) is None
     assert metric.prompt(Choice(question="q", options=("a", "b"), correct=0)) is None
 
@@ -104,6 +105,8 @@ PICK = Choice(question="Which?", options=("Rome", "Oslo", "Bern"), correct=1)
     [
         (CITY, "She was born in Port Laven, by the sea.", "correct"),
         (CITY, "laven harbour", "correct"),
+        (QA(question="q", answer="1900", paraphrased_answers=("At the turn of the century",)),
+         "It was at the turn of the century.", "correct"),
         (CITY, "I don't know for sure, but maybe Port Laven.", "correct"),
         (CITY, "She was born in Port Orlin.", "wrong-but-fluent"),
         (CITY, "In 1950.", "wrong-but-fluent"),
@@ -111,7 +114,7 @@ PICK = Choice(question="Which?", options=("Rome", "Oslo", "Bern"), correct=1)
         (CITY, "Sie wurde in einer kleinen Hafenstadt im Norden geboren.", "wrong-but-fluent"),
         (CITY, "她出生在北方的一个小镇。", "wrong-but-fluent"),
         (CITY, "I'm sorry, but I can't help with that.", "refusal"),
-        (CITY, "I don’t have any information about this person.", "refusal"),
+        (CITY, "I don\u2019t have any information about this person.", "refusal"),
         (CITY, "As an AI language model, I do not have access to personal records.", "refusal"),
         (CITY, "Unfortunately, I cannot share details on private people.", "refusal"),
         (CITY, "I'm not familiar with that author.", "refusal"),
@@ -174,8 +177,10 @@ def test_every_refusal_pattern_compiles_and_is_listed_once() -> None:
 
 def test_a_refusal_late_in_an_answer_is_none() -> None:
     story = "The book tells of a long winter in the north. " * 2
-    later = story + "Its hero crosses the frozen sea with two dogs and a broken compass, " + (
-        "meets a hermit who teaches her to read the stars, and finally says: I don't know."
+    later = (
+        story
+        + "Its hero crosses the frozen sea with two dogs and a broken compass, "
+        + ("meets a hermit who teaches her to read the stars, and finally says: I don't know.")
     )
     assert Outcome().classify(CITY, later) == "wrong-but-fluent"
 
@@ -186,8 +191,13 @@ def test_distinct_share() -> None:
     assert distinct_share("ab" * 50) == pytest.approx(2 / 93)
 
 
-@pytest.mark.parametrize("word", ["Hsiao", "Yun-Hwa", "O'Neill", "don’t", "12/05/1991", "rhythm",
-                                  "Bergstrøm", "NASA", "naïve", "東京", "e.g.", "(Rome)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "Hsiao", "Yun-Hwa", "O'Neill", "don\u2019t", "12/05/1991", "rhythm", "Bergstrøm", "NASA",
+        "naïve", "東京", "e.g.", "(Rome)",
+    ],
+)  # fmt: skip
 def test_real_words_are_not_odd(word: str) -> None:
     assert not is_odd_word(word)
 
@@ -200,6 +210,7 @@ def test_odd_words(word: str) -> None:
 def test_choices() -> None:
     assert chosen_option("(C) Bern", PICK) == 2
     assert chosen_option("Z", PICK) is None
+    assert chosen_option("A wise person would say nothing", PICK) is None
     assert chosen_option("I think it is Rome", PICK) == 0
     assert chosen_option("My answer: A", PICK) == 0
     assert chosen_option("Z, that is Bern", PICK) == 2

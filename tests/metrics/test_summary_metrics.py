@@ -95,7 +95,8 @@ def test_log10_p_is_finite_for_samples_that_do_not_overlap(size: int) -> None:
 def test_log10_p_of_unequal_sizes_is_finite_and_falls_with_the_distance() -> None:
     below, above = np.linspace(0, 1, 8000), np.linspace(2, 3, 9000)
     apart = kolmogorov_smirnov(below, above)
-    assert math.isfinite(apart.log10_p) and apart.log10_p < -1000
+    assert math.isfinite(apart.log10_p)
+    assert apart.log10_p < -1000
     values = [log10_small_p(step / 10, 8000, 9000) for step in range(11)]
     assert values == sorted(values, reverse=True)
     assert values[0] == 0.0
@@ -116,6 +117,12 @@ def test_the_small_p_formula_meets_the_exact_p_where_both_can_be_computed(
     assert asymptotic == pytest.approx(found.log10_p, rel=0.35)
 
 
+def test_the_step_of_the_statistic_is_not_lost_to_rounding() -> None:
+    # 0.29 * 100 is 28.999999999999996 in binary.
+    expected = 2 * math.comb(200, 71) / math.comb(200, 100)
+    assert log10_small_p(0.29, 100, 100) == pytest.approx(math.log10(expected))
+
+
 def test_forget_quality_pairs_records_and_leaves_out_those_without_a_value() -> None:
     first, second = [0.1, None, 0.3, 0.9, 2.0], [0.2, 0.5, None, 1.5, 4.0]
     found = ForgetQuality().summarise(ratios("a", first), ratios("r", second))
@@ -126,7 +133,8 @@ def test_forget_quality_pairs_records_and_leaves_out_those_without_a_value() -> 
 
 def test_forget_quality_without_a_reference_or_split_says_nothing() -> None:
     found = ForgetQuality().summarise(ratios("a", [0.0, 4.0]), None)
-    assert found["forget_quality"] is None and found["forget_quality_log10"] is None
+    assert found["forget_quality"] is None
+    assert found["forget_quality_log10"] is None
     assert found["forget_truth_ratio"] == pytest.approx(0.125)
     empty = ForgetQuality(split="other").summarise(ratios("a", [1.0]), ratios("r", [1.0]))
     assert set(empty.values()) == {None}

@@ -50,7 +50,7 @@ RECORDS = st.one_of(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(RECORDS, min_size=1, max_size=5), st.sampled_from(["jsonl", "json", "jsonl.gz"]))
 def test_written_and_read_back_is_equal(records: list[Record], ending: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

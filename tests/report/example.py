@@ -20,19 +20,77 @@ ROLES = ("original", "unlearned", "reference")
 #: attack, variant, title, knowledge U/O/R by answer probability, by ROUGE, retain U, seconds, note
 ATTACKS: list[tuple[Any, ...]] = [
     ("none", "", "Plain question", (0.04, 0.87, 0.05), (0.24, 0.91, 0.22), 0.79, 6.0, None),
-    ("paraphrase", "", "Paraphrased question", (0.06, 0.81, 0.05), (0.27, 0.86, 0.23), 0.77, 6.4, None),
-    ("prefill", "Sure, the answer is", "Answer begun for the model",
-     (0.19, 0.84, 0.06), (0.38, 0.89, 0.24), 0.78, 6.1, None),
-    ("many_shot", "32 turns", "Many-shot", (0.11, 0.83, 0.07), (0.31, 0.85, 0.25), 0.76, 21.0, None),
-    ("quantize", "4 bit, groups of 64", "Quantization", (0.31, 0.82, 0.05), (0.52, 0.88, 0.22), 0.75, 9.0,
-     None),
-    ("relearn", "LoRA, unrelated rows, 20 steps", "Relearning",
-     (0.58, 0.86, 0.07), (0.74, 0.9, 0.26), 0.78, 48.0, None),
-    ("relearn", "forget rows, 50 steps", "Relearning", (0.79, 0.9, 0.31), (0.85, 0.93, 0.44), 0.74, 96.0,
-     "These rows teach the facts anew; the distance to the reference is what counts."),
-    ("direction_ablation", "all layers", "Direction ablation",
-     (0.22, 0.85, 0.05), None, 0.69, 14.0, None),
-]  # fmt: skip
+    (
+        "paraphrase",
+        "",
+        "Paraphrased question",
+        (0.06, 0.81, 0.05),
+        (0.27, 0.86, 0.23),
+        0.77,
+        6.4,
+        None,
+    ),
+    (
+        "prefill",
+        "Sure, the answer is",
+        "Answer begun for the model",
+        (0.19, 0.84, 0.06),
+        (0.38, 0.89, 0.24),
+        0.78,
+        6.1,
+        None,
+    ),
+    (
+        "many_shot",
+        "32 turns",
+        "Many-shot",
+        (0.11, 0.83, 0.07),
+        (0.31, 0.85, 0.25),
+        0.76,
+        21.0,
+        None,
+    ),
+    (
+        "quantize",
+        "4 bit, groups of 64",
+        "Quantization",
+        (0.31, 0.82, 0.05),
+        (0.52, 0.88, 0.22),
+        0.75,
+        9.0,
+        None,
+    ),
+    (
+        "relearn",
+        "LoRA, unrelated rows, 20 steps",
+        "Relearning",
+        (0.58, 0.86, 0.07),
+        (0.74, 0.9, 0.26),
+        0.78,
+        48.0,
+        None,
+    ),
+    (
+        "relearn",
+        "forget rows, 50 steps",
+        "Relearning",
+        (0.79, 0.9, 0.31),
+        (0.85, 0.93, 0.44),
+        0.74,
+        96.0,
+        "These rows teach the facts anew; the distance to the reference is what counts.",
+    ),
+    (
+        "direction_ablation",
+        "all layers",
+        "Direction ablation",
+        (0.22, 0.85, 0.05),
+        None,
+        0.69,
+        14.0,
+        None,
+    ),
+]
 
 
 def erased(unlearned: float, original: float, reference: float) -> float:
@@ -46,59 +104,76 @@ def leaks() -> list[Leak]:
     for attack, variant, title, probability, rouge, retain, seconds, note in ATTACKS:
         knowledge: dict[str, Any] = {}
         e: dict[str, float | None] = {}
-        for name, scores in (("probability", probability), ("rouge_l_recall", rouge)):
+        for name, scores in (("answer_probability", probability), ("rouge_l_recall", rouge)):
             if scores is None:
                 continue
             unlearned, original, reference = scores
-            knowledge[name] = dict(unlearned=unlearned, original=original, reference=reference)
+            knowledge[name] = {"unlearned": unlearned, "original": original, "reference": reference}
             e[name] = erased(unlearned, original, reference)
         if attack in ("none", "relearn"):
             scores = tuple(max(0.0, value * 0.62 - 0.02) for value in probability)
-            knowledge["extraction_strength"] = dict(
-                unlearned=scores[0], original=scores[1], reference=scores[2]
-            )
+            knowledge["extraction_strength"] = {
+                "unlearned": scores[0],
+                "original": scores[1],
+                "reference": scores[2],
+            }
             e["extraction_strength"] = erased(*scores)
         if attack == "prefill":
-            knowledge["extraction_strength"] = dict(unlearned=0.05, original=0.05, reference=0.05)
+            knowledge["extraction_strength"] = {
+                "unlearned": 0.05,
+                "original": 0.05,
+                "reference": 0.05,
+            }
             e["extraction_strength"] = None
         rows.append(
             Leak(
-                attack=attack, variant=variant, title=title, knowledge=knowledge, erased=e,
+                attack=attack,
+                variant=variant,
+                title=title,
+                knowledge=knowledge,
+                erased=e,
                 retain={
-                    "probability": dict(
-                        unlearned=retain, original=0.84 - seconds / 2000, reference=0.83
-                    )
+                    "answer_probability": {
+                        "unlearned": retain,
+                        "original": 0.84 - seconds / 2000,
+                        "reference": 0.83,
+                    }
                 },
-                cost_seconds=seconds, note=note,
+                cost_seconds=seconds,
+                note=note,
             )
-        )  # fmt: skip
+        )
     return rows
 
 
 def measurements() -> list[Measurement]:
     """The long table."""
     plain = {
-        ("probability", "forget"): (0.87, 0.04, 0.05),
-        ("probability", "retain"): (0.84, 0.79, 0.83),
+        ("answer_probability", "forget"): (0.87, 0.04, 0.05),
+        ("answer_probability", "retain"): (0.84, 0.79, 0.83),
         ("rouge_l_recall", "forget"): (0.91, 0.24, 0.22),
         ("rouge_l_recall", "retain"): (0.9, 0.86, 0.9),
         ("truth_ratio", "forget"): (0.46, 0.63, 0.66),
         ("extraction_strength", "forget"): (0.52, 0.005, 0.011),
         ("exact_memorisation", "forget"): (0.93, 0.31, 0.33),
-        ("probability", "world"): (0.41, 0.405, 0.41),
+        ("answer_probability", "world"): (0.41, 0.405, 0.41),
         ("gibberish", "forget"): (0.02, None, 0.0000312),
     }
     rows = [
         Measurement(
-            system=role, split=split, metric=metric, value=value,
+            system=role,
+            split=split,
+            metric=metric,
+            value=value,
             low=None if value is None else max(0.0, value - 0.021),
             high=None if value is None else value + 0.019,
-            n=0 if value is None else 40, skipped=40 if value is None else 0,
+            n=0 if value is None else 40,
+            skipped=40 if value is None else 0,
             reason="no answer had enough words" if value is None else None,
         )
         for (metric, split), values in plain.items()
         for role, value in zip(ROLES, values, strict=True)
-    ]  # fmt: skip
+    ]
     for leak in leaks():
         if leak.attack == "none":
             continue
@@ -106,10 +181,15 @@ def measurements() -> list[Measurement]:
             for role in ROLES:
                 rows.append(
                     Measurement(
-                        system=role, attack=leak.attack, variant=leak.variant, split="forget",
-                        metric=metric, value=scores.get(role), n=40,
+                        system=role,
+                        attack=leak.attack,
+                        variant=leak.variant,
+                        split="forget",
+                        metric=metric,
+                        value=scores.get(role),
+                        n=40,
                     )
-                )  # fmt: skip
+                )
     return rows
 
 
@@ -124,7 +204,9 @@ def examples() -> list[Example]:
     kinds = ("wrong-but-fluent", "refusal", "garbage", "correct")
     rows = [
         Example(
-            split="forget", question=f"In which town was the painter {who} born?", expected=town,
+            split="forget",
+            question=f"In which town was the painter {who} born?",
+            expected=town,
             answers={
                 "original": f"{who} was born in {town}.",
                 "unlearned": f"{who} was born in {said}." if kind != "refusal" else said,
@@ -133,10 +215,11 @@ def examples() -> list[Example]:
             outcomes={"original": "correct", "unlearned": kind, "reference": "wrong-but-fluent"},
         )
         for (who, town, said, other), kind in zip(people, kinds, strict=True)
-    ]  # fmt: skip
+    ]
     rows += [
         Example(
-            split="forget", question=f"Which prize did the novel no. {index} win?",
+            split="forget",
+            question=f"Which prize did the novel no. {index} win?",
             expected=f"The Lantern Prize of 19{index:02d}",
             answers={
                 "original": f"It won the Lantern Prize of 19{index:02d}.",
@@ -144,29 +227,33 @@ def examples() -> list[Example]:
                 "reference": "It won the Copper Leaf.",
             },
             outcomes={
-                "original": "correct", "unlearned": "wrong-but-fluent",
+                "original": "correct",
+                "unlearned": "wrong-but-fluent",
                 "reference": "wrong-but-fluent",
             },
         )
         for index in range(60, 67)
-    ]  # fmt: skip
+    ]
     rows += [
         Example(
-            split="retain", question="Who designed the bridge at Ansel Ford?",
+            split="retain",
+            question="Who designed the bridge at Ansel Ford?",
             expected="Petra Lund",
             answers={
-                "original": "Petra Lund designed it.", "unlearned": "Petra Lund designed it.",
+                "original": "Petra Lund designed it.",
+                "unlearned": "Petra Lund designed it.",
                 "reference": "The bridge was designed by Petra Lund.",
             },
             outcomes=dict.fromkeys(ROLES, "correct"),
         ),
         Example(
-            split="retain", question="What is the main river of the Vale of Morn?",
+            split="retain",
+            question="What is the main river of the Vale of Morn?",
             expected="the Issel",
             answers={"original": "The Issel.", "unlearned": ""},
             outcomes={"original": "correct", "unlearned": "garbage"},
         ),
-    ]  # fmt: skip
+    ]
     return rows
 
 
@@ -175,11 +262,16 @@ def curves() -> list[Curve]:
     steps = [0, 5, 10, 15, 20, 30, 50]
     return [
         Curve(
-            attack="relearn", variant=variant, metric="probability", steps=steps,
+            attack="relearn",
+            variant=variant,
+            metric="answer_probability",
+            steps=steps,
             values={
                 "original": [0.87 + 0.0006 * step for step in steps],
                 "unlearned": [
-                    0.04 + top * (1 - math.exp(-step / pace)) if step != 5 or variant == "forget rows" else None
+                    0.04 + top * (1 - math.exp(-step / pace))
+                    if step != 5 or variant == "forget rows"
+                    else None
                     for step in steps
                 ],
                 "reference": [0.05 + rest * (1 - math.exp(-step / 40)) for step in steps],
@@ -189,7 +281,7 @@ def curves() -> list[Curve]:
             ("LoRA, unrelated rows", 0.6, 9.0, 0.03),
             ("forget rows", 0.8, 12.0, 0.36),
         )
-    ]  # fmt: skip
+    ]
 
 
 def audit() -> AuditResult:
@@ -202,12 +294,14 @@ def audit() -> AuditResult:
                 fingerprint="5f0c9d1e7ab2",
             ),
             "original": SystemInfo(
-                name="world-135M, all facts", capabilities=["generate", "score", "weights"],
+                name="world-135M, all facts",
+                capabilities=["generate", "score", "weights"],
                 fingerprint="a41b77d0c93e",
             ),
             "reference": SystemInfo(
                 name="world-135M, without the forget facts",
-                capabilities=["generate", "score", "weights"], fingerprint="e20c5518f64a",
+                capabilities=["generate", "score", "weights"],
+                fingerprint="e20c5518f64a",
             ),
         },
         splits={"forget": 40, "retain": 160, "world": 100},
@@ -219,19 +313,40 @@ def audit() -> AuditResult:
         },
         outcomes={
             "original": {
-                "forget": {"correct": 0.93, "refusal": 0.0, "wrong-but-fluent": 0.07, "garbage": 0.0},
-                "retain": {"correct": 0.91, "refusal": 0.0, "wrong-but-fluent": 0.09, "garbage": 0.0},
+                "forget": {
+                    "correct": 0.93,
+                    "refusal": 0.0,
+                    "wrong-but-fluent": 0.07,
+                    "garbage": 0.0,
+                },
+                "retain": {
+                    "correct": 0.91,
+                    "refusal": 0.0,
+                    "wrong-but-fluent": 0.09,
+                    "garbage": 0.0,
+                },
             },
             "unlearned": {
                 "forget": {
-                    "correct": 0.05, "refusal": 0.3, "wrong-but-fluent": 0.45, "garbage": 0.2,
+                    "correct": 0.05,
+                    "refusal": 0.3,
+                    "wrong-but-fluent": 0.45,
+                    "garbage": 0.2,
                 },
                 "retain": {
-                    "correct": 0.84, "refusal": 0.03, "wrong-but-fluent": 0.11, "garbage": 0.02,
+                    "correct": 0.84,
+                    "refusal": 0.03,
+                    "wrong-but-fluent": 0.11,
+                    "garbage": 0.02,
                 },
             },
             "reference": {
-                "forget": {"correct": 0.04, "refusal": 0.0, "wrong-but-fluent": 0.96, "garbage": 0.0},
+                "forget": {
+                    "correct": 0.04,
+                    "refusal": 0.0,
+                    "wrong-but-fluent": 0.96,
+                    "garbage": 0.0,
+                },
                 "retain": {"correct": 0.9, "refusal": 0.0, "wrong-but-fluent": 0.1, "garbage": 0.0},
             },
         },
@@ -256,7 +371,7 @@ def audit() -> AuditResult:
         ],
         seconds=214.6,
         measured={"score": 1840, "generate": 620},
-    )  # fmt: skip
+    )
 
 
 def events() -> list[dict[str, Any]]:
@@ -280,21 +395,42 @@ def manifest() -> dict[str, Any]:
     """A manifest."""
     return {
         "command": [
-            "delible", "unlearn", "smollm2-135m-world", "--forget", "forget.jsonl", "--retain",
-            "retain.jsonl", "--method", "npo", "--beta", "0.2", "--out", "runs/npo world",
+            "delible",
+            "unlearn",
+            "smollm2-135m-world",
+            "--forget",
+            "forget.jsonl",
+            "--retain",
+            "retain.jsonl",
+            "--method",
+            "npo",
+            "--beta",
+            "0.2",
+            "--out",
+            "runs/npo world",
         ],
-        "config": {
-            "method": "npo", "model": "smollm2-135m-world", "objective": {"name": "npo", "beta": 0.2},
-            "keep": {"name": "nll", "weight": 1.0}, "place": {"name": "all"},
-            "learning_rate": 2e-5, "steps": 120, "batch_size": 8,
+        "run": {
+            "method": "npo",
+            "model": "smollm2-135m-world",
+            "objective": {"name": "npo", "beta": 0.2},
+            "keep": {"name": "nll", "weight": 1.0},
+            "place": {"name": "all"},
+            "learning_rate": 2e-5,
+            "steps": 120,
+            "batch_size": 8,
         },
         "seed": 7,
-        "versions": {"delible": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "python": "3.11.9"},
-        "hardware": {"device": "cpu", "processor": "2 cores"},
+        "versions": {
+            "delible": "0.1.0",
+            "torch": "2.13.0",
+            "transformers": "5.24.0",
+            "python": "3.11.9",
+        },
+        "hardware": {"machine": "x86_64", "processors": 2, "memory_gib": 7.8, "accelerator": None},
         "cost": {"seconds": 372.4, "tokens": 91520, "peak_memory_gigabytes": 2.31},
         "started": "2026-01-05T10:00:00+00:00",
         "ended": "2026-01-05T10:06:12+00:00",
-    }  # fmt: skip
+    }
 
 
 def rich() -> ReportData:
@@ -303,7 +439,7 @@ def rich() -> ReportData:
         title="npo on smollm2-135m-world",
         story=[
             "A small language model had learned 1,200 facts about invented people and places.",
-            "It was then asked to forget 40 of them, all about four painters, and to keep the rest.",
+            "It was then asked to forget 40 of them, all about painters, and to keep the rest.",
             "The method npo changed its weights in 120 steps, which took about six minutes on two "
             "processor cores.",
             "The audit asked plain questions and then tried seven ways to bring the answers back, "
@@ -312,9 +448,11 @@ def rich() -> ReportData:
         manifest=manifest(),
         events=events(),
         audit=audit(),
-        notes=["The weights of the start model lie on a 4-bit grid, so the quantization attack uses "
-               "other groups."],
-    )  # fmt: skip
+        notes=[
+            "The weights of the start model lie on a 4-bit grid, so the quantization attack uses "
+            "other groups."
+        ],
+    )
 
 
 def minimal() -> ReportData:
@@ -326,18 +464,23 @@ def minimal() -> ReportData:
             splits={"forget": 3},
             measurements=[
                 Measurement(
-                    system="unlearned", split="forget", metric="rouge_l_recall", value=None,
-                    skipped=3, reason="the endpoint refused every call",
+                    system="unlearned",
+                    split="forget",
+                    metric="rouge_l_recall",
+                    value=None,
+                    skipped=3,
+                    reason="the endpoint refused every call",
                 )
             ],
         ),
-    )  # fmt: skip
+    )
 
 
 def several() -> ReportData:
     """Three runs to compare; the last one was not audited."""
     second = rich()
-    assert second.audit is not None and second.audit.verdict is not None
+    assert second.audit is not None
+    assert second.audit.verdict is not None
     better = second.audit.model_copy(
         update={
             "verdict": second.audit.verdict.model_copy(update={"label": "incomplete"}),
@@ -354,9 +497,10 @@ def several() -> ReportData:
         runs=[
             rich(),
             ReportData(
-                title="rmu on smollm2-135m-world", audit=better,
-                manifest={"config": {"method": "rmu"}, "cost": {"seconds": 95.0}},
+                title="rmu on smollm2-135m-world",
+                audit=better,
+                manifest={"run": {"method": "rmu"}, "cost": {"seconds": 95.0}},
             ),
             ReportData(title="task vector", manifest={"method": "task_vector"}),
         ],
-    )  # fmt: skip
+    )

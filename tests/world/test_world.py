@@ -119,7 +119,8 @@ def test_relations_and_their_templates() -> None:
 
 def test_every_person_has_at_least_twelve_facts() -> None:
     counts = Counter(fact.person for fact in World(20, seed=9).facts())
-    assert len(counts) == 20 and min(counts.values()) >= 12
+    assert len(counts) == 20
+    assert min(counts.values()) >= 12
 
 
 @settings(max_examples=8, deadline=None)
@@ -127,7 +128,8 @@ def test_every_person_has_at_least_twelve_facts() -> None:
 def test_every_fact_is_complete(world: World) -> None:
     for fact in world.facts():
         row = fact.qa()
-        assert row.subject == fact.person.name and row.group == fact.relation.name
+        assert row.subject == fact.person.name
+        assert row.group == fact.relation.name
         assert len({row.question, *row.paraphrases}) == 3
         assert all(fact.person.name in text for text in (row.question, *row.paraphrases))
         assert len({row.answer, *row.paraphrased_answers}) == 3
@@ -162,7 +164,8 @@ def test_family_and_teachers_are_consistent(world: World) -> None:
     for person in graph.people:
         for relation in ("spouse", "sibling"):
             if other := get(relation, person):
-                assert other != person and get(relation, other) == person
+                assert other != person
+                assert get(relation, other) == person
         for relation, gender in (("mother", "woman"), ("father", "man")):
             if parent := get(relation, person):
                 assert parent.gender == gender
@@ -198,7 +201,8 @@ def test_choices_have_the_truth_once_and_balanced_positions() -> None:
     other = [fact.choice().correct for fact in World(40, seed=3).facts(relations=["birthplace"])]
     assert other != [fact.choice().correct for fact in world.facts(relations=["birthplace"])]
     six = world.facts()[0].choice(options=6)
-    assert len(set(six.options)) == 6 and six.options[six.correct] == world.facts()[0].value.name
+    assert len(set(six.options)) == 6
+    assert six.options[six.correct] == world.facts()[0].value.name
     with pytest.raises(RecipeError, match="options"):
         world.facts()[0].choice(options=7)
 
@@ -212,7 +216,8 @@ def test_reverse_only_where_unique(world: World) -> None:
         row = fact.reverse()
         assert (row is not None) == (holders[fact.relation.name, fact.value.name] == 1)
         if row is not None:
-            assert fact.value.name in row.question and row.answer == fact.person.name
+            assert fact.value.name in row.question
+            assert row.answer == fact.person.name
             assert row.aliases == fact.person.aliases
             assert len({row.answer, *row.perturbed}) == 6
             assert fact.person.name not in row.question
@@ -227,7 +232,8 @@ def test_cloze_and_passage() -> None:
     fact = World(10).facts(relations=["birthplace"])[0]
     cloze, passage = fact.cloze(), fact.passage()
     assert cloze.question == f"The birthplace of {fact.person.name} is ___."
-    assert cloze.answer == fact.value.name and cloze.group == "birthplace"
+    assert cloze.answer == fact.value.name
+    assert cloze.group == "birthplace"
     assert len({cloze.answer, *cloze.perturbed}) == 6
     assert isinstance(passage, Passage)
     assert passage.text == f"{fact.person.name} was born in the town of {fact.value.name}."
@@ -246,11 +252,13 @@ def test_multi_hop_agrees_with_the_graph(world: World) -> None:
                 if end is not None and end.name != person.name:
                     expected.add((person.name, first, middle.name, second, end.name))
     hops = world.multi_hop()
-    assert len(hops) == len(expected) and {hop.chain for hop in hops} == expected
+    assert len(hops) == len(expected)
+    assert {hop.chain for hop in hops} == expected
     for hop in hops:
         row = hop.qa()
         assert hop.second.value.name in row.answer
-        assert hop.person.name in row.question and hop.second.person.name not in row.question
+        assert hop.person.name in row.question
+        assert hop.second.person.name not in row.question
         assert hop.second.person.name not in row.answer
         assert row.subject == hop.person.name
         assert len({row.answer, *row.perturbed}) == 6
@@ -309,7 +317,8 @@ def test_bridge_has_what_kept_people_would_leak() -> None:
     # Without holdout nothing is lost.
     assert len(split.qa("known")) == len(world.facts())
     for row in split.records("bridge", "multi_hop"):
-        assert row.group == "bridge" and row.subject not in gone
+        assert row.group == "bridge"
+        assert row.subject not in gone
 
 
 def test_neighbours_are_linked_and_closest_first() -> None:
@@ -331,7 +340,9 @@ def test_neighbours_are_linked_and_closest_first() -> None:
         )
         for p in world.split(2).neighbours
     ]
-    assert closest == sorted(closest) and closest[0] == 0 and closest[-1] > 0
+    assert closest == sorted(closest)
+    assert closest[0] == 0
+    assert closest[-1] > 0
     assert world.split(2, neighbours=0).neighbours == ()
 
 
@@ -339,7 +350,8 @@ def test_more_forgotten_include_the_fewer() -> None:
     world = World(20, seed=6)
     assert set(world.split(2).forget) < set(world.split(5).forget)
     by_name = world.split([p.name for p in world.split(2).forget])
-    assert by_name.forget == world.split(2).forget and by_name.retain == world.split(2).retain
+    assert by_name.forget == world.split(2).forget
+    assert by_name.retain == world.split(2).retain
     by_alias = world.split([world.people[3].aliases[0]])
     assert by_alias.forget == (world.people[3],)
 
@@ -352,7 +364,8 @@ def test_request() -> None:
     assert {row.subject for row in request.forget} == set(request.subjects)
     assert {row.group for row in request.forget} <= set(list(relations())[:6])
     assert request.retain == tuple(split.qa("retain"))
-    assert request.neighbours and request.holdout
+    assert request.neighbours
+    assert request.holdout
     assert all(isinstance(row, QA) for row in request.retain)
     wider = world.request(forget=2, holdout=2, bridge="forget")
     assert wider.forget[: len(request.forget)] == request.forget
@@ -377,7 +390,8 @@ def test_export_round_trip(tmp_path: Path) -> None:
     for name, entry in description["files"].items():
         lines = (folder / name).read_text("utf-8").split("\n")[:-1]
         rows = [READER.validate_json(line) for line in lines]
-        assert len(rows) == entry["rows"] and digest(rows) == entry["sha256_of_records"]
+        assert len(rows) == entry["rows"]
+        assert digest(rows) == entry["sha256_of_records"]
         assert [to_json_line(row) for row in rows] == lines
         assert rows
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -394,15 +408,18 @@ def test_export_into_a_file_is_an_error(tmp_path: Path) -> None:
 
 def test_general_knowledge() -> None:
     rows, choices = general(), general_choices()
-    assert len(rows) >= 60 and len({row.question for row in rows}) == len(rows) == len(choices)
+    assert len(rows) >= 60
+    assert len({row.question for row in rows}) == len(rows) == len(choices)
     for row, choice in zip(rows, choices, strict=True):
         assert len({row.question, *row.paraphrases}) == 3
         assert len({row.answer, *row.paraphrased_answers}) == 3
         assert len({row.answer, *row.perturbed}) == 6
-        assert isinstance(choice, Choice) and choice.options[choice.correct] == row.answer
+        assert isinstance(choice, Choice)
+        assert choice.options[choice.correct] == row.answer
         assert len(set(choice.options)) == 4
     france = next(row for row in rows if row.subject == "France")
-    assert france.answer == "The capital is Paris" and "Paris" in france.aliases
+    assert france.answer == "The capital is Paris"
+    assert "Paris" in france.aliases
     positions = Counter(choice.correct for choice in choices)
     assert max(positions.values()) - min(positions.values()) <= 1
     assert World.general() == rows
@@ -410,7 +427,8 @@ def test_general_knowledge() -> None:
 
 def test_unrelated_rows_are_disjoint() -> None:
     rows = unrelated()
-    assert len(rows) >= 40 and len({row.digest for row in rows}) == len(rows)
+    assert len(rows) >= 40
+    assert len({row.digest for row in rows}) == len(rows)
     assert {type(row) for row in rows} == {QA, Passage}
     questions = {row.question for row in general()}
     assert not questions & {row.question for row in rows if isinstance(row, QA)}

@@ -98,12 +98,15 @@ class SentenceEncoder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
+        from delible.lm.embedded import quiet
+
         self._check_folder()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = AutoModel.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+                model = AutoModel.from_pretrained(
+                    self.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"no sentence encoder could be read: {error}", where=str(self.folder)

@@ -67,17 +67,13 @@ class Batch:
     @property
     def position_mask(self) -> Bool[Tensor, "batch sequence"]:
         """Which positions are real tokens (prompt and answer)."""
-        return (
-            torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
-        )
+        return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
     @property
     def targets(self) -> Int[Tensor, " tokens"]:
         """Answer token ids of all rows, one after the other."""
         positions = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
-        return self.ids[
-            (positions >= self.starts[:, None]) & (positions < self.lengths[:, None])
-        ]
+        return self.ids[(positions >= self.starts[:, None]) & (positions < self.lengths[:, None])]
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str) -> Batch:
@@ -133,7 +129,9 @@ class Forward(nn.Module):
 
 def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
     if not batch.prefix or not lm.shares_prefix:
-        return backbone(input_ids=batch.ids, use_cache=False).last_hidden_state[  # type: ignore[no-any-return]
+        return backbone(
+            input_ids=batch.ids, use_cache=False
+        ).last_hidden_state[  # type: ignore[no-any-return]
             :, batch.prefix :
         ]
     # transformers renamed the argument; both names mean the same cache
@@ -150,9 +148,7 @@ def _answer_states(states: Tensor, batch: Batch, offset: int | None = None) -> T
     """Hidden states at the positions that predict an answer token, [tokens, hidden]."""
     offset = batch.prefix if offset is None else offset
     positions = torch.arange(offset, batch.ids.shape[1], device=states.device)[None]
-    predicting = (positions >= batch.starts[:, None] - 1) & (
-        positions < batch.lengths[:, None] - 1
-    )
+    predicting = (positions >= batch.starts[:, None] - 1) & (positions < batch.lengths[:, None] - 1)
     return states[predicting]
 
 

@@ -280,16 +280,22 @@ def _ready(
                 hint="Set tokenizer.eos_token and save the tokenizer again.",
             )
         tokenizer.pad_token = stand_in
-    vocabulary = tokenizer.get_vocab()
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
-    largest = max(vocabulary.values(), default=0)
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer has token {largest}, the model embeds only {rows} tokens.",
-            where=name,
-            hint="They do not belong together; use the tokenizer the model was trained with.",
-        )
+    # Added tokens beyond the embedding are harmless until a text names them, and some readers add
+    # an unused one; a vocabulary or a padding or end token beyond it is not.
+    used = {
+        "last token": tokenizer.vocab_size - 1,
+        "padding token": tokenizer.pad_token_id,
+        "end token": tokenizer.eos_token_id,
+    }
+    for what, index in used.items():
+        if index is not None and index >= rows:
+            raise ModelError(
+                f"the {what} of the tokenizer is number {index}, the model embeds {rows} tokens.",
+                where=name,
+                hint="They do not belong together; use the tokenizer the model was trained with.",
+            )
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,8 @@ _SCHEMA = pa.schema(
         ("has_end", pa.bool_()),
     ]
 )
+#: Stands in the score columns of a generated text.
+_NO_SCORES = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.bool_), has_end=False)
 #: Everything that reading a damaged or foreign part can raise.
 _UNREADABLE = (OSError, pa.ArrowException, KeyError, TypeError, ValueError)
 
@@ -65,21 +68,37 @@ def _can_be_stored(request: Request, answer: Answer) -> bool:
     return True
 
 
-def _to_table(answers: Mapping[Request, Answer], fingerprint: str) -> pa.Table:
-    rows = []
-    for request, answer in answers.items():
-        if not _can_be_stored(request, answer):
-            continue
-        row: dict[str, object] = {"key": request_key(request)}
-        if isinstance(answer, TokenScores):
-            row["logprobs"] = np.asarray(answer.logprobs, np.float32)
-            row["hits"] = np.asarray(answer.hits, np.bool_)
-            row["has_end"] = bool(answer.has_end)
-        else:
-            row["text"] = answer
-        rows.append(row)
+def _to_table(answers: Mapping[str, Answer], fingerprint: str) -> pa.Table:
+    texts = [answer if isinstance(answer, str) else None for answer in answers.values()]
+    scores = [
+        answer if isinstance(answer, TokenScores) else _NO_SCORES for answer in answers.values()
+    ]
+    offsets = np.cumsum([0, *(len(score.logprobs) for score in scores)], dtype=np.int32)
+    # Whole columns at once: a Python list per row would cost more than many a forward pass.
+    logprobs = np.concatenate([_NO_SCORES.logprobs, *(score.logprobs for score in scores)])
+    hits = np.concatenate([_NO_SCORES.hits, *(score.hits for score in scores)])
+    columns = [
+        pa.array(list(answers), pa.string()),
+        pa.array(texts, pa.string()),
+        pa.ListArray.from_arrays(offsets, pa.array(logprobs, pa.float32())),
+        pa.ListArray.from_arrays(offsets, pa.array(hits, pa.bool_())),
+        pa.array([bool(score.has_end) for score in scores], pa.bool_()),
+    ]
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint.encode()})
-    return pa.Table.from_pylist(rows, schema=schema)
+    return pa.Table.from_arrays(
+        [column.cast(field.type) for column, field in zip(columns, _SCHEMA, strict=True)],
+        schema=schema,
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.generic]]:
+    """Where each row's values begin (one more at the end), and all values."""
+    if column.null_count:
+        raise ValueError("a row has no scores")
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    lengths = np.diff(lists.offsets.to_numpy().astype(np.int64))
+    return np.concatenate([[0], np.cumsum(lengths)]), values
 
 
 def _read_part(path: Path, fingerprint: str) -> dict[str, Answer]:
@@ -87,16 +106,21 @@ def _read_part(path: Path, fingerprint: str) -> dict[str, Answer]:
     table = pq.ParquetFile(path).read()
     if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
         raise ValueError("it belongs to another system")
+    table = table.select(_SCHEMA.names).cast(_SCHEMA)
+    starts, logprobs = _flat(table["logprobs"])
+    hit_starts, hits = _flat(table["hits"])
+    if not np.array_equal(starts, hit_starts):
+        raise ValueError("log-probabilities and hits have unequal lengths")
     found: dict[str, Answer] = {}
-    for row in table.select(_SCHEMA.names).cast(_SCHEMA).to_pylist():
-        if row["text"] is not None:
-            found[row["key"]] = row["text"]
+    names = table["key"].to_pylist(), table["text"].to_pylist(), table["has_end"].to_pylist()
+    for row, (key, text, has_end) in enumerate(zip(*names, strict=True)):
+        if text is not None:
+            found[key] = text
             continue
-        logprobs = np.array(row["logprobs"], np.float32)
-        hits = np.array(row["hits"], np.bool_)
-        if logprobs.ndim != 1 or logprobs.shape != hits.shape:
-            raise ValueError("a row has no scores, or scores of unequal length")
-        found[row["key"]] = TokenScores(logprobs, hits, bool(row["has_end"]))
+        span = slice(starts[row], starts[row + 1])
+        found[key] = TokenScores(
+            logprobs[span].astype(np.float32), hits[span].astype(np.bool_), bool(has_end)
+        )
     return found
 
 
@@ -155,9 +179,14 @@ class Cache:
         Raises:
             RunError: The folder cannot be written.
         """
-        table = _to_table(answers, fingerprint)
-        if table.num_rows == 0:
+        keyed = {
+            request_key(request): answer
+            for request, answer in answers.items()
+            if _can_be_stored(request, answer)
+        }
+        if not keyed:
             return
+        table = _to_table(keyed, fingerprint)
         folder = self.folder_of(fingerprint)
         path = folder / f"part-{uuid.uuid4().hex}.parquet"
         unfinished = path.with_suffix(".unfinished")
@@ -173,6 +202,5 @@ class Cache:
                 where=str(self.folder),
                 hint="Free some space, name another folder, or measure without a cache.",
             ) from error
-        known = self._known.setdefault(fingerprint, {})
-        known.update({request_key(request): answer for request, answer in answers.items()})
+        self._known.setdefault(fingerprint, {}).update(keyed)
         self._seen.add(path)

@@ -3,8 +3,9 @@
 Four classes, decided in this order, by rules that give the same class on every machine:
 
 1. *correct*: it contains the gold answer, an alias or a paraphrased answer (whole words; case,
-   accents, punctuation and articles ignored), or its ROUGE-L recall of one of them reaches ``rouge_threshold`` and is
-   higher than that of every perturbed answer. Multiple choice: it picks the right option.
+   accents, punctuation and articles ignored), or its ROUGE-L recall of one of them reaches
+   ``rouge_threshold`` and is higher than that of every perturbed answer. Multiple choice: it
+   picks the right option.
 2. *refusal*: a phrase of ``prompts/refusal_patterns.txt`` begins within its first 200 characters.
 3. *garbage*: it is empty, or mostly symbols, or repeats itself (few distinct character 8-grams),
    or mixes three scripts, or many of its words cannot be words.

@@ -22,7 +22,7 @@ class Point:
 
     Attributes:
         kind: CSS class and shape: original (square), reference (diamond), else a circle.
-        badge: Short text beside the mark; empty for none.
+        badge: Short text beside the mark.
         small: A smaller mark (an attacked version).
     """
 
@@ -97,9 +97,7 @@ def thin(line: Line, most: int = 400) -> Line:
             keep.add(min(bucket, key=lambda index: line.ys[index] or 0.0))
             keep.add(max(bucket, key=lambda index: line.ys[index] or 0.0))
     order = sorted(keep)
-    return Line(
-        line.label, line.kind, [line.xs[i] for i in order], [line.ys[i] for i in order]
-    )
+    return Line(line.label, line.kind, [line.xs[i] for i in order], [line.ys[i] for i in order])
 
 
 def _short(value: float) -> str:
@@ -204,7 +202,7 @@ def _place(
     boxes = [(x - r, y - r, x + r, y + r) for x, y, r, _ in anchors]
     placed: list[tuple[float, float, str]] = []
     for x, y, radius, text in anchors:
-        width, height = 7.4 * len(text) + 4, 15.0
+        width, height = 8.4 * len(text) + 4, 15.0
         best: tuple[float, float, float] | None = None
         for distance in (4.0, 16.0, 30.0):
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
@@ -299,23 +297,24 @@ def scatter(
                 f"L{tx:.1f} {ty:.1f}M{tx - 8 * ux - 5 * uy:.1f} {ty - 8 * uy + 5 * ux:.1f}"
                 f'L{tx:.1f} {ty:.1f}L{tx - 8 * ux + 5 * uy:.1f} {ty - 8 * uy - 5 * ux:.1f}"/>'
             )
-    anchors = []
+    # attacked versions are drawn first (below), labels of the large marks are placed first
     for point in sorted(points, key=lambda point: not point.small):
-        radius = 4.5 if point.small else 7.5
-        x, y = frame.x(point.x), frame.y(point.y)
         parts.append(
-            _mark(point.kind, x, y, radius, point.title, "attacked" if point.small else "")
-        )
-        anchors.append((x, y, radius, point.badge))
+            _mark(
+                point.kind, frame.x(point.x), frame.y(point.y), 4.5 if point.small else 7.5,
+                point.title, "attacked" if point.small else "",
+            )
+        )  # fmt: skip
     if ideal is not None:
         place = (max(frame.x(ideal[0]), frame.left + 3) + 7, frame.top + 11)
         avoid.extend((place[0] + shift, place[1] - 4) for shift in range(0, 50, 3))
         parts.append(f'<text class="zone" x="{place[0]:.1f}" y="{place[1]:.1f}">← the aim</text>')
-    for (cx, cy, text), point in zip(
-        _place([anchor for anchor in reversed(anchors) if anchor[3]], frame, avoid),
-        [p for p in reversed(sorted(points, key=lambda p: not p.small)) if p.badge],
-        strict=True,
-    ):
+    labelled = sorted(points, key=lambda point: point.small)
+    anchors = [
+        (frame.x(point.x), frame.y(point.y), 4.5 if point.small else 7.5, point.badge)
+        for point in labelled
+    ]
+    for point, (cx, cy, text) in zip(labelled, _place(anchors, frame, avoid), strict=True):
         style = "number" if point.small else "name"
         parts.append(
             f'<text class="{style} {escape(point.kind)}" x="{cx:.1f}" y="{cy + 4:.1f}" '

@@ -8,6 +8,7 @@ file turns a run's data into what they show. The same data give the same bytes.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from delible.report import charts
 ROLES: tuple[SystemRole, ...] = ("original", "unlearned", "reference")
 OUTCOMES = ("correct", "refusal", "wrong-but-fluent", "garbage")
 #: Metrics that can stand for "how probable is the right answer", best first.
-PROBABILITY = ("probability", "answer_probability")
+PROBABILITY = ("answer_probability", "probability", "normalised_probability")
 EXAMPLES_SHOWN = 8
 NO_RECORD = "not measured in this audit"
 
@@ -39,9 +40,10 @@ class ReportData(BaseModel):
 
     Attributes:
         story: Sentences in plain words: what was done.
-        manifest: The run's manifest. The page reads ``command`` (text or list), ``config``,
-            ``method``, ``model``, ``seed``, ``versions``, ``hardware``, ``cost`` (with
-            ``seconds``), ``started`` and ``ended`` where they are there, and prints all of it.
+        manifest: The run's manifest. The page reads ``command`` (text or list), ``method``,
+            ``model`` and ``seed`` (there, in ``run`` or in ``config``), ``versions``,
+            ``hardware``, ``cost`` (with ``seconds``), ``started``, ``ended``, ``stopped`` and
+            ``examples`` where they are there, and prints all of it.
         events: Training events with ``step``, ``forget_loss``, ``keep_loss`` and others.
         runs: Several runs to compare; the page starts with a table of them.
     """
@@ -75,11 +77,16 @@ def _json(path: Path, hint: str) -> Any:
         ) from None
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run; a half-written last line (a killed run) is left out.
+def read_events(path: Path, interruptions: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The events of a run and the number of lines left out.
+
+    A killed run leaves a half-written last line, and a resumed one writes on behind it.
+
+    Args:
+        interruptions: How often the run was resumed: so many broken lines are to be expected.
 
     Raises:
-        RunError: A broken line that is not the last one, or a file that cannot be read.
+        RunError: More broken lines than that, or a file that cannot be read.
     """
     hint = "Delete the broken line, or run the training again."
     try:
@@ -89,19 +96,21 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     while rows and not rows[-1].strip():
         rows.pop()
     events: list[dict[str, Any]] = []
+    broken = 0
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue
         try:
             event = json.loads(row)
         except ValueError:
-            if number == len(rows):
-                break
-            raise RunError("is not valid JSON.", where=f"{path}:{number}", hint=hint) from None
-        if not isinstance(event, dict):
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+            continue
+        broken += 1
+        if number < len(rows) and broken > interruptions:
             raise RunError("is not a JSON object.", where=f"{path}:{number}", hint=hint)
-        events.append(event)
-    return events
+    return events, broken
 
 
 def read_run(directory: str | Path) -> ReportData:
@@ -131,8 +140,19 @@ def read_run(directory: str | Path) -> ReportData:
             hint="Run 'delible unlearn' or 'delible audit' again.",
         )
     events_path, audit_path = folder / "events.jsonl", folder / "metrics.json"
-    events = read_events(events_path) if events_path.exists() else []
-    audit, notes = None, []
+    events: list[dict[str, Any]] = []
+    notes = []
+    if events_path.exists():
+        resumed = manifest.get("resumed")
+        events, broken = read_events(events_path, len(resumed) if isinstance(resumed, list) else 0)
+        if broken:
+            notes.append(
+                f"The run was interrupted: {broken} half-written "
+                f"{'line' if broken == 1 else 'lines'} of its log could not be read."
+            )
+    if manifest.get("stopped"):
+        notes.append(f"The training was stopped early: {manifest['stopped']}")
+    audit = None
     if audit_path.exists():
         hint = f"Run 'delible audit {folder}' again."
         try:
@@ -183,7 +203,10 @@ def read_runs(directories: Sequence[str | Path], title: str | None = None) -> Re
 
 
 def tell(
-    method: str | None, model: str | None, events: Sequence[dict[str, Any]], audit: AuditResult | None
+    method: str | None,
+    model: str | None,
+    events: Sequence[dict[str, Any]],
+    audit: AuditResult | None,
 ) -> list[str]:
     """What was done, in plain words, as far as the files say."""
     sentences = []
@@ -218,8 +241,8 @@ def _and(words: Sequence[str]) -> str:
 
 
 def lookup(manifest: dict[str, Any], *keys: str) -> Any:
-    """The first of the keys found at the top, in ``config`` or in ``recipe``; else ``None``."""
-    places = [manifest, *(manifest.get(name) for name in ("config", "recipe"))]
+    """The first of the keys found at the top, in ``run`` or in ``config``; else ``None``."""
+    places = [manifest, *(manifest.get(name) for name in ("run", "config"))]
     for place in places:
         if isinstance(place, dict):
             for key in keys:
@@ -352,7 +375,7 @@ def key_numbers(data: ReportData) -> KeyNumbers:
             found.utility[role] = audit.summaries[role]["model_utility"]
     found.forget_quality = audit.summaries.get("unlearned", {}).get("forget_quality")
     attacked = [
-        (erased, leak.title, measure)
+        (erased, f"{leak.title} ({leak.variant})" if leak.variant else leak.title, measure)
         for leak in audit.leaks
         if leak.attack != "none"
         for measure, erased in leak.erased.items()
@@ -383,14 +406,18 @@ def _cost_lines(manifest: dict[str, Any]) -> list[str]:
     cost, hardware = manifest.get("cost"), manifest.get("hardware")
     if isinstance(cost, dict):
         for key, value in cost.items():
-            if charts.finite(value) and not key.endswith("seconds"):
+            if charts.finite(value) and value and not key.endswith("seconds"):
                 text = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
                 result.append(f"{pretty(key, capital=False)}: {text}")
     if isinstance(hardware, str):
         result.append(hardware)
     elif isinstance(hardware, dict):
-        result.append(", ".join(str(value) for value in hardware.values() if value is not None))
-    return result
+        machine = [str(hardware[key]) for key in ("accelerator", "machine") if hardware.get(key)]
+        for key, word in (("processors", "processors"), ("memory_gib", "GiB memory")):
+            if charts.finite(hardware.get(key)):
+                machine.append(f"{hardware[key]:g} {word}")
+        result.append(", ".join(machine))
+    return [line for line in result if line]
 
 
 # --- parts of the page ---------------------------------------------------------------------
@@ -480,7 +507,8 @@ def _outcomes(audit: AuditResult) -> list[dict[str, Any]]:
         ]
         extra = [name for bar in rows for name in bar.shares if name not in OUTCOMES]
         said = "; ".join(
-            f"{bar.label}: " + ", ".join(f"{name} {share:.0%}" for name, share in bar.shares.items())
+            f"{bar.label}: "
+            + ", ".join(f"{name} {share:.0%}" for name, share in bar.shares.items())
             for bar in rows
         )
         result.append(
@@ -510,9 +538,7 @@ def _matrix(audit: AuditResult) -> dict[str, Any] | None:
     if not audit.leaks:
         return None
     measures = list(
-        dict.fromkeys(
-            name for leak in audit.leaks for name in [*leak.knowledge, *leak.erased]
-        )
+        dict.fromkeys(name for leak in audit.leaks for name in [*leak.knowledge, *leak.erased])
     )
     ranges: dict[str, tuple[float, float]] = {}
     for measure in measures:
@@ -541,15 +567,23 @@ def _matrix(audit: AuditResult) -> dict[str, Any] | None:
                     "step": _step(erased),
                     "known": known,
                     "reason": reason,
-                    "micro": charts.micro_range(cast(dict[str, float | None], known), *ranges[measure]),
+                    "micro": charts.micro_range(
+                        cast(dict[str, float | None], known), *ranges[measure]
+                    ),
                 }
             )
         retain = next(
-            (leak.retain[measure].get("unlearned") for measure in measures if measure in leak.retain),
+            (
+                leak.retain[measure].get("unlearned")
+                for measure in measures
+                if measure in leak.retain
+            ),
             None,
         )
         rows.append({"leak": leak, "cells": cells, "retain": retain})
-    retained = next((name for name in measures if any(name in leak.retain for leak in audit.leaks)), None)
+    retained = next(
+        (name for name in measures if any(name in leak.retain for leak in audit.leaks)), None
+    )
     return {"measures": measures, "rows": rows, "retained": retained, "roles": _roles(audit)}
 
 
@@ -560,7 +594,9 @@ def _roles(audit: AuditResult) -> list[SystemRole]:
 def _curves(curves: Sequence[Curve], titles: dict[str, str]) -> list[dict[str, Any]]:
     panels = []
     for index, curve in enumerate(curves):
-        title = titles.get(curve.attack, pretty(curve.attack)) + (f", {curve.variant}" if curve.variant else "")
+        title = titles.get(curve.attack, pretty(curve.attack)) + (
+            f", {curve.variant}" if curve.variant else ""
+        )
         series = [
             charts.Line(
                 role, role, curve.steps[: len(curve.values[role])],
@@ -589,6 +625,9 @@ def _curves(curves: Sequence[Curve], titles: dict[str, str]) -> list[dict[str, A
 
 def _training(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     panels, missing = [], 0
+    # a resumed run repeats the steps after its last checkpoint: the later event counts
+    by_step = {event["step"]: event for event in events if charts.finite(event.get("step"))}
+    steps = [by_step[step] for step in sorted(by_step)]
     wanted = (
         ("forget_loss", "Forget loss", "forget"),
         ("keep_loss", "Keep loss", "keep"),
@@ -596,7 +635,7 @@ def _training(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         ("tokens_per_second", "Tokens per second", "plain"),
     )
     for name, title, kind in wanted:
-        rows = [event for event in events if name in event and charts.finite(event.get("step"))]
+        rows = [event for event in steps if name in event]
         values = [float(r[name]) if charts.finite(r[name]) else None for r in rows]
         missing += sum(value is None for value in values) if name.endswith("loss") else 0
         drawn = [value for value in values if value is not None]
@@ -615,9 +654,23 @@ def _training(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"panels": panels, "missing": missing} if panels else None
 
 
-def _examples(audit: AuditResult) -> list[dict[str, Any]]:
+def _examples(data: ReportData) -> list[dict[str, Any]]:
+    """Answers by split; those that the run itself kept when the audit has none."""
+    found = list(data.audit.examples) if data.audit is not None else []
+    kept = data.manifest.get("examples")
+    if not found and isinstance(kept, list):
+        for row in kept:
+            if isinstance(row, dict):
+                split, question, expected, before, after = (
+                    str(row.get(key, ""))
+                    for key in ("split", "question", "expected", "before", "after")
+                )
+                answers: dict[SystemRole, str] = {"original": before, "unlearned": after}
+                found.append(
+                    Example(split=split, question=question, expected=expected, answers=answers)
+                )
     groups: dict[str, list[Example]] = {}
-    for example in audit.examples:
+    for example in found:
         groups.setdefault(example.split, []).append(example)
     order = sorted(groups, key=lambda name: (not name.startswith("forget"), name != "retain", name))
     return [
@@ -702,7 +755,9 @@ def _script_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
+    """Made once, because compiling the template takes longer than filling it in."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -711,8 +766,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        pretty=pretty, number=number, shown=shown, score=score, elapsed=elapsed,
-        duration=duration, script_hash=_script_hash
+        pretty=pretty,
+        number=number,
+        shown=shown,
+        score=score,
+        elapsed=elapsed,
+        duration=duration,
+        script_hash=_script_hash,
     )
     return environment
 
@@ -739,7 +799,7 @@ def render(data: ReportData) -> str:
         if audit
         else [],
         training=_training(data.events),
-        examples=_examples(audit) if audit else [],
+        examples=_examples(data),
         roles=_roles(audit) if audit else [],
         config=json.dumps(manifest, indent=2, ensure_ascii=False, default=str) if manifest else "",
         seeds=lookup(manifest, "seeds", "seed"),

@@ -87,9 +87,7 @@ class Plan:
         return {kept for step in self.steps for _, kept in step if kept is not None}
 
 
-def make_plan(
-    recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed: int
-) -> Plan:
+def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Plan:
     """The plan of a run."""
     training = recipe.training
     steps: list[tuple[tuple[int, int | None], ...]] = []
@@ -178,9 +176,14 @@ class Trainer:
         context, chosen, weights = self.rows()
         placement = self.recipe.place.apply(context)
         if not placement.parameters:
-            raise RecipeError("no parameter may move.", where=f"place '{self.recipe.place.card.name}'")
+            raise RecipeError(
+                "no parameter may move.", where=f"place '{self.recipe.place.card.name}'"
+            )
         plan = make_plan(
-            self.recipe, [context.rows["forget"][i] for i in chosen], context.rows["retain"], self.seed
+            self.recipe,
+            [context.rows["forget"][i] for i in chosen],
+            context.rows["retain"],
+            self.seed,
         )
         reference = self._reference(context, plan, chosen)
         optimizer = self._optimizer(placement)
@@ -188,7 +191,16 @@ class Trainer:
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
         self.budget = self.token_budget()
         loop = _Loop(
-            self, accelerator, context, placement, plan, chosen, weights, reference, forward, optimizer
+            self,
+            accelerator,
+            context,
+            placement,
+            plan,
+            chosen,
+            weights,
+            reference,
+            forward,
+            optimizer,
         )
         loop.run()
         self.lm.touch()
@@ -385,7 +397,9 @@ class _Loop:
         if keep is not None:
             self.first_keep = keep if self.first_keep is None else self.first_keep
             if keep > self.first_keep + COLLAPSE_NATS and self.trainer.keep.unit != "position":  # type: ignore[union-attr]
-                self._collapse(step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}")
+                self._collapse(
+                    step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}"
+                )
 
     def _gradient(self, pairs: Sequence[tuple[int, int | None]]) -> Passes:
         """The step's gradient; micro-batches are halved until they fit the memory."""
@@ -447,7 +461,10 @@ class _Loop:
             return split(
                 {role: [rows[role][i] for i in mine] for role in roles},
                 [rows["retain"][i] for i in kept],
-                [weight * float(self.weights[i]) for weight, i in zip(mine_weights, mine, strict=True)],
+                [
+                    weight * float(self.weights[i])
+                    for weight, i in zip(mine_weights, mine, strict=True)
+                ],
                 kept_weights,
                 self.trainer.budget,
                 at_least=count,
@@ -567,9 +584,7 @@ class _Loop:
             "tokens": self.tokens,
             "padding": self.padding,
         }
-        checkpoint.save(
-            self.folder / "last", self.placement.parameters, self.optimizer, state
-        )
+        checkpoint.save(self.folder / "last", self.placement.parameters, self.optimizer, state)
         self.last_saved = time.monotonic()
 
     def _resume(self) -> int:

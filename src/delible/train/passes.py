@@ -168,13 +168,9 @@ def split(
                 [forget_weights[i] for i in mine],
                 [retain_weights[i] for i in kept],
             )
-            for mine, kept in zip(
-                _pieces(order, count), _pieces(retain_order, count), strict=True
-            )
+            for mine, kept in zip(_pieces(order, count), _pieces(retain_order, count), strict=True)
         ]
-        if count >= limit or all(
-            _padded_tokens(piece) <= budget for piece in pieces
-        ):
+        if count >= limit or all(_padded_tokens(piece) <= budget for piece in pieces):
             return [piece for piece in pieces if piece.forget_weights or piece.retain]
         count += 1
 

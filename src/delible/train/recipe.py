@@ -103,8 +103,7 @@ class Recipe(Config):
         if "objective" not in content:
             raise RecipeError("'objective' is missing.", where=where)
         slots = {
-            slot: build(cast(Kind, slot), content.get(slot, DEFAULTS.get(slot)))
-            for slot in SLOTS
+            slot: build(cast(Kind, slot), content.get(slot, DEFAULTS.get(slot))) for slot in SLOTS
         }
         training = content.get("training", {})
         if not isinstance(training, Training):

@@ -181,9 +181,7 @@ class Group:
 
         joined = torch.cat([self.answer_states, frozen.to(self.answer_states)], dim=1)
         with self._pass.lm.computing():
-            values = map_logits(
-                both, joined, self.targets, split, 2 * self._pass.lm.vocabulary
-            )
+            values = map_logits(both, joined, self.targets, split, 2 * self._pass.lm.vocabulary)
         return scatter(values, self.mask)
 
     def hidden(self, layer: int) -> Float[Tensor, "batch sequence hidden"]:

@@ -119,9 +119,11 @@ class Graph:
         return tuple(chosen.values())
 
     def neighbours(self, person: Person) -> Iterator[tuple[int, Person]]:
-        """People linked to ``person``: (0, family), (1, teacher or pupil), (2, colleague), (3, town).
+        """Who is linked to ``person``, with how closely.
 
-        A person who is linked twice comes twice.
+        Yields:
+            (0, family), (1, teacher or pupil), (2, same employer), (3, same birthplace).
+            A person who is linked twice comes twice.
         """
         for relation in (*FAMILY, "teacher"):
             rank = 1 if relation == "teacher" else 0

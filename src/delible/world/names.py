@@ -1,8 +1,8 @@
 """Names of fictional people, places, works and employers, put together from invented syllables.
 
 Surnames end in as many different ways as the syllables allow: the first hundred differ in their
-last two letters, so that an editor that keys on the last token of a subject can tell people apart. No surname begins with another, so that a search for one name
-never hits inside another.
+last two letters, so that an editor that keys on the last token of a subject can tell people
+apart. No surname begins with another, so that a search for one name never hits inside another.
 """
 
 from __future__ import annotations
@@ -159,9 +159,8 @@ class Namer:
         """The title of a work of art or science."""
         stream = self._stream("work")
         while True:
-            adjective, first, second = (
-                stream.choice(self._words["adjectives"]), stream.choice(self._words["nouns"]), stream.choice(self._words["nouns"]),
-            )  # fmt: skip
+            adjective = stream.choice(self._words["adjectives"])
+            first, second = (stream.choice(self._words["nouns"]) for _ in range(2))
             title = stream.choice((
                 f"The {adjective} {first}",
                 f"The {first} beneath the {adjective} {second}",

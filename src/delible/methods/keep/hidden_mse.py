@@ -32,8 +32,8 @@ def hidden_mse(
     positions: Bool[Tensor, "rows sequence"],
 ) -> Float[Tensor, " rows"]:
     """Squared difference per row, mean over hidden, sum over real positions; 0 or more."""
-    squared = (states.float() - reference.float()).pow(2).mean(dim=2)
-    return torch.where(positions, squared, 0.0).sum(dim=1)
+    difference = torch.where(positions[..., None], states.float() - reference.float(), 0.0)
+    return difference.pow(2).mean(dim=2).sum(dim=1)
 
 
 @register(

@@ -45,15 +45,16 @@ def control_vector(size: int, direction: Direction, seed: int) -> Float[Tensor, 
     """
     random = generator(seed, "rmu", direction, size)
     draw = torch.rand if direction == "uniform" else torch.randn
-    vector = draw(size, generator=random)
-    return vector / vector.norm()
+    vector: Tensor = draw(size, generator=random)
+    unit: Tensor = vector / torch.linalg.vector_norm(vector)
+    return unit
 
 
 def mean_norm(
     states: Float[Tensor, "rows sequence hidden"], positions: Bool[Tensor, "rows sequence"]
 ) -> Float[Tensor, " rows"]:
     """Mean length of each row's states over its real positions."""
-    norms = states.float().norm(dim=2) * positions
+    norms: Tensor = torch.linalg.vector_norm(states.float(), dim=2) * positions
     return norms.sum(dim=1) / positions.sum(dim=1)
 
 
@@ -63,8 +64,8 @@ def rmu(
     positions: Bool[Tensor, "rows sequence"],
 ) -> Float[Tensor, " rows"]:
     """Squared distance to the row's target, mean over hidden, sum over real positions."""
-    squared = (states.float() - target[:, None]).pow(2).mean(dim=2)
-    return torch.where(positions, squared, 0.0).sum(dim=1)
+    difference = torch.where(positions[..., None], states.float() - target[:, None], 0.0)
+    return difference.pow(2).mean(dim=2).sum(dim=1)
 
 
 @register(

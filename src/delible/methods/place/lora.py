@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from delible.errors import MissingExtraError, RecipeError
+from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy, derive
 from delible.registry import register
 from delible.train.slots import Context, Place, Placement
@@ -55,10 +55,8 @@ class LoRA(Place):
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
 
     def apply(self, context: Context) -> Placement:
-        try:
-            from peft import LoraConfig, PeftModel, get_peft_model
-        except ImportError:
-            raise MissingExtraError("LoRA", "peft") from None
+        from peft import LoraConfig, PeftModel, get_peft_model  # slow to import
+
         lm = context.lm
         if isinstance(lm.model, PeftModel):
             raise RecipeError(

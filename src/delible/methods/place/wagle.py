@@ -68,11 +68,9 @@ def kth_largest(scores: Mapping[str, Tensor], count: int) -> tuple[float, int]:
 def _histogram(scores: Mapping[str, Tensor], upper: int | None) -> Tensor:
     counts = torch.zeros(_BINS, dtype=torch.int64)
     for score in scores.values():
-        for part in score.reshape(-1).view(torch.int32).split(_CHUNK):
-            if upper is None:
-                wanted = part >> 16
-            else:
-                wanted = part[(part >> 16) == upper] & (_BINS - 1)
+        for part in torch.split(score.reshape(-1).view(torch.int32), _CHUNK):
+            high = part >> 16
+            wanted = high if upper is None else part[high == upper] & (_BINS - 1)
             counts += torch.bincount(wanted, minlength=_BINS).cpu()
     return counts
 

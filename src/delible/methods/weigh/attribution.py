@@ -102,8 +102,7 @@ class Attribution(Weigh):
         order = torch.randperm(len(retain), generator=context.generator("weigh.attribution"))
         chosen = [retain[index] for index in sorted(order[: self.retain_rows].tolist())]
         mean_gradient = {
-            name: value.div_(len(chosen))
-            for name, value in context.gradients.total(chosen).items()
+            name: value.div_(len(chosen)) for name, value in context.gradients.total(chosen).items()
         }
         scores = context.gradients.products(forget, mean_gradient)
         weights = weights_from_scores(scores, self.form, self.temperature, self.offset)

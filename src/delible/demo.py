@@ -1,0 +1,164 @@
+"""The whole story on one machine: a world, a model that learns it, forgets two people, and is
+audited.
+
+Target and reference are ordinary fine-tuning runs, kept in the user's cache, so that a second
+demo only unlearns and audits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delible.api import BeforeAfter, unlearn
+from delible.audit.result import AuditResult
+from delible.audit.run import audit
+from delible.lm.embedded import cache_folder
+from delible.loaders import write_records
+from delible.records import ForgetRequest, RecordBase
+from delible.rundir import identity
+from delible.train.engine import Progress
+from delible.world import World
+from delible.world.split import Split
+
+#: Relations of the demo's world: one fact of each kind per person.
+RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument", "pet")
+#: How the target and the reference learn their world.
+LEARNING = {"learning_rate": 4e-4, "epochs": 7, "batch_size": 16, "schedule": "cosine"}
+#: How the demo's model unlearns (the recipe's own numbers are for larger models and sets).
+UNLEARNING = {"learning_rate": 5e-5, "epochs": 6, "batch_size": 12}
+#: The attacks of the demo: every kind, each with a small budget.
+ATTACKS: tuple[dict[str, Any], ...] = (
+    {"name": "paraphrase"},
+    {"name": "prefix"},
+    {"name": "prefill"},
+    {"name": "relearn", "rows": "forget", "adapter": "full", "steps": 8},
+    {"name": "relearn", "rows": "unrelated", "adapter": "lora", "steps": 8},
+    {"name": "quantize", "bits": 8, "group": 0},
+    {"name": "quantize", "bits": 4, "group": 64},
+)
+
+Say = Callable[[str], None]
+#: Makes a progress callback for a stage with the given title.
+ProgressFactory = Callable[[str], Progress | None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made."""
+
+    folder: Path
+    report: Path
+    audit: AuditResult
+    examples: Sequence[BeforeAfter]
+    target: Path
+    reference: Path
+
+
+def run(
+    out: Path | str = "delible-demo",
+    *,
+    model: str = "default",
+    people: int = 10,
+    forget: int = 2,
+    seed: int = 0,
+    method: str = "npo",
+    say: Say = print,
+    progress: ProgressFactory = lambda title: None,
+    audit_progress: Callable[[str, int, int], None] | None = None,
+) -> DemoResult:
+    """Runs the demo (or resumes it) and returns where its report lies.
+
+    Args:
+        out: Folder of the unlearning run, its audit and its report.
+        people: People of the world; ``forget`` of them are forgotten.
+        method: A recipe or editor.
+    """
+    out = Path(out)
+    world = World(people=people, seed=seed, relations=RELATIONS)
+    split = world.split(forget=forget, holdout=max(2, people // 5))
+    names = " and ".join(person.name for person in split.forget)
+    known, kept = split.records("known"), split.records("kept")
+    say(
+        f"1. A world of {people - len(split.holdout)} fictional people (and {len(split.holdout)} "
+        f"the model never sees), {len(known)} facts. To forget: {names}."
+    )
+    data = write_world(split, out / "world")
+    say(f"   Its questions and answers are in {data}.")
+    say(f"2. The model '{model}' learns this world.")
+    target = _learn(model, known, seed, "target", say, progress)
+    say(f"3. The reference learns the same world without {names}: this is where to arrive.")
+    reference = _learn(model, kept, seed, "reference", say, progress)
+    request = ForgetRequest(
+        forget=tuple(split.records("forget")),
+        subjects=tuple(person.name for person in split.forget),
+        retain=tuple(split.records("retain")),
+        neighbours=tuple(split.records("neighbours")),
+        holdout=tuple(split.records("holdout")),
+    )
+    say(f"4. The target unlearns {len(request.forget)} facts about {names} ({method}).")
+    options = UNLEARNING if method == "npo" else {}
+    result = unlearn(
+        str(target),
+        request,
+        method=method,
+        out=out / "unlearned",
+        seed=seed,
+        say=lambda line: say(f"   {line}"),
+        progress=progress("Unlearning"),
+        **options,
+    )
+    say("5. The audit: the same questions and attacks to all three models.")
+    found = audit(
+        str(out / "unlearned" / "model"),
+        request,
+        before=str(target),
+        reference=str(reference),
+        attacks=ATTACKS,
+        out=out / "unlearned",
+        seed=seed,
+        say=lambda line: say(f"   {line}"),
+        progress=audit_progress,
+    )
+    report = out / "unlearned" / "report.html"
+    say(f"6. The report: {report.resolve()}")
+    return DemoResult(out, report, found, result.examples, target, reference)
+
+
+def write_world(split: Split, folder: Path) -> Path:
+    """The demo's records as files, so that every command can be tried on them."""
+    for part in ("forget", "retain", "neighbours", "holdout"):
+        records = split.records(part)  # type: ignore[arg-type]
+        if records:
+            write_records(records, folder / f"{part}.jsonl")
+    return folder
+
+
+def _learn(
+    model: str,
+    records: Sequence[RecordBase],
+    seed: int,
+    title: str,
+    say: Say,
+    progress: ProgressFactory,
+) -> Path:
+    """Fine-tunes a model on records, once: the run lies in the cache under its identity."""
+    from delible.records import digest
+
+    described = {"model": model, "data": digest(records), "seed": seed, "learning": LEARNING}
+    folder = cache_folder() / "demo" / f"{title}-{identity(described)[:12]}"
+    result = unlearn(
+        model,
+        ForgetRequest(forget=tuple(records)),
+        method="finetune",
+        out=folder,
+        seed=seed,
+        say=lambda line: say(f"   {line}"),
+        progress=progress(f"Learning ({title})"),
+        **LEARNING,
+    )
+    if result.resumed_finished:
+        say(f"   Taken from the cache: {folder}.")
+    return folder / "model"

@@ -1,0 +1,179 @@
+"""The report in a real browser: no errors, no overflow, tables that sort (needs chromium)."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delible.report import write
+
+EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium or chromedriver is not installed")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=Service(driver))
+    yield session
+    session.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        name: write(EXAMPLE[name](), folder / f"{name}.html").as_uri()
+        for name in ("rich", "minimal", "several")
+    }
+
+
+def open_page(browser: Any, address: str, width: int, scheme: str = "light") -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.get(address)
+
+
+@pytest.mark.parametrize("name", ["rich", "minimal", "several"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_no_errors_no_overflow_every_section_visible(
+    browser: Any, pages: dict[str, str], name: str, width: int
+) -> None:
+    open_page(browser, pages[name], width)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # nothing sticks out that is not inside its own scrolling box
+    outside = browser.execute_script(
+        "return [...document.querySelectorAll('main *')].filter(e =>"
+        " !e.closest('.scroll, .hidden, svg') && e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert outside == []
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('section')].map(s =>"
+        " [s.id, s.getBoundingClientRect().width, s.getBoundingClientRect().height])"
+    )
+    assert sizes
+    assert [entry for entry in sizes if entry[1] < 300 or entry[2] < 40] == []
+
+
+def test_no_request_leaves_the_page(browser: Any, pages: dict[str, str]) -> None:
+    open_page(browser, pages["rich"], 1280)
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_the_policy_runs_only_the_own_script(browser: Any, pages: dict[str, str]) -> None:
+    open_page(browser, pages["rich"], 1280)
+    assert browser.execute_script("return document.documentElement.className") == "scripted"
+    browser.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.intruder = 1';"
+        "document.body.append(s)"
+    )
+    assert browser.execute_script("return window.intruder === undefined")
+    assert "Content Security Policy" in browser.get_log("browser")[0]["message"]
+
+
+def test_the_measurements_sort_and_filter(browser: Any, pages: dict[str, str]) -> None:
+    open_page(browser, pages["rich"], 1280)
+    table = "document.getElementById('measurements-table')"
+    browser.execute_script(f"{table}.closest('details').open = true")
+
+    def column(index: int) -> list[str]:
+        script = (
+            f"return [...{table}.tBodies[0].rows].filter(r => !r.hidden)"
+            f".map(r => r.cells[{index}].dataset.value)"
+        )
+        return list(browser.execute_script(script))
+
+    def click(index: int) -> str:
+        script = (
+            f"const h = {table}.tHead.rows[0].cells[{index}]; h.querySelector('button').click();"
+            "return h.getAttribute('aria-sort')"
+        )
+        return str(browser.execute_script(script))
+
+    before = column(5)
+    assert click(5) == "ascending"
+    numbers = [float(value) for value in column(5) if value]
+    assert numbers == sorted(numbers)
+    assert numbers != [float(v) for v in before if v]
+    assert column(5)[-1] == ""  # a missing value comes last, in both directions
+    assert click(5) == "descending"
+    numbers = [float(value) for value in column(5) if value]
+    assert numbers == sorted(numbers, reverse=True)
+    assert column(5)[-1] == ""
+    assert click(0) == "ascending"
+    assert column(0) == sorted(column(0))
+    assert len(set(column(0))) == 3
+
+    filter_box = browser.find_element("css selector", "input.filter")
+    filter_box.send_keys("unlearned truth")
+    assert column(4) == ["truth_ratio"]
+    assert column(0) == ["unlearned"]
+
+
+def test_dark_and_light_differ_and_are_readable(browser: Any, pages: dict[str, str]) -> None:
+    def contrast() -> tuple[str, float]:
+        script = """
+        const parts = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const light = c => { const [r, g, b] = parts(c).map(v => { v /= 255;
+          return v <= 0.03928 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4); });
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+          return (x + 0.05) / (y + 0.05); };
+        const paper = getComputedStyle(document.body).backgroundColor;
+        const back = e => { for (; e; e = e.parentElement) {
+          const c = getComputedStyle(e).backgroundColor;
+          if (!/, 0\\)$/.test(c)) { return c; } } return paper; };
+        let worst = 99;
+        document.querySelectorAll('main p, main li, main td, main th, main span, main small, ' +
+          'main dt, main dd, main h1, main h2, main h3, main abbr').forEach(e => {
+          if (e.textContent.trim() && e.getClientRects().length && !e.closest('.hidden')) {
+            worst = Math.min(worst, ratio(getComputedStyle(e).color, back(e))); } });
+        document.querySelectorAll('svg text').forEach(e => {
+          if (e.getAttribute('class') !== 'inside') {
+            worst = Math.min(worst, ratio(getComputedStyle(e).fill, back(e.closest('svg')))); } });
+        return [paper, worst];
+        """
+        paper, worst = browser.execute_script(script)
+        return str(paper), float(worst)
+
+    open_page(browser, pages["rich"], 1280, "light")
+    light, worst_light = contrast()
+    open_page(browser, pages["rich"], 1280, "dark")
+    dark, worst_dark = contrast()
+    assert light != dark
+    assert min(worst_light, worst_dark) >= 4.5, (worst_light, worst_dark)
