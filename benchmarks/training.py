@@ -98,7 +98,11 @@ def straightforward(
     objective, keep = chosen.objective, chosen.keep
     if method == "rmu":
         layer = objective.reads(lm)[0]
-        names = set(chosen.place.apply(Trainer(lm, chosen, {"forget": FORGET, "retain": RETAIN}).rows()[0]).parameters)
+        names = set(
+            chosen.place.apply(
+                Trainer(lm, chosen, {"forget": FORGET, "retain": RETAIN}).rows()
+            ).parameters
+        )
         vector = torch.rand(lm.anatomy.hidden_size)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -124,7 +128,9 @@ def straightforward(
                 if method == "npo":
                     with torch.no_grad():
                         frozen = reference(f_ids, attention_mask=f_mask, labels=f_labels)
-                    ratio = sequence_nll(own.logits, f_labels) - sequence_nll(frozen.logits, f_labels)
+                    ratio = sequence_nll(own.logits, f_labels) - sequence_nll(
+                        frozen.logits, f_labels
+                    )
                     beta = objective.beta  # type: ignore[attr-defined]
                     loss = -(2 / beta) * torch.nn.functional.logsigmoid(beta * ratio).mean()
                     kept = model(r_ids, attention_mask=r_mask, labels=r_labels)
@@ -137,7 +143,10 @@ def straightforward(
                     here = torch.log_softmax(kept.logits.float(), -1)
                     there = torch.log_softmax(wanted.logits.float(), -1)
                     loss = loss + torch.nn.functional.kl_div(
-                        here.flatten(0, 1), there.flatten(0, 1), log_target=True, reduction="batchmean"
+                        here.flatten(0, 1),
+                        there.flatten(0, 1),
+                        log_target=True,
+                        reduction="batchmean",
                     )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -119,9 +119,9 @@ def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:
 
     Nothing is taught that the model did not say before; what is protected is its behaviour.
     """
-    from delible.world import general, unrelated
+    from delible.world import general
 
-    questions = [record for record in (*general(), *unrelated()) if isinstance(record, QA)][:count]
+    questions = general()[:count]
     say(
         f"No retain records were given: keeping the model's own answers to {len(questions)} "
         "general questions instead (--retain FILE protects what matters to you better)."
@@ -217,9 +217,9 @@ def plan_of(
     records = {"forget": request.forget, "retain": _retained(request)}
     check_needs(chosen, records)
     trainer = Trainer(lm, chosen, records, seed=seed, say=say)
-    context, indices, _ = trainer.rows()
+    context = trainer.rows()
     placement = chosen.place.apply(context)
-    forget = [context.rows["forget"][index] for index in indices]
+    forget = context.rows["forget"]
     plan = make_plan(chosen, forget, context.rows["retain"], seed)
     budget = trainer.token_budget()
     return chosen.spec(), estimate(

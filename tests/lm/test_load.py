@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from delible.lm.embedded import EmbeddedModel
 from delible.lm.load import load_model, weights_digest
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
+OWN_CACHE = os.environ.get("DELIBLE_CACHE")
 IDS = torch.tensor([[72, 101, 108]])
 
 #: Digest of the dequantised default model: the same bits on every machine.
@@ -496,7 +498,11 @@ def test_damaged_gguf(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DELIBLE_CACHE")  # the user's own cache: 93 MB are fetched only once
+    # The user's own cache: 93 MB are fetched only once.
+    if OWN_CACHE is None:
+        monkeypatch.delenv("DELIBLE_CACHE")
+    else:
+        monkeypatch.setenv("DELIBLE_CACHE", OWN_CACHE)
     model, tokenizer, info = load_model("default", say=print)
     assert info.source == "default"
     assert weights_digest(model) == DEFAULT_DIGEST

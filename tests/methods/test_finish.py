@@ -98,7 +98,7 @@ def test_mixing_is_exact_at_both_ends() -> None:
         (lambda alpha: alpha < 0.35 or alpha > 0.75, 0.35),  # the connected part only
     ],
 )
-@pytest.mark.parametrize("grid", (0.1, 0.3))
+@pytest.mark.parametrize("grid", [0.1, 0.3])
 def test_the_largest_connected_alpha(
     holds: Callable[[float], bool], expected: float, grid: float
 ) -> None:
@@ -111,7 +111,8 @@ def test_the_largest_connected_alpha(
     found = largest_connected(watched, grid, 0.01)
     assert expected - 0.01 <= found <= expected
     assert found == 0 or holds(found)
-    assert len(seen) == len(set(seen)) and max(seen) <= 1.0
+    assert len(seen) == len(set(seen))
+    assert max(seen) <= 1.0
 
 
 def test_spread_is_even() -> None:
@@ -127,7 +128,8 @@ def test_a_trained_model_that_retains_is_left_alone(taught: LM, tmp_path: Path) 
     before = weights_of(taught)
     assert all(torch.equal(before[name], value) for name, value in lm.core.named_parameters())
     notes: Any = context.notes["calibration"]
-    assert notes["alpha"] == 1.0 and notes["start"]["retain"] == 1.0
+    assert notes["alpha"] == 1.0
+    assert notes["start"]["retain"] == 1.0
     assert "alpha = 1.000" in said[-1]
     assert json.loads((tmp_path / "calibration.json").read_text()) == notes
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
@@ -147,7 +149,8 @@ def test_a_ruined_model_goes_back_until_it_retains(taught: LM) -> None:
         assert torch.allclose(value, (1 - alpha) * start + alpha * ruined[name], atol=1e-6)
     tried = dict(notes["curve"])
     failed = [value for at, value in tried.items() if at > alpha]
-    assert failed and min(at for at in tried if at > alpha) - alpha <= 0.02 + 1e-9
+    assert failed
+    assert min(at for at in tried if at > alpha) - alpha <= 0.02 + 1e-9
     assert all(value >= 0.95 for at, value in tried.items() if at <= alpha)
 
 
@@ -159,17 +162,19 @@ def test_a_start_that_knows_nothing_leaves_the_trained_model_and_says_so() -> No
     build("finish", "calibrate").apply(context)
     assert all(torch.equal(trained[name], value) for name, value in lm.core.named_parameters())
     notes: Any = context.notes["calibration"]
-    assert notes["skipped"] and "not calibrated" in said[-1]
+    assert notes["skipped"]
+    assert "not calibrated" in said[-1]
 
 
 def test_calibration_merges_an_adapter_first(taught: LM) -> None:
     lm = with_adapter(taught.copy())
     context, said = finish_context(lm, taught)
     finished = build("finish", "calibrate").apply(context)
-    assert not hasattr(finished.model, "merge_and_unload") and "merged" in said[0]
+    assert not hasattr(finished.model, "merge_and_unload")
+    assert "merged" in said[0]
 
 
-@pytest.mark.parametrize("name", ("calibrate", "task_vector"))
+@pytest.mark.parametrize("name", ["calibrate", "task_vector"])
 def test_another_architecture_is_an_error(taught: LM, name: str) -> None:
     context, _ = finish_context(taught.copy(), make_lm("gpt2"))
     with pytest.raises(RunError, match="the start model has no tensor"):
@@ -192,7 +197,7 @@ def with_adapter(lm: LM, size: float = 0.05) -> LM:
     return lm
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, "qwen2_moe"))
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_moe"])
 def test_merging_keeps_the_output(family: str) -> None:
     plain = make_lm(family)
     lm = with_adapter(plain.copy())
@@ -247,12 +252,12 @@ def test_the_negated_vector_in_numbers() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scale", (0.0, 1.0, 2.5))
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_the_task_vector_moves_every_tensor_backwards(family: str, scale: float) -> None:
     start = make_lm(family)
     lm = noisy(start, 0.1)
     trained, before = weights_of(lm), weights_of(start)
-    context, said = finish_context(lm, start)
+    context, _ = finish_context(lm, start)
     assert build("finish", {"name": "task_vector", "scale": scale}).apply(context) is lm
     norm = sum(float((trained[n].double() - v.double()).square().sum()) for n, v in before.items())
     assert context.notes["task_vector"] == {"scale": scale, "norm": pytest.approx(norm**0.5)}
@@ -271,9 +276,9 @@ def test_the_task_vector_moves_every_tensor_backwards(family: str, scale: float)
 
 
 @pytest.mark.parametrize(
-    "name", ("wagle", "npo_sam", "guard", "melu", "task_vector", "uwc", "npo_lora")
+    "name", ["wagle", "npo_sam", "guard", "melu", "task_vector", "uwc", "npo_lora"]
 )
-def test_every_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path) -> None:
+def test_every_recipe_runs_on_a_tiny_model(name: str) -> None:
     forget = [QA(question="Where is Ada from?", answer="Norrby", subject="Ada"),
               QA(question="Who is Ada?", answer="A judge", subject="Ada")]  # fmt: skip
     retain = [*RETAIN, QA(question="What did Ada build?", answer="A mill", neighbour_of="Ada")]
@@ -286,4 +291,5 @@ def test_every_recipe_runs_on_a_tiny_model(name: str, tmp_path: Path) -> None:
     finished = trainer.train().lm
     before = weights_of(start)
     moved = [n for n, v in finished.core.named_parameters() if not torch.equal(v, before[n])]
-    assert moved and set(weights_of(finished)) == set(before)
+    assert moved
+    assert set(weights_of(finished)) == set(before)

@@ -85,7 +85,7 @@ def tiny_twin(lm: LM) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pieces", (1, 3))
+@pytest.mark.parametrize("pieces", [1, 3])
 def test_the_gradient_is_that_of_a_float64_derivation(family: str, pieces: int) -> None:
     lm = make_lm(family)
     passes = make_passes(lm, pieces=pieces)
@@ -132,7 +132,9 @@ def test_the_perturbation_has_length_rho_and_weights_come_back(family: str) -> N
     before = [value.detach().clone() for value in passes.parameters]
     build("harden", {"name": "sam", "rho": 0.05}).forget(passes)
     start, moved = passes.__dict__["seen"]
-    squares = sum(float((b.double() - a.double()).square().sum()) for a, b in zip(start, moved))
+    squares = sum(
+        float((b.double() - a.double()).square().sum()) for a, b in zip(start, moved, strict=True)
+    )
     assert squares**0.5 == pytest.approx(0.05, rel=1e-3)
     assert all(map(torch.equal, before, passes.parameters))
 
@@ -171,7 +173,8 @@ def test_earlier_gradients_are_added_to() -> None:
 
 def test_no_gradient_moves_nothing() -> None:
     weights, zero = [torch.ones(3)], [torch.zeros(3)]
-    assert ascend_(weights, zero, 1.0) == 0.0 and torch.equal(weights[0], torch.ones(3))
+    assert ascend_(weights, zero, 1.0) == 0.0
+    assert torch.equal(weights[0], torch.ones(3))
     assert ascend_(weights, [torch.tensor([float("inf"), 0, 0])], 1.0) == float("inf")
     assert torch.equal(weights[0], torch.ones(3))
     assert ascend_(weights, [torch.tensor([3.0, 4.0, 0.0])], 5.0) == pytest.approx(5.0)

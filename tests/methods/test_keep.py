@@ -13,6 +13,7 @@ from delible.errors import RecipeError
 from delible.methods.keep.hidden_mse import HiddenMSE, hidden_mse
 from delible.methods.keep.kl import KL, kl_from_reference
 from delible.methods.keep.nll import NLL
+from delible.methods.objective.gradient_ascent import GradientAscent
 from delible.train.slots import Keep
 
 KEEPS: list[Keep] = [NLL(), KL(), HiddenMSE(depth=0.5)]
@@ -68,6 +69,20 @@ def test_values_of_a_padded_batch_equal_loops_over_rows_alone(loss: Keep) -> Non
     for index, row in enumerate(rows["retain"]):
         alone = by_hand.values(lm, loss, reference, {"retain": [row]})
         assert float(alone) == pytest.approx(together[index], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", KEEPS, ids=named)
+def test_a_step_averages_over_answer_tokens_or_positions(loss: Keep) -> None:
+    lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
+    rows = by_hand.all_rows(lm)
+    reference = by_hand.prepared(frozen, rows, loss)
+    total = float(by_hand.values(lm, loss, reference, rows).detach().sum())
+    whole = sum(len(row.encoded.ids) for row in rows["retain"])
+    answers = whole - sum(row.encoded.start for row in rows["retain"])
+    passes = by_hand.passes_of(lm, GradientAscent(), loss, reference)
+    passes.keep()
+    count = whole if isinstance(loss, HiddenMSE) else answers
+    assert passes.totals.keep == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", [KL(), HiddenMSE(depth=0.5)], ids=named)

@@ -161,6 +161,25 @@ def test_padding_and_company_change_nothing(loss: Objective) -> None:
     assert together.tolist() == pytest.approx(torch.cat(alone).tolist(), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("loss", OBJECTIVES, ids=named)
+def test_a_step_averages_over_rows_tokens_or_positions(loss: Objective) -> None:
+    lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
+    rows = by_hand.all_rows(lm)
+    reference = by_hand.prepared(frozen, rows, loss)
+    found = by_hand.values(lm, loss, reference, rows).tolist()
+    answers = rows["refusal"] if isinstance(loss, IDK) else rows["forget"]
+    if isinstance(loss, NPO | SimNPO | DPO):
+        count = 3
+    elif isinstance(loss, RMU):
+        count = sum(len(row.encoded.ids) for row in answers)
+    else:
+        count = sum(len(row.encoded.ids) - row.encoded.start for row in answers)
+    passes = by_hand.passes_of(lm, loss, None, reference)
+    passes.both()
+    weighted = 1.0 * found[0] + 0.5 * found[1] + 1.5 * found[2]
+    assert passes.totals.forget == pytest.approx(weighted / count, rel=1e-5)
+
+
 @pytest.mark.parametrize("keep", KEEPS, ids=named)
 @pytest.mark.parametrize("loss", OBJECTIVES, ids=named)
 def test_gradient_accumulation_changes_nothing(loss: Objective, keep: Keep) -> None:

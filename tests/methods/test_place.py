@@ -64,7 +64,7 @@ def weights_of(lm: LM) -> dict[str, torch.Tensor]:
 # ---- layers
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "opt", "mixtral"))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("role", ROLES)
 def test_only_the_chosen_part_may_move(family: str, role: str) -> None:
     lm = make_lm(family)
@@ -72,7 +72,8 @@ def test_only_the_chosen_part_may_move(family: str, role: str) -> None:
         make_context(lm)
     )
     wanted = set(lm.anatomy.parameter_names(1, "block" if role == "all" else role))  # type: ignore[arg-type]
-    assert wanted and set(placement.parameters) == wanted
+    assert wanted
+    assert set(placement.parameters) == wanted
     moving = {name for name, value in lm.core.named_parameters() if value.requires_grad}
     assert moving == wanted
 
@@ -110,7 +111,7 @@ def test_training_moves_the_chosen_part_and_nothing_else(family: str) -> None:
 # ---- low-rank adapters
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "qwen2_moe"))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
 def test_only_adapter_parameters_train(family: str) -> None:
     lm = make_lm(family)
     before = weights_of(lm)
@@ -119,7 +120,8 @@ def test_only_adapter_parameters_train(family: str) -> None:
     assert all("lora_" in name for name in placement.parameters)
     assert all(value.dtype == torch.float32 for value in placement.parameters.values())
     head = lm.core.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear) and not hasattr(head, "base_layer")
+    assert isinstance(head, torch.nn.Linear)
+    assert not hasattr(head, "base_layer")
     # B is zero at the start: the model says what it said
     assert torch.equal(lm.model(input_ids=torch.arange(12)[None]).logits, logits)
     loss = lm.model(input_ids=torch.arange(12)[None]).logits.square().mean()
@@ -224,7 +226,7 @@ def test_limits_of_gamma(gamma: float, limit: Any) -> None:
     assert torch.equal(wagle_score_(weight, forget, retain.clone(), gamma).argsort(), expected)
 
 
-@pytest.mark.parametrize("share", (0.001, 0.1, 0.5, 0.9, 1.0))
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 1.0])
 def test_the_threshold_is_that_of_a_full_sort(share: float) -> None:
     random = torch.Generator().manual_seed(1)
     scores = {
@@ -276,7 +278,8 @@ def test_selected_weights_lie_in_the_part_that_the_forget_loss_uses() -> None:
         for name in forget
     }  # fmt: skip
     masks = largest(scores, 0.4)
-    assert int(masks["used"].sum()) >= 0.95 * 320 and not bool(masks["unused"].any())
+    assert int(masks["used"].sum()) >= 0.95 * 320
+    assert not bool(masks["unused"].any())
 
 
 def test_reduction_mean_is_sum_with_gamma_times_rows() -> None:
@@ -290,14 +293,15 @@ def test_reduction_mean_is_sum_with_gamma_times_rows() -> None:
     assert different <= 20
 
 
-@pytest.mark.parametrize("select", ("magnitude", "gradient", "random"))
+@pytest.mark.parametrize("select", ["magnitude", "gradient", "random"])
 def test_baseline_selections(select: str) -> None:
     lm = make_lm("llama")
     context = make_context(lm, retain=())
     place = build("place", {"name": "wagle", "share": 0.2, "select": select})
     masks = place.apply(context).masks
     again = place.apply(context).masks
-    assert masks is not None and all(torch.equal(masks[name], again[name]) for name in masks)
+    assert masks is not None
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
     if select == "magnitude":
         inside = torch.cat([v.detach()[masks[n]].abs() for n, v in lm.model.named_parameters()])
         outside = torch.cat([v.detach()[~masks[n]].abs() for n, v in lm.model.named_parameters()])
@@ -316,7 +320,8 @@ def test_frozen_weights_stay_through_fifty_steps_of_weight_decay(family: str) ->
     place = build("place", {"name": "wagle", "share": 0.5, "gamma": 1e-2})
     placement = place.apply(make_context(lm, RETAIN))
     masks = placement.masks
-    assert masks is not None and placement.masked_decay
+    assert masks is not None
+    assert placement.masked_decay
 
     class Fixed(type(place)):  # type: ignore[misc]  # the same placement, not made again
         def apply(self, context: Context) -> Any:
@@ -341,7 +346,8 @@ def test_compat_lets_frozen_weights_drift() -> None:
     train(lm, place, epochs=1, weight_decay=0.1)
     name = lm.anatomy.parameter_names(0, "mlp_out")[0]
     value = dict(lm.core.named_parameters())[name]
-    assert masks is not None and not torch.equal(value[~masks[name]], before[name][~masks[name]])
+    assert masks is not None
+    assert not torch.equal(value[~masks[name]], before[name][~masks[name]])
 
 
 def test_a_share_of_one_is_the_host_bit_by_bit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +86,7 @@ def test_one_to_one_has_no_fixed_pairing() -> None:
 # ---- cyclic
 
 
-@pytest.mark.parametrize("redraw", (True, False))
+@pytest.mark.parametrize("redraw", [True, False])
 @pytest.mark.parametrize(("some", "others"), [(4, 11), (11, 4), (3, 3)])
 def test_cyclic_uses_the_longer_set_once(some: int, others: int, redraw: bool) -> None:
     forget, retain = forget_rows(a=some), retain_rows({}, general=others)
@@ -116,7 +117,7 @@ def test_cyclic_restricts_kinds() -> None:
         epoch({"name": "cyclic", "kinds": ["indirect"]}, FORGET, retain_rows({"a": 1}))
 
 
-@pytest.mark.parametrize("sample", ("cyclic", "balanced"))
+@pytest.mark.parametrize("sample", ["cyclic", "balanced"])
 def test_without_retain_rows_forget_rows_go_alone(sample: str) -> None:
     pairs = epoch(sample, FORGET, [])
     assert sorted(pairs) == [(index, None) for index in range(len(FORGET))]
@@ -131,14 +132,16 @@ def test_balanced_has_as_many_indirect_as_direct_rows_per_subject() -> None:
     linked = Counter((row.kind, row.neighbour_of) for row in used)
     for subject, count in (("a", 7), ("b", 2), ("c", 4)):
         assert linked["direct", subject] == linked["indirect", subject] == count
-    assert linked["general", None] == 6 and len(pairs) == len(used) == 32
+    assert linked["general", None] == 6
+    assert len(pairs) == len(used) == 32
 
 
 def test_balanced_fills_up_with_rows_that_are_linked_to_nobody() -> None:
     retain = retain_rows({"a": 5, "b": 5}, {"a": 2, None: 30}, general=1)
     used = {kept for _, kept in epoch("balanced", FORGET, retain) if kept is not None}
     kinds = Counter((retain[kept].kind, retain[kept].neighbour_of) for kept in used)
-    assert kinds["indirect", "a"] == 2 and kinds["indirect", None] == 8
+    assert kinds["indirect", "a"] == 2
+    assert kinds["indirect", None] == 8
     seen = set().union(
         *({kept for _, kept in epoch("balanced", FORGET, retain, n)} for n in range(30))
     )
@@ -159,8 +162,8 @@ def test_balanced_without_direct_neighbours_says_what_to_give() -> None:
 # ---- modular
 
 
-@pytest.mark.parametrize("redraw", (True, False))
-@pytest.mark.parametrize("order", ("shuffled", "blocks"))
+@pytest.mark.parametrize("redraw", [True, False])
+@pytest.mark.parametrize("order", ["shuffled", "blocks"])
 def test_modular_table(order: str, redraw: bool) -> None:
     pairs = epoch({"name": "modular", "order": order, "redraw": redraw}, FORGET, RETAIN)
     # max(3, 7 + 9) + max(5, 2 + 9) + max(2, 4 + 9) pairs of subjects and 6 general ones
@@ -172,22 +175,24 @@ def test_modular_table(order: str, redraw: bool) -> None:
         assert linked is None or FORGET[forget].subject == linked
     for subject, size in (("a", 3), ("b", 5), ("c", 2)):
         mine = Counter(f for f, r in pairs if r is not None and RETAIN[r].neighbour_of == subject)
-        assert len(mine) == size and max(mine.values()) - min(mine.values()) <= 1
+        assert len(mine) == size
+        assert max(mine.values()) - min(mine.values()) <= 1
 
 
 def test_modular_blocks_keep_a_subject_together() -> None:
     pairs = epoch({"name": "modular", "order": "blocks"}, FORGET, RETAIN)
     labels = [RETAIN[kept].neighbour_of for _, kept in pairs if kept is not None]
-    changes = sum(one != other for one, other in zip(labels, labels[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(labels))
     assert changes == 3  # four blocks
     mixed = [RETAIN[k].neighbour_of for _, k in epoch("modular", FORGET, RETAIN) if k is not None]
-    assert sum(one != other for one, other in zip(mixed, mixed[1:], strict=False)) > 10
+    assert sum(one != other for one, other in itertools.pairwise(mixed)) > 10
 
 
 def test_modular_repeats_the_shorter_side() -> None:
     forget, retain = forget_rows(a=6), retain_rows({"a": 4})
     pairs = epoch("modular", forget, retain)
-    assert len(pairs) == 6 and {f for f, _ in pairs} == set(range(6))
+    assert len(pairs) == 6
+    assert {f for f, _ in pairs} == set(range(6))
     assert {kept for _, kept in pairs} == set(range(4))
 
 

@@ -30,7 +30,9 @@ def test_the_share_is_drawn_without_replacement(rows: int, share: float, count: 
     context, said = make_context(rows)
     chosen = build("select", {"name": "random_coreset", "share": share}).choose(context)
     assert len(set(chosen)) == len(chosen) == count
-    assert chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] < rows
+    assert chosen == sorted(chosen)
+    assert chosen[0] >= 0
+    assert chosen[-1] < rows
     assert f"{count} of {rows} forget rows" in said[0]
     assert f"{rows / count:.3g} times the epochs" in said[0]
 

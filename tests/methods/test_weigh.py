@@ -93,13 +93,14 @@ def test_weights_are_those_of_exact_dot_products(family: str) -> None:
     assert "effective of 7 forget rows" in said[0]
 
 
-@pytest.mark.parametrize("form", ("softmax", "inverse"))
+@pytest.mark.parametrize("form", ["softmax", "inverse"])
 def test_weights_have_mean_one_and_fall_with_the_score(form: Any) -> None:
     scores = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 1e4
     weights = weights_from_scores(scores, form, 2.0, 1.0)
     assert float(weights.mean()) == pytest.approx(1, abs=1e-9)
     ordered = weights[scores.argsort()]
-    assert bool((ordered[1:] < ordered[:-1]).all()) and float(ordered[-1]) > 0
+    assert bool((ordered[1:] < ordered[:-1]).all())
+    assert float(ordered[-1]) > 0
     # the scale and the origin of the scores do not matter
     assert torch.allclose(
         weights, weights_from_scores(scores * 1e-6 + 3, form, 2.0, 1.0), rtol=1e-4
@@ -126,9 +127,9 @@ def test_a_high_temperature_and_equal_scores_give_equal_weights() -> None:
 def test_effective_rows() -> None:
     assert effective_rows(torch.ones(5)) == pytest.approx(5)
     assert effective_rows(torch.tensor([5.0, 0, 0, 0, 0])) == pytest.approx(1)
-    _, said = context, told = make_context(make_lm())
+    context, said = make_context(make_lm())
     build("weigh", {"name": "attribution", "temperature": 0.01}).weights(context)
-    assert said is told and "raise the temperature" in told[-1]
+    assert "raise the temperature" in said[-1]
 
 
 def test_an_ascent_step_raises_the_retain_loss_by_the_score() -> None:
@@ -171,8 +172,8 @@ def test_hosts_without_a_retain_loss_have_the_records_only() -> None:
     lm = make_lm()
     with_rows, _ = make_context(lm)
     without, _ = make_context(lm, rows=False)
-    place = build("weigh", "attribution")
-    assert torch.equal(place.weights(with_rows), place.weights(without))
+    weigh = build("weigh", "attribution")
+    assert torch.equal(weigh.weights(with_rows), weigh.weights(without))
 
 
 def test_no_retain_records_is_an_error_that_says_what_to_give() -> None:

@@ -38,12 +38,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from delible.attacks.base import AttackContext, ModelAttack
-from delible.component import build
 from delible.errors import RunError
 from delible.lm.anatomy import Role
 from delible.lm.lm import LM
 from delible.registry import register
-from delible.train.slots import FinishContext
 
 MATRICES: tuple[Role, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
@@ -65,8 +63,9 @@ def step_sizes(
     size = min(group, width) or width
     # Zeros at the end never are the largest magnitude of a group.
     padded = nn.functional.pad(weight.abs(), (0, -width % size))
-    largest = padded.unflatten(-1, (-1, size)).amax(dim=-1)
-    return largest.repeat_interleave(size, dim=-1)[..., :width] / 2 ** (bits - 1)
+    largest = padded.reshape(*weight.shape[:-1], -1, size).amax(dim=-1)
+    steps: Tensor = largest.repeat_interleave(size, dim=-1)[..., :width] / 2 ** (bits - 1)
+    return steps
 
 
 def codes(
@@ -109,15 +108,6 @@ def linear_weights(lm: LM) -> dict[str, Tensor]:
     return found
 
 
-def without_adapter(lm: LM, context: AttackContext) -> LM:
-    """An independent copy of the model; an adapter that it wears is merged, or it would escape."""
-    twin = lm.copy()
-    if hasattr(twin.model, "merge_and_unload"):
-        finish = build("finish", "merge_adapter")
-        twin = finish.apply(FinishContext(twin, lm.copy, {}, None, context.say))
-    return twin
-
-
 def compare_codes(
     changed: Mapping[str, Tensor], original: Mapping[str, Tensor], bits: int, group: int
 ) -> dict[str, tuple[float, float]]:
@@ -137,10 +127,12 @@ def compare_codes(
     for name, old in original.items():
         before, after = old.float(), changed[name].to(old.device).float()
         steps = step_sizes(before, bits, group)
-        same = codes(before, steps, bits) == codes(after, steps, bits)
-        # In a group of zeros every change is visible; it counts as one half step per half step.
-        half = torch.where(steps > 0, steps / 2, torch.ones_like(steps))
-        found[name] = (float(same.float().mean()), float(((after - before).abs() / half).mean()))
+        scaled = steps > 0  # in a group of zeros every change is visible, and no step measures it
+        same = torch.where(
+            scaled, codes(before, steps, bits) == codes(after, steps, bits), before == after
+        )
+        changes = ((after - before).abs() / (steps / 2))[scaled]
+        found[name] = (float(same.float().mean()), float(changes.sum()) / max(1, changes.numel()))
     return found
 
 
@@ -189,12 +181,14 @@ class Quantize(ModelAttack):
         Raises:
             RunError: The original is of another architecture.
         """
-        twin = without_adapter(lm, context)
+        twin = lm.copy()
+        twin.merge_adapter()  # or an adapter would escape the attack
         weights = linear_weights(twin)
         if context.original is not None and context.original is not lm:
             original = context.original
-            if hasattr(original.model, "merge_and_unload"):
-                original = without_adapter(original, context)
+            if original.wears_adapter:
+                original = original.copy()
+                original.merge_adapter()
             self._note(twin, weights, linear_weights(original), context)
         with torch.no_grad():
             for weight in weights.values():

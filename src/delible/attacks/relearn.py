@@ -28,7 +28,6 @@ import torch
 from pydantic import Field
 
 from delible.attacks.base import AttackContext, ModelAttack
-from delible.component import build
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.asking import answer_of
@@ -37,7 +36,6 @@ from delible.registry import register
 from delible.train.engine import Trainer
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
-from delible.train.slots import FinishContext
 
 RowsFrom = Literal["forget", "unrelated", "retain"]
 #: Peak learning rate where the option leaves it open.
@@ -122,15 +120,6 @@ def split_by_fact(
     chosen = set(trained)
     kept = [record for index, record in enumerate(records) if index in chosen]
     return kept, [record for index, record in enumerate(records) if index not in chosen]
-
-
-def without_adapter(lm: LM, context: AttackContext) -> LM:
-    """An independent copy of the model; an adapter that it wears is merged."""
-    twin = lm.copy()
-    if hasattr(twin.model, "merge_and_unload"):
-        finish = build("finish", "merge_adapter")
-        twin = finish.apply(FinishContext(twin, lm.copy, {}, None, context.say))
-    return twin
 
 
 @register(
@@ -235,7 +224,8 @@ class Relearn(ModelAttack):
             RunError: Training collapsed or moved nothing.
         """
         rows = self.trained_on(context)
-        twin = without_adapter(lm, context)
+        twin = lm.copy()
+        twin.merge_adapter()  # or an adapter would escape the attack
 
         def progress(step: int, total: int, numbers: Mapping[str, float]) -> None:
             if context.observe and (step % self.observe_steps == 0 or step == total):

@@ -27,7 +27,7 @@ from delible.audit.result import (
 )
 from delible.audit.verdict import erased, verdict, worst_by_attack
 from delible.component import build
-from delible.errors import DataError, ModelError, RecipeError, nearest
+from delible.errors import DataError, DelibleError, ModelError, RecipeError, nearest
 from delible.files import atomic_file, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
@@ -236,8 +236,7 @@ class _Audit:
     def run(self) -> AuditResult:
         found = [_Found("none", "", "Asked plainly")]
         found += [
-            _Found(attack.card.name, _variant(attack), attack.card.title)
-            for attack in self.attacks
+            _Found(attack.card.name, _variant(attack), attack.card.title) for attack in self.attacks
         ]
         infos: dict[SystemRole, SystemInfo] = {}
         examples: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]] = {}
@@ -321,7 +320,11 @@ class _Audit:
     ) -> None:
         curve: list[tuple[int, float | None]] = []
         context = self._context(role, curve)
-        splits["forget"] = attack.held_out(context)
+        try:
+            splits["forget"] = attack.held_out(context)
+        except DelibleError as error:
+            place.notes["skipped"] = f"not run: {error}"
+            return
         key = self._key(lm, attack, splits)
         kept = self._kept(key)
         if kept is not None:
@@ -329,7 +332,11 @@ class _Audit:
             place.values[role], place.curves[role], notes = kept
         else:
             self.say(f"{title}.")
-            attacked = attack.apply(lm, context)
+            try:
+                attacked = attack.apply(lm, context)
+            except DelibleError as error:
+                place.notes["skipped"] = f"not run: {error}"
+                return
             place.values[role] = self._evaluate(
                 attacked, splits, self._leak_metrics(), title, cached=False
             )
@@ -341,9 +348,7 @@ class _Audit:
         if role == "unlearned":
             place.notes.update(notes)
 
-    def _context(
-        self, role: SystemRole, curve: list[tuple[int, float | None]]
-    ) -> AttackContext:
+    def _context(self, role: SystemRole, curve: list[tuple[int, float | None]]) -> AttackContext:
         from delible.world import unrelated
 
         original = None
@@ -445,9 +450,7 @@ class _Audit:
         splits: Splits = {}
         for split, index in found:
             splits[split] = [*splits.get(split, ()), self.splits[split][index]]
-        places = {
-            split: [index for name, index in found if name == split] for split in splits
-        }
+        places = {split: [index for name, index in found if name == split] for split in splits}
         for split, records in splits.items():
             from delible.measure.engine import measure
 
@@ -599,9 +602,16 @@ class _Audit:
                 reasons = [item.reason for item in items if item.value is None]
                 rows.append(
                     Measurement(
-                        system=role, attack=place.attack, variant=place.variant, split=split,
-                        metric=metric, value=values.means[metric][split], low=low, high=high,
-                        n=len(numbers), skipped=len(reasons),
+                        system=role,
+                        attack=place.attack,
+                        variant=place.variant,
+                        split=split,
+                        metric=metric,
+                        value=values.means[metric][split],
+                        low=low,
+                        high=high,
+                        n=len(numbers),
+                        skipped=len(reasons),
                         reason=reasons[0] if reasons else None,
                     )  # fmt: skip
                 )
@@ -632,7 +642,9 @@ class _Audit:
                 continue
             curves.append(
                 Curve(
-                    attack=place.attack, variant=place.variant, metric="answer_probability",
+                    attack=place.attack,
+                    variant=place.variant,
+                    metric="answer_probability",
                     steps=steps,
                     values={
                         role: [dict(points).get(step) for step in steps]
@@ -669,6 +681,11 @@ class _Audit:
             f"{card.title} ({card.name}): not run."
             for card in registry.cards("attack")
             if card.name not in run
+        ]
+        lines += [
+            f"{place.title} ({place.variant or place.attack}): {place.notes['skipped']}."
+            for place in found
+            if "skipped" in place.notes
         ]
         skipped = found[0].values["unlearned"].skipped
         lines += [f"Metric {name}: {reason}." for name, reason in skipped.items()]
@@ -725,7 +742,11 @@ def write_items(path: Path, found: Sequence[_Found]) -> None:
         {
             name: arrow.array(
                 column,
-                arrow.float64() if name == "value" else arrow.int64() if name == "record" else arrow.string(),
+                arrow.float64()
+                if name == "value"
+                else arrow.int64()
+                if name == "record"
+                else arrow.string(),
             )
             for name, column in columns.items()
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from delible.errors import ModelError
+from delible.errors import ModelError, RunError
 from delible.lm.anatomy import Anatomy, derive
 from delible.lm.forward import Batch, Forward, collate, map_logits, target_logprobs
 from delible.lm.load import load_model, weights_digest
@@ -115,6 +115,29 @@ class LM:
     def touch(self) -> None:
         """Says that the weights have changed."""
         self._digest = None
+
+    @property
+    def wears_adapter(self) -> bool:
+        """Whether a PEFT adapter is on."""
+        return hasattr(self.model, "merge_and_unload")
+
+    def wear(self, model: Any) -> None:
+        """Takes another form of the same model: with an adapter, or with one merged."""
+        self.model = model
+        self.anatomy = derive(self.core)  # an adapter moves the matrices to `base_layer`
+        self.touch()
+
+    def merge_adapter(self) -> None:
+        """Adds an adapter, if there is one, to the weights: an ordinary model again.
+
+        Raises:
+            RunError: The adapter's values are not finite.
+        """
+        if self.wears_adapter:
+            try:
+                self.wear(self.model.merge_and_unload(safe_merge=True))
+            except ValueError as error:  # what PEFT raises for values that are not finite
+                raise RunError(f"the adapter cannot be merged: {error}") from error
 
     def copy(self, name: str | None = None) -> LM:
         """An independent copy with its own weights."""

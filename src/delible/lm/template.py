@@ -146,7 +146,7 @@ class Template:
     def _joint(self, prompt: Prompt, answer: str) -> str:
         """What the template puts between the prompt and the answer, usually nothing."""
         if prompt.prefill or not self.has_chat:
-            return "" if self.has_chat or prompt.prefill.endswith(" ") else " "
+            return "" if self.has_chat or prompt.prefill[-1:].isspace() else " "
         prompt_text = self.render(prompt)
         full = self._chat((*prompt.messages, Message(role="assistant", content=answer)))
         joint, found, _ = full[len(prompt_text) :].partition(answer)

@@ -16,11 +16,11 @@ reach; texts that mention a name which is about to be edited are left out.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -53,6 +53,8 @@ LONGEST_ROW = 512
 BATCH_TOKENS = 2048
 #: The fictional people of the built-in text: a seed that no example uses.
 PEOPLE, PEOPLE_SEED = 24, 250_607_795
+#: Stands for a name while a template is rendered.
+MARK = "\u2063name\u2063"
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,9 @@ def down_projection(lm: LM, layer: int) -> DownProjection:
     parameter = lm.core.get_parameter(names[0]) if len(names) == 1 else None
     if parameter is None or parameter.dim() == 3:
         raise ModelError(
-            f"layer {layer} has {len(names)} down-projections: it is a mixture of experts.",
+            f"layer {layer} is a mixture of experts: it has no single down-projection to edit.",
             where=lm.anatomy.class_name,
-            hint="Keys at one down-projection exist in dense layers only; choose other layers or "
-            "a dense model.",
+            hint="Choose dense layers (layers=...) or a dense model.",
         )
     transposed = lm.anatomy.transposed
     hidden = lm.anatomy.hidden_size
@@ -102,9 +103,7 @@ def down_projection(lm: LM, layer: int) -> DownProjection:
             hint="Load the model without quantization.",
         )
     path = names[0].removesuffix(".weight").removesuffix(".base_layer")
-    return DownProjection(
-        names[0], path, int(parameter.shape[0 if transposed else 1]), transposed
-    )
+    return DownProjection(names[0], path, int(parameter.shape[0 if transposed else 1]), transposed)
 
 
 # ---- reading
@@ -169,6 +168,80 @@ def read_states(
         )
 
 
+# ---- at a name
+
+
+def cut_after_name(lm: LM, name: str, context: Callable[[str], Prompt]) -> list[int]:
+    """Token ids of a context up to the last token of a name in it, and no further.
+
+    What follows a token cannot change its state in a causal model, but it can change how the
+    name is tokenized, so the whole context is tokenized and then cut.
+
+    Args:
+        name: The name.
+        context: Puts a name into a prompt.
+
+    Raises:
+        ModelError: The chat template rewrites the name, or the tokenizer does not tell where it
+            ends.
+    """
+    prompt = context(name)
+    text = lm.template.render(prompt)
+    before, marked, after = lm.template.render(context(MARK)).partition(MARK)
+    if not marked or before + name + after != text:
+        raise ModelError(
+            f"the chat template does not keep the name '{name}' as it is.",
+            hint="Use a tokenizer whose template puts the user's words in verbatim.",
+        )
+    ids = list(lm.template.prompt_ids(prompt))
+    # As in Template: a chat template writes its own beginning-of-text token.
+    special = prompt.text is not None or not lm.template.has_chat
+    end = _token_at(lm, ids, text, len(before) + len(name) - 1, special)
+    if end is None:
+        raise ModelError(
+            f"the tokenizer does not tell which token the name '{name}' ends with.",
+            where=type(lm.tokenizer).__name__,
+            hint="Write the name as the model would, or use the model's fast tokenizer.",
+        )
+    return ids[: end + 1]
+
+
+def _token_at(lm: LM, ids: list[int], text: str, place: int, special: bool) -> int | None:
+    """Index of the (last) token that covers the character at a place; None when unclear."""
+    if getattr(lm.tokenizer, "is_fast", False):
+        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        covering = [
+            index
+            for index, (start, end) in enumerate(encoding["offset_mapping"])
+            if start <= place < end
+        ]  # several when a character has several bytes
+        same = list(encoding["input_ids"])[: len(ids)] == ids
+        return covering[-1] if same and covering and covering[-1] < len(ids) else None
+    head = list(lm.tokenizer(text[: place + 1], add_special_tokens=special)["input_ids"])
+    if special and head and head[-1] == lm.tokenizer.eos_token_id:
+        head.pop()
+    return len(head) - 1 if head and ids[: len(head)] == head else None
+
+
+def last_states(
+    lm: LM, rows: Sequence[Sequence[int]], layers: Sequence[int]
+) -> tuple[dict[int, Float[Tensor, "rows width"]], Float[Tensor, "rows hidden"]]:
+    """Keys by layer and outputs of the highest layer at the last token of each row, in float64."""
+    keys: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}
+    outputs: dict[int, Tensor] = {}
+    for indices, found, output in read_states(lm, rows, layers):
+        for place, index in enumerate(indices):
+            last = len(rows[index]) - 1
+            outputs[index] = output[place, last].double()
+            for layer in layers:
+                keys[layer][index] = found[layer][place, last].double()
+    order = range(len(rows))
+    return (
+        {layer: torch.stack([keys[layer][index] for index in order]) for layer in layers},
+        torch.stack([outputs[index] for index in order]),
+    )
+
+
 # ---- text
 
 
@@ -177,7 +250,8 @@ def _mentions(names: Iterable[str]) -> Callable[[str], bool]:
     words = {form.casefold() for name in names if name for form in (name, name.split()[-1])}
     if not words:
         return lambda text: False
-    pattern = re.compile(rf"\b(?:{'|'.join(re.escape(word) for word in sorted(words))})\b")
+    any_of = "|".join(re.escape(word) for word in sorted(words))
+    pattern = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)")
     return lambda text: pattern.search(text.casefold()) is not None
 
 
@@ -206,10 +280,11 @@ def built_in_rows(lm: LM, without: Iterable[str] = ()) -> Iterator[list[int]]:
             pairs.append((Prompt(text=""), f"{question} {answer}."))
     Random(0).shuffle(pairs)  # a budget of tokens then takes from every kind
     mentions = _mentions(without)
+    template = copy(lm.template)  # its counters are about the user's rows
     for prompt, answer in pairs:
         asked = prompt.messages[-1].content if prompt.messages else ""
         if not mentions(f"{asked} {answer}"):
-            yield list(lm.template.encode(prompt, answer).ids[:LONGEST_ROW])
+            yield list(template.encode(prompt, answer).ids[:LONGEST_ROW])
 
 
 def file_rows(lm: LM, path: Path, without: Iterable[str] = ()) -> Iterator[list[int]]:
@@ -248,3 +323,181 @@ def file_rows(lm: LM, path: Path, without: Iterable[str] = ()) -> Iterator[list[
             where=str(path),
             hint="Give a UTF-8 text file with paragraphs parted by empty lines.",
         ) from error
+
+
+# ---- second moments
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was read on generic text.
+
+    Attributes:
+        moments: C by layer, ``[width, width]``, fp32, on the processor.
+        tokens: Positions behind it.
+        folder: Where it is kept.
+    """
+
+    moments: dict[int, Float[Tensor, "width width"]]
+    tokens: int
+    folder: Path
+
+
+def take(rows: Iterable[list[int]], tokens: int) -> list[array[int]]:
+    """Rows up to a budget of tokens, the last one cut; four bytes per token."""
+    taken: list[array[int]] = []
+    for row in rows:
+        taken.append(array("i", row[:tokens]))
+        tokens -= len(taken[-1])
+        if tokens <= 0:
+            break
+    return taken
+
+
+def second_moments(
+    lm: LM, rows: Iterable[list[int]], layers: Sequence[int], *, tokens: int, say: Say
+) -> Statistics:
+    """Second moments of the down-projections' inputs, read once and then taken from the cache.
+
+    The rows are computed as the model answers (``LM.precision``); products are in fp32 and sums
+    in float64. Memory: layers x width^2 x 8 bytes, whatever the number of tokens.
+
+    Args:
+        rows: Generic text as token ids, see :func:`built_in_rows` and :func:`file_rows`.
+        layers: Indices of the blocks.
+        tokens: How many tokens to use at most.
+        say: For progress.
+
+    Raises:
+        DataError: There is no text.
+        ModelError: A block has no single down-projection.
+        RunError: The cache cannot be written.
+    """
+    taken = take(rows, tokens)
+    count = sum(len(row) for row in taken)
+    if count == 0:
+        raise DataError("there is no generic text to read.", hint="Give a file with some text.")
+    widths = {layer: down_projection(lm, layer).width for layer in layers}
+    text = hashlib.sha256()
+    for row in taken:
+        text.update(f"{len(row)}:".encode() + row.tobytes())
+    identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}"
+    folder = cache_folder() / "statistics" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    moments = {
+        layer: kept[0]
+        for layer in layers
+        if (kept := _read(folder / f"moment-{layer}.safetensors", ["moment"], say)) is not None
+    }
+    missing = [layer for layer in layers if layer not in moments]
+    if missing:
+        for layer, moment in _measure(lm, taken, missing, count, say).items():
+            moments[layer] = moment
+            _write(folder / f"moment-{layer}.safetensors", {"moment": moment})
+    for layer, width in widths.items():
+        if count < 2 * width:
+            say(
+                f"statistics: {count:,} tokens are few for the {width:,} directions of layer "
+                f"{layer}; the null space is overestimated (give more text: texts=FILE)"
+            )
+            break
+    return Statistics(moments, count, folder)
+
+
+def _measure(
+    lm: LM, rows: Sequence[array[int]], layers: Sequence[int], count: int, say: Say
+) -> dict[int, Tensor]:
+    widths = {layer: down_projection(lm, layer).width for layer in layers}
+    sums = {
+        layer: torch.zeros(width, width, dtype=torch.float64, device=lm.device)
+        for layer, width in widths.items()
+    }
+    say(f"statistics: reading {count:,} tokens of generic text (kept for the next time)")
+    done, told = 0, 0
+    for indices, keys, _ in read_states(lm, rows, layers, autocast=True):
+        lengths = torch.tensor([len(rows[index]) for index in indices])
+        longest = int(lengths.max())
+        real = (torch.arange(longest) < lengths[:, None]).to(lm.device)
+        for layer, key in keys.items():
+            values = key[real].float()
+            sums[layer] += (values.T @ values).double()
+        done += int(lengths.sum())
+        if 4 * done // count > told and done < count:
+            told = 4 * done // count
+            say(f"statistics: {done:,} of {count:,} tokens")
+    return {layer: (total / count).float().cpu() for layer, total in sums.items()}
+
+
+def _read(path: Path, names: Sequence[str], say: Say) -> list[Tensor] | None:
+    """Tensors of a file of the cache; None when it is not there or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = load(path.read_bytes())
+        return [found[name] for name in names]
+    except (SafetensorError, KeyError, OSError) as error:
+        say(f"statistics: {path} is damaged ({error}) and is made again")
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_file(path, "wb") as file:
+        file.write(save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+# ---- null spaces
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigen-decomposition of a second moment; for a moment, singular values are the same.
+
+    Attributes:
+        values: Eigenvalues, descending, not negative, float64, shape [width].
+        vectors: Eigenvectors in the same order as columns, fp32, shape [width, width].
+    """
+
+    values: Float[Tensor, " width"]
+    vectors: Float[Tensor, "width width"]
+
+
+def spectrum(moment: Float[Tensor, "width width"]) -> Spectrum:
+    """Decomposes a second moment in float64."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1).float().contiguous())
+
+
+def spectra(statistics: Statistics, say: Say) -> dict[int, Spectrum]:
+    """The decompositions of all layers, made once and then taken from the cache."""
+    found = {}
+    for layer, moment in statistics.moments.items():
+        path = statistics.folder / f"spectrum-{layer}.safetensors"
+        kept = _read(path, ["values", "vectors"], say)
+        if kept is None:
+            say(f"statistics: decomposing layer {layer} ({moment.shape[0]:,} directions)")
+            found[layer] = spectrum(moment)
+            _write(path, {"values": found[layer].values, "vectors": found[layer].vectors})
+        else:
+            found[layer] = Spectrum(*kept)
+    return found
+
+
+def null_directions(values: Float[Tensor, " width"], threshold: float, scale: Scale) -> slice:
+    """Which eigenvectors span the null space: the last ones, with small eigenvalues.
+
+    Args:
+        values: Eigenvalues, descending.
+        threshold: See ``scale``.
+        scale: ``"largest"``: values below ``threshold`` times the largest one; ``"energy"``: as
+            many of the smallest as hold at most a share ``threshold`` of the sum; ``"absolute"``:
+            values below ``threshold``.
+
+    Returns:
+        A slice of the columns of :attr:`Spectrum.vectors`; empty when nothing is below.
+    """
+    if scale == "energy":
+        # tail[i] = sum of values[i:], from the small end so that tiny values are not lost
+        tail = values.flip(0).cumsum(0).flip(0)
+        below = tail <= threshold * tail[0]
+    else:
+        below = values < threshold * (values[0] if scale == "largest" else 1.0)
+    return slice(len(values) - int(below.sum()), len(values))

@@ -173,19 +173,20 @@ class Trainer:
         accelerator = Accelerator()
         self.lm.precision = resolve(training.precision, self.lm.device.type)
         self.lm.template.max_length = min(training.max_length, self.lm.template.max_length)
-        context, chosen, weights = self.rows()
+        if self.recipe.finish.needs_start and self.start is None:
+            raise RecipeError(
+                f"finish '{self.recipe.finish.card.name}' needs the start model.",
+                hint="Pass start= when training from Python.",
+            )
+        context = self.rows()
+        weights = self.recipe.weigh.weights(context)
         placement = self.recipe.place.apply(context)
         if not placement.parameters:
             raise RecipeError(
                 "no parameter may move.", where=f"place '{self.recipe.place.card.name}'"
             )
-        plan = make_plan(
-            self.recipe,
-            [context.rows["forget"][i] for i in chosen],
-            context.rows["retain"],
-            self.seed,
-        )
-        reference = self._reference(context, plan, chosen)
+        plan = make_plan(self.recipe, context.rows["forget"], context.rows["retain"], self.seed)
+        reference = self._reference(context, plan)
         optimizer = self._optimizer(placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
@@ -196,7 +197,6 @@ class Trainer:
             context,
             placement,
             plan,
-            chosen,
             weights,
             reference,
             forward,
@@ -219,13 +219,15 @@ class Trainer:
 
     # ---- before the first step
 
-    def rows(self) -> tuple[Context, list[int], Tensor]:
-        template, records = self.lm.template, self.records
+    def rows(self) -> Context:
+        """Tokenized rows of every role, with the forget rows that the recipe selects."""
+        template, records, recipe = self.lm.template, self.records, self.recipe
+        keeps = any("retain" in component.card.needs for component in recipe.components())
         rows: dict[str, list[Row]] = {
             "forget": make_rows(template, records["forget"]),
-            "retain": make_rows(template, records.get("retain", ())) if self.keep else [],
+            "retain": make_rows(template, records.get("retain", ())) if keeps else [],
         }
-        if "refusal" in self.recipe.objective.roles:
+        if "refusal" in recipe.objective.roles:
             rows["refusal"] = refusal_rows(
                 template,
                 records["forget"],
@@ -233,20 +235,22 @@ class Trainer:
                 generator(self.seed, "refusals"),
             )
         context = Context(
-            self.lm, rows, records, Gradients(self.lm), self.recipe.objective, self.keep,
-            self.seed, self.say,
+            self.lm, rows, records, Gradients(self.lm), recipe.objective, self.keep, self.seed,
+            self.say,
         )  # fmt: skip
-        chosen = self.recipe.select.choose(context)
-        weights = self.recipe.weigh.weights(context)
-        return context, chosen, weights
+        chosen = recipe.select.choose(context)
+        for role in ("forget", "refusal"):
+            if role in rows:
+                rows[role] = [rows[role][index] for index in chosen]
+        return context
 
-    def _reference(self, context: Context, plan: Plan, chosen: Sequence[int]) -> Reference:
+    def _reference(self, context: Context, plan: Plan) -> Reference:
         reference = Reference()
         folder = self.run.path / "checkpoint" / "reference" if self.run else None
         lm = self.reference_lm or self.lm
         objective, keep = self.recipe.objective, self.keep
         wanted: list[tuple[list[Row], tuple[str, ...]]] = [
-            ([context.rows[role][i] for i in chosen], objective.reference_kinds(self.lm))
+            (list(context.rows[role]), objective.reference_kinds(self.lm))
             for role in objective.roles
         ]
         if keep is not None:
@@ -293,15 +297,8 @@ class Trainer:
         return max(64, min(1024, int(0.4 * free / per_token)))
 
     def _finish_context(self, notes: dict[str, Any]) -> FinishContext:
-        def start() -> LM:
-            if self.start is None:
-                raise RecipeError(
-                    f"finish '{self.recipe.finish.card.name}' needs the start model.",
-                    hint="Pass start= when training from Python.",
-                )
-            return self.start()
-
         folder: Path | None = self.run.path if self.run else None
+        start = self.start or (lambda: self.lm)
         return FinishContext(self.lm, start, self.records, folder, self.say, notes)
 
 
@@ -315,14 +312,13 @@ class _Loop:
         context: Context,
         placement: Placement,
         plan: Plan,
-        chosen: Sequence[int],
         weights: Tensor,
         reference: Reference,
         forward: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.trainer, self.accelerator, self.context = trainer, accelerator, context
-        self.placement, self.plan, self.chosen = placement, plan, chosen
+        self.placement, self.plan = placement, plan
         self.weights, self.reference = weights, reference
         self.forward, self.optimizer = forward, optimizer
         self.training = trainer.recipe.training
@@ -421,7 +417,7 @@ class _Loop:
 
     def _passes(self, pairs: Sequence[tuple[int, int | None]]) -> Passes:
         recipe, rows = self.trainer.recipe, self.context.rows
-        forget = [self.chosen[index] for index, _ in pairs]
+        forget = [index for index, _ in pairs]
         retain = [index for _, index in pairs if index is not None] if self.trainer.keep else []
         roles = recipe.objective.roles
         units = sum(rows[roles[0]][i].units(recipe.objective.unit) for i in forget)
@@ -623,9 +619,17 @@ class _Loop:
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, Tensor]:
         return {
-            name: value.detach().flatten()[:256].clone()
+            name: self._sample(name, value).clone()
             for name, value in self.trainer.lm.model.named_parameters()
         }
+
+    def _sample(self, name: str, value: Tensor) -> Tensor:
+        """A few entries of a parameter: among those that may move, if it is masked."""
+        mask = (self.placement.masks or {}).get(name)
+        flat = value.detach().flatten()
+        if mask is None:
+            return flat[:256]
+        return flat[mask.flatten().nonzero()[:256, 0]]
 
     @torch.no_grad()
     def _check_moves(self, before: Mapping[str, Tensor]) -> None:
@@ -633,7 +637,7 @@ class _Loop:
         own = {id(value): name for name, value in self.placement.parameters.items()}
         moved = 0
         for name, value in self.trainer.lm.model.named_parameters():
-            same = torch.equal(value.detach().flatten()[:256], before[name])
+            same = torch.equal(self._sample(name, value), before[name])
             if id(value) not in own and not same:
                 raise RunError(f"the frozen parameter {name} moved; this is a bug.")
             moved += not same

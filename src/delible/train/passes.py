@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from delible.lm.lm import LM
-from delible.train.slots import Keep, Objective
 from delible.train.reference import Reference
+from delible.train.slots import Keep, Objective
 from delible.train.step import Reads, Row, Step, make_step
 
 

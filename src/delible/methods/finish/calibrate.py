@@ -18,7 +18,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ from torch import Tensor
 from delible import registry
 from delible.errors import RunError
 from delible.files import explain_disk, write_json
-from delible.lm.anatomy import derive
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.records import RecordBase
@@ -121,6 +120,8 @@ class _Line:
 class Calibrate(Finish):
     """Options of calibration."""
 
+    needs_start: ClassVar[bool] = True
+
     retention: float = Field(
         0.95, gt=0, le=1, description="Share of the start's retain extraction strength to keep."
     )
@@ -130,9 +131,8 @@ class Calibrate(Finish):
 
     def apply(self, context: FinishContext) -> LM:
         lm = context.lm
-        if hasattr(lm.model, "merge_and_unload"):
-            lm.model = lm.model.merge_and_unload()
-            lm.anatomy = derive(lm.core)
+        if lm.wears_adapter:
+            lm.merge_adapter()
             context.say("finish: the adapter is merged before mixing")
         splits = {
             role: spread(context.records[role], self.records)

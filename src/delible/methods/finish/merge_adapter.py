@@ -7,8 +7,7 @@ Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does
 
 from __future__ import annotations
 
-from delible.errors import RecipeError, RunError
-from delible.lm.anatomy import derive
+from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
@@ -34,20 +33,12 @@ class MergeAdapter(Finish):
 
     def apply(self, context: FinishContext) -> LM:
         lm = context.lm
-        merge = getattr(lm.model, "merge_and_unload", None)
-        if merge is None:
+        if not lm.wears_adapter:
             raise RecipeError(
                 "the model wears no adapter.",
                 where="finish 'merge_adapter'",
                 hint="Train with place: lora, or leave finish out.",
             )
-        try:
-            lm.model = merge(safe_merge=True)
-        except ValueError as error:  # what PEFT raises for values that are not finite
-            raise RunError(
-                f"the adapter cannot be merged: {error}", where="finish 'merge_adapter'"
-            ) from error
-        lm.anatomy = derive(lm.core)  # the matrices are back in their places
-        lm.touch()
+        lm.merge_adapter()
         context.say("finish: the adapter is merged into the weights")
         return lm

@@ -11,12 +11,13 @@ github.com/jaechan-repo/muse_bench. Deviations: none. Large scales ruin the mode
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from delible.errors import RunError
-from delible.lm.anatomy import derive
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
@@ -48,6 +49,8 @@ def negated(start: Tensor, trained: Tensor, scale: float) -> Tensor:
 class TaskVector(Finish):
     """Options of the task vector."""
 
+    needs_start: ClassVar[bool] = True
+
     scale: float = Field(
         1.0, ge=0, description="How far to go back; 0 is the start model, larger forgets more."
     )
@@ -55,9 +58,8 @@ class TaskVector(Finish):
     @torch.no_grad()
     def apply(self, context: FinishContext) -> LM:
         lm = context.lm
-        if hasattr(lm.model, "merge_and_unload"):
-            lm.model = lm.model.merge_and_unload()
-            lm.anatomy = derive(lm.core)
+        if lm.wears_adapter:
+            lm.merge_adapter()
             context.say("finish: the adapter is merged before its vector is subtracted")
         start = context.start()
         before = dict(start.core.named_parameters())

@@ -37,7 +37,7 @@ def ascend_(weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: float) 
     norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
     if 0 < norm < float("inf"):
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.add_(gradient, alpha=-rho / norm)
+            weight.add_(gradient, alpha=rho / norm)
     return norm
 
 

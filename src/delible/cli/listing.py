@@ -1,0 +1,236 @@
+"""``delible list`` and ``delible show``: what there is, from the cards."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from delible.cli import flags, output
+from delible.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from delible.cards import Card, Kind
+
+#: Kinds from the most to the least asked for; `show` takes the first that knows the name.
+ORDER = (
+    "recipe", "editor", "guard", "attack", "metric", "benchmark", "objective", "keep", "place",
+    "balance", "harden", "finish", "select", "sample", "weigh",
+)  # fmt: skip
+#: Words for several kinds at once.
+COLLECTIVE = {"methods": ("recipe", "editor"), "slots": ORDER[6:]}
+#: Plurals that do not end in a plain s.
+PLURALS = {"finishes": "finish"}
+
+
+@flags.flowing
+def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
+    """List methods, guards, attacks, metrics and components.
+
+    Parameters
+    ----------
+    kind
+        methods, guards, attacks, metrics, benchmarks, recipes, editors, slots, or one slot
+        (objectives, keep, place, balance, harden, finish, select, sample, weigh). Default: all.
+    as_json
+        Print the cards as JSON.
+    """
+    from delible import registry
+
+    kinds = _kinds(kind)
+    found = sorted(registry.cards(*kinds), key=lambda card: (ORDER.index(card.kind), card.name))
+    if as_json:
+        print(json.dumps([card.model_dump(mode="json") for card in found], indent=2))
+        return 0
+    reporter = output.Reporter()
+    if not found:
+        reporter.say(f"There are no {kind} yet.")
+        return 0
+    several = len({card.kind for card in found}) > 1
+    columns = (*(("kind",) if several else ()), "name", "title", "paper", "needs", "badges")
+    rows = [
+        (
+            *((card.kind,) if several else ()),
+            card.name,
+            card.title,
+            card.paper or "-",
+            ", ".join(card.needs) or "-",
+            ", ".join(card.badges) or "-",
+        )
+        for card in found
+    ]
+    reporter.console.print(output.table(columns, rows))
+    reporter.say("'delible show NAME' tells more about each.")
+    return 0
+
+
+@flags.flowing
+def show(
+    name: str,
+    /,
+    *,
+    kind: str | None = None,
+    as_json: flags.Json = False,
+) -> int:
+    """Show what a component is, how far to trust it, and its options.
+
+    Parameters
+    ----------
+    name
+        Name of a method, guard, attack, metric or slot component.
+    kind
+        Its kind, where a name is taken more than once (npo is a method and an objective).
+    as_json
+        Print the card and the options as JSON.
+    """
+    from delible import registry
+
+    kinds = _kinds(kind)
+    found = sorted(
+        (card for card in registry.cards(*kinds) if card.name == name),
+        key=lambda card: ORDER.index(card.kind),
+    )
+    if not found:
+        word = "component" if kind is None else kind
+        known = {card.name for card in registry.cards(*kinds)}
+        hint = nearest(name, known)
+        raise RecipeError(
+            f"unknown {word} '{name}'.",
+            hint=hint if hint.startswith("Did") else "'delible list' names them all.",
+        )
+    output.quiet_libraries()
+    card, others = found[0], [str(other.kind) for other in found[1:]]
+    recipe = _recipe(card)
+    options = [] if recipe else options_of(registry.load(card.kind, card.name))
+    if as_json:
+        content = {**card.model_dump(mode="json"), "options": options, "recipe": recipe}
+        print(json.dumps({**content, "also": others}, indent=2))
+    else:
+        _print(card, options, recipe, others)
+    return 0
+
+
+def _kinds(word: str | None) -> tuple[Kind, ...]:
+    """The kinds that a word means, in the singular or the plural."""
+    if word is None:
+        return ()
+    from delible.cards import Kind
+
+    known = get_args(Kind)
+    single = PLURALS.get(word, word if word in known else word.removesuffix("s"))
+    if single in known:
+        return (cast("Kind", single),)
+    for collective, kinds in COLLECTIVE.items():
+        if word in (collective, collective.removesuffix("s")):
+            return cast("tuple[Kind, ...]", kinds)
+    raise RecipeError(
+        f"unknown kind '{word}'.",
+        hint=nearest(word, [*COLLECTIVE, *(f"{one}s" for one in ORDER[:7]), *ORDER[7:]]),
+    )
+
+
+def _recipe(card: Card) -> dict[str, Any] | None:
+    if card.kind != "recipe":
+        return None
+    from delible.train.recipe import Recipe
+
+    return Recipe.named(card.name).spec()
+
+
+def options_of(component: Any) -> list[dict[str, Any]]:
+    """The options of a component's class: name, default, type, range and description."""
+    schema = component.model_json_schema()
+    return [
+        {
+            "name": name,
+            "default": _default(component, name),
+            "type": _type(field, schema),
+            "description": field.get("description", component.model_fields[name].description),
+        }
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
+def _default(component: Any, name: str) -> Any:
+    field = component.model_fields[name]
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """The type and range of a field in words, from its JSON schema."""
+    if "$ref" in field:
+        return _type(schema["$defs"][field["$ref"].rpartition("/")[2]], schema)
+    if "anyOf" in field:
+        return " or ".join(_type(part, schema) for part in field["anyOf"])
+    if "const" in field:
+        return json.dumps(field["const"])
+    if "enum" in field:
+        return ", ".join(str(value) for value in field["enum"])
+    words = {
+        "integer": "whole number", "number": "number", "string": "text", "boolean": "true or false",
+        "null": "null", "array": "list", "object": "mapping",
+    }  # fmt: skip
+    signs = (
+        ("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<=")
+    )  # fmt: skip
+    limits = [f"{sign} {field[key]:g}" for key, sign in signs if key in field]
+    return " ".join(
+        [words.get(field.get("type", ""), "any"), *([", ".join(limits)] if limits else [])]
+    )
+
+
+def _print(
+    card: Card, options: list[dict[str, Any]], recipe: dict[str, Any] | None, others: list[str]
+) -> None:
+    from delible.cards import NEEDS
+
+    reporter = output.Reporter()
+    reporter.heading(f"{card.title} ({card.kind} '{card.name}')")
+    reporter.say(card.summary)
+    words = {True: "yes", False: "no", None: None}
+    fields = {
+        "paper": card.paper and f"arXiv:{card.paper}{f' ({card.year})' if card.year else ''}",
+        "family": card.family,
+        "intention": card.intention,
+        "mechanism": card.mechanism,
+        "needs": "; ".join(NEEDS[need] for need in card.needs) or None,
+        "asks for": card.capability,
+        "range": card.range,
+        "direction": card.direction,
+        "misleads": card.misleads,
+        "changes": card.changes,
+        "reversible": words[card.reversible],
+        "retraining": card.retrain_goal and "claims to equal retraining",
+        "weakest": card.weakest,
+        "badges": ", ".join(card.badges) or None,
+        "variant": card.variant,
+        "file": card.module or None,
+    }
+    for name, value in fields.items():
+        if value:
+            reporter.field(name, value)
+    if options:
+        columns = ("option", "default", "type", "")
+        rows = [
+            (item["name"], json.dumps(item["default"]), item["type"], item["description"] or "")
+            for item in options
+        ]
+        reporter.console.print(output.table(columns, rows))
+    if recipe is not None:
+        reporter.console.print(
+            output.table(
+                ("slot", "component", "options"),
+                [
+                    (slot, spec.get("name", "-"), _settings(spec))
+                    for slot, spec in recipe.items()
+                    if isinstance(spec, dict)
+                ],
+            )
+        )
+        reporter.say("Every option is a flag of 'delible unlearn', such as --learning-rate 1e-5.")
+    for other in others:
+        reporter.say(f"The name is also taken by: delible show {card.name} --kind {other}")
+
+
+def _settings(spec: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name") or "-"

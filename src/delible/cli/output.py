@@ -1,0 +1,274 @@
+"""What people see: messages, tables, progress bars, errors. Rich is imported when it is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from delible.api import BeforeAfter
+    from delible.audit.result import AuditResult, Leak
+
+
+class Training(Protocol):
+    """What training reports to."""
+
+    def __call__(self, step: int, total: int, numbers: Mapping[str, float]) -> None: ...
+
+
+#: Where there is no terminal, progress is told in about so many lines.
+LINES_WITHOUT_TERMINAL = 10
+#: Characters of a shown answer.
+ANSWER_CHARACTERS = 240
+#: Columns whose words are names to be typed: never broken.
+WHOLE = ("kind", "name", "option", "slot", "component")
+#: Width where there is no terminal that says its own.
+WIDTH = 100
+
+
+def console(error: bool = False) -> Console:
+    """The terminal; of several processes (``accelerate launch``) only the first one speaks."""
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
+    quiet = os.environ.get("RANK", "0") != "0"
+    return Console(stderr=error, width=width, quiet=quiet, highlight=False)
+
+
+def complain(problem: str, *, where: str | None = None, hint: str | None = None) -> None:
+    """One red message on stderr: what is wrong, where, and what to do."""
+    from rich.text import Text
+
+    message = Text.assemble(
+        ("error: ", "bold red"),
+        (f"{where}: " if where else "", "bold"),
+        " ".join(problem.split()),
+        (f" {' '.join(hint.split())}" if hint else "", "cyan"),
+    )
+    console(error=True).print(message, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silences warnings and bars of the libraries below; they mean nothing to our users."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+class Reporter:
+    """Prints sentences and draws progress bars on one terminal, without mixing them up.
+
+    Args:
+        error: Speak on stderr, because stdout is for a program to read.
+    """
+
+    def __init__(self, error: bool = False) -> None:
+        self.console = console(error)
+        self._bar: Progress | None = None
+        self._stage = ""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish_bar()
+
+    def say(self, sentence: str) -> None:
+        """One sentence on a line of its own."""
+        self.console.print(sentence, markup=False, soft_wrap=True)
+
+    def heading(self, title: str) -> None:
+        """The title of a step."""
+        self.finish_bar()
+        self.console.print(title, style="bold", markup=False, soft_wrap=True)
+
+    def field(self, name: str, value: str) -> None:
+        """A name and its value, aligned."""
+        from rich.text import Text
+
+        self.console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
+
+    def finish_bar(self) -> None:
+        """Leaves the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def progress(self, title: str = "unlearning") -> Training:
+        """A new bar, as what training reports to: ``(step, total, numbers)``."""
+        self.finish_bar()
+        return self._drawn(title) if self.console.is_terminal else self._told(title)
+
+    def stage(self, title: str, done: int, total: int) -> None:
+        """Progress of one of several stages; a new title is a new bar."""
+        if self._stage != title:
+            self.finish_bar()
+            self._stage = title
+            if not self.console.is_terminal:
+                self.say(f"  {title}")
+        if self.console.is_terminal:
+            self._draw(f"  {title}", done, total, "")
+            if done >= total:
+                self.finish_bar()
+
+    def _draw(self, title: str, done: int, total: int, numbers: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}", style="cyan"),
+                Remaining(compact=True),
+                TextColumn("left", style="dim"),
+                console=self.console,
+            )
+            # a resumed run starts in the middle: the steps before took no time here
+            self._bar.add_task(title, total=total, completed=max(0, done - 1), numbers="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, numbers=numbers)
+
+    def _drawn(self, title: str) -> Training:
+        def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
+            self._draw(title, step, total, _numbers(numbers))
+            if step == total:
+                self.finish_bar()
+
+        return report
+
+    def _told(self, title: str) -> Training:
+        began, first = time.monotonic(), 0
+
+        def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
+            nonlocal began, first
+            if not first:  # the first step's own time is not known
+                began, first = time.monotonic(), step
+            if step not in (first, total) and step % max(1, total // LINES_WITHOUT_TERMINAL):
+                return
+            taken = step - first
+            left = ""
+            if taken and step < total:
+                left = f"  {duration((time.monotonic() - began) / taken * (total - step))} left"
+            self.say(f"{title}  step {step}/{total}  {_numbers(numbers)}{left}")
+
+        return report
+
+
+def _numbers(numbers: Mapping[str, float]) -> str:
+    words = (("forget_loss", "forget {:.3f}"), ("keep_loss", "keep {:.3f}"))
+    parts = [form.format(numbers[key]) for key, form in words if key in numbers]
+    if "tokens_per_second" in numbers:
+        parts.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as "40 s" or "3 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: float) -> str:
+    """A large number in words, such as "134.5 million"."""
+    for size, word in ((1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            return f"{number / size:.1f}{word}"
+    return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Any:
+    """A plain table of texts; what they hold is never read as markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold", no_wrap=column in WHOLE)
+    for row in rows:
+        made.add_row(*(Text(value) for value in row))
+    return made
+
+
+def before_after(examples: Sequence[BeforeAfter]) -> Any:
+    """The answers before and after, forget rows first."""
+    return table(
+        ("set", "question", "before", "after"),
+        [
+            (example.split, *map(_short, (example.question, example.before, example.after)))
+            for example in examples
+        ],
+    )
+
+
+def _short(text: str) -> str:
+    # a random model may well say an escape sequence that a terminal would obey
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= ANSWER_CHARACTERS else flat[: ANSWER_CHARACTERS - 1] + "…"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def matrix(result: AuditResult) -> Any:
+    """The attack x leak matrix: how much of each leak is known, by system, and what is erased."""
+    roles = list(result.systems)
+    rows = []
+    for leak in result.leaks:
+        title = f"{leak.title} ({leak.variant})" if leak.variant else leak.title
+        for index, measure in enumerate(leak.knowledge):
+            values = [_number(leak.knowledge[measure].get(role)) for role in roles]
+            rows.append(
+                (title if index == 0 else "", _words(measure), *values, _erased(leak, measure))
+            )
+    return table(("attack", "leak", *roles, "erased"), rows)
+
+
+def _erased(leak: Leak, measure: str) -> str:
+    value = leak.erased.get(measure)
+    return "cannot be said" if value is None else f"{value:.0%}"
+
+
+def measurements(result: AuditResult) -> Any:
+    """The plain questions: one row per metric and split, one column per system."""
+    roles = list(result.systems)
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for item in result.measurements:
+        if item.attack == "none":
+            row = found.setdefault((item.metric, item.split), {})
+            row[item.system] = _number(item.value)
+    return table(
+        ("metric", "set", *roles),
+        [
+            (_words(metric), split, *(row.get(role, "-") for role in roles))
+            for (metric, split), row in found.items()
+        ],
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,445 @@
+"""ROCR: the model takes one name for another, by a rank-one change of a few down-projections.
+
+A name is recognised at its last token in early layers. The output there is moved from what the
+name s gives to what a substitute s0 gives, layer by layer, in closed form:
+
+    z* = H_L(s0),    h = H_L(s),    r = (z* - h) / (layers left)
+    k = mean over six chat contexts of key_l(s)
+    Delta_l = r x^T,    x = P K (K^T P K + L2)^-1 e_1,    K = [k, keys of earlier edits]
+
+which for a single name is r (P k)^T / (k^T P k + L2). H_L is the output of the last edited layer
+L at the name's last token, key_l the input of the down-projection of layer l there, and P the
+projector onto the directions that generic text hardly uses.
+
+Paper: arXiv 2506.07795. Reference code: github.com/Acruxos/ORT. Deviations:
+
+- L2 is a share ``rho`` of k^T P k by default. With the authors' L2 = 1 the change is damped by
+  k^T P k / (k^T P k + 1), which is nothing on a small model; ``l2`` sets an absolute value.
+- The threshold of the null space is a share of the largest singular value by default; the
+  authors' absolute 0.02 is ``scale="absolute"``. Generic text is built in, or a file.
+- h is read in the same chat context as z*; the authors read it from the bare name
+  (``residual_context="bare"``).
+- Layers are shares of the depth. The linear system is solved in the space of the keys (the same
+  solution as the width x width system, for one key and for several).
+- Only the mode "unrelated" (a substitute) exists; "reject" and "noise" optimise a target first.
+
+Limits: the model then says wrong things about the name, namely those of the substitute, with
+confidence. Aliases, first names alone and descriptions without the name are not covered: give
+them as further subjects. The answers are redirected, not removed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from delible.errors import DataError, ModelError, RecipeError
+from delible.lm.anatomy import Anatomy
+from delible.lm.lm import LM
+from delible.measure.requests import Prompt
+from delible.measure.statistics import (
+    DownProjection,
+    Scale,
+    built_in_rows,
+    cut_after_name,
+    down_projection,
+    file_rows,
+    last_states,
+    null_directions,
+    second_moments,
+    spectra,
+)
+from delible.records import ForgetRequest
+from delible.registry import register
+from delible.train.slots import Editor, Patch
+
+#: What is said before the name in the contexts that keys are averaged over.
+STARTERS = (
+    "",
+    "Please answer a question about",
+    "Choose the best answer about",
+    "Write the answer about",
+    "Tell me about",
+    "Write something about",
+)
+CUE = "Answer:"
+#: A null space that takes more than this share of the directions protects little.
+WIDE = 0.98
+
+
+def context(name: str, starter: str | None) -> Prompt:
+    """The name in the user's turn after a starter, or alone as the bare text "name."."""
+    if starter is None:
+        return Prompt(text=f"{name}.")
+    return Prompt.ask(f"{starter} {name}.", prefill=CUE)
+
+
+# ---- the closed form
+
+
+def key_factor(
+    keys: Float[Tensor, "width edits"],
+    null: Float[Tensor, "width directions"],
+    l2: float,
+) -> Float[Tensor, " width"]:
+    """x of Delta = r x^T: the answer of (P (k k^T + M) + L2) x = P k, in float64.
+
+    Args:
+        keys: The key k first, then the keys of earlier edits, whose second moment is M.
+        null: Orthonormal basis of the null space; P = null @ null.T.
+        l2: L2, above 0.
+    """
+    keys, null = keys.double(), null.double()
+    projected = null @ (null.T @ keys)
+    gram = keys.T @ projected + l2 * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
+    first = torch.zeros(keys.shape[1], dtype=keys.dtype, device=keys.device)
+    first[0] = 1
+    factor: Tensor = projected @ torch.linalg.solve(gram, first)
+    return factor
+
+
+def consecutive_layers(
+    anatomy: Anatomy, first: float, last: float, layers: tuple[int, ...] | None
+) -> list[int]:
+    """Indices of the edited layers, ascending.
+
+    Raises:
+        ModelError: There is no such layer.
+        RecipeError: Explicit layers are not consecutive, or the last depth is above the first.
+    """
+    if layers is None:
+        if last < first:
+            raise RecipeError(
+                f"'last_depth' = {last:g} is above 'first_depth' = {first:g}.",
+                where="editor 'rocr'",
+            )
+        return list(range(anatomy.layer_at(first), anatomy.layer_at(last) + 1))
+    for layer in layers:
+        anatomy.block_path(layer)
+    chosen = sorted({layer % anatomy.layers for layer in layers})
+    if chosen != list(range(chosen[0], chosen[-1] + 1)):
+        raise RecipeError(
+            f"the layers {chosen} are not consecutive.",
+            where="editor 'rocr'",
+            hint="The residual is spread from the first to the last one; leave no gap.",
+        )
+    return chosen
+
+
+def target_names(request: ForgetRequest) -> list[str]:
+    """Names to redirect: the request's subjects, or those of its forget records, each once.
+
+    Raises:
+        DataError: There are none.
+    """
+    given = request.subjects or tuple(
+        record.subject.strip() for record in request.forget if record.subject
+    )
+    first: dict[str, str] = {}
+    for name in given:
+        if name.strip():
+            first.setdefault(_plain(name), name)
+    names = list(first.values())
+    if not names:
+        raise DataError(
+            "ROCR needs names: there are no subjects, and no forget record names one.",
+            hint="Add --subjects NAME,… or a 'subject' field to the forget records.",
+        )
+    return names
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+def check_substitute(substitute: str, names: Sequence[str], kept: Sequence[str]) -> None:
+    """The substitute must be somebody who is neither forgotten nor to be kept.
+
+    Raises:
+        RecipeError: It is one of them, or part of its name or the other way round.
+    """
+    own = set(_plain(substitute).split())
+    for role, others in (("forgotten", names), ("kept", kept)):
+        for other in others:
+            theirs = set(_plain(other).split())
+            if own <= theirs or theirs <= own:
+                raise RecipeError(
+                    f"the substitute '{substitute}' is '{other}', who is {role}.",
+                    where="editor 'rocr'",
+                    hint="Choose another well-known person: substitute=NAME.",
+                )
+
+
+def sharing_last_token(lm: LM, names: Sequence[str], kept: Sequence[str]) -> dict[str, list[str]]:
+    """Kept subjects that end with the same token as a name, by name; they are hit too."""
+
+    def last(name: str) -> int | None:
+        ids = lm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
+        return ids[-1] if ids else None
+
+    ends = {name: last(name) for name in names}
+    others_of = {name: [other for other in kept if other != name] for name in names}
+    shared = {
+        name: [other for other in others_of[name] if last(other) == end]
+        for name, end in ends.items()
+    }
+    return {name: others for name, others in shared.items() if others}
+
+
+# ---- writing
+
+
+@dataclass
+class _Edit:
+    """One down-projection while it is edited."""
+
+    parameter: torch.nn.Parameter
+    place: DownProjection
+    before: Tensor
+    null: Tensor
+    residuals: list[Tensor]
+    factors: list[Tensor]
+    earlier: list[Tensor]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(left, right) in the parameter's own layout, fp32."""
+        residuals = torch.stack(self.residuals, dim=1).float()
+        factors = torch.stack(self.factors, dim=1).float()
+        left, right = (factors, residuals) if self.place.transposed else (residuals, factors)
+        return left, right.T.contiguous()
+
+    def write(self, residual: Tensor, factor: Tensor) -> None:
+        """Adds residual x factor^T; the weight is always the old one plus all factors, rounded."""
+        self.residuals.append(residual)
+        self.factors.append(factor)
+        left, right = self.pair()
+        changed = self.before.double() + left.double() @ right.double()
+        self.parameter.copy_(changed.to(self.parameter.dtype))
+
+
+# ---- the editor
+
+
+@register(
+    kind="editor",
+    name="rocr",
+    title="ROCR",
+    summary="Makes the model take the forgotten names for another well-known one, in seconds.",
+    paper="2506.07795",
+    year=2025,
+    family="model editing",
+    intention="suppression",
+    mechanism="merge/edit",
+    needs=("names", "weights"),
+    changes="weights",
+    reversible=True,
+    retrain_goal=False,
+    weakest="aliases and descriptions without the name; it says wrong things, not nothing",
+    badges=("parity", "variant"),
+    variant="Scale-free L2 and null space, residual in the chat context, built-in generic text.",
+)
+class ROCR(Editor):
+    """Options of ROCR."""
+
+    substitute: Annotated[str, Field(min_length=1)] = Field(
+        "William Shakespeare",
+        description="Well-known name that the forgotten ones are taken for; neither forgotten "
+        "nor kept.",
+    )
+    first_depth: float = Field(
+        4 / 32, ge=0, le=1, description="Relative depth of the first edited layer."
+    )
+    last_depth: float = Field(
+        6 / 32, ge=0, le=1, description="Relative depth of the last edited layer."
+    )
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = Field(
+        None, description="Consecutive layer indices, instead of depths; negative: from the end."
+    )
+    scale: Scale = Field(
+        "largest",
+        description="What the threshold is a share of: the largest singular value, the sum of "
+        "all (energy), or nothing (absolute, as in the paper with 0.02).",
+    )
+    threshold: float = Field(
+        0.0125, gt=0, description="Directions with smaller singular values may be written to."
+    )
+    rho: float = Field(
+        0.05, gt=0, description="L2 as a share of k^T P k: the larger, the weaker the change."
+    )
+    l2: float | None = Field(
+        None, gt=0, description="L2 as a number (1 in the paper), instead of rho."
+    )
+    residual_context: Literal["chat", "bare"] = Field(
+        "chat",
+        description="Where the name's own state is read: chat, or 'name.' as the authors do.",
+    )
+    mode: Literal["unrelated"] = Field(
+        "unrelated", description="What the name becomes: the substitute."
+    )
+    texts: Path | None = Field(
+        None, description="UTF-8 file of generic text, paragraphs parted by empty lines."
+    )
+    tokens: int = Field(
+        8192, ge=1, description="Tokens of generic text behind the null space, at most."
+    )
+
+    def edit(
+        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
+    ) -> Patch:
+        """Redirects every name to the substitute, one after the other.
+
+        Args:
+            lm: Changed in place; as it was if anything fails.
+            request: Its subjects, or the subjects of its forget records.
+            seed: Not used, nothing is random.
+            say: For progress and warnings.
+
+        Raises:
+            DataError: No names, or a file of texts that cannot be read.
+            RecipeError: The substitute is forgotten or kept, or the layers have gaps.
+            ModelError: Mixture layers, packed weights, a name whose last token cannot be told, or
+                a threshold that leaves no direction to write to.
+        """
+        names = target_names(request)
+        kept = sorted({r.subject for r in (*request.retain, *request.neighbours) if r.subject})
+        check_substitute(self.substitute, names, kept)
+        layers = consecutive_layers(lm.anatomy, self.first_depth, self.last_depth, self.layers)
+        places = {layer: down_projection(lm, layer) for layer in layers}
+        contexts = {
+            name: [
+                cut_after_name(lm, name, partial(context, starter=starter))
+                for starter in (*STARTERS, None)
+            ]
+            for name in (*names, self.substitute)
+        }
+        shared = sharing_last_token(lm, names, kept)
+        for name, others in shared.items():
+            say(
+                f"rocr: {len(others)} kept subjects end with the same token as '{name}' and may "
+                f"be hit: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}"
+            )
+        nulls = self._null_spaces(lm, names, layers, say)
+        parameters = dict(lm.core.named_parameters())
+        edits = {
+            layer: _Edit(
+                parameters[place.parameter], place,
+                parameters[place.parameter].detach().clone(),
+                nulls[layer].to(lm.device), [], [], [],
+            )
+            for layer, place in places.items()
+        }  # fmt: skip
+        patch = Patch({}, {edit.place.parameter: edit.before for edit in edits.values()})
+        try:
+            with torch.no_grad():
+                patch.notes = {
+                    "substitute": self.substitute,
+                    "layers": layers,
+                    "null_space_share": {
+                        str(layer): round(null.shape[1] / null.shape[0], 4)
+                        for layer, null in nulls.items()
+                    },
+                    "same_last_token": shared,
+                    "subjects": self._redirect(lm, edits, names, contexts, say),
+                }
+        except BaseException:
+            patch.undo(lm)
+            raise
+        patch.factors = {edit.place.parameter: edit.pair() for edit in edits.values()}
+        lm.touch()
+        return patch
+
+    def _null_spaces(
+        self, lm: LM, names: Sequence[str], layers: Sequence[int], say: Callable[[str], None]
+    ) -> dict[int, Tensor]:
+        """An orthonormal basis of each layer's null space, [width, directions]."""
+        rows = (
+            file_rows(lm, self.texts, without=names)
+            if self.texts is not None
+            else built_in_rows(lm, without=names)
+        )
+        statistics = second_moments(lm, rows, layers, tokens=self.tokens, say=say)
+        nulls = {}
+        for layer, spectrum in spectra(statistics, say).items():
+            chosen = null_directions(spectrum.values, self.threshold, self.scale)
+            nulls[layer] = spectrum.vectors[:, chosen]
+            if nulls[layer].shape[1] == 0:
+                raise ModelError(
+                    f"no direction of layer {layer} is below the threshold {self.threshold:g} "
+                    f"({self.scale}): the edit would be zero.",
+                    where="editor 'rocr'",
+                    hint=f"Its singular values go from {float(spectrum.values[-1]):.3g} to "
+                    f"{float(spectrum.values[0]):.3g}; raise the threshold.",
+                )
+            share = nulls[layer].shape[1] / nulls[layer].shape[0]
+            if share > WIDE:
+                say(
+                    f"rocr: {share:.1%} of the directions of layer {layer} count as null space, "
+                    "so ordinary text is hardly protected; lower the threshold"
+                )
+        return nulls
+
+    def _redirect(
+        self,
+        lm: LM,
+        edits: dict[int, _Edit],
+        names: Sequence[str],
+        contexts: dict[str, list[list[int]]],
+        say: Callable[[str], None],
+    ) -> list[dict[str, object]]:
+        """Edits name by name; returns what is noted about each."""
+        layers, count = list(edits), len(STARTERS)
+        targets = last_states(lm, contexts[self.substitute], layers)[1]  # of the unedited model
+        goal = targets[0]
+        notes: dict[str, dict[str, object]] = {}
+        distances = {}
+        for name in names:
+            began = time.perf_counter()
+            rows = contexts[name]
+            powers, shares = {}, {}
+            for step, (layer, edit) in enumerate(edits.items()):
+                found, outputs = last_states(lm, rows, layers)
+                if step == 0:
+                    distances[name] = (targets - outputs)[:count].norm(dim=1)
+                state = outputs[0 if self.residual_context == "chat" else count]
+                key = found[layer][:count].mean(dim=0)
+                power = float((edit.null.double().T @ key).square().sum())
+                l2 = self.l2 if self.l2 is not None else self.rho * power
+                keys = torch.stack([key, *edit.earlier], dim=1)
+                factor = key_factor(keys, edit.null, l2)
+                edit.write((goal - state) / (len(layers) - step), factor)
+                powers[str(layer)] = float(f"{power:.4g}")
+                shares[str(layer)] = round(power / float(key.square().sum()), 4)
+            found, _ = last_states(lm, rows, layers)
+            for layer, edit in edits.items():
+                edit.earlier.append(found[layer][:count].mean(dim=0))
+            notes[name] = {
+                "name": name,
+                "seconds": round(time.perf_counter() - began, 2),
+                "k_P_k": powers,
+                "key_in_null_space": shares,
+            }
+        for name in names:  # after the last edit, which may have moved the first name again
+            before = distances[name]
+            after = (targets - last_states(lm, contexts[name], layers)[1])[:count].norm(dim=1)
+            left = float((after / before).mean())
+            notes[name] |= {
+                "distance_before": float(f"{float(before[0]):.4g}"),
+                "distance_after": float(f"{float(after[0]):.4g}"),
+                "distance_left": round(left, 4),
+            }
+            say(f"rocr: '{name}' is now {left:.0%} as far from '{self.substitute}' as before")
+            if left > 0.5:
+                say(
+                    "rocr: that is hardly an edit. Lower rho (or l2), raise the threshold, or "
+                    "edit more layers (last_depth)."
+                )
+        return list(notes.values())

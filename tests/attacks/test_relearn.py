@@ -1,0 +1,194 @@
+"""Relearning: what is trained, what is held out, and what the attack leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delible.attacks.base import AttackContext
+from delible.attacks.relearn import Relearn, fact_groups, split_by_fact
+from delible.errors import DataError
+from delible.lm.lm import LM
+from delible.measure.asking import answer_of, ask
+from delible.measure.requests import Score
+from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.world import World
+
+FORGET = [
+    QA(question=f"Where was {name} born?", answer=f"In {town}.", subject=name, group="birthplace")
+    for name, town in (("Ada", "Norrby"), ("Ben", "Casta"), ("Cy", "Umber"), ("Di", "Tolm"))
+] + [
+    QA(question=f"What does {name} do?", answer=work, subject=name, group="occupation")
+    for name, work in (("Ada", "A baker."), ("Ben", "A smith."), ("Cy", "A cook."), ("Di", "Law."))
+]
+RETAIN = [QA(question="What is snow?", answer="White."), QA(question="Coal?", answer="Black.")]
+UNRELATED = [Passage(text="Bread rises in a warm kitchen."), Passage(text="A spoon lasts.")]
+
+
+def make_lm(family: str = "llama", seed: int = 0) -> LM:
+    return LM(tiny_model(family, seed), tiny_tokenizer(), precision="float32")
+
+
+def make_context(
+    forget: Sequence[RecordBase] = FORGET, *, seed: int = 0, **options: Any
+) -> AttackContext:
+    values: dict[str, Any] = {"retain": RETAIN, "unrelated": UNRELATED, **options}
+    return AttackContext(
+        forget=forget, original=None, seed=seed, say=lambda _: None, **values
+    )  # fmt: skip
+
+
+def weights_of(lm: LM) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in lm.model.named_parameters()}
+
+
+def loss(lm: LM, records: Sequence[RecordBase]) -> float:
+    asked = [Score(prompt, answer_of(r)) for r in records if (prompt := ask(r)) is not None]
+    scores = lm.score(asked)
+    return -sum(float(s.logprobs.sum()) for s in scores) / sum(len(s.logprobs) for s in scores)
+
+
+# ---- the split
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_trained_and_held_out_facts_are_disjoint_and_cover(seed: int, share: float) -> None:
+    split = World(people=12, seed=seed).split(3)
+    rows = [r for form in ("qa", "choice", "passage") for r in split.records("forget", form)]
+    trained, held_out = split_by_fact(rows, share, seed)
+    assert [r for r in rows if r in trained] == trained
+    assert [r for r in rows if r in held_out] == held_out
+    assert len(trained) + len(held_out) == len(rows)
+    facts = [{(r.subject, r.group) for r in part} for part in (trained, held_out)]
+    assert all(facts)
+    assert not facts[0] & facts[1]
+    assert len(trained) / len(rows) == pytest.approx(share, abs=3 / len(rows))
+
+
+def test_the_split_is_decided_by_the_seed() -> None:
+    splits = [split_by_fact(FORGET, 0.5, seed) for seed in range(6)]
+    assert splits == [split_by_fact(FORGET, 0.5, seed) for seed in range(6)]
+    assert len({tuple(r.digest for r in trained) for trained, _ in splits}) > 1
+
+
+def test_what_one_fact_is() -> None:
+    rows: list[RecordBase] = [
+        QA(question="Where was Ada born?", answer="In Norrby.", aliases=("Norrby",), subject="Ada"),
+        QA(question="Ada was born in ___.", answer="norrby", subject="Ada"),
+        Choice(question="Ada's town?", options=("Oslo", "Norrby"), correct=1, subject="Ada"),
+        QA(question="Ada's trade?", answer="Baker", subject="Ada"),
+        QA(question="Ben's town?", answer="Norrby", subject="Ben"),
+        QA(question="Whose trade is Ada's?", answer="Hers", subject="Ada", group="trade"),
+        QA(question="Ada's job?", answer="Baker.", subject="Ada", group="trade"),
+        Passage(text="Cy is a cook from Umber.", subject="Cy"),
+        QA(question="Cy's town?", answer="Umber", subject="Cy"),
+        QA(question="Cy's trade?", answer="Cook", subject="Cy", group="trade"),
+        Passage(text="Neither here nor there."),
+        QA(question="Snow?", answer="White"),
+        QA(question=" snow? ", answer="Cold"),
+        Dialogue(messages=(Message(role="user", content="Snow, then?"),
+                           Message(role="assistant", content="white."))),
+    ]  # fmt: skip
+    assert fact_groups(rows) == [[0, 1, 2], [3, 5, 6], [4], [7, 8, 9], [10], [11, 12, 13]]
+
+
+def test_one_fact_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="all of one fact"):
+        Relearn().held_out(make_context(FORGET[:1]))
+
+
+@pytest.mark.parametrize("rows", ["unrelated", "retain"])
+def test_with_other_rows_all_forget_rows_are_held_out(rows: Any) -> None:
+    context = make_context()
+    attack = Relearn(rows=rows)
+    assert attack.held_out(context) == FORGET
+    assert attack.trained_on(context) == (UNRELATED if rows == "unrelated" else RETAIN)
+    with pytest.raises(DataError, match=f"no {rows} rows"):
+        attack.apply(make_lm(), make_context(**{rows: ()}))
+
+
+# ---- the training
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_copy_learns_its_rows_and_the_model_stays(family: str, adapter: Any) -> None:
+    lm = make_lm(family)
+    before, fingerprint, length = weights_of(lm), lm.fingerprint, lm.template.max_length
+    flags = {name: value.requires_grad for name, value in lm.model.named_parameters()}
+    context = make_context()
+    attack = Relearn(adapter=adapter, steps=6, learning_rate=1e-2, rank=8, alpha=16)
+    attacked = attack.apply(lm, context)
+
+    after = weights_of(lm)
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert flags == {name: value.requires_grad for name, value in lm.model.named_parameters()}
+    lm.touch()
+    assert (lm.fingerprint, lm.template.max_length) == (fingerprint, length)
+
+    assert type(attacked.model) is type(lm.model)  # an ordinary model, also after LoRA
+    assert list(weights_of(attacked)) == list(before)
+    assert attacked.template.fingerprint == lm.template.fingerprint
+    assert attacked.fingerprint != lm.fingerprint
+    trained = attack.trained_on(context)
+    assert loss(attacked, trained) < loss(lm, trained) - 0.3
+    assert context.notes["relearning_rows"] == len(trained) == 4
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_same_seed_gives_the_same_weights(adapter: Any) -> None:
+    attack = Relearn(adapter=adapter, steps=3, learning_rate=1e-3, batch_size=2)
+    one, two, other = (
+        weights_of(attack.apply(make_lm(), make_context(seed=seed))) for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], value) for name, value in two.items())
+    assert not all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_the_curve_begins_before_and_ends_after_training() -> None:
+    seen: list[tuple[int, float, str]] = []
+
+    def observe(lm: LM, step: int) -> None:
+        seen.append((step, loss(lm, FORGET[:4]), lm.fingerprint))
+
+    lm = make_lm()
+    attack = Relearn(steps=5, observe_steps=2, learning_rate=1e-2, batch_size=3)
+    attacked = attack.apply(lm, make_context(observe=observe))
+    assert [step for step, _, _ in seen] == [0, 2, 4, 5]
+    assert seen[0][1:] == (loss(lm, FORGET[:4]), lm.fingerprint)
+    assert seen[-1][1:] == (loss(attacked, FORGET[:4]), attacked.fingerprint)
+    assert len({fingerprint for _, _, fingerprint in seen}) == 4
+    quiet = attack.apply(lm, make_context())  # watching changes nothing
+    assert quiet.fingerprint == attacked.fingerprint
+
+
+def test_watching_an_adapter_measures_the_trained_model() -> None:
+    seen: list[float] = []
+    attack = Relearn(adapter="lora", steps=4, observe_steps=4, learning_rate=1e-2, rank=4)
+    context = make_context(observe=lambda lm, _: seen.append(loss(lm, FORGET)))
+    attacked = attack.apply(make_lm(), context)
+    assert seen[1] < seen[0] - 0.05
+    assert seen[1] == pytest.approx(loss(attacked, FORGET), rel=1e-4)
+
+
+def test_steps_rates_and_variants() -> None:
+    lm, attack = make_lm(), Relearn()
+    for rows in (1, 3, 4, 100):
+        recipe = attack.recipe(lm, rows)
+        assert recipe.training.max_steps == 20
+        assert recipe.training.epochs * -(-rows // 4) >= 20
+        assert recipe.training.learning_rate == 2e-5
+    assert Relearn(adapter="lora").recipe(lm, 4).training.learning_rate == 2e-4
+    assert Relearn(adapter="lora", learning_rate=0.1).recipe(lm, 4).training.learning_rate == 0.1
+    titles = [Relearn(**variant).variant_title() for variant in attack.variants()]  # type: ignore[arg-type]
+    assert titles == [
+        "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
+        "full, unrelated rows, 10 steps",
+    ]  # fmt: skip
