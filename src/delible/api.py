@@ -16,7 +16,7 @@ from delible.lm.lm import LM
 from delible.measure.asking import answer_of, ask
 from delible.measure.requests import Prompt
 from delible.records import QA, ForgetRequest, RecordBase, digest
-from delible.rundir import RunDirectory
+from delible.rundir import RunDirectory, identity
 from delible.train.engine import Progress, Trainer, check_needs, make_plan
 from delible.train.estimate import Estimate, estimate
 from delible.train.recipe import Recipe, Strength
@@ -170,10 +170,11 @@ def unlearn(
     lm = model if isinstance(model, LM) else LM.load(model, say=say)
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
+        _require_forget(request, chosen)
         request = _with_retain(lm, request, chosen, say)
         check_needs(chosen, {"forget": request.forget, "retain": _retained(request)})
     run = RunDirectory(out) if out is not None else None
-    if run is not None and run.begin(_described(lm, request, chosen, seed, reference)):
+    if run is not None and run.begin(_described(lm, request, chosen, seed, reference, refusals)):
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
     shown = _shown(request)
@@ -234,6 +235,16 @@ def _retained(request: ForgetRequest) -> tuple[RecordBase, ...]:
     return (*request.retain, *request.neighbours)
 
 
+def _require_forget(request: ForgetRequest, recipe: Recipe) -> None:
+    if not request.forget:
+        editors = ", ".join(card.name for card in registry.cards("editor"))
+        raise RecipeError(
+            "there are no forget records.",
+            where=f"method '{recipe.name}'",
+            hint=f"Add --forget FILE, or work from names alone with an editor ({editors}).",
+        )
+
+
 def _needs(recipe: Recipe) -> set[str]:
     return {need for component in recipe.components() for need in component.card.needs}
 
@@ -260,6 +271,7 @@ def _described(
     method: Recipe | Editor,
     seed: int,
     reference: str | LM | None,
+    refusals: Sequence[str] | None,
 ) -> dict[str, Any]:
     return {
         "command": "unlearn",
@@ -269,12 +281,14 @@ def _described(
         "seed": seed,
         "reference": reference.name if isinstance(reference, LM) else reference,
         "subjects": list(request.subjects),
+        "refusals": None if refusals is None else identity({"refusals": list(refusals)}),
         "data": {
             name: {"records": len(records), "sha256": digest(records)}
             for name, records in (
                 ("forget", request.forget),
                 ("retain", request.retain),
                 ("neighbours", request.neighbours),
+                ("holdout", request.holdout),
             )
         },
     }
@@ -351,8 +365,8 @@ def _keep(run: RunDirectory, result: UnlearnResult, request: ForgetRequest, seco
     result.model.save(run.path / ("adapter" if adapter else "model"))
     if result.patch is not None:
         result.patch.save(run.path / "patch")
-    for name, records in (("forget", request.forget), ("retain", _retained(request))):
-        if records:
+    for name in ("forget", "retain", "neighbours", "holdout"):
+        if records := getattr(request, name):
             write_records(records, run.path / "data" / f"{name}.jsonl")
     run.finish(
         cost={"seconds": round(seconds, 1), "tokens": result.notes.get("tokens", 0)},

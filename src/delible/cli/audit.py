@@ -124,12 +124,20 @@ def audit(
     folder = Path(target)
     run = folder if (folder / "manifest.json").is_file() else None
     if run is not None:
-        forget, retain, before = _of_run(run, forget, retain, before, bool(subjects))
+        known, before = _of_run(run, before, forget is not None or bool(subjects))
+    else:
+        known = {}
     with output.Reporter() as reporter:
         request = read_request(
-            reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
-            holdout=holdout, column=column, drop_overlap=drop_overlap,
-        )  # fmt: skip
+            reporter,
+            forget=forget or known.get("forget"),
+            subjects=subjects,
+            retain=retain or known.get("retain"),
+            neighbours=neighbours or known.get("neighbours"),
+            holdout=holdout or known.get("holdout"),
+            column=column,
+            drop_overlap=drop_overlap,
+        )
         content = [target, before, reference, request.model_dump(mode="json"), guard, seed]
         text = json.dumps([*content, asked_metrics, asked_attacks], sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -167,10 +175,11 @@ def _names(given: Sequence[str] | None, kind: Any) -> list[str] | None:
     return names
 
 
-def _of_run(
-    run: Path, forget: str | None, retain: str | None, before: str | None, subjects: bool
-) -> tuple[str | None, str | None, str | None]:
-    """What the run directory knows, where the command line is silent."""
+def _of_run(run: Path, before: str | None, told: bool) -> tuple[dict[str, str], str | None]:
+    """What the run directory knows: its files of records, and the model before.
+
+    ``told``: the command line says what was to be forgotten.
+    """
     from delible.rundir import RunDirectory
 
     manifest = RunDirectory(run).manifest
@@ -180,14 +189,14 @@ def _of_run(
             where=str(run),
             hint="Start the same 'delible unlearn' again: it resumes.",
         )
-    mine = {name: run / "data" / f"{name}.jsonl" for name in ("forget", "retain")}
-    if forget is None and not subjects and not mine["forget"].is_file():
+    names = ("forget", "retain", "neighbours", "holdout")
+    files = {name: run / "data" / f"{name}.jsonl" for name in names}
+    found = {name: str(path) for name, path in files.items() if path.is_file()}
+    if not told and "forget" not in found:
         raise DataError(
             "the run keeps no forget records.", where=str(run), hint="Add --forget FILE."
         )
-    found = {name: str(path) if path.is_file() else None for name, path in mine.items()}
-    known = manifest.get("run", {}).get("model")
-    return forget or found["forget"], retain or found["retain"], before or known
+    return found, before or manifest.get("run", {}).get("model")
 
 
 # ---- what is shown

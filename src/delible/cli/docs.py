@@ -1,7 +1,8 @@
 """Writes the generated pages of the documentation: ``python -m delible.cli.docs docs``.
 
-``help/*.txt`` of this folder are the pages that ``--help`` prints; ``cli.md`` is the ``--help`` of every command; ``methods.md`` is tables of cards. A test fails when
-a page differs from what this file would write.
+``help/*.txt`` next to this file are the pages that ``--help`` prints, ``cli.md`` is all of them,
+and ``methods.md`` is tables of cards. A test fails when a page differs from what this file would
+write.
 """
 
 from __future__ import annotations

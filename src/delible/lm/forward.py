@@ -134,14 +134,60 @@ def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
         ).last_hidden_state[  # type: ignore[no-any-return]
             :, batch.prefix :
         ]
-    # transformers renamed the argument; both names mean the same cache
-    name = "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
-    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
+    name, cache = _new_cache(lm, backbone)
     backbone(input_ids=batch.ids[:1, : batch.prefix], use_cache=True, **{name: cache})
     cache.batch_repeat_interleave(batch.ids.shape[0])
     return backbone(  # type: ignore[no-any-return]
         input_ids=batch.ids[:, batch.prefix :], use_cache=True, **{name: cache}
     ).last_hidden_state
+
+
+@torch.no_grad()
+def answers_of_prompts(
+    lm: LM, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[int, Sequence[int]]]
+) -> Float[Tensor, "tokens hidden"]:
+    """Final hidden states that predict answer tokens, each prompt computed once.
+
+    Args:
+        prompts: Token ids of different prompts of **one** length, so that nothing is padded.
+        answers: (index of the prompt, token ids) in the order of the result.
+    """
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    name, cache = _new_cache(lm, backbone)
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=lm.device)
+    shared = 0
+    if len(prompts) > 1:
+        same = (ids == ids[:1]).all(dim=0)
+        shared = min(int(same.int().cumprod(dim=0).sum()), ids.shape[1] - 1)
+        if shared >= SHORTEST_SHARED_PREFIX:
+            backbone(input_ids=ids[:1, :shared], use_cache=True, **{name: cache})
+            cache.batch_repeat_interleave(len(prompts))
+        else:
+            shared = 0
+    last = backbone(input_ids=ids[:, shared:], use_cache=True, **{name: cache}).last_hidden_state
+    owners = torch.tensor([owner for owner, _ in answers], device=lm.device)
+    first = last[:, -1][owners]
+    longest = max(len(answer) for _, answer in answers)
+    if longest == 1:
+        return first
+    cache.batch_select_indices(owners)
+    fed = torch.full((len(answers), longest - 1), lm.pad_id, device=lm.device)
+    for row, (_, answer) in enumerate(answers):
+        fed[row, : len(answer) - 1] = torch.tensor(answer[:-1], device=lm.device)
+    rest = backbone(input_ids=fed, use_cache=True, **{name: cache}).last_hidden_state
+    return torch.cat(
+        [
+            torch.cat([first[row : row + 1], rest[row, : len(answer) - 1]])
+            for row, (_, answer) in enumerate(answers)
+        ]
+    )
+
+
+def _new_cache(lm: LM, backbone: nn.Module) -> tuple[str, Any]:
+    """An empty key-value cache and the name of the argument that takes it."""
+    # transformers renamed the argument; both names mean the same cache
+    name = "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
+    return name, DynamicCache(config=lm.core.config.get_text_config())
 
 
 def _answer_states(states: Tensor, batch: Batch, offset: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,10 +16,17 @@ from transformers import GenerationConfig
 
 from delible.errors import ModelError, RunError
 from delible.lm.anatomy import Anatomy, derive
-from delible.lm.forward import Batch, Forward, collate, map_logits, target_logprobs
+from delible.lm.forward import (
+    Batch,
+    Forward,
+    answers_of_prompts,
+    collate,
+    map_logits,
+    target_logprobs,
+)
 from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
-from delible.lm.template import Template
+from delible.lm.template import Encoded, Template
 from delible.measure.requests import Prompt, Score, TokenScores
 
 #: Positions per batch when nothing is trained; halved when they do not fit.
@@ -27,6 +35,12 @@ SCORING_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 def _quiet(_: str) -> None:
     """Says nothing."""
+
+
+def _scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) and whether it is the argmax, shape [tokens, 2]."""
+    hits = logits.argmax(dim=1) == targets
+    return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
 
 
 class LM:
@@ -159,32 +173,62 @@ class LM:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Score]) -> list[TokenScores]:
-        """Teacher-forced log-probabilities and argmax hits at the answers' tokens."""
+        """Teacher-forced log-probabilities and argmax hits at the answers' tokens.
+
+        Where questions have several answers each (perturbed, paraphrased), a question is
+        computed once for all of them; otherwise rows of like length share a batch.
+        """
         encoded = [self.template.encode(request.prompt, request.answer) for request in requests]
+        prompts = {row.ids[: row.start] for row in encoded}
+        shares = self.shares_prefix and len(encoded) >= 2 * len(prompts)
+        batches = self._by_prompt(encoded) if shares else self._by_length(encoded)
         results: list[TokenScores | None] = [None] * len(requests)
-        forward = Forward(self)
-
-        def both(logits: Tensor, targets: Tensor) -> Tensor:
-            hits = logits.argmax(dim=1) == targets
-            return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
-
-        # neighbours in this order share their question, and so the longest prefix
-        order = sorted(
-            range(len(encoded)), key=lambda i: (encoded[i].start, encoded[i].ids), reverse=True
-        )
         with self._evaluating(), self.computing():
-            for indices in self._batches(order, [len(row.ids) for row in encoded]):
-                batch = collate([encoded[i] for i in indices], self.pad_id, self.device)
-                states, _ = forward(batch)
-                values = map_logits(self.head, states, batch.targets, both, self.vocabulary).cpu()
-                counts = [encoded[i].answer_tokens for i in indices]
-                for index, part in zip(indices, values.split(counts), strict=True):
+            for indices, states in batches:
+                rows = [encoded[index] for index in indices]
+                targets = torch.tensor(
+                    [token for row in rows for token in row.ids[row.start :]], device=self.device
+                )
+                values = map_logits(self.head, states, targets, _scores, self.vocabulary).cpu()
+                parts = values.split([row.answer_tokens for row in rows])
+                for index, part in zip(indices, parts, strict=True):
                     results[index] = TokenScores(
                         part[:, 0].numpy().copy(),
                         part[:, 1].numpy() > 0.5,
                         encoded[index].has_end,
                     )
         return [result for result in results if result is not None]
+
+    def _by_length(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor]]:
+        forward = Forward(self)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids), reverse=True)
+        for indices in self._batches(order, [len(row.ids) for row in rows]):
+            batch = collate([rows[index] for index in indices], self.pad_id, self.device)
+            yield indices, forward(batch)[0]
+
+    def _by_prompt(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of questions of one length, each with all of its answers."""
+        answers: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            answers.setdefault(row.ids[: row.start], []).append(index)
+        budget = SCORING_TOKENS.get(self.device.type, SCORING_TOKENS["cuda"])
+        prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
+        while prompts:
+            batch, indices, longest = [prompts[0]], answers[prompts[0]], 0
+            for prompt in prompts[1:]:
+                together = indices + answers[prompt]
+                longest = max(rows[index].answer_tokens for index in together)
+                size = (len(batch) + 1) * len(prompt) + len(together) * longest
+                if len(prompt) != len(batch[0]) or size > budget:
+                    break
+                batch, indices = [*batch, prompt], together
+            prompts = prompts[len(batch) :]
+            places = {prompt: place for place, prompt in enumerate(batch)}
+            asked = [
+                (places[rows[index].ids[: rows[index].start]], rows[index].ids[rows[index].start :])
+                for index in indices
+            ]
+            yield indices, answers_of_prompts(self, batch, asked)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
@@ -273,9 +317,13 @@ class LM:
                 torch.tensor([13, 13], device=ids.device),
                 0,
             )
+            answers = [(0, ids[0, 13:].tolist()), (1, ids[1, 13:].tolist())]
             try:
+                expected = Forward(self)(whole)[0]
                 shared = Batch(whole.ids, whole.lengths, whole.starts, 12)
-                left, right = Forward(self)(whole)[0], Forward(self)(shared)[0]
+                found = Forward(self)(shared)[0]
+                asked = answers_of_prompts(self, ids[:, :13].tolist(), answers)
             except Exception:  # a cache that cannot be repeated: any error means "do not share"
                 return False
-            return bool(torch.allclose(left, right, atol=1e-3, rtol=1e-3))
+            close = partial(torch.allclose, expected, atol=1e-3, rtol=1e-3)
+            return bool(close(found) and close(asked))

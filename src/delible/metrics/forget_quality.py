@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 from scipy.stats import ks_2samp
 
 from delible.errors import DataError, RecipeError
@@ -106,7 +107,7 @@ class ForgetQuality(SummaryMetric):
     reference.
     """
 
-    split: str = "forget"
+    split: str = Field("forget", description="The split whose truth ratios are compared.")
 
     def uses(self) -> tuple[str, ...]:
         return ("truth_ratio",)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.metrics.base import SummaryMetric, SystemValues
@@ -58,8 +59,12 @@ class ModelUtility(SummaryMetric):
     the mean.
     """
 
-    splits: tuple[str, ...] = ("retain", "neighbours", "general")
-    normalised: tuple[str, ...] = ("general",)
+    splits: tuple[str, ...] = Field(
+        ("retain", "neighbours", "general"), description="Splits that count, where present."
+    )
+    normalised: tuple[str, ...] = Field(
+        ("general",), description="Splits whose probability is set against the wrong answers'."
+    )
 
     def uses(self) -> tuple[str, ...]:
         return ("answer_probability", "normalised_probability", "rouge_l_recall", "truth_ratio")

@@ -1,0 +1,1 @@
+"""A component for delible in a package of its own."""

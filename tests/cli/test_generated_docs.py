@@ -1,0 +1,49 @@
+"""The generated pages are up to date, and --help prints them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delible import registry
+from delible.cli.docs import help_page, main, pages
+from delible.cli.main import COMMANDS, PAGE_WIDTH
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("path", pages(DOCS), ids=lambda path: path.name)
+def test_page_is_up_to_date(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == pages(DOCS)[path], "run `make docs`"
+
+
+def test_every_component_is_in_the_tables(tmp_path: Path) -> None:
+    text = pages(tmp_path)[tmp_path / "methods.md"]
+    for card in registry.cards():
+        assert f"| `{card.name}` |" in text, f"{card.kind} {card.name}"
+    lengths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"]
+    assert min(lengths) >= 3
+
+
+def test_writing_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delible.cli.docs.PAGES", tmp_path / "help")
+    main(tmp_path / "docs")
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == sorted(
+        [*(f"{name}.txt" for name in ("delible", *COMMANDS)), "cli.md", "methods.md"]
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_prints_the_stored_page(run: Any, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(name, "--help").out == help_page(name)
+    assert max(map(len, help_page(name).splitlines())) <= PAGE_WIDTH
+
+
+def test_a_narrow_terminal_gets_a_narrow_page(run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = run("unlearn", "--help").out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert any("--learning-rate" in line for line in lines)

@@ -1,0 +1,188 @@
+"""``delible unlearn`` on a tiny model: what it prints, what it leaves, what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from delible.cli import output
+from delible.cli.unlearn import _columns, _slots, _value
+
+QUICK = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "1e-3")
+
+
+@pytest.fixture
+def words(tiny: Path) -> list[str]:
+    return ["unlearn", str(tiny), "--forget", "forget.jsonl", "--retain", "retain.jsonl", *QUICK]
+
+
+def the_run(here: Path) -> Path:
+    (folder,) = (here / "runs").iterdir()
+    return folder
+
+
+def test_end_to_end_and_again(run: Any, here: Path, words: list[str], tiny: Path) -> None:
+    done = run(*words, "--objective.beta", "0.2", "--with", "sam", "--npo-unused=1")
+    assert done.code == 2
+    assert "--npo-unused" in done.err
+    assert not (here / "runs").exists()
+
+    command = [*words, "--objective.beta", "0.2", "--with", "sam", "--seed", "3"]
+    done = run(*command)
+    assert (done.code, done.err) == (0, "")
+    folder = the_run(here)
+    for part in (
+        "3 forget rows, 5 retain rows", "npo (objective npo, keep nll, harden sam)",
+        "2 steps at most, learning rate 0.001", "step 2/2  forget ", "tokens/s", "before",
+        "Town of person 0?", "parameters were trained, 2 steps", f"delible audit {folder.name}",
+    ):  # fmt: skip
+        assert part in done.out.replace("runs/", ""), part
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["run"]["method"]["objective"] == {"name": "npo", "beta": 0.2}
+    assert manifest["run"]["seed"] == 3
+    assert list((folder / "model").glob("*.safetensors"))
+
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    assert any(not value.equal(start[name]) for name, value in found.items())
+
+    again = run(*command)
+    assert again.code == 0
+    assert "holds this run already" in again.out
+    assert "step 1/2" not in again.out
+    assert the_run(here) == folder, "the same command has the same folder"
+
+
+def test_another_run_in_the_same_folder_is_refused(run: Any, here: Path, words: list[str]) -> None:
+    assert run(*words, "--out", "mine").code == 0
+    before = (here / "mine" / "manifest.json").read_bytes()
+    done = run(*words, "--out", "mine", "--seed", "1")
+    assert done.code == 2
+    assert "mine: this folder holds another run (different: seed)" in done.err
+    assert (here / "mine" / "manifest.json").read_bytes() == before
+    (here / "taken").mkdir()
+    (here / "taken" / "file").touch()
+    done = run(*words, "--out", "taken")
+    assert done.code == 2
+    assert "taken: this path exists and is not a run directory" in done.err
+
+
+def test_dry_run_prints_a_recipe_that_can_be_given_back(
+    run: Any, here: Path, words: list[str]
+) -> None:
+    done = run(*words, "--dry-run", "--beta", "0.3", "--place", "lora")
+    assert done.code == 0
+    recipe = yaml.safe_load(done.out)
+    assert recipe["objective"] == {"name": "npo", "beta": 0.3}
+    assert recipe["place"]["name"] == "lora"
+    assert recipe["training"]["max_steps"] == 2
+    for part in ("steps       2", "trainable", "memory", "time", "Nothing was trained"):
+        assert part in done.err
+    assert not (here / "runs").exists()
+    (here / "mine.yaml").write_text(done.out, encoding="utf-8")
+    again = run(*words[:6], "--method", "mine.yaml", "--dry-run")
+    assert yaml.safe_load(again.out) == recipe
+
+
+def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[str]) -> None:
+    from delible.api import resolve_method
+    from delible.cli.unlearn import _folder
+    from delible.loaders import build_request
+
+    request = build_request(forget="forget.jsonl")
+    spec = resolve_method("npo").spec()
+    first = _folder(spec, "m", request, 0, None, None)
+    assert first == _folder(spec, "m", build_request(forget="forget.jsonl"), 0, None, None)
+    assert first.name.startswith("npo-")
+    others = {
+        _folder(spec, "n", request, 0, None, None),
+        _folder(spec, "m", request, 1, None, None),
+        _folder(spec, "m", request, 0, "r", None),
+        _folder(spec, "m", request, 0, None, ["No."]),
+        _folder(spec, "m", build_request(forget="retain.jsonl"), 0, None, None),
+        _folder(resolve_method("npo", options={"beta": 0.2}).spec(), "m", request, 0, None, None),
+    }
+    assert len(others - {first}) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.2", 0.2), ("1e-5", 1e-5), ("-3", -3), ("true", True), ("null", None), ("full", "full"),
+        ("[1, 2]", [1, 2]), ("a: b: c", "a: b: c"), ("0.5,1", "0.5,1"),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_yaml(text: str, value: object) -> None:
+    found = _value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_components_find_their_slot() -> None:
+    assert _slots({"keep": "kl", "place": None}, ["sam,wagle"]) == {
+        "keep": "kl", "harden": "sam", "place": "wagle"
+    }  # fmt: skip
+    assert _slots({"objective": "{name: npo, beta: 0.4}"}, []) == {
+        "objective": {"name": "npo", "beta": 0.4}
+    }
+
+
+def test_columns_are_known_then_theirs() -> None:
+    assert _columns(["question = prompt", "answer=a=b"]) == {"question": "prompt", "answer": "a=b"}
+
+
+def test_a_bar_on_a_terminal_shows_losses_speed_and_steps() -> None:
+    from rich.console import Console
+
+    reporter = output.Reporter()
+    screen = io.StringIO()
+    reporter.console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    report = reporter.progress("learning")
+    for step in range(1, 5):
+        report(step, 4, {"forget_loss": 1.5, "keep_loss": 0.25, "tokens_per_second": 1234.0})
+        if step == 2:
+            reporter.say("a sentence between")
+    shown = screen.getvalue()
+    for part in ("learning", "4/4", "forget 1.500", "keep 0.250", "1,234 tokens/s", "a sentence"):
+        assert part in shown
+    assert reporter._bar is None
+
+
+def test_without_a_terminal_long_runs_are_told_in_few_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = output.Reporter().progress("learning")
+    for step in range(1, 1001):
+        report(step, 1000, {"forget_loss": 1.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "learning  step 1000/1000  forget 1.500"
+    assert lines[5].endswith(" left")
+
+
+def test_answers_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from delible.api import BeforeAfter
+
+    said = "\x1b[2Jgone [red]not markup[/red]"
+    reporter = output.Reporter()
+    reporter.console.print(output.before_after([BeforeAfter("forget", "q?", "a", said, "z" * 999)]))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "[red]not markup[/red]" in " ".join(shown.split())
+    assert shown.count("z") == output.ANSWER_CHARACTERS - 1
+
+
+def test_only_the_first_process_speaks(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("RANK", "1")
+    output.Reporter().say("hello")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    output.Reporter().say("hello")
+    assert capsys.readouterr().out == "hello\n"

@@ -1,0 +1,255 @@
+"""Every registered component keeps the contract of its kind, and the suite can fail."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from delible import registry
+from delible.attacks.base import AttackContext, ModelAttack
+from delible.cards import Card
+from delible.component import build
+from delible.errors import ModelError
+from delible.guards.base import Guard, GuardMind
+from delible.lm.lm import LM
+from delible.measure.requests import Generate, Prompt, Request
+from delible.metrics.base import Answers, Item, ItemMetric
+from delible.records import ForgetRequest, RecordBase
+from delible.registry import register
+from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
+from delible.testing.contract import RECORDS, answers
+from delible.train.engine import Trainer
+from delible.train.recipe import Recipe
+from delible.train.slots import Context, Editor, Objective, Patch, Place, Placement
+from delible.train.step import Step
+
+#: Options without which a component asks for what is not here (an encoder) or for a larger model.
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("guard", "target_detector"): {"similarity": False},
+    ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
+}
+#: What else the recipe must hold.
+HOSTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("finish", "merge_adapter"): {"place": "lora"},
+}
+CARDS = [card for card in registry.cards() if card.kind not in ("recipe", "benchmark")]
+RECIPES = [card.name for card in registry.cards("recipe")]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
+def test_component(card: Card) -> None:
+    key = (card.kind, card.name)
+    component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
+    assert check(component, slots=HOSTS.get(key))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name: str) -> None:
+    lm = LM(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), precision="float32")
+    start = lm.copy()
+    short = {"batch_size": 2, "max_steps": 2, "training.precision": "float32"}
+    recipe = Recipe.named(name).changed({}, short)
+    assert Recipe.from_mapping(recipe.spec()) == recipe
+    result = Trainer(lm, recipe, RECORDS, start=lambda: start).train()
+    assert result.steps == 2
+    assert all(math.isfinite(value) for step in result.history for value in step.values())
+    scores, _ = answers(result.lm)
+    assert all(np.isfinite(one).all() for one in scores)
+
+
+# ---- components that break the contract
+
+
+class Ascent(Objective):
+    """Correct, and the parent of what is not."""
+
+    unit = "answer_token"
+
+    def loss(self, step: Step) -> Tensor:
+        return step.forget.logprob_sum
+
+
+def broken(**changes: Any) -> dict[str, Any]:
+    card = {
+        "kind": "objective", "name": "broken", "title": "Broken", "summary": "Is broken.",
+        "family": "test", "needs": ("forget",), "changes": "weights", "reversible": False,
+    }  # fmt: skip
+    return {**card, **changes}
+
+
+def fails(component: Any, match: str, **options: Any) -> None:
+    with pytest.raises(ContractError, match=match) as caught:
+        check(component, ("llama",), **options)
+    assert "'broken'" in str(caught.value)
+
+
+def test_a_correct_component_of_nobody_passes() -> None:
+    done = check(register(**broken())(Ascent), ("gpt2",))
+    assert "resumes_to_the_same_bits on gpt2" in done
+    assert "card_is_complete" in done
+
+
+def test_an_incomplete_card_is_found() -> None:
+    fails(register(**broken(family=None))(type("A", (Ascent,), {})), "no 'family'")
+    fails(register(**broken(summary="No sentence"))(type("A", (Ascent,), {})), "not a sentence")
+
+
+def test_an_undescribed_option_is_found() -> None:
+    @register(**broken())
+    class Undescribed(Ascent):
+        beta: float = 0.1
+
+    fails(Undescribed, "'beta' has no description")
+
+
+def test_a_mean_instead_of_a_sum_is_found() -> None:
+    @register(**broken())
+    class Mean(Ascent):
+        def loss(self, step: Step) -> Tensor:
+            return step.forget.logprob_sum.mean().expand(len(step.forget.rows)) * len(
+                step.forget.rows
+            )
+
+    fails(Mean, "on llama, micro_batches_do_not_matter: forget_loss depends")
+
+
+def test_the_global_random_state_is_found() -> None:
+    @register(**broken())
+    class Random(Ascent):
+        def loss(self, step: Step) -> Tensor:
+            return step.forget.logprob_sum * torch.rand(())
+
+    fails(Random, "runs_are_deterministic")
+
+
+def test_a_loss_that_does_not_fall_is_found() -> None:
+    @register(**broken())
+    class Wrong(Ascent):
+        def loss(self, step: Step) -> Tensor:
+            logprobs = step.forget.logprob_sum
+            return 2 * logprobs.detach() - logprobs  # the value of one, the gradient of the other
+
+    fails(Wrong, "forget_loss_falls: the loss went from")
+
+
+def test_an_undeclared_need_is_found() -> None:
+    @register(**broken())
+    class Undeclared(Ascent):
+        reference = ("logprobs",)
+
+        def loss(self, step: Step) -> Tensor:
+            return step.forget.logprob_sum - step.forget.reference.logprob_sum
+
+    fails(Undeclared, "card_names_what_is_needed: it needs 'reference'")
+
+
+def test_a_place_that_changes_the_model_is_found() -> None:
+    @register(**broken(kind="place", needs=("weights",)))
+    class Changing(Place):
+        def apply(self, context: Context) -> Placement:
+            head = context.lm.core.get_parameter("lm_head.weight")
+            head.data.mul_(1.1)
+            return Placement({"lm_head.weight": head})
+
+    fails(Changing, "placing_changes_no_answer: the placed model scores differently")
+
+
+def test_one_frozen_weight_that_moves_is_found() -> None:
+    @register(**broken())
+    class Touching(Ascent):
+        def loss(self, step: Step) -> Tensor:
+            head = step.forget.lm.core.get_parameter("lm_head.weight")
+            head.data.flatten()[5000] += 1e-3  # the engine itself looks at the first entries only
+            return super().loss(step)
+
+    found = "only_placed_parameters_move: 'lm_head.weight' moved"
+    fails(Touching, found, slots={"place": {"name": "layers", "role": "mlp"}})
+
+
+def test_an_attack_on_the_model_itself_is_found() -> None:
+    @register(**broken(kind="attack", needs=("weights",), capability="weights"))
+    class Overwriting(ModelAttack):
+        def apply(self, lm: LM, context: AttackContext) -> LM:
+            lm.core.get_parameter("lm_head.weight").data.mul_(0.9)
+            return lm
+
+    fails(Overwriting, "attacked_model_is_a_copy: the attack: the given model was changed")
+
+
+def test_an_edit_that_is_not_undone_is_found() -> None:
+    @register(**broken(kind="editor", needs=("names",), weakest="everything"))
+    class Careless(Editor):
+        def edit(self, lm: LM, request: ForgetRequest, *, seed: int, say: object) -> Patch:
+            head = lm.core.get_parameter("lm_head.weight")
+            head.data.mul_(0.9)
+            return Patch({}, {"lm_head.weight": head.detach() / 0.9})
+
+    fails(Careless, "edit_is_undone_exactly: undoing leaves a difference")
+
+
+def test_a_guard_that_lets_everything_through_is_found() -> None:
+    class Open(GuardMind):
+        fingerprint = "open"
+
+    @register(**broken(kind="guard", needs=("names",), weakest="all", capability="generate"))
+    class Asleep(Guard):
+        def prepare(self, request: ForgetRequest) -> GuardMind:
+            return Open()
+
+    fails(Asleep, "guard_refuses_what_is_forgotten: neither")
+
+
+def test_a_metric_without_value_or_reason_is_found() -> None:
+    @register(
+        **broken(kind="metric", range="0 to 1", direction="none", misleads="always",
+                 capability="generate")
+    )  # fmt: skip
+    class Silent(ItemMetric):
+        def requests(self, record: RecordBase, prompt: Prompt) -> list[Request]:
+            return [Generate(prompt, 4)]
+
+        def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
+            return Item(None)
+
+    fails(Silent, "metric_gives_a_value_or_a_reason: no value, no reason")
+
+
+def test_an_option_that_the_spec_loses_is_found() -> None:
+    @register(**broken())
+    class Lossy(Ascent):
+        beta: float = Field(0.1, description="Lost on the way.", exclude=True)
+
+    fails(Lossy(beta=0.2), "config_comes_back_from_its_spec")
+
+
+def test_refusing_every_architecture_is_found() -> None:
+    @register(**broken())
+    class Refusing(Ascent):
+        def loss(self, step: Step) -> Tensor:
+            raise ModelError("not this one.")
+
+    fails(Refusing, "refuses every one: llama: not this one")
+
+
+def test_an_unknown_family_is_no_refusal() -> None:
+    with pytest.raises(ModelError, match="unknown family 'lama'.*'llama'"):
+        check(build("metric", "answer_probability"), ("llama", "lama"))
+
+
+def test_a_class_without_card_or_defaults_is_told_apart() -> None:
+    with pytest.raises(ContractError, match="Ascent has no card"):
+        check(Ascent)
+
+    @register(**broken())
+    class Required(Ascent):
+        beta: float = Field(description="Has no default.")
+
+    with pytest.raises(ContractError, match="give check.. an instance"):
+        check(Required)
+    assert check(Required(beta=1.0), ("gpt2",))
