@@ -95,7 +95,7 @@ def straightforward(
     """One optimiser step per item; yields the loss."""
     model = lm.model
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    objective, keep = chosen.objective, chosen.keep
+    objective = chosen.objective
     if method == "rmu":
         layer = objective.reads(lm)[0]
         names = set(

@@ -26,9 +26,14 @@ from delible.world.split import Split
 #: Relations of the demo's world: one fact of each kind per person.
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument", "pet")
 #: How the target and the reference learn their world.
-LEARNING = {"learning_rate": 3e-4, "epochs": 5, "batch_size": 8, "schedule": "cosine"}
+LEARNING: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "epochs": 5,
+    "batch_size": 8,
+    "schedule": "cosine",
+}
 #: How the demo's model unlearns (the recipe's own numbers are for larger models and sets).
-UNLEARNING = {"learning_rate": 3e-4, "epochs": 5, "batch_size": 8, "schedule": "cosine"}
+UNLEARNING: dict[str, Any] = {"learning_rate": 5e-5, "epochs": 6, "batch_size": 6}
 #: The attacks of the demo: every kind, each with a small budget.
 ATTACKS: tuple[dict[str, Any], ...] = (
     {"name": "paraphrase"},

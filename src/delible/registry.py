@@ -45,9 +45,37 @@ def _read_cards(path: Path, module: str) -> Iterator[Card]:
         if not isinstance(node, ast.ClassDef):
             continue
         for line in node.decorator_list:
-            if isinstance(line, ast.Call) and getattr(line.func, "id", None) == "register":
-                values = {str(k.arg): ast.literal_eval(k.value) for k in line.keywords}
-                yield Card(**values, module=module, class_name=node.name)
+            if not isinstance(line, ast.Call):
+                continue
+            name = line.func.attr if isinstance(line.func, ast.Attribute) else line.func
+            if name == "register" or getattr(name, "id", None) == "register":
+                try:
+                    values = {str(word.arg): ast.literal_eval(word.value) for word in line.keywords}
+                    yield Card(**values, module=module, class_name=node.name)
+                except ValueError as error:  # a name instead of a literal, or a wrong field
+                    raise RecipeError(
+                        f"the card of {node.name} cannot be read: {str(error).splitlines()[0]}",
+                        where=f"{path}:{line.lineno}",
+                        hint="Cards are literals: they are read without running the file.",
+                    ) from None
+
+
+def _plugins() -> Iterator[tuple[Path, str]]:
+    """Source files and modules under the entry point ``delible.components``."""
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        module = point.value.partition(":")[0]
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
+        if spec is None or not spec.origin:
+            owner = point.dist.name if point.dist is not None else "an installed package"
+            raise RecipeError(
+                f"'{owner}' registers the module '{module}', which cannot be found.",
+                where=f"entry point '{point.name}'",
+                hint=f"Repair or uninstall '{owner}'.",
+            )
+        yield Path(spec.origin), module
 
 
 def _idea_modules() -> Iterator[tuple[Path, str]]:
@@ -56,15 +84,21 @@ def _idea_modules() -> Iterator[tuple[Path, str]]:
             parts = path.relative_to(PACKAGE).with_suffix("").parts
             if path.name != "__init__.py":
                 yield path, ".".join(("delible", *parts))
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        spec = importlib.util.find_spec(point.value)
-        if spec is not None and spec.origin:
-            yield Path(spec.origin), point.value
+    yield from _plugins()
+
+
+def recipe_files() -> dict[str, Path]:
+    """Recipes by name: our own, and those in a folder ``recipes`` beside a plug-in's module."""
+    folders = [
+        PACKAGE / "methods" / "recipes",
+        *(path.parent / "recipes" for path, _ in _plugins()),
+    ]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def _recipe_cards(components: dict[tuple[str, str], Card]) -> Iterator[Card]:
     """A recipe's card: that of its objective, with what the recipe's file says on top."""
-    for path in sorted((PACKAGE / "methods" / "recipes").glob("*.yaml")):
+    for path in recipe_files().values():
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         objective = recipe["objective"]
         name = objective["name"] if isinstance(objective, dict) else objective

@@ -76,7 +76,8 @@ def test_unlearn_takes_its_recipe(environment: dict[str, str], tmp_path: Path) -
         environment, "delible", "unlearn", tmp_path / "model",
         "--method", PLUGIN / "tempered.yaml", "--q", 0.3,
         "--forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "retain.jsonl",
-        "--precision", "float32", "--max-steps", 2, "--learning-rate", 1e-3, "--out", tmp_path / "run",
+        "--precision", "float32", "--max-steps", 2, "--learning-rate", 1e-3,
+        "--out", tmp_path / "run",
     )  # fmt: skip
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "done"

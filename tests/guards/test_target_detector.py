@@ -18,14 +18,12 @@ from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError
 from delible.guards import GuardedSystem, guard
 from delible.guards.target_detector import (
-    Names,
     TargetDetector,
     TargetDetectorMind,
     distinctive_strings,
-    fold,
-    surnames,
 )
 from delible.measure.requests import Prompt, Score, System, TokenScores
+from delible.names import Names, fold, surnames
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage
 
 QUESTION = "In which harbour town was the keeper of the northern lighthouse born?"
@@ -185,7 +183,8 @@ def test_folding_keeps_a_place_and_a_gap_per_letter() -> None:
     folded = fold("Straße, № 5")
     assert folded.letters == "strasseno5"
     assert len(folded.starts) == len(folded.ends) == len(folded.letters) == len(folded.gaps) - 1
-    assert folded.starts[4:7] == [4, 4, 5] and folded.ends[4:7] == [5, 5, 6]
+    assert folded.starts[4:7] == [4, 4, 5]
+    assert folded.ends[4:7] == [5, 5, 6]
     assert folded.words() == ["strasse", "no", "5"]
 
 
@@ -337,7 +336,8 @@ def test_fails_closed_and_logs_no_content(caplog: pytest.LogCaptureFixture) -> N
         refusal = mind.before(Prompt.ask("a secret egg"))
     assert refusal in prompts.read_lines("refusals.txt")
     assert "ValueError" in caplog.text
-    assert "egg" not in caplog.text and "encode" not in caplog.text
+    assert "egg" not in caplog.text
+    assert "encode" not in caplog.text
 
 
 def test_a_value_that_is_not_finite_is_a_refusal() -> None:
@@ -381,7 +381,8 @@ def test_the_guarded_system_asks_only_what_passed_and_gives_no_scores() -> None:
     asks = [Prompt.ask("Who is John Smith?"), Prompt.ask("How is the weather?")]
     assert guarded.generate(asks, 8) == ["No.", "The weather is fine."]
     assert echo.asked == asks[1:]
-    assert isinstance(guarded, GuardedSystem) and isinstance(guarded, System)
+    assert isinstance(guarded, GuardedSystem)
+    assert isinstance(guarded, System)
     assert guarded.capabilities == {"generate"}
     with pytest.raises(TypeError):
         guarded.score([Score(asks[1], "fine")])
@@ -451,8 +452,10 @@ def test_a_hundred_thousand_names() -> None:
 
 def test_the_card_is_complete() -> None:
     card = registry.card("guard", "target_detector")
-    assert card.intention == "suppression" and card.mechanism == "output-guard"
-    assert card.reversible is True and card.retrain_goal is False
+    assert card.intention == "suppression"
+    assert card.mechanism == "output-guard"
+    assert card.reversible is True
+    assert card.retrain_goal is False
     assert set(card.needs) == {"names", "encoder"}
     assert all([card.title, card.summary, card.paper, card.family, card.changes, card.weakest])
     assert card == TargetDetector.card
@@ -462,6 +465,7 @@ def test_refusal_sentences_are_a_hundred_different_ones() -> None:
     lines = prompts.read_lines("refusals.txt")
     assert len(lines) == len(set(lines)) == 100
     assert all(line[-1] == "." and len(line.split()) < 16 for line in lines)
-    assert "#" in prompts.read_text("refusals.txt") and not any("#" in line for line in lines)
+    assert "#" in prompts.read_text("refusals.txt")
+    assert not any("#" in line for line in lines)
     with pytest.raises(DataError, match=r"Did you mean 'refusals\.txt'"):
         prompts.read_lines("refusal.txt")

@@ -41,7 +41,8 @@ def test_vectors_are_the_normalised_mean_of_the_hidden_states(folder: Path) -> N
     encoder = SentenceEncoder(folder, batch_size=2)
     assert isinstance(encoder, Encoder)
     vectors = encoder.encode(TEXTS)
-    assert vectors.dtype == np.float32 and vectors.shape == (len(TEXTS), 32)
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (len(TEXTS), 32)
 
     tokenizer = BertTokenizerFast.from_pretrained(folder)
     model = BertModel.from_pretrained(folder).double().eval()

@@ -10,7 +10,7 @@ from delible.lm.lm import LM
 from delible.measure.requests import Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-QUESTIONS = ["Who?", "Where was Ada born?", "Where was Bob born?", "Is this a much longer question?"]
+QUESTIONS = ["Who?", "Where was Ada born?", "Where was Bob born?", "Is this a longer question?"]
 ANSWERS = ["In Aberlin", "No", "a", "In the town of Cold Harbour by the sea"]
 
 

@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest_train import forget, retain  # noqa: E402, F401
+from conftest_train import forget, retain  # noqa: F401

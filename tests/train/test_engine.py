@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest_train import make  # type: ignore[import-not-found]
+
 from delible.errors import RecipeError, RunError
 from delible.records import QA
 from delible.rundir import RunDirectory
@@ -89,17 +89,17 @@ def test_resumes_to_the_same_bits(tmp_path: Path, forget: list[QA], retain: list
     whole = make()
     Trainer(whole, recipe(epochs=4), records).train()
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop_at_five(step: int, total: int, numbers: object) -> None:
         if step == 6:
-            raise Stop
+            raise StopError
 
     run = RunDirectory(tmp_path / "run")
     run.begin({"name": "resume"})
     chosen = recipe(epochs=4, checkpoint_steps=5)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         Trainer(make(), chosen, records, run=run, progress=stop_at_five).train()
     told: list[str] = []
     again = make()

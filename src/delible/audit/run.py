@@ -479,7 +479,7 @@ class _Audit:
             LEAK_MEASURES[0],
         )
         without_reference = "reference" not in self.systems
-        result = AuditResult(
+        return AuditResult(
             systems=infos,
             splits={name: len(records) for name, records in self.splits.items()},
             measurements=[
@@ -504,7 +504,6 @@ class _Audit:
             seconds=round(time.perf_counter() - self.began, 1),
             measured=self.measured,
         )
-        return result
 
     def _summaries(self, plain: _Found) -> dict[SystemRole, dict[str, float | None]]:
         reference = plain.values.get("reference")
@@ -613,7 +612,7 @@ class _Audit:
                         n=len(numbers),
                         skipped=len(reasons),
                         reason=reasons[0] if reasons else None,
-                    )  # fmt: skip
+                    )
                 )
         return rows
 
@@ -651,7 +650,7 @@ class _Audit:
                         for role, points in place.curves.items()
                         if points
                     },
-                )  # fmt: skip
+                )
             )
         return curves
 

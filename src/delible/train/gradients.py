@@ -14,7 +14,7 @@ from torch import Tensor
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
 from delible.train.reference import Reference
-from delible.train.step import Row, make_step
+from delible.train.step import Reads, Row, make_step
 
 #: Padded tokens per pass.
 _BUDGET = 1024
@@ -80,7 +80,7 @@ class Gradients:
         return (ahead_and_behind[0] - ahead_and_behind[1]) * norm / (2 * step)
 
     def _losses(self, rows: Sequence[Row]) -> Tensor:
-        reads = {"forget": ("answers",)}
+        reads: dict[str, Sequence[Reads]] = {"forget": ("answers",)}
         step = make_step(self.lm, Forward(self.lm), {"forget": rows}, reads, Reference())
         return -step.forget.logprob_sum / step.forget.token_count
 

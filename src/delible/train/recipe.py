@@ -26,7 +26,6 @@ from delible.train.slots import (
     Weigh,
 )
 
-RECIPES = Path(__file__).parent.parent / "methods" / "recipes"
 Strength = Literal["gentle", "normal", "strong"]
 
 
@@ -86,7 +85,7 @@ class Recipe(Config):
             RecipeError: Unknown; offers the nearest name.
         """
         registry.card("recipe", name)
-        return cls.from_mapping({**_read(RECIPES / f"{name}.yaml"), "name": name})
+        return cls.from_mapping({**_read(registry.recipe_files()[name]), "name": name})
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -103,7 +102,7 @@ class Recipe(Config):
         if "objective" not in content:
             raise RecipeError("'objective' is missing.", where=where)
         slots = {
-            slot: build(cast(Kind, slot), content.get(slot, DEFAULTS.get(slot))) for slot in SLOTS
+            slot: build(cast(Kind, slot), content.get(slot) or DEFAULTS[slot]) for slot in SLOTS
         }
         training = content.get("training", {})
         if not isinstance(training, Training):

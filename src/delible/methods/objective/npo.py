@@ -38,7 +38,7 @@ def npo(
     kind="objective",
     name="npo",
     title="Negative preference optimisation",
-    summary="Ascent on each forget row that fades as the row becomes less likely than at the start.",
+    summary="Ascent on each forget row that fades as the row becomes less likely than before.",
     paper="2404.05868",
     year=2024,
     family="divergence",
