@@ -23,7 +23,7 @@ from delible.train.recipe import Recipe, Strength
 from delible.train.slots import Editor, Patch
 
 Say = Callable[[str], None]
-#: Questions shown before and after.
+#: Questions per split that are answered before and after.
 SHOWN = 3
 #: Length of a shown answer, in tokens.
 SHOWN_TOKENS = 48
@@ -146,6 +146,7 @@ def unlearn(
     seed: int = 0,
     reference: str | LM | None = None,
     refusals: Sequence[str] | None = None,
+    shown: int = SHOWN,
     say: Say = _quiet,
     progress: Progress | None = None,
     **options: Any,
@@ -160,6 +161,7 @@ def unlearn(
         strength: The one dial: gentle, normal or strong.
         out: Run directory; a killed run resumes from it. None keeps nothing on disk.
         seed: Of every random choice.
+        shown: Forget and retain questions that are answered before and after.
         reference: The model whose values count as "before"; None is the start model.
         options: Options by name, such as ``beta=0.2`` or ``epochs=5``.
 
@@ -177,8 +179,8 @@ def unlearn(
     if run is not None and run.begin(_described(lm, request, chosen, seed, reference, refusals)):
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
-    shown = _shown(request)
-    before = lm.generate([prompt for _, _, prompt in shown], SHOWN_TOKENS)
+    asked = _asked(request, shown)
+    before = lm.generate([prompt for _, _, prompt in asked], SHOWN_TOKENS)
     began = time.perf_counter()
     result = (
         _train(lm, request, chosen, run, seed, reference, load_start, refusals, say, progress)
@@ -186,10 +188,10 @@ def unlearn(
         else _edit(lm, request, chosen, run, seed, say)
     )
     seconds = time.perf_counter() - began
-    after = result.model.generate([prompt for _, _, prompt in shown], SHOWN_TOKENS)
+    after = result.model.generate([prompt for _, _, prompt in asked], SHOWN_TOKENS)
     result.examples = [
         BeforeAfter(split, _question(record), answer_of(record), old, new)
-        for (split, record, _), old, new in zip(shown, before, after, strict=True)
+        for (split, record, _), old, new in zip(asked, before, after, strict=True)
     ]
     if run is not None:
         _keep(run, result, request, seconds)
@@ -341,15 +343,16 @@ def _edit(
     return UnlearnResult(lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch)
 
 
-def _shown(request: ForgetRequest) -> list[tuple[str, RecordBase, Prompt]]:
-    shown: list[tuple[str, RecordBase, Prompt]] = []
+def _asked(request: ForgetRequest, count: int) -> list[tuple[str, RecordBase, Prompt]]:
+    """The first forget and retain questions, spread over the records."""
+    asked: list[tuple[str, RecordBase, Prompt]] = []
     for split, records in (("forget", request.forget), ("retain", _retained(request))):
-        step = max(1, len(records) // SHOWN)
-        for record in records[::step][:SHOWN]:
+        step = max(1, len(records) // max(1, count))
+        for record in records[::step][:count]:
             prompt = ask(record)
             if prompt is not None and prompt.text is None:
-                shown.append((split, record, prompt))
-    return shown
+                asked.append((split, record, prompt))
+    return asked
 
 
 def _question(record: RecordBase) -> str:

@@ -160,6 +160,7 @@ def _learn(
         method="finetune",
         out=folder,
         seed=seed,
+        shown=0,
         say=lambda line: say(f"   {line}"),
         progress=progress(f"Learning ({title})"),
         **LEARNING,

@@ -52,7 +52,7 @@ def test_passages_and_prefills() -> None:
         assert np.allclose(found.logprobs, values, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen2_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_do_not_depend_on_company(family: str) -> None:
     lm = LM(tiny_model(family), tiny_tokenizer(), precision="float32")
     prompts = [Prompt.ask(question) for question in QUESTIONS]

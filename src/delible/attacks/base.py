@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from delible.component import Component
 from delible.measure.requests import Prompt
 from delible.records import RecordBase
@@ -15,7 +17,13 @@ if TYPE_CHECKING:
 
 
 class PromptAttack(Component):
-    """Asks the same thing in another way."""
+    """Asks the same thing in other ways."""
+
+    forms: int = Field(5, ge=1, description="At most this many forms of each question.")
+
+    def prompts(self, record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
+        """The first forms of :meth:`rewrite`."""
+        return tuple(self.rewrite(record, prompt))[: self.forms]
 
     def rewrite(self, record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
         """Variants of the prompt; empty where the attack does not apply to the record."""

@@ -61,7 +61,7 @@ def wordings(record: RecordBase) -> tuple[str, ...]:
     variant="The paraphrases come with the records, or from fixed frames, not from a model.",
 )
 class Paraphrase(PromptAttack):
-    """Has no options."""
+    """Options: how many forms."""
 
     def rewrite(self, record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
         """One prompt per wording; empty where the prompt does not end in the question."""

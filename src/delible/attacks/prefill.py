@@ -38,7 +38,7 @@ from delible.registry import register
     variant="Three fixed starts, closed by a line break, the same for every question.",
 )
 class Prefill(PromptAttack):
-    """Has no options."""
+    """Options: how many forms."""
 
     def rewrite(self, record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
         """One prompt per start; empty where no assistant turn follows a user turn.

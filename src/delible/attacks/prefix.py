@@ -35,7 +35,7 @@ from delible.registry import register
     variant="Five fixed frames in words of our own instead of one written per question.",
 )
 class Prefix(PromptAttack):
-    """Has no options."""
+    """Options: how many forms."""
 
     def rewrite(self, record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
         """One prompt per frame; empty where the prompt does not end in a user turn."""

@@ -59,6 +59,8 @@ DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
 LEAK_MEASURES = ("answer_probability", "extraction_strength", "rouge_l_recall", "outcome")
 #: Records per split that are asked, and retain records that are asked under attack.
 ROWS, ATTACKED_RETAIN = 200, 12
+#: Held-out records that a curve is measured on.
+CURVE_ROWS = 16
 #: Examples per split in the report.
 EXAMPLES = 6
 #: Forget answers this much less likely than in the reference count as over-forgotten.
@@ -75,7 +77,7 @@ def audit(
     *,
     before: str | LM | None = None,
     reference: str | LM | None = None,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str | Mapping[str, Any]] | None = None,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
     guard: str | None = None,
     out: Path | str | None = None,
@@ -93,7 +95,7 @@ def audit(
             stronger.
         before: The model before unlearning.
         reference: A model trained without the forgotten records.
-        metrics: Names; None takes the standard ones.
+        metrics: Names or ``{"name": …, option: value}``; None takes the standard ones.
         attacks: Names or ``{"name": …, option: value}``; None takes the standard ones, an empty
             list none.
         guard: Name of a guard to put in front of the system (and of no other).
@@ -130,7 +132,7 @@ class _Audit:
         request: ForgetRequest,
         before: str | LM | None,
         reference: str | LM | None,
-        metrics: Sequence[str] | None,
+        metrics: Sequence[str | Mapping[str, Any]] | None,
         attacks: Sequence[str | Mapping[str, Any]] | None,
         guard: str | None,
         out: Path | str | None,
@@ -153,8 +155,13 @@ class _Audit:
 
     # ---- what is asked of whom
 
-    def _metrics(self, names: Sequence[str] | None) -> list[ItemMetric | SummaryMetric]:
-        return [build("metric", name) for name in (names or DEFAULT_METRICS)]
+    def _metrics(
+        self, specs: Sequence[str | Mapping[str, Any]] | None
+    ) -> list[ItemMetric | SummaryMetric]:
+        return [
+            build("metric", spec if isinstance(spec, str) else dict(spec))
+            for spec in specs or DEFAULT_METRICS
+        ]
 
     def _attacks(
         self, specs: Sequence[str | Mapping[str, Any]] | None
@@ -299,7 +306,7 @@ class _Audit:
         if isinstance(attack, PromptAttack):
             self.say(f"{title}.")
             place.values[role] = self._evaluate(
-                system, splits, self._leak_metrics(), title, attack.rewrite
+                system, splits, self._leak_metrics(), title, attack.prompts
             )
         elif not isinstance(system, LM):
             place.notes["skipped"] = (
@@ -325,6 +332,7 @@ class _Audit:
         except DelibleError as error:
             place.notes["skipped"] = f"not run: {error}"
             return
+        self._held = splits["forget"][:CURVE_ROWS]
         key = self._key(lm, attack, splits)
         kept = self._kept(key)
         if kept is not None:
@@ -356,15 +364,12 @@ class _Audit:
             loaded = self._original()
             original = loaded if isinstance(loaded, LM) else None
 
-        context: AttackContext
-
         def observe(lm: LM, step: int) -> None:
             metric = build("metric", "answer_probability")
-            held = self._held
-            values = evaluate(lm, {"forget": held}, [metric])
+            values = evaluate(lm, {"forget": self._held}, [metric])
             curve.append((step, values.means["answer_probability"]["forget"]))
 
-        context = AttackContext(
+        return AttackContext(
             forget=self.splits["forget"],
             retain=self.splits.get("retain") or self.splits.get("neighbours") or (),
             unrelated=unrelated(),
@@ -373,10 +378,10 @@ class _Audit:
             say=self.say,
             observe=observe,
         )
-        self._held: Sequence[RecordBase] = self.splits["forget"][:16]
-        return context
 
     _loaded_original: System | None = None
+    #: Records that the running attack's curve is measured on.
+    _held: Sequence[RecordBase] = ()
 
     def _original(self) -> System:
         if self._loaded_original is None:
@@ -440,7 +445,8 @@ class _Audit:
     # ---- what can be said
 
     def _answers(self, system: System) -> dict[tuple[str, int], tuple[str, str]]:
-        metric = build("metric", "outcome")
+        chosen = [metric for metric in self.metrics if metric.card.name == "outcome"]
+        metric = cast(ItemMetric, chosen[0] if chosen else build("metric", "outcome"))
         found: dict[tuple[str, int], tuple[str, str]] = {}
         for split in ("forget", "retain"):
             records = self.splits.get(split, ())

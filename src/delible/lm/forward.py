@@ -82,18 +82,33 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str) ->
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
-    limit = min(row.start for row in rows) - 1  # the answer's predecessor stays in the suffix
-    prefix = 0
-    if len(rows) > 1:
-        first = rows[0].ids
-        while prefix < limit and all(row.ids[prefix] == first[prefix] for row in rows[1:]):
-            prefix += 1
+    # the answer's predecessor stays in the suffix
+    prefix = shared_prefix([row.ids[: row.start] for row in rows])
     return Batch(
         ids.to(device),
         torch.tensor([len(row.ids) for row in rows], device=device),
         torch.tensor([row.start for row in rows], device=device),
-        prefix if prefix >= SHORTEST_SHARED_PREFIX else 0,
+        prefix,
     )
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows start with, less than any row has; 0 if it is not worth sharing."""
+    if len(rows) < 2:
+        return 0
+    limit, prefix = min(len(row) for row in rows) - 1, 0
+    while prefix < limit and all(row[prefix] == rows[0][prefix] for row in rows[1:]):
+        prefix += 1
+    return prefix if prefix >= SHORTEST_SHARED_PREFIX else 0
+
+
+def prefix_cache(lm: LM, ids: Int[Tensor, "batch prefix"]) -> Any:
+    """The key-value cache of a prefix that all rows share, computed once, for every row."""
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
+    backbone(input_ids=ids[:1], use_cache=True, **{cache_argument(backbone): cache})
+    cache.batch_repeat_interleave(ids.shape[0])
+    return cache
 
 
 class Forward(nn.Module):
@@ -134,11 +149,11 @@ def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
         ).last_hidden_state[  # type: ignore[no-any-return]
             :, batch.prefix :
         ]
-    name, cache = _new_cache(lm, backbone)
-    backbone(input_ids=batch.ids[:1, : batch.prefix], use_cache=True, **{name: cache})
-    cache.batch_repeat_interleave(batch.ids.shape[0])
+    cache = prefix_cache(lm, batch.ids[:, : batch.prefix])
     return backbone(  # type: ignore[no-any-return]
-        input_ids=batch.ids[:, batch.prefix :], use_cache=True, **{name: cache}
+        input_ids=batch.ids[:, batch.prefix :],
+        use_cache=True,
+        **{cache_argument(backbone): cache},
     ).last_hidden_state
 
 
@@ -153,17 +168,12 @@ def answers_of_prompts(
         answers: (index of the prompt, token ids) in the order of the result.
     """
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    name, cache = _new_cache(lm, backbone)
+    name = cache_argument(backbone)
+    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
     ids = torch.tensor([list(prompt) for prompt in prompts], device=lm.device)
-    shared = 0
-    if len(prompts) > 1:
-        same = (ids == ids[:1]).all(dim=0)
-        shared = min(int(same.int().cumprod(dim=0).sum()), ids.shape[1] - 1)
-        if shared >= SHORTEST_SHARED_PREFIX:
-            backbone(input_ids=ids[:1, :shared], use_cache=True, **{name: cache})
-            cache.batch_repeat_interleave(len(prompts))
-        else:
-            shared = 0
+    shared = shared_prefix(prompts)
+    if shared:
+        cache = prefix_cache(lm, ids[:, :shared])
     last = backbone(input_ids=ids[:, shared:], use_cache=True, **{name: cache}).last_hidden_state
     owners = torch.tensor([owner for owner, _ in answers], device=lm.device)
     first = last[:, -1][owners]
@@ -183,11 +193,9 @@ def answers_of_prompts(
     )
 
 
-def _new_cache(lm: LM, backbone: nn.Module) -> tuple[str, Any]:
-    """An empty key-value cache and the name of the argument that takes it."""
-    # transformers renamed the argument; both names mean the same cache
-    name = "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
-    return name, DynamicCache(config=lm.core.config.get_text_config())
+def cache_argument(backbone: nn.Module) -> str:
+    """What the installed transformers calls the argument that takes a key-value cache."""
+    return "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
 
 
 def _answer_states(states: Tensor, batch: Batch, offset: int | None = None) -> Tensor:

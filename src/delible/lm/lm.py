@@ -20,8 +20,11 @@ from delible.lm.forward import (
     Batch,
     Forward,
     answers_of_prompts,
+    cache_argument,
     collate,
     map_logits,
+    prefix_cache,
+    shared_prefix,
     target_logprobs,
 )
 from delible.lm.load import load_model, weights_digest
@@ -234,7 +237,7 @@ class LM:
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers up to the end of the turn."""
         ids = [self.template.prompt_ids(prompt) for prompt in prompts]
-        ids = [row[-(self.template.max_length) :] for row in ids]
+        ids = [row[-self.template.max_length :] for row in ids]
         answers = [""] * len(prompts)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
         ends = {self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None}
@@ -247,23 +250,34 @@ class LM:
             pad_token_id=self.pad_id,
             bos_token_id=self.tokenizer.bos_token_id,
         )
+        argument = cache_argument(self.core.get_submodule(self.anatomy.backbone))
         with self._evaluating(), self.computing():
             lengths = [len(row) + max_new_tokens for row in ids]
             for indices in self._batches(order, lengths):
-                longest = max(len(ids[i]) for i in indices)
-                padded = torch.full((len(indices), longest), self.pad_id)
-                mask = torch.zeros_like(padded)
-                for row, index in enumerate(indices):
-                    padded[row, longest - len(ids[index]) :] = torch.tensor(ids[index])
-                    mask[row, longest - len(ids[index]) :] = 1
+                rows = [ids[index] for index in indices]
+                padded, mask, shared = self._padded(rows)
                 out = self.model.generate(
-                    input_ids=padded.to(self.device),
-                    attention_mask=mask.to(self.device),
+                    input_ids=padded,
+                    attention_mask=mask,
                     generation_config=settings,
+                    **{argument: prefix_cache(self, padded[:, :shared]) if shared else None},
                 )
-                for row, index in enumerate(indices):
-                    answers[index] = self.template.decode(out[row, longest:].tolist())
+                for index, row in zip(indices, out, strict=True):
+                    answers[index] = self.template.decode(row[padded.shape[1] :].tolist())
         return answers
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
+        """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
+        shared = shared_prefix(rows) if self.shares_prefix else 0
+        longest = max(len(row) for row in rows)
+        padded = torch.full((len(rows), longest), self.pad_id)
+        mask = torch.zeros_like(padded)
+        for place, row in enumerate(rows):
+            padded[place, :shared] = torch.tensor(row[:shared])
+            padded[place, shared + longest - len(row) :] = torch.tensor(row[shared:])
+            mask[place, :shared] = 1
+            mask[place, shared + longest - len(row) :] = 1
+        return padded.to(self.device), mask.to(self.device), shared
 
     # ---- inside
 
