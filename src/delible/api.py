@@ -193,7 +193,7 @@ def unlearn(
         BeforeAfter(split, _question(record), answer_of(record), old, new)
         for (split, record, _), old, new in zip(asked, before, after, strict=True)
     ]
-    if run is not None:
+    if run is not None and run.writes:
         _keep(run, result, request, seconds)
     return result
 

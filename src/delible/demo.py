@@ -14,7 +14,7 @@ from typing import Any
 
 from delible.api import BeforeAfter, unlearn
 from delible.audit.result import AuditResult
-from delible.audit.run import audit
+from delible.audit.run import DEFAULT_METRICS, audit
 from delible.lm.embedded import cache_folder
 from delible.loaders import write_records
 from delible.records import ForgetRequest, RecordBase
@@ -24,26 +24,55 @@ from delible.world import World
 from delible.world.split import Split
 
 #: Relations of the demo's world: one fact of each kind per person.
-RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument", "pet")
+RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
 #: How the target and the reference learn their world.
 LEARNING: dict[str, Any] = {
     "learning_rate": 3e-4,
-    "epochs": 5,
+    "epochs": 6,
     "batch_size": 8,
     "schedule": "cosine",
 }
-#: How the demo's model unlearns (the recipe's own numbers are for larger models and sets).
-UNLEARNING: dict[str, Any] = {"learning_rate": 5e-5, "epochs": 6, "batch_size": 6}
-#: The attacks of the demo: every kind, each with a small budget.
+#: How the demo's model unlearns: NPO on 10 rows (the recipe's own numbers are for larger sets).
+UNLEARNING: dict[str, Any] = {
+    "learning_rate": 4e-5,
+    "epochs": 5,
+    "batch_size": 5,
+    "beta": 0.2,
+    "retain_weight": 2.0,
+}
+#: The standard metrics, with answers as short as this world's.
+METRICS: tuple[str | dict[str, Any], ...] = tuple(
+    {"name": name, "max_new_tokens": 16} if name in ("rouge_l_recall", "outcome") else name
+    for name in DEFAULT_METRICS
+)
+#: Every kind of attack, each with a small budget.
 ATTACKS: tuple[dict[str, Any], ...] = (
-    {"name": "paraphrase"},
-    {"name": "prefix"},
-    {"name": "prefill"},
-    {"name": "relearn", "rows": "forget", "adapter": "full", "steps": 8},
-    {"name": "relearn", "rows": "unrelated", "adapter": "lora", "steps": 8},
+    {"name": "paraphrase", "forms": 2},
+    {"name": "prefix", "forms": 1},
+    {"name": "prefill", "forms": 1},
+    {
+        "name": "relearn",
+        "rows": "forget",
+        "adapter": "full",
+        "learning_rate": 1e-4,
+        "steps": 6,
+        "observe_steps": 2,
+    },
+    {
+        "name": "relearn",
+        "rows": "unrelated",
+        "adapter": "lora",
+        "rank": 16,
+        "steps": 4,
+        "observe_steps": 2,
+    },
     {"name": "quantize", "bits": 8, "group": 0},
     {"name": "quantize", "bits": 4, "group": 64},
 )
+#: Knowledge scores that are measured under attack (those that need no generated text).
+LEAKS = ("answer_probability", "extraction_strength")
+#: Records that the audit asks, per split, and of any other split at most.
+ASKED, ROWS = {"retain": 10, "neighbours": 8, "holdout": 6}, 12
 
 Say = Callable[[str], None]
 #: Makes a progress callback for a stage with the given title.
@@ -116,12 +145,16 @@ def run(
         **options,
     )
     say("5. The audit: the same questions and attacks to all three models.")
+    asked = {name: getattr(request, name)[:count] for name, count in ASKED.items()}
     found = audit(
         str(out / "unlearned" / "model"),
-        request,
+        request.model_copy(update=asked),
         before=str(target),
         reference=str(reference),
+        metrics=METRICS,
         attacks=ATTACKS,
+        leaks=LEAKS,
+        rows=ROWS,
         out=out / "unlearned",
         seed=seed,
         say=lambda line: say(f"   {line}"),

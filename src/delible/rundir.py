@@ -41,6 +41,8 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        #: Of several processes that train together, the first one writes.
+        self.writes = os.environ.get("RANK", "0") == "0"
 
     @property
     def manifest_path(self) -> Path:
@@ -108,12 +110,14 @@ class RunDirectory:
             "git": git_revision(),
             "hardware": hardware(),
         }
-        write_json(self.manifest_path, manifest)
+        if self.writes:
+            write_json(self.manifest_path, manifest)
         return False
 
     def update(self, **fields: Any) -> None:
         """Adds fields to the manifest."""
-        write_json(self.manifest_path, {**self.manifest, **fields})
+        if self.writes:
+            write_json(self.manifest_path, {**self.manifest, **fields})
 
     def finish(self, **fields: Any) -> None:
         """Marks the run as done."""
@@ -121,6 +125,8 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to ``events.jsonl``."""
+        if not self.writes:
+            return
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str)
         path = self.path / "events.jsonl"
         with explain_disk(path):

@@ -1,8 +1,28 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from delible.records import QA
 
-from conftest_train import forget, retain  # noqa: F401
+
+@pytest.fixture
+def forget() -> list[QA]:
+    names = ("Ada Brook", "Bo Crane", "Cy Dunn")
+    return [
+        QA(question=f"Where was {name} born{'?' * (1 + place)}", answer=answer, subject=name)
+        for place, (name, answer) in enumerate(
+            zip(
+                names * 2,
+                ("Aberlin", "Bo", "Cold Harbour", "a boat", "Dunmore Hill", "Ea"),
+                strict=True,
+            )
+        )
+    ]
+
+
+@pytest.fixture
+def retain() -> list[QA]:
+    return [
+        QA(question=f"What does person {index} like?", answer="tea " * (1 + index % 3) + str(index))
+        for index in range(9)
+    ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest_train import make  # type: ignore[import-not-found]
+from tiny_runs import make  # type: ignore[import-not-found]
 
 from delible.errors import RecipeError, RunError
 from delible.records import QA
@@ -113,7 +113,7 @@ KILLED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from conftest_train import make
+from tiny_runs import make
 from delible.rundir import RunDirectory
 from delible.train.engine import Trainer
 from delible.records import QA
@@ -276,7 +276,7 @@ def test_split_keeps_every_row_once_and_the_budget(forget: list[QA], retain: lis
 LAUNCHED = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
-from conftest_train import make
+from tiny_runs import make
 from delible.train.engine import Trainer
 from delible.records import QA
 from test_engine import recipe

@@ -58,7 +58,7 @@ DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
 #: system allows decides the verdict.
 LEAK_MEASURES = ("answer_probability", "extraction_strength", "rouge_l_recall", "outcome")
 #: Records per split that are asked, and retain records that are asked under attack.
-ROWS, ATTACKED_RETAIN = 200, 12
+ROWS, ATTACKED_RETAIN = 200, 8
 #: Held-out records that a curve is measured on.
 CURVE_ROWS = 16
 #: Examples per split in the report.
@@ -79,6 +79,7 @@ def audit(
     reference: str | LM | None = None,
     metrics: Sequence[str | Mapping[str, Any]] | None = None,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
+    leaks: Sequence[str] = LEAK_MEASURES,
     guard: str | None = None,
     out: Path | str | None = None,
     seed: int = 0,
@@ -98,6 +99,7 @@ def audit(
         metrics: Names or ``{"name": …, option: value}``; None takes the standard ones.
         attacks: Names or ``{"name": …, option: value}``; None takes the standard ones, an empty
             list none.
+        leaks: Metrics that are measured under attack, as knowledge scores (larger = more known).
         guard: Name of a guard to put in front of the system (and of no other).
         out: Run directory for ``metrics.json``, ``items.parquet`` and ``report.html``.
         cache: Take answers of the same weights to the same questions from earlier audits.
@@ -107,9 +109,21 @@ def audit(
         DelibleError: Nothing to ask about, an unknown name, or a model that cannot be read.
     """
     return _Audit(
-        system, request, before, reference, metrics, attacks, guard, out, seed, cache, rows, say,
+        system,
+        request,
+        before,
+        reference,
+        metrics,
+        attacks,
+        leaks,
+        guard,
+        out,
+        seed,
+        cache,
+        rows,
+        say,
         progress,
-    ).run()  # fmt: skip
+    ).run()
 
 
 @dataclass
@@ -134,6 +148,7 @@ class _Audit:
         reference: str | LM | None,
         metrics: Sequence[str | Mapping[str, Any]] | None,
         attacks: Sequence[str | Mapping[str, Any]] | None,
+        leaks: Sequence[str],
         guard: str | None,
         out: Path | str | None,
         seed: int,
@@ -147,6 +162,7 @@ class _Audit:
         self.cache = Cache(cache_folder() / "answers") if cache else None
         self.metrics = self._metrics(metrics)
         self.attacks = self._attacks(attacks)
+        self.leaks = self._leaks(leaks)
         self.out = None if out is None else RunDirectory(out)
         self.not_tested: list[str] = []
         self.splits = self._splits(rows)
@@ -197,7 +213,7 @@ class _Audit:
                 )
             elif records:
                 splits[name] = records
-        splits["general"] = list(general())[: max(8, min(rows, 24))]
+        splits["general"] = general()[:rows]
         return splits
 
     def _systems(
@@ -288,9 +304,15 @@ class _Audit:
             self.measured[key] = self.measured.get(key, 0) + count
         return values
 
-    def _leak_metrics(self) -> list[ItemMetric]:
+    def _leaks(self, names: Sequence[str]) -> list[ItemMetric]:
+        """The knowledge scores that are measured under attack, among the chosen metrics."""
         wanted = item_metrics(self.metrics)
-        return [wanted[name] for name in LEAK_MEASURES if name in wanted]
+        for name in names:
+            if name not in LEAK_MEASURES:
+                raise RecipeError(
+                    f"'{name}' is no knowledge score.", hint=nearest(name, LEAK_MEASURES)
+                )
+        return [wanted[name] for name in LEAK_MEASURES if name in wanted and name in names]
 
     def _attacked_retain(self) -> Sequence[RecordBase]:
         records = self.splits.get("retain") or self.splits.get("neighbours") or ()
@@ -305,9 +327,7 @@ class _Audit:
         title = f"{role}: {place.title}{f' ({place.variant})' if place.variant else ''}"
         if isinstance(attack, PromptAttack):
             self.say(f"{title}.")
-            place.values[role] = self._evaluate(
-                system, splits, self._leak_metrics(), title, attack.prompts
-            )
+            place.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
         elif not isinstance(system, LM):
             place.notes["skipped"] = (
                 f"the {role} system gives no weights, so this attack cannot be run on it"
@@ -345,9 +365,7 @@ class _Audit:
             except DelibleError as error:
                 place.notes["skipped"] = f"not run: {error}"
                 return
-            place.values[role] = self._evaluate(
-                attacked, splits, self._leak_metrics(), title, cached=False
-            )
+            place.values[role] = self._evaluate(attacked, splits, self.leaks, title, cached=False)
             place.curves[role] = curve
             notes = dict(context.notes)
             self._keep(key, place.values[role], curve, notes)
@@ -399,7 +417,7 @@ class _Audit:
             "splits": {name: digest(records) for name, records in splits.items()},
             "all": digest(self.splits["forget"]),
             "retain": digest(self.splits.get("retain", ())),
-            "metrics": [metric.spec() for metric in self._leak_metrics()],
+            "metrics": [metric.spec() for metric in self.leaks],
         }
         return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()
 

@@ -171,6 +171,7 @@ class Trainer:
         began = time.perf_counter()
         training = self.recipe.training
         accelerator = Accelerator()
+        accelerator.wait_for_everyone()  # the first process has written the manifest
         self.lm.precision = resolve(training.precision, self.lm.device.type)
         self.lm.template.max_length = min(training.max_length, self.lm.template.max_length)
         if self.recipe.finish.needs_start and self.start is None:
@@ -262,9 +263,8 @@ class Trainer:
             for rows, kinds in wanted:
                 if kinds:
                     reference.prepare(lm, rows, kinds)
-            if folder is not None and self.reference_lm is None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                reference.save(folder)
+            if self.run is not None and self.run.writes and self.reference_lm is None:
+                reference.save(self.run.path / "checkpoint" / "reference")
         return reference
 
     def _optimizer(self, placement: Placement) -> torch.optim.Optimizer:
@@ -331,6 +331,7 @@ class _Loop:
         self.start_retain: float | None = None
         self.folder = trainer.run.path / "checkpoint" if trainer.run else None
         self.last_saved = time.monotonic()
+        self.good: dict[str, Tensor] = {}
         objective = trainer.recipe.objective
         self.reads: dict[str, Sequence[Reads]] = {
             role: objective.reads(trainer.lm) for role in objective.roles
@@ -342,6 +343,8 @@ class _Loop:
         begin = self._resume()
         total = len(self.plan.steps)
         before = self._fingerprints() if begin == 0 else None
+        if begin == 0 and self.training.utility_budget is not None:
+            self._keep_good()  # should the first look already be outside the budget
         try:
             for step in range(begin, total):
                 if self.stopped:
@@ -353,8 +356,8 @@ class _Loop:
         except KeyboardInterrupt:
             self._save(len(self.history))
             raise
-        if self.folder is not None and self.stopped and (self.folder / "good").exists():
-            checkpoint.restore(self.folder / "good", self.placement.parameters, None)
+        if self.stopped and self.training.utility_budget is not None:
+            self._restore_good()
         self.notes["parameters"] = sum(v.numel() for v in self.placement.parameters.values())
 
     def _step(self, step: int, total: int) -> None:
@@ -518,7 +521,7 @@ class _Loop:
         numbers = self.history[-1]
         if self.trainer.progress is not None:
             self.trainer.progress(step + 1, total, numbers)
-        if self.trainer.run is not None and self.accelerator.is_main_process:
+        if self.trainer.run is not None:
             self.trainer.run.event("step", **numbers)
         self._monitor(step)
         done = step + 1
@@ -548,12 +551,9 @@ class _Loop:
             if retain < budget * self.start_retain:
                 self.stopped = f"the utility budget was used up at step {step + 1}"
                 return
-            if self.folder is not None:
-                checkpoint.save(self.folder / "good", self.placement.parameters, None, {})
+            self._keep_good()
         if target is not None and forget <= target:
             self.stopped = f"the forget target was reached at step {step + 1}"
-            if self.folder is not None and budget is not None:
-                checkpoint.save(self.folder / "good", self.placement.parameters, None, {})
 
     def _probability(self, role: str) -> float:
         """Mean answer probability over the first rows of a role."""
@@ -567,8 +567,25 @@ class _Loop:
 
     # ---- keeping and restoring
 
+    def _keep_good(self) -> None:
+        """Keeps the weights that last met the utility budget: on disk, or in memory."""
+        if self.folder is None:
+            self.good = {
+                name: value.detach().clone() for name, value in self.placement.parameters.items()
+            }
+        elif self.trainer.run is not None and self.trainer.run.writes:
+            checkpoint.save(self.folder / "good", self.placement.parameters, None, {})
+
+    @torch.no_grad()
+    def _restore_good(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.folder is not None:
+            checkpoint.restore(self.folder / "good", self.placement.parameters, None)
+        for name, value in self.good.items():
+            self.placement.parameters[name].copy_(value)
+
     def _save(self, step: int) -> None:
-        if self.folder is None or not self.accelerator.is_main_process:
+        if self.folder is None or self.trainer.run is None or not self.trainer.run.writes:
             return
         state = {
             "step": step,
