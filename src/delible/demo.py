@@ -56,7 +56,7 @@ ATTACKS: tuple[dict[str, Any], ...] = (
         "adapter": "full",
         "learning_rate": 1e-4,
         "steps": 6,
-        "observe_steps": 2,
+        "observe_steps": 3,
     },
     {
         "name": "relearn",
@@ -72,7 +72,7 @@ ATTACKS: tuple[dict[str, Any], ...] = (
 #: Knowledge scores that are measured under attack (those that need no generated text).
 LEAKS = ("answer_probability", "extraction_strength")
 #: Records that the audit asks, per split, and of any other split at most.
-ASKED, ROWS = {"retain": 10, "neighbours": 8, "holdout": 6}, 12
+ASKED, ROWS = {"retain": 8, "neighbours": 6, "holdout": 5}, 10
 
 Say = Callable[[str], None]
 #: Makes a progress callback for a stage with the given title.

@@ -8,32 +8,20 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
-from delible import registry
 from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
-from delible.audit.result import (
-    AuditResult,
-    Curve,
-    Example,
-    Leak,
-    Measurement,
-    SystemInfo,
-    SystemRole,
-)
-from delible.audit.verdict import erased, verdict, worst_by_attack
+from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
+from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.component import build
 from delible.errors import DataError, DelibleError, ModelError, RecipeError, nearest
 from delible.files import atomic_file, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
 from delible.measure.cache import Cache
-from delible.measure.evaluate import DETAIL_SEPARATOR, bootstrap_interval, evaluate, item_metrics
+from delible.measure.engine import measure
+from delible.measure.evaluate import evaluate, item_metrics
 from delible.measure.requests import System
 from delible.metrics.base import Item, ItemMetric, SummaryMetric, SystemValues
 from delible.records import ForgetRequest, RecordBase, digest
@@ -54,17 +42,12 @@ DEFAULT_METRICS = (
     "model_utility",
 )
 DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
-#: Knowledge scores of the attack x leak matrix, larger = more is known; the first one that a
-#: system allows decides the verdict.
-LEAK_MEASURES = ("answer_probability", "extraction_strength", "rouge_l_recall", "outcome")
 #: Records per split that are asked, and retain records that are asked under attack.
 ROWS, ATTACKED_RETAIN = 200, 8
 #: Held-out records that a curve is measured on.
 CURVE_ROWS = 16
 #: Examples per split in the report.
 EXAMPLES = 6
-#: Forget answers this much less likely than in the reference count as over-forgotten.
-OVER_FORGOTTEN = 0.25
 
 
 def _quiet(_: str) -> None:
@@ -126,19 +109,6 @@ def audit(
     ).run()
 
 
-@dataclass
-class _Found:
-    """Values of one attack setting, by system."""
-
-    attack: str
-    variant: str
-    title: str
-    values: dict[SystemRole, SystemValues] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    curves: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
-
-
 class _Audit:
     def __init__(
         self,
@@ -166,6 +136,7 @@ class _Audit:
         self.out = None if out is None else RunDirectory(out)
         self.not_tested: list[str] = []
         self.splits = self._splits(rows)
+        self.guarded = guard is not None
         self.systems = self._systems(system, before, reference, guard)
         self.measured: dict[str, int] = {}
 
@@ -257,29 +228,31 @@ class _Audit:
     # ---- the run
 
     def run(self) -> AuditResult:
-        found = [_Found("none", "", "Asked plainly")]
-        found += [
-            _Found(attack.card.name, _variant(attack), attack.card.title) for attack in self.attacks
+        plain = Setting("none", "", "Asked plainly")
+        attacked = [
+            Setting(attack.card.name, _variant(attack), attack.card.title)
+            for attack in self.attacks
         ]
-        infos: dict[SystemRole, SystemInfo] = {}
-        examples: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]] = {}
+        findings = Findings(
+            self.splits, self.metrics, self.seed, self.guarded, [plain, *attacked], self.not_tested
+        )
         for role, load in self.systems.items():
             system = load()
-            infos[role] = SystemInfo(
+            findings.infos[role] = SystemInfo(
                 name=system.name,
                 capabilities=sorted(system.capabilities),
                 fingerprint=system.fingerprint,
             )
             self.say(f"Asking the {role} system.")
-            found[0].values[role] = self._evaluate(system, self.splits, self.metrics, role)
-            examples[role] = self._answers(system)
-            for attack, place in zip(self.attacks, found[1:], strict=True):
-                self._attack(role, system, attack, place)
+            plain.values[role] = self._evaluate(system, self.splits, self.metrics, role)
+            findings.answers[role] = self._answers(system)
+            for attack, setting in zip(self.attacks, attacked, strict=True):
+                self._attack(role, system, attack, setting)
             del system
             gc.collect()
-        result = self._result(infos, found, examples)
+        result = findings.result(time.perf_counter() - self.began, self.measured)
         if self.out is not None:
-            self._write(result, found)
+            self._write(result, findings.settings)
         return result
 
     def _evaluate(
@@ -320,28 +293,28 @@ class _Audit:
         return records[::step][:ATTACKED_RETAIN]
 
     def _attack(
-        self, role: SystemRole, system: System, attack: PromptAttack | ModelAttack, place: _Found
+        self, role: SystemRole, system: System, attack: PromptAttack | ModelAttack, setting: Setting
     ) -> None:
         began = time.perf_counter()
         splits: Splits = {"forget": self.splits["forget"], "retain": self._attacked_retain()}
-        title = f"{role}: {place.title}{f' ({place.variant})' if place.variant else ''}"
+        title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
         if isinstance(attack, PromptAttack):
             self.say(f"{title}.")
-            place.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
+            setting.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
         elif not isinstance(system, LM):
-            place.notes["skipped"] = (
+            setting.notes["skipped"] = (
                 f"the {role} system gives no weights, so this attack cannot be run on it"
             )
         else:
-            self._attack_weights(role, system, attack, place, splits, title)
-        place.seconds += time.perf_counter() - began
+            self._attack_weights(role, system, attack, setting, splits, title)
+        setting.seconds += time.perf_counter() - began
 
     def _attack_weights(
         self,
         role: SystemRole,
         lm: LM,
         attack: ModelAttack,
-        place: _Found,
+        setting: Setting,
         splits: Splits,
         title: str,
     ) -> None:
@@ -350,29 +323,29 @@ class _Audit:
         try:
             splits["forget"] = attack.held_out(context)
         except DelibleError as error:
-            place.notes["skipped"] = f"not run: {error}"
+            setting.notes["skipped"] = f"not run: {error}"
             return
         self._held = splits["forget"][:CURVE_ROWS]
         key = self._key(lm, attack, splits)
         kept = self._kept(key)
         if kept is not None:
             self.say(f"{title}: known from an earlier audit.")
-            place.values[role], place.curves[role], notes = kept
+            setting.values[role], setting.curves[role], notes = kept
         else:
             self.say(f"{title}.")
             try:
                 attacked = attack.apply(lm, context)
             except DelibleError as error:
-                place.notes["skipped"] = f"not run: {error}"
+                setting.notes["skipped"] = f"not run: {error}"
                 return
-            place.values[role] = self._evaluate(attacked, splits, self.leaks, title, cached=False)
-            place.curves[role] = curve
+            setting.values[role] = self._evaluate(attacked, splits, self.leaks, title, cached=False)
+            setting.curves[role] = curve
             notes = dict(context.notes)
-            self._keep(key, place.values[role], curve, notes)
+            self._keep(key, setting.values[role], curve, notes)
             del attacked
             gc.collect()
         if role == "unlearned":
-            place.notes.update(notes)
+            setting.notes.update(notes)
 
     def _context(self, role: SystemRole, curve: list[tuple[int, float | None]]) -> AttackContext:
         from delible.world import unrelated
@@ -460,263 +433,33 @@ class _Audit:
         }  # fmt: skip
         write_json(self.cache.folder / "attacks" / f"{key}.json", content)
 
-    # ---- what can be said
-
     def _answers(self, system: System) -> dict[tuple[str, int], tuple[str, str]]:
+        """Answers for the report by (split, record): text and outcome class."""
         chosen = [metric for metric in self.metrics if metric.card.name == "outcome"]
         metric = cast(ItemMetric, chosen[0] if chosen else build("metric", "outcome"))
-        found: dict[tuple[str, int], tuple[str, str]] = {}
+        asked = {}
         for split in ("forget", "retain"):
             records = self.splits.get(split, ())
-            step = max(1, len(records) // EXAMPLES)
-            for index in range(0, min(len(records), step * EXAMPLES), step):
-                found[split, index] = ("", "")
-        splits: Splits = {}
-        for split, index in found:
-            splits[split] = [*splits.get(split, ()), self.splits[split][index]]
-        places = {split: [index for name, index in found if name == split] for split in splits}
-        for split, records in splits.items():
-            from delible.measure.engine import measure
-
-            for index, record in zip(places[split], records, strict=True):
-                prompt = metric.prompt(record)
-                if prompt is None:
-                    continue
-                requests = list(metric.requests(record, prompt))
-                answers = measure(system, requests, cache=self.cache)
-                item = metric.score(record, prompt, answers)
-                text = next((str(answers[r]) for r in requests if isinstance(answers[r], str)), "")
-                found[split, index] = (text, item.detail or "")
-        return found
-
-    def _result(
-        self,
-        infos: dict[SystemRole, SystemInfo],
-        found: list[_Found],
-        answers: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]],
-    ) -> AuditResult:
-        plain = found[0]
-        summaries = self._summaries(plain)
-        leaks = [self._leak(place, plain) for place in found]
-        measure = next(
-            (name for name in LEAK_MEASURES if leaks[0].erased.get(name) is not None),
-            LEAK_MEASURES[0],
-        )
-        without_reference = "reference" not in self.systems
-        return AuditResult(
-            systems=infos,
-            splits={name: len(records) for name, records in self.splits.items()},
-            measurements=[
-                measurement
-                for place in found
-                for role, values in place.values.items()
-                for measurement in self._measurements(role, place, values)
-            ],
-            summaries=summaries,
-            outcomes=self._outcomes(plain),
-            leaks=leaks,
-            verdict=verdict(
-                leaks[0].erased.get(measure),
-                self._utility_kept(summaries, plain),
-                worst_by_attack(leaks, measure),
-                without_reference=without_reference,
-                over_forgotten=self._over_forgotten(plain),
-            ),
-            curves=self._curves(found),
-            examples=self._examples(answers),
-            not_tested=[*self.not_tested, *self._untested(found)],
-            seconds=round(time.perf_counter() - self.began, 1),
-            measured=self.measured,
-        )
-
-    def _summaries(self, plain: _Found) -> dict[SystemRole, dict[str, float | None]]:
-        reference = plain.values.get("reference")
-        summaries: dict[SystemRole, dict[str, float | None]] = {}
-        for role, values in plain.values.items():
-            summaries[role] = {}
-            for metric in self.metrics:
-                if isinstance(metric, SummaryMetric) and all(
-                    name in values.items for name in metric.uses()
-                ):
-                    summaries[role].update(metric.summarise(values, reference))
-        return summaries
-
-    def _leak(self, place: _Found, plain: _Found) -> Leak:
-        knowledge: dict[str, dict[SystemRole, float | None]] = {}
-        retain: dict[str, dict[SystemRole, float | None]] = {}
-        scores: dict[str, float | None] = {}
-        for measure in LEAK_MEASURES:
-            mine = {
-                role: values.means[measure].get("forget")
-                for role, values in place.values.items()
-                if measure in values.means
-            }
-            if not mine:
-                continue
-            knowledge[measure] = mine
-            retain[measure] = {
-                role: values.means[measure].get("retain")
-                for role, values in place.values.items()
-                if measure in values.means
-            }
-            original = self._mean(plain, "original", measure, "forget")
-            floor = mine.get("reference")
-            if floor is None and "reference" not in self.systems:
-                floor = self._unknown_topic(plain, measure)
-            scores[measure] = erased(mine.get("unlearned"), original, floor)
-        notes = [str(place.notes[key]) for key in ("skipped", "note") if key in place.notes]
-        if "collision_rate" in place.notes:
-            notes.append(
-                f"{float(place.notes['collision_rate']):.0%} of the quantized weights have the "
-                "same code as in the original."
-            )
-        return Leak(
-            attack=place.attack,
-            variant=place.variant,
-            title=place.title,
-            knowledge=knowledge,
-            erased=scores,
-            retain=retain,
-            cost_seconds=round(place.seconds, 1),
-            note=" ".join(notes) or None,
-        )
-
-    def _unknown_topic(self, plain: _Found, measure: str) -> float | None:
-        """Without a reference: what the original scores on records it never saw."""
-        held = self._mean(plain, "original", measure, "holdout")
-        return held if held is not None else None
-
-    @staticmethod
-    def _mean(place: _Found, role: SystemRole, measure: str, split: str) -> float | None:
-        values = place.values.get(role)
-        return values.means.get(measure, {}).get(split) if values is not None else None
-
-    def _utility_kept(
-        self, summaries: Mapping[SystemRole, Mapping[str, float | None]], plain: _Found
-    ) -> float | None:
-        now, then = (
-            summaries.get(role, {}).get("model_utility") for role in ("unlearned", "original")
-        )
-        if now is not None and then:
-            return min(1.0, now / then)
-        ratios = []
-        for split in ("retain", "neighbours", "general"):
-            for measure in LEAK_MEASURES:
-                kept = self._mean(plain, "unlearned", measure, split)
-                had = self._mean(plain, "original", measure, split)
-                if kept is not None and had:
-                    ratios.append(min(1.0, kept / had))
-                    break
-        return float(np.mean(ratios)) if ratios else None
-
-    def _over_forgotten(self, plain: _Found) -> bool:
-        mine = self._mean(plain, "unlearned", "answer_probability", "forget")
-        never = self._mean(plain, "reference", "answer_probability", "forget")
-        return mine is not None and never is not None and mine < OVER_FORGOTTEN * never
-
-    def _measurements(
-        self, role: SystemRole, place: _Found, values: SystemValues
-    ) -> list[Measurement]:
-        rows = []
-        for metric, by_split in values.items.items():
-            for split, items in by_split.items():
-                numbers = [item.value for item in items if item.value is not None]
-                low, high = bootstrap_interval(numbers, self.seed)
-                reasons = [item.reason for item in items if item.value is None]
-                rows.append(
-                    Measurement(
-                        system=role,
-                        attack=place.attack,
-                        variant=place.variant,
-                        split=split,
-                        metric=metric,
-                        value=values.means[metric][split],
-                        low=low,
-                        high=high,
-                        n=len(numbers),
-                        skipped=len(reasons),
-                        reason=reasons[0] if reasons else None,
-                    )
-                )
-        return rows
-
-    @staticmethod
-    def _outcomes(plain: _Found) -> dict[SystemRole, dict[str, dict[str, float]]]:
-        shares: dict[SystemRole, dict[str, dict[str, float]]] = {}
-        for role, values in plain.values.items():
-            for split, items in values.items.get("outcome", {}).items():
-                classes = [
-                    name
-                    for item in items
-                    if item.detail
-                    for name in item.detail.split(DETAIL_SEPARATOR)
-                ]
-                if classes:
-                    shares.setdefault(role, {})[split] = {
-                        name: classes.count(name) / len(classes) for name in sorted(set(classes))
-                    }
-        return shares
-
-    def _curves(self, found: Sequence[_Found]) -> list[Curve]:
-        curves = []
-        for place in found:
-            steps = sorted({step for points in place.curves.values() for step, _ in points})
-            if len(steps) < 2:
-                continue
-            curves.append(
-                Curve(
-                    attack=place.attack,
-                    variant=place.variant,
-                    metric="answer_probability",
-                    steps=steps,
-                    values={
-                        role: [dict(points).get(step) for step in steps]
-                        for role, points in place.curves.items()
-                        if points
-                    },
-                )
-            )
-        return curves
-
-    def _examples(
-        self, answers: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]]
-    ) -> list[Example]:
-        examples = []
-        for split, index in answers["unlearned"]:
-            record = self.splits[split][index]
-            prompt = ask(record)
-            if prompt is None or not prompt.messages:
-                continue
-            examples.append(
-                Example(
-                    split=split,
-                    question=prompt.messages[-1].content,
-                    expected=answer_of(record),
-                    answers={role: found[split, index][0] for role, found in answers.items()},
-                    outcomes={role: found[split, index][1] for role, found in answers.items()},
-                )
-            )
-        return examples
-
-    def _untested(self, found: Sequence[_Found]) -> list[str]:
-        run = {place.attack for place in found}
-        lines = [
-            f"{card.title} ({card.name}): not run."
-            for card in registry.cards("attack")
-            if card.name not in run
+            for index in range(0, len(records), max(1, len(records) // EXAMPLES))[:EXAMPLES]:
+                prompt = metric.prompt(records[index])
+                if prompt is not None:
+                    asked[split, index] = (records[index], prompt)
+        requests = [
+            request
+            for record, prompt in asked.values()
+            for request in metric.requests(record, prompt)
         ]
-        lines += [
-            f"{place.title} ({place.variant or place.attack}): {place.notes['skipped']}."
-            for place in found
-            if "skipped" in place.notes
-        ]
-        skipped = found[0].values["unlearned"].skipped
-        lines += [f"Metric {name}: {reason}." for name, reason in skipped.items()]
-        return lines + list(_NEVER_TESTED)
+        answers = measure(system, requests, cache=self.cache)
+        shown = {}
+        for place, (record, prompt) in asked.items():
+            texts = [answers[request] for request in metric.requests(record, prompt)]
+            text = next((text for text in texts if isinstance(text, str)), "")
+            shown[place] = (text, metric.score(record, prompt, answers).detail or "")
+        return shown
 
     # ---- the files
 
-    def _write(self, result: AuditResult, found: Sequence[_Found]) -> None:
+    def _write(self, result: AuditResult, settings: Sequence[Setting]) -> None:
         assert self.out is not None
         if not self.out.manifest:
             self.out.begin(
@@ -729,7 +472,7 @@ class _Audit:
                     "attacks": [attack.spec() for attack in self.attacks],
                 }
             )
-        write_items(self.out.path / "items.parquet", found)
+        write_items(self.out.path / "items.parquet", settings)
         with atomic_file(self.out.path / "metrics.json") as handle:
             handle.write(result.model_dump_json(indent=2))
         if self.out.manifest.get("status") != "done":
@@ -739,56 +482,8 @@ class _Audit:
         write(read_run(self.out.path), self.out.path / "report.html")
 
 
-def write_items(path: Path, found: Sequence[_Found]) -> None:
-    """One row per system, attack, metric, split and record."""
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "system", "attack", "variant", "metric", "split", "record", "value", "reason", "detail",
-        )
-    }  # fmt: skip
-    for place in found:
-        for role, values in place.values.items():
-            for metric, by_split in values.items.items():
-                for split, items in by_split.items():
-                    for record, item in enumerate(items):
-                        row = (
-                            role, place.attack, place.variant, metric, split, record, item.value,
-                            item.reason, item.detail,
-                        )  # fmt: skip
-                        for column, value in zip(columns.values(), row, strict=True):
-                            column.append(value)
-    table = arrow.table(
-        {
-            name: arrow.array(
-                column,
-                arrow.float64()
-                if name == "value"
-                else arrow.int64()
-                if name == "record"
-                else arrow.string(),
-            )
-            for name, column in columns.items()
-        }
-    )
-    with atomic_file(path, "wb") as handle:
-        parquet.write_table(table, handle)
-
-
 def _variant(attack: PromptAttack | ModelAttack) -> str:
     return attack.variant_title() if isinstance(attack, ModelAttack) else ""
-
-
-def check_names(metrics: Sequence[str], attacks: Sequence[str]) -> None:
-    """Refuses unknown names before anything is loaded."""
-    for kind, names in (("metric", metrics), ("attack", attacks)):
-        known = [card.name for card in registry.cards(cast(Any, kind))]
-        for name in names:
-            if name not in known:
-                raise RecipeError(f"unknown {kind} '{name}'.", hint=nearest(name, known))
 
 
 _WITHOUT = {
@@ -798,10 +493,3 @@ _WITHOUT = {
         "unlearning should reach is not known exactly."
     ),
 }
-
-_NEVER_TESTED = (
-    "Longer relearning, other optimisers and other learning rates than the listed ones.",
-    "Adversarial suffixes found by search (GCG) and attacks with another model as attacker.",
-    "Traces inside the model: patching, probing and direction ablation.",
-    "Other languages and conversations of several turns.",
-)

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -281,7 +282,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         # The reader draws a progress bar of its own on the error stream.
-        with quiet(), redirect_stderr(io.StringIO()):
+        with quiet(), redirect_stderr(io.StringIO()), _read_once():
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **options)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except ImportError as error:
@@ -299,6 +300,21 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     drop_quantisation_marker(model)
     model.train(False)
     return model, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Parses a GGUF file once, for config, weights and tokenizer; each parse takes seconds."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in kept.items():
+        setattr(gguf, name, lru_cache(maxsize=1)(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
 
 
 @contextmanager
