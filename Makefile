@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/delible demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from delible.audit.run import DEFAULT_METRICS, audit
 from delible.lm.embedded import cache_folder
 from delible.loaders import write_records
 from delible.records import ForgetRequest, RecordBase
-from delible.rundir import identity
+from delible.rundir import RunDirectory, identity
 from delible.train.engine import Progress
 from delible.world import World
 from delible.world.split import Split
@@ -143,6 +143,18 @@ def run(
         say=lambda line: say(f"   {line}"),
         progress=progress("Unlearning"),
         **options,
+    )
+    RunDirectory(out / "unlearned").update(
+        title=f"A language model forgets {names}",
+        story=[
+            f"A made-up world: {people} fictional people, {len(split.holdout)} of whom no model saw.",
+            f"The model '{model}' was fine-tuned on {len(known)} facts about the others.",
+            f"It was then asked to forget the {len(request.forget)} facts about {names}, with "
+            f"the method {method}, and to keep the rest.",
+            "A reference was fine-tuned in the same way on the same world without them: this is "
+            "what a model looks like that never knew.",
+            "All three were asked the same questions and attacked in the same ways.",
+        ],
     )
     say("5. The audit: the same questions and attacks to all three models.")
     asked = {name: getattr(request, name)[:count] for name, count in ASKED.items()}
