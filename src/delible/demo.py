@@ -147,7 +147,8 @@ def run(
     RunDirectory(out / "unlearned").update(
         title=f"A language model forgets {names}",
         story=[
-            f"A made-up world: {people} fictional people, {len(split.holdout)} of whom no model saw.",
+            f"A made-up world of {people} fictional people; no model saw {len(split.holdout)} "
+            "of them.",
             f"The model '{model}' was fine-tuned on {len(known)} facts about the others.",
             f"It was then asked to forget the {len(request.forget)} facts about {names}, with "
             f"the method {method}, and to keep the rest.",

@@ -153,8 +153,19 @@ def test_report_of_one_and_of_several_runs(run: Any, here: Path) -> None:
 
 
 def test_demo_hands_its_flags_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from delible.audit.result import AuditResult
+
     calls = []
-    monkeypatch.setattr("delible.demo.run", lambda *words, **named: calls.append((words, named)))
+    found = AuditResult(systems={}, splits={}, measurements=[])
+    done = SimpleNamespace(folder=Path("d"), report=Path("d/r.html"), audit=found, examples=[])
+
+    def story(*words: Any, **named: Any) -> Any:
+        calls.append((words, named))
+        return done
+
+    monkeypatch.setattr("delible.demo.run", story)
     assert run("demo", "--people", "6", "--seed", "2", "--method", "simnpo", "--out", "d").code == 0
     ((words, named),) = calls
     assert words == (Path("d"),)

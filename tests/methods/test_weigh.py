@@ -14,7 +14,9 @@ from delible.lm.lm import LM
 from delible.methods.weigh.attribution import effective_rows, weights_from_scores
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
+from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
 from delible.train.slots import Context
 from delible.train.step import Row
@@ -36,12 +38,12 @@ RETAIN = [
 
 
 def make_context(
-    lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN, *, rows: bool = True
+    lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN
 ) -> tuple[Context, list[str]]:
     said: list[str] = []
     made = {
         "forget": make_rows(lm.template, forget),
-        "retain": make_rows(lm.template, retain) if rows else [],
+        "retain": make_rows(lm.template, retain),
     }
     records = {"forget": forget, "retain": retain}
     objective = build("objective", "gradient_ascent")
@@ -168,12 +170,11 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(first, build("weigh", "attribution").weights(context))
 
 
-def test_hosts_without_a_retain_loss_have_the_records_only() -> None:
-    lm = make_lm()
-    with_rows, _ = make_context(lm)
-    without, _ = make_context(lm, rows=False)
-    weigh = build("weigh", "attribution")
-    assert torch.equal(weigh.weights(with_rows), weigh.weights(without))
+def test_hosts_without_a_retain_loss_get_retain_rows_too() -> None:
+    context, _ = make_context(make_lm())
+    recipe = Recipe.named("gradient_ascent").changed({"weigh": "attribution"}, {})
+    rows = Trainer(context.lm, recipe, context.records).rows().rows["retain"]
+    assert [row.key for row in rows] == [row.key for row in context.rows["retain"]]
 
 
 def test_no_retain_records_is_an_error_that_says_what_to_give() -> None:

@@ -240,3 +240,10 @@ def test_shares_count_classes_and_split_variants() -> None:
     assert summary["outcome_shares/forget/refusal"] == pytest.approx(0.125)
     assert summary["outcome_shares/retain/correct"] == 1.0
     assert OutcomeShares().summarise(SystemValues("s", {}), None) == {}
+
+
+def test_every_built_in_refusal_is_recognised() -> None:
+    from delible.metrics.outcome import is_refusal
+    from delible.prompts import read_lines
+
+    assert [line for line in read_lines("refusals.txt") if not is_refusal(line)] == []
