@@ -47,7 +47,7 @@ METRICS: tuple[str | dict[str, Any], ...] = tuple(
 )
 #: Every kind of attack, each with a small budget.
 ATTACKS: tuple[dict[str, Any], ...] = (
-    {"name": "paraphrase", "forms": 2},
+    {"name": "paraphrase", "forms": 1},
     {"name": "prefix", "forms": 1},
     {"name": "prefill", "forms": 1},
     {
@@ -55,16 +55,16 @@ ATTACKS: tuple[dict[str, Any], ...] = (
         "rows": "forget",
         "adapter": "full",
         "learning_rate": 1e-4,
-        "steps": 6,
-        "observe_steps": 3,
+        "steps": 5,
+        "observe_steps": 5,
     },
     {
         "name": "relearn",
         "rows": "unrelated",
         "adapter": "lora",
         "rank": 16,
-        "steps": 4,
-        "observe_steps": 2,
+        "steps": 3,
+        "observe_steps": 3,
     },
     {"name": "quantize", "bits": 8, "group": 0},
     {"name": "quantize", "bits": 4, "group": 64},
