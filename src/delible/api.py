@@ -13,8 +13,8 @@ from delible import registry
 from delible.component import build
 from delible.errors import RecipeError, RunError, nearest
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Prompt
+from delible.measure.asking import answer_of, ask, has_answer
+from delible.measure.requests import Decoding, Prompt
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
 from delible.train.engine import Progress, Trainer, check_needs, make_plan
@@ -127,7 +127,7 @@ def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:
         "general questions instead (--retain FILE protects what matters to you better)."
     )
     prompts = [Prompt.ask(record.question) for record in questions]
-    answers = lm.generate(prompts, SHOWN_TOKENS)
+    answers = [str(one) for one in lm.generate(prompts, Decoding(SHOWN_TOKENS))]
     return tuple(
         QA(question=record.question, answer=answer, group="automatic")
         for record, answer in zip(questions, answers, strict=True)
@@ -180,7 +180,7 @@ def unlearn(
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
     asked = _asked(request, shown)
-    before = lm.generate([prompt for _, _, prompt in asked], SHOWN_TOKENS)
+    before = lm.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
     began = time.perf_counter()
     result = (
         _train(lm, request, chosen, run, seed, reference, load_start, refusals, say, progress)
@@ -188,9 +188,9 @@ def unlearn(
         else _edit(lm, request, chosen, run, seed, say)
     )
     seconds = time.perf_counter() - began
-    after = result.model.generate([prompt for _, _, prompt in asked], SHOWN_TOKENS)
+    after = result.model.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
     result.examples = [
-        BeforeAfter(split, _question(record), answer_of(record), old, new)
+        BeforeAfter(split, _question(record), answer_of(record), str(old), str(new))
         for (split, record, _), old, new in zip(asked, before, after, strict=True)
     ]
     if run is not None and run.writes:
@@ -350,7 +350,7 @@ def _asked(request: ForgetRequest, count: int) -> list[tuple[str, RecordBase, Pr
         step = max(1, len(records) // max(1, count))
         for record in records[::step][:count]:
             prompt = ask(record)
-            if prompt is not None and prompt.text is None:
+            if prompt is not None and prompt.text is None and has_answer(record):
                 asked.append((split, record, prompt))
     return asked
 

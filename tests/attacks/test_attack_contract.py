@@ -103,7 +103,7 @@ def test_a_model_attack_changes_a_copy_only(family: str, name: str, index: int) 
     }
     assert not shared
     prompts = [prompt for record in FORGET if (prompt := ask(record)) is not None]
-    assert len(attacked.generate(prompts, 2)) == len(FORGET)
+    assert len(attacked.generate(prompts, Decoding(2))) == len(FORGET)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from delible.component import build
 from delible.errors import ModelError
 from delible.guards.base import Guard, GuardMind
 from delible.lm.lm import LM
-from delible.measure.requests import Generate, Prompt, Request
+from delible.measure.requests import Decoding, Generate, Prompt, Request
 from delible.metrics.base import Answers, Item, ItemMetric
 from delible.records import ForgetRequest, RecordBase
 from delible.registry import register
@@ -212,7 +212,7 @@ def test_a_metric_without_value_or_reason_is_found() -> None:
     )  # fmt: skip
     class Silent(ItemMetric):
         def requests(self, record: RecordBase, prompt: Prompt) -> list[Request]:
-            return [Generate(prompt, 4)]
+            return [Generate(prompt, Decoding(4))]
 
         def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
             return Item(None)

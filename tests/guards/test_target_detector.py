@@ -22,7 +22,7 @@ from delible.guards.target_detector import (
     TargetDetectorMind,
     distinctive_strings,
 )
-from delible.measure.requests import Prompt, Score, System, TokenScores
+from delible.measure.requests import Decoding, Prompt, Score, System, TokenScores
 from delible.names import Names, fold, surnames
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage
 
@@ -57,7 +57,7 @@ class Echo:
     def __init__(self, says: str = "The weather is fine.") -> None:
         self.says, self.asked = says, list[Prompt]()
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         self.asked += prompts
         return [self.says] * len(prompts)
 
@@ -379,7 +379,7 @@ def test_the_guarded_system_asks_only_what_passed_and_gives_no_scores() -> None:
     echo = Echo()
     guarded = guard(echo, ForgetRequest(subjects=("John Smith",)), refusal="No.")
     asks = [Prompt.ask("Who is John Smith?"), Prompt.ask("How is the weather?")]
-    assert guarded.generate(asks, 8) == ["No.", "The weather is fine."]
+    assert guarded.generate(asks, Decoding(8)) == ["No.", "The weather is fine."]
     assert echo.asked == asks[1:]
     assert isinstance(guarded, GuardedSystem)
     assert isinstance(guarded, System)
@@ -387,7 +387,7 @@ def test_the_guarded_system_asks_only_what_passed_and_gives_no_scores() -> None:
     with pytest.raises(TypeError):
         guarded.score([Score(asks[1], "fine")])
     tells = guard(Echo("Ask John Smith."), ForgetRequest(subjects=("John Smith",)), refusal="No.")
-    assert tells.generate(asks[1:], 8) == ["No."]
+    assert tells.generate(asks[1:], Decoding(8)) == ["No."]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from delible.lm.lm import LM
-from delible.measure.requests import Prompt, Score
+from delible.measure.requests import Decoding, Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 QUESTIONS = ["Who?", "Where was Ada born?", "Where was Bob born?", "Is this a longer question?"]
@@ -56,8 +56,8 @@ def test_passages_and_prefills() -> None:
 def test_greedy_answers_do_not_depend_on_company(family: str) -> None:
     lm = LM(tiny_model(family), tiny_tokenizer(), precision="float32")
     prompts = [Prompt.ask(question) for question in QUESTIONS]
-    together = lm.generate(prompts, 8)
-    alone = [lm.generate([prompt], 8)[0] for prompt in prompts]
+    together = lm.generate(prompts, Decoding(8))
+    alone = [lm.generate([prompt], Decoding(8))[0] for prompt in prompts]
     assert together == alone
 
 

@@ -13,7 +13,7 @@ from delible.errors import RecipeError
 from delible.measure import evaluate as evaluation
 from delible.measure.cache import Cache
 from delible.measure.evaluate import bootstrap_interval, evaluate, finite, mean_item
-from delible.measure.requests import Generate, Prompt, Request, Score, TokenScores
+from delible.measure.requests import Decoding, Generate, Prompt, Request, Score, TokenScores
 from delible.metrics.answer_probability import AnswerProbability
 from delible.metrics.base import Answers, Item, ItemMetric
 from delible.metrics.exact_memorisation import ExactMemorisation
@@ -36,7 +36,7 @@ class Parrot:
         self.capabilities = frozenset(capabilities)
         self.calls = 0
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         self.calls += 1
         return [prompt.messages[-1].content for prompt in prompts]
 
@@ -73,6 +73,7 @@ def test_values_means_and_what_it_cost() -> None:
     # Three splits' worth of five metrics, but only two scores and two texts to ask for.
     assert values.measured == {
         "asked": 15, "unique": 4, "cached": 0, "scored": 2, "generated": 2,
+        "inspected": 0, "unanswered": 0,
     }  # fmt: skip
     assert system.calls == 2
     assert values.system == "parrot"
@@ -163,10 +164,10 @@ def test_a_third_partys_metric_needs_nothing_but_the_two_methods() -> None:
     @register(kind="metric", name="loudness", title="t", summary="s", capability="generate")
     class Loudness(ItemMetric):
         def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-            return [Generate(prompt, 8)]
+            return [Generate(prompt, Decoding(8))]
 
         def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-            return Item(float(len(str(answers[Generate(prompt, 8)]))))
+            return Item(float(len(str(answers[Generate(prompt, Decoding(8))]))))
 
     values = evaluate(Parrot(), {"f": RECORDS}, [Loudness()])
     assert values.means["loudness"]["f"] == pytest.approx((6 + 7) / 2)

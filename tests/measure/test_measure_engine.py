@@ -17,7 +17,7 @@ from delible.errors import ModelError, RunError
 from delible.measure import engine
 from delible.measure.cache import Cache, request_key
 from delible.measure.engine import measure
-from delible.measure.requests import Generate, Prompt, Request, Score, TokenScores
+from delible.measure.requests import Decoding, Generate, Prompt, Request, Score, TokenScores
 from delible.records import Message
 
 
@@ -44,10 +44,10 @@ class ScriptedSystem:
                 raise KeyboardInterrupt
             self.dies_after -= 1
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         self._live()
-        self.generate_calls.append((list(prompts), max_new_tokens))
-        return [f"{prompt.messages[-1].content} → {max_new_tokens}" for prompt in prompts]
+        self.generate_calls.append((list(prompts), decoding.max_new_tokens))
+        return [f"{prompt.messages[-1].content} → {decoding.max_new_tokens}" for prompt in prompts]
 
     def score(self, requests: Sequence[Score]) -> list[TokenScores]:
         self._live()
@@ -85,7 +85,7 @@ def some_requests(count: int) -> list[Request]:
     for index in range(count):
         prompt = Prompt.ask("Who? " * (1 + index % 7) + str(index))
         found.append(Score(prompt, f"answer number {index}"))
-        found.append(Generate(prompt, max_new_tokens=32 if index % 2 else 64))
+        found.append(Generate(prompt, Decoding(32 if index % 2 else 64)))
     return found
 
 
@@ -95,6 +95,7 @@ def test_equal_requests_are_asked_once() -> None:
     answers = measure(system, [*requests, *requests, *some_requests(10)])
     assert answers.report.counts() == {
         "asked": 60, "unique": 20, "cached": 0, "scored": 10, "generated": 10,
+        "inspected": 0, "unanswered": 0,
     }  # fmt: skip
     assert system.answered == 20
     assert set(answers) == set(requests)
@@ -102,7 +103,7 @@ def test_equal_requests_are_asked_once() -> None:
         if isinstance(request, Score):
             assert same(answers[request], scores_of(request))
         else:
-            expected = f"{request.prompt.messages[-1].content} → {request.max_new_tokens}"
+            expected = f"{request.prompt.messages[-1].content} → {request.decoding.max_new_tokens}"
             assert answers[request] == expected
 
 
@@ -148,6 +149,7 @@ def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
     assert again.answered == 0
     assert cached.report.counts() == {
         "asked": 20, "unique": 20, "cached": 20, "scored": 0, "generated": 0,
+        "inspected": 0, "unanswered": 0,
     }  # fmt: skip
     assert all(same(answers[request], cached[request]) for request in requests)
     more = measure(again, some_requests(12), cache=Cache(tmp_path))
@@ -214,7 +216,7 @@ def test_extreme_values_come_back_to_the_bit(tmp_path: Path) -> None:
     scores = TokenScores(values, np.array([True, False, True, False, True]), has_end=False)
     empty = Score(Prompt(text=""), "b")
     nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.bool_), has_end=False)
-    text = Generate(Prompt.ask("ü\n\0"), 4)
+    text = Generate(Prompt.ask("ü\n\0"), Decoding(4))
     Cache(tmp_path).write("f", {request: scores, empty: nothing, text: "  naïve\n漢\0 "})
     found = Cache(tmp_path).read("f", [request, empty, text])
     read = found[request]
@@ -226,7 +228,10 @@ def test_extreme_values_come_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_text_that_utf8_cannot_hold_is_not_cached_but_returned(tmp_path: Path) -> None:
-    requests: list[Request] = [Generate(Prompt.ask("a"), 4), Generate(Prompt.ask("b"), 4)]
+    requests: list[Request] = [
+        Generate(Prompt.ask("a"), Decoding(4)),
+        Generate(Prompt.ask("b"), Decoding(4)),
+    ]
     cache = Cache(tmp_path)
     cache.write("f", {requests[0]: "\ud83d", requests[1]: "fine"})
     assert Cache(tmp_path).read("f", requests) == {requests[1]: "fine"}
@@ -280,7 +285,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
     def half(table: pa.Table, path: Path, **options: object) -> None:
         path.write_bytes(b"PAR1 half")
-        seen.extend(tmp_path.rglob("part-*.parquet"))
+        seen.extend(tmp_path.rglob("answers-*.parquet"))
         raise OSError("no space left")
 
     monkeypatch.setattr(pq, "write_table", half)
@@ -304,7 +309,8 @@ def test_keys_tell_requests_apart() -> None:
         Score(ask("q"), "a"), Score(ask("q"), "a "), Score(ask("q", prefill="a"), "a"),
         Score(ask("q", system="a"), "a"), Score(Prompt(text="q"), "a"), Score(system_turn, "a"),
         Score(Prompt(text=""), "a"), Score(Prompt(), "a"),
-        Generate(ask("q"), 1), Generate(ask("q"), 2), Generate(ask('q","a'), 1),
+        Generate(ask("q"), Decoding(1)), Generate(ask("q"), Decoding(2)),
+        Generate(ask('q","a'), Decoding(1)),
     ]  # fmt: skip
     assert len({request_key(request) for request in requests}) == len(requests)
 
@@ -312,10 +318,10 @@ def test_keys_tell_requests_apart() -> None:
 def test_keys_never_change() -> None:
     # The key is the cache format: a change would silently lose everybody's cache.
     assert request_key(Score(Prompt.ask("Who?"), "Me.")) == (
-        "061347beeca478ec17ebf0f1ae380f36850d9de00fde26c05719444c322507ad"
+        "e22748f5deaa976a1e27d74974adf0e79518554c6047bea5588e1c9910a9a49a"
     )
-    assert request_key(Generate(Prompt.ask("Who?", prefill="Sure"), 8)) == (
-        "1497f9ba6523c761f917937ffd5cd633105395d5cb95e68ac1e22438c36d251a"
+    assert request_key(Generate(Prompt.ask("Who?", prefill="Sure"), Decoding(8))) == (
+        "3b7ee796656f790aadd651ff0c779a0eb6e99865417da1df4beb2f6a44a12399"
     )
 
 
@@ -330,8 +336,8 @@ def test_a_missing_capability_is_told_before_anything_is_asked() -> None:
 
 def test_a_system_that_loses_answers_is_an_error() -> None:
     class Lossy(ScriptedSystem):
-        def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-            return super().generate(prompts, max_new_tokens)[1:]
+        def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
+            return super().generate(prompts, decoding)[1:]
 
     with pytest.raises(RunError, match="one answer per request"):
         measure(Lossy(), [Generate(Prompt.ask("q"))])

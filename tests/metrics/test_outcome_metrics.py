@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from delible.measure.requests import Generate, Prompt
+from delible.measure.requests import Decoding, Generate, Prompt
 from delible.metrics.base import Item, SystemValues
 from delible.metrics.outcome import REFUSAL_PATTERNS, Outcome, distinct_share, is_odd_word
 from delible.metrics.outcome_shares import OutcomeShares, outcome_shares
@@ -51,7 +51,7 @@ def test_rouge_items() -> None:
     metric = RougeLRecall(max_new_tokens=7)
     record = QA(question="q", answer="the city of Rome", aliases=("Roma",))
     prompt = Prompt.ask("q")
-    request = Generate(prompt, 7)
+    request = Generate(prompt, Decoding(7))
     assert list(metric.requests(record, prompt)) == [request]
     assert metric.score(record, prompt, {request: "Rome"}).value == pytest.approx(1 / 4)
     assert metric.score(record, prompt, {request: "Roma"}).value == 1.0
@@ -160,9 +160,9 @@ def test_options_of_the_classifier_matter() -> None:
 
 def test_an_outcome_item_carries_its_class() -> None:
     metric, prompt = Outcome(), Prompt.ask("q")
-    answers = {Generate(prompt, 64): "Port Laven"}
+    answers = {Generate(prompt, Decoding(64)): "Port Laven"}
     assert metric.score(CITY, prompt, answers) == Item(1.0, None, "correct")
-    answers = {Generate(prompt, 64): "I do not know."}
+    answers = {Generate(prompt, Decoding(64)): "I do not know."}
     assert metric.score(CITY, prompt, answers) == Item(0.0, None, "refusal")
     assert metric.prompt(Passage(text="t")) is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delible.component import Component
-from delible.measure.requests import Prompt, Score, System, TokenScores
+from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt, System
 from delible.records import ForgetRequest
 
 
@@ -34,10 +34,8 @@ class Guard(Component):
         raise NotImplementedError
 
 
-class GuardedSystem:
+class GuardedSystem(BlackBox):
     """A system with a guard in front. It generates, and gives away nothing white-box."""
-
-    capabilities = frozenset({"generate"})
 
     def __init__(self, system: System, mind: GuardMind, name: str) -> None:
         self.system, self.mind, self.name = system, mind, name
@@ -47,15 +45,12 @@ class GuardedSystem:
         inner = self.system.fingerprint
         return None if inner is None else f"{inner}+{self.mind.fingerprint}"
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers; a prompt that the guard answers never reaches the system."""
-        answers: list[str | None] = [self.mind.before(prompt) for prompt in prompts]
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
+        """Answers; a prompt that the guard answers never reaches the system."""
+        answers: list[str | NoAnswer | None] = [self.mind.before(prompt) for prompt in prompts]
         passed = [index for index, answer in enumerate(answers) if answer is None]
-        replies = self.system.generate([prompts[index] for index in passed], max_new_tokens)
+        replies = self.system.generate([prompts[index] for index in passed], decoding)
         for index, reply in zip(passed, replies, strict=True):
-            replaced = self.mind.after(prompts[index], reply)
+            replaced = self.mind.after(prompts[index], str(reply))
             answers[index] = reply if replaced is None else replaced
-        return [answer or "" for answer in answers]
-
-    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
-        raise TypeError("a guarded system answers, but gives no scores")
+        return ["" if answer is None else answer for answer in answers]

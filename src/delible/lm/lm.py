@@ -6,34 +6,45 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from delible.errors import ModelError, RunError
 from delible.lm.anatomy import Anatomy, derive
+from delible.lm.budget import Budget, measure_budget
+from delible.lm.decode import continue_rows
 from delible.lm.forward import (
     Batch,
     Forward,
     answers_of_prompts,
-    cache_argument,
     collate,
     map_logits,
-    prefix_cache,
     shared_prefix,
     target_logprobs,
 )
+from delible.lm.inspection import inspect
 from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
-from delible.measure.requests import Prompt, Score, TokenScores
+from delible.measure.requests import (
+    Array,
+    Decoding,
+    Inspection,
+    NoAnswer,
+    Prompt,
+    Score,
+    TokenScores,
+)
 
-#: Positions per batch when nothing is trained; halved when they do not fit.
-SCORING_TOKENS = {"cpu": 2048, "cuda": 32768}
+T = TypeVar("T")
+
+
+_NOT_FINITE = "the model gives values that are not finite numbers"
 
 
 def _quiet(_: str) -> None:
@@ -44,6 +55,16 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     """log p(target) and whether it is the argmax, shape [tokens, 2]."""
     hits = logits.argmax(dim=1) == targets
     return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
+
+
+def _scores_and_moments(logits: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`_scores`, with mean and variance of the log-probabilities, [tokens, 4]."""
+    every = logits.log_softmax(dim=1)
+    shares = every.exp()
+    means = (shares * every).sum(dim=1)
+    variances = (shares * (every - means[:, None]).square()).sum(dim=1)
+    hits = (logits.argmax(dim=1) == targets).float()
+    return torch.stack([every.gather(1, targets[:, None])[:, 0], hits, means, variances], dim=1)
 
 
 class LM:
@@ -174,38 +195,83 @@ class LM:
 
     # ---- answers
 
-    @torch.inference_mode()
-    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
+    @cached_property
+    def budget(self) -> Budget:
+        """How many tokens go through the model at once, measured when first asked for."""
+        return measure_budget(self)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset({self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None})
+
+    def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
         """Teacher-forced log-probabilities and argmax hits at the answers' tokens.
 
         Where questions have several answers each (perturbed, paraphrased), a question is
         computed once for all of them; otherwise rows of like length share a batch.
         """
-        encoded = [self.template.encode(request.prompt, request.answer) for request in requests]
+        return self._answered(requests, self._score)
+
+    def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
+        """Distributions, hidden states or gradient norms; requests of one kind."""
+        return self._answered(requests, self._inspect)
+
+    def _answered(
+        self,
+        requests: Sequence[Any],
+        answer: Callable[[Sequence[Any], Sequence[Encoded]], list[T]],
+    ) -> list[T | NoAnswer]:
+        """Answers, but for requests whose prompt and answer are longer than the context."""
+        rows = [self.template.encode(request.prompt, request.answer) for request in requests]
+        whole = [index for index, row in enumerate(rows) if not row.cut]
+        results: list[T | NoAnswer] = [
+            NoAnswer(f"prompt and answer are longer than {self.template.max_length} tokens")
+        ] * len(requests)
+        if whole:
+            with self._evaluating(), self.computing():
+                found = answer([requests[index] for index in whole], [rows[i] for i in whole])
+            for index, one in zip(whole, found, strict=True):
+                results[index] = one
+        return results
+
+    def _inspect(
+        self, requests: Sequence[Inspection], rows: Sequence[Encoded]
+    ) -> list[Array | NoAnswer]:
+        return [
+            found if np.isfinite(found).all() else NoAnswer(_NOT_FINITE)
+            for found in inspect(self, requests, rows)
+        ]
+
+    @torch.inference_mode()
+    def _score(
+        self, requests: Sequence[Score], encoded: Sequence[Encoded]
+    ) -> list[TokenScores | NoAnswer]:
         prompts = {row.ids[: row.start] for row in encoded}
         shares = self.shares_prefix and len(encoded) >= 2 * len(prompts)
         batches = self._by_prompt(encoded) if shares else self._by_length(encoded)
-        results: list[TokenScores | None] = [None] * len(requests)
-        with self._evaluating(), self.computing():
-            for indices, states in batches:
-                rows = [encoded[index] for index in indices]
-                targets = torch.tensor(
-                    [token for row in rows for token in row.ids[row.start :]], device=self.device
+        function = _scores_and_moments if any(one.moments for one in requests) else _scores
+        results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
+        for indices, states in batches:
+            rows = [encoded[index] for index in indices]
+            targets = torch.tensor(
+                [token for row in rows for token in row.ids[row.start :]], device=self.device
+            )
+            values = map_logits(self.head, states, targets, function, self.vocabulary).cpu()
+            parts = values.split([row.answer_tokens for row in rows])
+            for index, part in zip(indices, parts, strict=True):
+                columns = part.T.numpy().copy()
+                results[index] = (
+                    TokenScores(columns[0], columns[1] > 0.5, encoded[index].has_end, *columns[2:])
+                    if np.isfinite(columns).all()
+                    else NoAnswer(_NOT_FINITE)
                 )
-                values = map_logits(self.head, states, targets, _scores, self.vocabulary).cpu()
-                parts = values.split([row.answer_tokens for row in rows])
-                for index, part in zip(indices, parts, strict=True):
-                    results[index] = TokenScores(
-                        part[:, 0].numpy().copy(),
-                        part[:, 1].numpy() > 0.5,
-                        encoded[index].has_end,
-                    )
-        return [result for result in results if result is not None]
+        return results
 
     def _by_length(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor]]:
         forward = Forward(self)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids), reverse=True)
-        for indices in self._batches(order, [len(row.ids) for row in rows]):
+        for indices in self.batches(order, [len(row.ids) for row in rows]):
             batch = collate([rows[index] for index in indices], self.pad_id, self.device)
             yield indices, forward(batch)[0]
 
@@ -214,7 +280,6 @@ class LM:
         answers: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(rows):
             answers.setdefault(row.ids[: row.start], []).append(index)
-        budget = SCORING_TOKENS.get(self.device.type, SCORING_TOKENS["cuda"])
         prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
         while prompts:
             batch, indices, longest = [prompts[0]], answers[prompts[0]], 0
@@ -222,7 +287,7 @@ class LM:
                 together = indices + answers[prompt]
                 longest = max(rows[index].answer_tokens for index in together)
                 size = (len(batch) + 1) * len(prompt) + len(together) * longest
-                if len(prompt) != len(batch[0]) or size > budget:
+                if len(prompt) != len(batch[0]) or size > self.budget.tokens:
                     break
                 batch, indices = [*batch, prompt], together
             prompts = prompts[len(batch) :]
@@ -234,39 +299,30 @@ class LM:
             yield indices, answers_of_prompts(self, batch, asked)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers up to the end of the turn."""
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
+        """Answers up to the end of the turn, a stop text or the length limit."""
         ids = [self.template.prompt_ids(prompt) for prompt in prompts]
-        ids = [row[-self.template.max_length :] for row in ids]
-        answers = [""] * len(prompts)
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
-        ends = {self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None}
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=sorted(ends),
-            pad_token_id=self.pad_id,
-            bos_token_id=self.tokenizer.bos_token_id,
+        room = self.template.max_length - 1
+        answers: list[str | NoAnswer] = [
+            NoAnswer(f"the prompt is longer than {room} tokens")
+        ] * len(prompts)
+        order = sorted(
+            (index for index, row in enumerate(ids) if len(row) <= room),
+            key=lambda index: len(ids[index]),
+            reverse=True,
         )
-        argument = cache_argument(self.core.get_submodule(self.anatomy.backbone))
+        lengths = [len(row) + decoding.max_new_tokens for row in ids]
+        limits = (self.budget.cached_tokens, self.budget.rows)
         with self._evaluating(), self.computing():
-            lengths = [len(row) + max_new_tokens for row in ids]
-            for indices in self._batches(order, lengths):
+            for indices in self.batches(order, lengths, *limits):
                 rows = [ids[index] for index in indices]
-                padded, mask, shared = self._padded(rows)
-                out = self.model.generate(
-                    input_ids=padded,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    **{argument: prefix_cache(self, padded[:, :shared]) if shared else None},
-                )
-                for index, row in zip(indices, out, strict=True):
-                    answers[index] = self.template.decode(row[padded.shape[1] :].tolist())
+                seeds = [f"{decoding.seed}/{self.template.render(prompts[i])}" for i in indices]
+                texts = continue_rows(self, rows, decoding, seeds)
+                for index, text in zip(indices, texts, strict=True):
+                    answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
         return answers
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
         """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
         shared = shared_prefix(rows) if self.shares_prefix else 0
         longest = max(len(row) for row in rows)
@@ -294,14 +350,21 @@ class LM:
         finally:
             self.model.train(was_training)
 
-    def _batches(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Cuts an order into batches whose padded size stays within the token budget."""
-        budget = SCORING_TOKENS.get(self.device.type, SCORING_TOKENS["cuda"])
+    def batches(
+        self,
+        order: Sequence[int],
+        lengths: Sequence[int],
+        tokens: int | None = None,
+        rows: int | None = None,
+    ) -> Iterator[list[int]]:
+        """Cuts an order into batches of at most so many padded tokens, and rows."""
+        budget = self.budget.tokens if tokens is None else tokens
         batch: list[int] = []
         longest = 0
         for index in order:
             longest = max(longest, lengths[index])
-            if batch and longest * (len(batch) + 1) > budget:
+            full = longest * (len(batch) + 1) > budget or len(batch) == rows
+            if batch and full:
                 yield batch
                 batch, longest = [], lengths[index]
             batch.append(index)

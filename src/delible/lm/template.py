@@ -28,11 +28,13 @@ class Encoded:
         ids: Token ids of prompt and answer, without padding.
         start: Index of the first answer token; at least 1, for a token needs a predecessor.
         has_end: Whether the last token is the end-of-turn token.
+        cut: Whether tokens were left out because the row was too long.
     """
 
     ids: tuple[int, ...]
     start: int
     has_end: bool
+    cut: bool = False
 
     @property
     def answer_tokens(self) -> int:
@@ -126,9 +128,6 @@ class Template:
             self._end = (int(identity), str(self.tokenizer.convert_ids_to_tokens(int(identity))))
         return self._end
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
     def _chat(self, messages: tuple[Message, ...], *, generation: bool = False) -> str:
         turns = [message.model_dump() for message in messages]
         try:
@@ -183,5 +182,5 @@ class Template:
             kept_prompt = self.max_length - kept_answer
             cut_end = start + kept_answer < len(ids)
             ids = ids[start - kept_prompt : start + kept_answer]
-            start, has_end = kept_prompt, has_end and not cut_end
+            return Encoded(ids, kept_prompt, has_end and not cut_end, cut=True)
         return Encoded(ids, start, has_end)

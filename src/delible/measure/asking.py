@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from delible.errors import DataError
 from delible.measure.requests import Prompt
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 
@@ -27,8 +28,23 @@ def ask(record: RecordBase) -> Prompt | None:
     return None
 
 
+def has_answer(record: RecordBase) -> bool:
+    """Whether :func:`answer_of` gives one: false for a dialogue that waits for an answer."""
+    return not isinstance(record, Dialogue) or record.messages[-1].role == "assistant"
+
+
 def answer_of(record: RecordBase) -> str:
-    """The text that is learned or forgotten: the answer, the last turn, the passage."""
+    """The text that is learned or forgotten: the answer, the last turn, the passage.
+
+    Raises:
+        DataError: A dialogue whose last turn is not the assistant's; what others say is asked,
+            not learned.
+    """
+    if not has_answer(record):
+        raise DataError(
+            "the dialogue does not end with an assistant turn, so there is no answer.",
+            hint="Its last assistant turn is what is learned or forgotten: end it there.",
+        )
     if isinstance(record, QA):
         return record.answer
     if isinstance(record, Choice):

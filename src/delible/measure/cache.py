@@ -2,7 +2,8 @@
 
 One folder per system fingerprint holds Parquet parts that are only ever added. A row is one
 answer under the SHA-256 of its request; prompts are not stored, but generated texts are, so
-delete the folder when the answers themselves must go. Values come back to the bit.
+delete the folder when the answers themselves must go. Values come back to the bit. Whole
+distributions are not kept (a row of one is megabytes), nor is what could not be answered.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from delible.errors import RunError
-from delible.measure.requests import Answer, Generate, Prompt, Request, Score, TokenScores
+from delible.measure.requests import (
+    Answer,
+    Distribution,
+    Generate,
+    GradientNorm,
+    Hidden,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 
 _FINGERPRINT = b"delible.fingerprint"
 _SCHEMA = pa.schema(
@@ -32,10 +45,13 @@ _SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("hits", pa.list_(pa.bool_())),
         ("has_end", pa.bool_()),
+        ("means", pa.list_(pa.float32())),
+        ("variances", pa.list_(pa.float32())),
+        ("values", pa.list_(pa.float32())),
+        ("width", pa.int32()),  # of a row of `values`; 0: the answer has none
     ]
 )
-#: Stands in the score columns of a generated text.
-_NO_SCORES = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.bool_), has_end=False)
+_NO_VALUES = np.zeros(0, np.float32)
 #: Everything that reading a damaged or foreign part can raise.
 _UNREADABLE = (OSError, pa.ArrowException, KeyError, TypeError, ValueError)
 
@@ -47,58 +63,86 @@ def _prompt_content(prompt: Prompt) -> list[object]:
 
 def request_key(request: Request) -> str:
     """SHA-256 (hexadecimal) over the content of a request; the same in every process."""
+    asked = _prompt_content(request.prompt)
     content: list[object]
-    if isinstance(request, Score):
-        content = ["score", _prompt_content(request.prompt), request.answer]
+    if isinstance(request, Generate):
+        content = ["generate", asked, list(asdict(request.decoding).values())]
+    elif isinstance(request, Score):
+        content = ["score", asked, request.answer, request.moments]
+    elif isinstance(request, Hidden):
+        content = ["hidden", asked, request.answer, request.layer]
+    elif isinstance(request, GradientNorm):
+        content = ["gradient_norm", asked, request.answer, request.order]
     else:
-        content = ["generate", _prompt_content(request.prompt), request.max_new_tokens]
+        content = ["distribution", asked, request.answer]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def fits(request: Request, answer: object) -> bool:
+    """Whether an answer is of the kind that a request asks for."""
+    if isinstance(request, Score):
+        return isinstance(answer, TokenScores) and (
+            not request.moments or (answer.means is not None and answer.variances is not None)
+        )
+    if isinstance(request, Generate):
+        return isinstance(answer, str)
+    return isinstance(answer, np.ndarray)
 
 
 def _can_be_stored(request: Request, answer: Answer) -> bool:
     """A right kind of answer; and no lone surrogates, which UTF-8 cannot hold."""
-    if isinstance(request, Score):
-        return isinstance(answer, TokenScores)
-    if not isinstance(answer, str):
+    if isinstance(request, Distribution) or not fits(request, answer):
         return False
-    try:
-        answer.encode()
-    except UnicodeEncodeError:
-        return False
+    if isinstance(answer, str):
+        try:
+            answer.encode()
+        except UnicodeEncodeError:
+            return False
     return True
 
 
 def _to_table(answers: Mapping[str, Answer], fingerprint: str) -> pa.Table:
-    texts = [answer if isinstance(answer, str) else None for answer in answers.values()]
-    scores = [
-        answer if isinstance(answer, TokenScores) else _NO_SCORES for answer in answers.values()
-    ]
-    offsets = np.cumsum([0, *(len(score.logprobs) for score in scores)], dtype=np.int32)
-    # Whole columns at once: a Python list per row would cost more than many a forward pass.
-    logprobs = np.concatenate([_NO_SCORES.logprobs, *(score.logprobs for score in scores)])
-    hits = np.concatenate([_NO_SCORES.hits, *(score.hits for score in scores)])
-    columns = [
-        pa.array(list(answers), pa.string()),
-        pa.array(texts, pa.string()),
-        pa.ListArray.from_arrays(offsets, pa.array(logprobs, pa.float32())),
-        pa.ListArray.from_arrays(offsets, pa.array(hits, pa.bool_())),
-        pa.array([bool(score.has_end) for score in scores], pa.bool_()),
-    ]
+    everything = list(answers.values())
+
+    def lists(read: Callable[[Answer], npt.NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
+        # Whole columns at once: a Python list per row would cost more than many a forward pass.
+        rows = [read(answer) for answer in everything]
+        filled = [_NO_VALUES if row is None else row.reshape(-1) for row in rows]
+        offsets = np.cumsum([0, *(len(row) for row in filled)], dtype=np.int32)
+        dtype = np.bool_ if kind == pa.bool_() else np.float32
+        values: npt.NDArray[Any] = np.concatenate([np.zeros(0, dtype), *filled]).astype(dtype)
+        return pa.ListArray.from_arrays(offsets, pa.array(values, kind))
+
+    def scores(name: str) -> Callable[[Answer], npt.NDArray[Any] | None]:
+        return lambda one: getattr(one, name) if isinstance(one, TokenScores) else None
+
+    columns = {
+        "key": pa.array(list(answers), pa.string()),
+        "text": pa.array([one if isinstance(one, str) else None for one in everything]),
+        "logprobs": lists(scores("logprobs"), pa.float32()),
+        "hits": lists(scores("hits"), pa.bool_()),
+        "has_end": pa.array([bool(getattr(one, "has_end", False)) for one in everything]),
+        "means": lists(scores("means"), pa.float32()),
+        "variances": lists(scores("variances"), pa.float32()),
+        "values": lists(lambda one: one if isinstance(one, np.ndarray) else None, pa.float32()),
+        "width": pa.array(
+            [one.shape[-1] if isinstance(one, np.ndarray) else 0 for one in everything]
+        ),
+    }
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint.encode()})
     return pa.Table.from_arrays(
-        [column.cast(field.type) for column, field in zip(columns, _SCHEMA, strict=True)],
-        schema=schema,
+        [columns[field.name].cast(field.type) for field in _SCHEMA], schema=schema
     )
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.generic]]:
-    """Where each row's values begin (one more at the end), and all values."""
+def _rows(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    """The values of each row."""
     if column.null_count:
         raise ValueError("a row has no scores")
     lists = column.combine_chunks()
     values = lists.flatten().to_numpy(zero_copy_only=False)
     lengths = np.diff(lists.offsets.to_numpy().astype(np.int64))
-    return np.concatenate([[0], np.cumsum(lengths)]), values
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def _read_part(path: Path, fingerprint: str) -> dict[str, Answer]:
@@ -107,20 +151,34 @@ def _read_part(path: Path, fingerprint: str) -> dict[str, Answer]:
     if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
         raise ValueError("it belongs to another system")
     table = table.select(_SCHEMA.names).cast(_SCHEMA)
-    starts, logprobs = _flat(table["logprobs"])
-    hit_starts, hits = _flat(table["hits"])
-    if not np.array_equal(starts, hit_starts):
-        raise ValueError("log-probabilities and hits have unequal lengths")
+    columns = {
+        field.name: _rows(table[field.name])
+        if pa.types.is_list(field.type)
+        else table[field.name].to_pylist()
+        for field in _SCHEMA
+    }
     found: dict[str, Answer] = {}
-    names = table["key"].to_pylist(), table["text"].to_pylist(), table["has_end"].to_pylist()
-    for row, (key, text, has_end) in enumerate(zip(*names, strict=True)):
+    for row, key in enumerate(columns["key"]):
+        text, width = columns["text"][row], columns["width"][row]
         if text is not None:
             found[key] = text
-            continue
-        span = slice(starts[row], starts[row + 1])
-        found[key] = TokenScores(
-            logprobs[span].astype(np.float32), hits[span].astype(np.bool_), bool(has_end)
-        )
+        elif width:
+            found[key] = columns["values"][row].astype(np.float32).reshape(-1, width)
+        else:
+            logprobs, hits = columns["logprobs"][row], columns["hits"][row]
+            if len(logprobs) != len(hits):
+                raise ValueError("log-probabilities and hits have unequal lengths")
+            means, variances = (
+                columns[name][row].astype(np.float32) if len(columns[name][row]) else None
+                for name in ("means", "variances")
+            )
+            found[key] = TokenScores(
+                logprobs.astype(np.float32),
+                hits.astype(np.bool_),
+                bool(columns["has_end"][row]),
+                means,
+                variances,
+            )
     return found
 
 
@@ -150,7 +208,7 @@ class Cache:
 
     def _refresh(self, fingerprint: str) -> dict[str, Answer]:
         known = self._known.setdefault(fingerprint, {})
-        for path in sorted(self.folder_of(fingerprint).glob("part-*.parquet")):
+        for path in sorted(self.folder_of(fingerprint).glob("answers-*.parquet")):
             if path in self._seen:
                 continue
             self._seen.add(path)
@@ -168,8 +226,10 @@ class Cache:
         found: dict[Request, Answer] = {}
         for request in requests:
             answer = known.get(request_key(request))
+            if answer is None and isinstance(request, Score) and not request.moments:
+                answer = known.get(request_key(replace(request, moments=True)))
             # A row of the wrong kind cannot be an answer to this request.
-            if answer is not None and isinstance(answer, str) == isinstance(request, Generate):
+            if answer is not None and fits(request, answer):
                 found[request] = answer
         return found
 
@@ -188,7 +248,7 @@ class Cache:
             return
         table = _to_table(keyed, fingerprint)
         folder = self.folder_of(fingerprint)
-        path = folder / f"part-{uuid.uuid4().hex}.parquet"
+        path = folder / f"answers-{uuid.uuid4().hex}.parquet"
         unfinished = path.with_suffix(".unfinished")
         try:
             folder.mkdir(parents=True, exist_ok=True)

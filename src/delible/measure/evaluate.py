@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
-from delible.measure.requests import Prompt, Request, System
+from delible.measure.requests import NoAnswer, Prompt, Request, System
 from delible.metrics.base import Answers, Item, ItemMetric, SummaryMetric, SystemValues
 from delible.records import RecordBase
 
@@ -47,12 +48,33 @@ class _Cell:
             for request in self.metric.requests(self.record, prompt)
         ]
 
+    def follow_up(self, answers: Answers) -> list[Request]:
+        return [
+            request
+            for prompt in self.prompts
+            if self._unanswered(prompt, answers) is None
+            for request in self.metric.follow_up(self.record, prompt, answers)
+        ]
+
     def item(self, answers: Answers) -> Item:
         if not self.prompts:
             return Item(None, self.reason)
-        return mean_item(
-            [finite(self.metric.score(self.record, prompt, answers)) for prompt in self.prompts]
-        )
+        return mean_item([self._item(prompt, answers) for prompt in self.prompts])
+
+    def _item(self, prompt: Prompt, answers: Answers) -> Item:
+        reason = self._unanswered(prompt, answers)
+        if reason is not None:
+            return Item(None, reason)
+        return finite(self.metric.score(self.record, prompt, answers))
+
+    def _unanswered(self, prompt: Prompt, answers: Answers) -> str | None:
+        """Why the system could not answer one of the requests."""
+        for ask in (self.metric.requests, partial(self.metric.follow_up, answers=answers)):
+            for request in ask(self.record, prompt):
+                answer = answers.get(request)
+                if isinstance(answer, NoAnswer):
+                    return answer.reason
+        return None
 
 
 def finite(item: Item) -> Item:
@@ -169,14 +191,16 @@ def evaluate(
         for name, metric in known.items()
         if name not in skipped
     }
-    requests = [
-        request
-        for by_split in cells.values()
-        for row in by_split.values()
-        for cell in row
-        for request in cell.requests()
-    ]
+    every = [cell for by_split in cells.values() for row in by_split.values() for cell in row]
+    requests = [request for cell in every for request in cell.requests()]
     answers = measure(system, requests, cache=cache, progress=progress)
+    counts = answers.report.counts()
+    while more := {
+        request for cell in every for request in cell.follow_up(answers) if request not in answers
+    }:
+        found = measure(system, more, cache=cache, progress=progress)
+        answers.update(found)
+        counts = {name: count + found.report.counts()[name] for name, count in counts.items()}
 
     items = {
         name: {split: [cell.item(answers) for cell in row] for split, row in by_split.items()}
@@ -192,7 +216,7 @@ def evaluate(
         means=means,
         skipped=skipped,
         options={name: known[name].spec() for name in items},
-        measured=answers.report.counts(),
+        measured=counts,
     )
 
 

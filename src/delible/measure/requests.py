@@ -34,22 +34,101 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: Tokens at most.
+        stop: The answer ends before the first of these texts.
+        temperature: 0 is greedy; above 0 tokens are drawn from softmax(logits / temperature).
+        top_p: Only the smallest set of tokens with this much probability is drawn from.
+        seed: Of the draws. A draw depends on the seed and the prompt alone, not on the batch.
+    """
+
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0:  # equal asks are one: these two mean nothing when greedy
+            object.__setattr__(self, "top_p", 1.0)
+            object.__setattr__(self, "seed", 0)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """What does the system answer?"""
+
+    prompt: Prompt
+    decoding: Decoding = Decoding()
+
+
+@dataclass(frozen=True)
 class Score:
-    """How likely is ``answer`` after ``prompt``, token by token?"""
+    """How likely is ``answer`` after ``prompt``, token by token?
+
+    The options of a choice, the paraphrases and the wrong answers of a question are scores of
+    one prompt: the prompt is computed once for all of them.
+
+    Attributes:
+        moments: Also mean and variance of the vocabulary's log-probabilities at each token.
+            A score with moments answers the one without.
+    """
+
+    prompt: Prompt
+    answer: str
+    moments: bool = False
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """All log-probabilities at the answer's tokens, shape [answer, vocabulary], fp32.
+
+    Large (20 tokens over 50,000 words are 4 MB), so the one answer that is never kept on disk.
+    """
 
     prompt: Prompt
     answer: str
 
 
 @dataclass(frozen=True)
-class Generate:
-    """What does the system answer, greedily?"""
+class Hidden:
+    """Outputs of block ``layer`` where the answer's tokens are predicted, [answer, hidden]."""
 
     prompt: Prompt
-    max_new_tokens: int = 64
+    answer: str
+    layer: int
 
 
-Request = Score | Generate
+@dataclass(frozen=True)
+class GradientNorm:
+    """Norm of the gradient of the answer's mean token loss, shape [1].
+
+    The mean over parameter tensors of their norms, as the membership attack has it.
+
+    Attributes:
+        order: Of the norm: 1, 2 or infinity.
+    """
+
+    prompt: Prompt
+    answer: str
+    order: float = 2.0
+
+
+#: What looks inside a white-box system.
+Inspection = Distribution | Hidden | GradientNorm
+Request = Score | Generate | Inspection
+
+#: The capability that answers a request.
+CAPABILITY: dict[type, str] = {
+    Generate: "generate",
+    Score: "score",
+    Distribution: "score",
+    Hidden: "hidden",
+    GradientNorm: "weights",
+}
 
 
 @dataclass(frozen=True)
@@ -60,14 +139,32 @@ class TokenScores:
         logprobs: log p(token | prompt, earlier answer tokens), natural log, shape [answer].
         hits: Whether the token is the argmax, shape [answer].
         has_end: Whether the last token is the end-of-turn token.
+        means: sum_v p_v log p_v at each token, shape [answer]; only with ``moments``.
+        variances: sum_v p_v (log p_v)^2 - mean^2, shape [answer]; only with ``moments``.
     """
 
     logprobs: npt.NDArray[np.float32]
     hits: npt.NDArray[np.bool_]
     has_end: bool
+    means: npt.NDArray[np.float32] | None = None
+    variances: npt.NDArray[np.float32] | None = None
 
 
-Answer = TokenScores | str
+@dataclass(frozen=True)
+class NoAnswer:
+    """The system cannot answer this request (too long a prompt, values that are no numbers).
+
+    No metric sees it: the record's value is ``None`` with this reason. As a text it is empty.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return ""
+
+
+Array = npt.NDArray[np.float32]
+Answer = TokenScores | str | Array | NoAnswer
 
 
 @runtime_checkable
@@ -87,10 +184,26 @@ class System(Protocol):
     @property
     def fingerprint(self) -> str | None: ...
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers, in the order of the prompts, without the prompt or prefill."""
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
+        """Answers, in the order of the prompts, without the prompt or prefill."""
         ...
 
-    def score(self, requests: Sequence[Score]) -> list[TokenScores]:
+    def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
         """Teacher-forced scores; only for systems with the capability ``"score"``."""
         ...
+
+    def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
+        """Looks inside; requests of one kind. Only for white-box systems."""
+        ...
+
+
+class BlackBox:
+    """A system that answers and gives no scores."""
+
+    capabilities = frozenset({"generate"})
+
+    def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
+        raise TypeError("this system answers, but gives no scores")
+
+    def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
+        raise TypeError("this system answers, but cannot be looked into")

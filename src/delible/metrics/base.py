@@ -38,8 +38,18 @@ class ItemMetric(Component):
         """
         raise NotImplementedError
 
+    def follow_up(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Iterable[Request]:
+        """What to ask next, now that the answers so far are known (a second round of a talk).
+
+        Asked again after every round, until it names nothing that is not answered.
+        """
+        return ()
+
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        """The value, from the answers to :meth:`requests`."""
+        """The value, from the answers to :meth:`requests` and :meth:`follow_up`.
+
+        Not called where one of them could not be answered: the item is then ``None``.
+        """
         raise NotImplementedError
 
 

@@ -28,7 +28,7 @@ from typing import Literal
 from pydantic import Field
 
 from delible.measure.asking import ask
-from delible.measure.requests import Generate, Prompt, Request
+from delible.measure.requests import Decoding, Generate, Prompt, Request
 from delible.metrics.base import Answers, Item, ItemMetric
 from delible.metrics.text import chosen_option, contains, generated, gold_answers, rouge_l_recall
 from delible.records import QA, Choice, Passage, RecordBase
@@ -173,7 +173,7 @@ class Outcome(ItemMetric):
         return ask(record)
 
     def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Generate(prompt, self.max_new_tokens)]
+        return [Generate(prompt, Decoding(self.max_new_tokens))]
 
     def classify(self, record: RecordBase, text: str) -> OutcomeClass:
         """The class of an answer to a record."""
@@ -189,5 +189,7 @@ class Outcome(ItemMetric):
         return "wrong-but-fluent"
 
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        found = self.classify(record, generated(answers[Generate(prompt, self.max_new_tokens)]))
+        found = self.classify(
+            record, generated(answers[Generate(prompt, Decoding(self.max_new_tokens))])
+        )
         return Item(1.0 if found == "correct" else 0.0, detail=found)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from delible.measure.asking import ask
-from delible.measure.requests import Generate, Prompt, Request
+from delible.measure.requests import Decoding, Generate, Prompt, Request
 from delible.metrics.base import Answers, Item, ItemMetric
 from delible.metrics.text import generated, gold_answers, rouge_l_recall
 from delible.records import QA, Dialogue, RecordBase
@@ -49,9 +49,9 @@ class RougeLRecall(ItemMetric):
         return None
 
     def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Generate(prompt, self.max_new_tokens)]
+        return [Generate(prompt, Decoding(self.max_new_tokens))]
 
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        text = generated(answers[Generate(prompt, self.max_new_tokens)])
+        text = generated(answers[Generate(prompt, Decoding(self.max_new_tokens))])
         value = rouge_l_recall(gold_answers(record), text)
         return Item(value, "ROUGE sees no word in the gold answer" if value is None else None)

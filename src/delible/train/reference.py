@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delible.files import atomic_folder
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
-from delible.lm.lm import LM, SCORING_TOKENS
+from delible.lm.lm import LM
 
 if TYPE_CHECKING:
     from delible.train.step import Row
@@ -55,13 +55,12 @@ class Reference:
             self._head = _frozen_head(lm)
         layers = tuple(int(kind.split(".")[1]) for kind in kinds if kind.startswith("hidden."))
         final = "answers" in kinds or "logprobs" in kinds
-        ordered = sorted(missing.values(), key=lambda row: len(row.encoded.ids))
-        budget = SCORING_TOKENS.get(lm.device.type, SCORING_TOKENS["cuda"])
+        ordered = sorted(missing.values(), key=lambda row: len(row.for_reference.ids))
         forward, was_training = Forward(lm), lm.model.training
         lm.model.eval()
         with lm.computing():
             while ordered:
-                count = max(1, budget // len(ordered[-1].encoded.ids))
+                count = max(1, lm.budget.tokens // len(ordered[-1].for_reference.ids))
                 part, ordered = ordered[-count:], ordered[:-count]
                 self._compute(lm, forward, part, kinds, layers, final)
         lm.model.train(was_training)
@@ -75,7 +74,7 @@ class Reference:
         layers: tuple[int, ...],
         final: bool,
     ) -> None:
-        batch = collate([row.encoded for row in rows], lm.pad_id, lm.device)
+        batch = collate([row.for_reference for row in rows], lm.pad_id, lm.device)
         states, hidden = forward(batch, layers, final)
         counts = [row.encoded.answer_tokens for row in rows]
         if states is not None and "logprobs" in kinds:
@@ -87,7 +86,7 @@ class Reference:
                 self.values[f"answers/{row.key}"] = part.float().cpu().clone()
         for layer, block in hidden.items():
             for row, part in zip(rows, block, strict=True):
-                kept = part[: len(row.encoded.ids)].float().cpu().clone()
+                kept = part[: len(row.for_reference.ids)].float().cpu().clone()
                 self.values[f"hidden.{layer}/{row.key}"] = kept
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,67 @@
+"""How many tokens go through a model at once when nothing is trained: measured at the start.
+
+More tokens per batch than the device needs to be busy bring nothing, so there is an upper end;
+below it the free memory decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
+#: Padded tokens per forward pass beyond which a device gets no faster.
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 32768}
+#: Rows that generate together at most (each step reads all weights once for all of them).
+ENOUGH_ROWS = {"cpu": 192, "cuda": 1024}
+#: Share of the free memory that a batch may take.
+MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits.
+
+    Attributes:
+        tokens: Padded tokens per forward pass.
+        cached_tokens: Tokens whose keys and values may be alive while generating.
+        rows: Rows that generate together.
+    """
+
+    tokens: int
+    cached_tokens: int
+    rows: int
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def measure_budget(lm: LM) -> Budget:
+    """The budget of a model with the memory that is free now."""
+    device, anatomy = lm.device, lm.anatomy
+    config = lm.core.config.get_text_config()
+    width = anatomy.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    heads = getattr(config, "num_attention_heads", None) or 1
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    cached = 2 * 4 * anatomy.layers * key_heads * head_width
+    # without a graph one block's activations are alive at a time, besides keys and values
+    passing = cached + 4 * (8 * width + 4 * inner)
+    free = MEMORY_SHARE * free_memory(device)
+    kind = device.type if device.type in ENOUGH_TOKENS else "cuda"
+    return Budget(
+        tokens=max(64, min(ENOUGH_TOKENS[kind], int(free / passing))),
+        # growing a cache copies it, so twice its size is needed for a moment
+        cached_tokens=max(64, int(free / (2 * cached))),
+        rows=ENOUGH_ROWS[kind],
+    )
