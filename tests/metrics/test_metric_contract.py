@@ -21,6 +21,11 @@ EXPECTED = {
     "answer_probability", "paraphrase_probability", "normalised_probability", "rouge_l_recall",
     "exact_memorisation", "extraction_strength", "truth_ratio", "outcome", "outcome_shares",
     "forget_quality", "model_utility",
+    "knowledge_truth_ratio", "loss_attack", "zlib_attack", "min_k", "membership",
+    "reference_attack", "rouge_l_f1", "verbatim_memorisation", "knowledge_memorisation",
+    "ngram_entropy", "rwku_recall", "token_f1", "chain_exact_match", "truthful_choice",
+    "choice_accuracy", "letter_mass", "forget_degree", "retain_utility", "refusal_stability",
+    "honesty",
 }  # fmt: skip
 
 RECORDS: list[RecordBase] = [

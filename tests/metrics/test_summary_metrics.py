@@ -14,6 +14,7 @@ from delible.measure.evaluate import mean_of
 from delible.metrics.base import Item, SystemValues
 from delible.metrics.forget_quality import ForgetQuality, kolmogorov_smirnov, log10_small_p
 from delible.metrics.model_utility import ModelUtility, harmonic_mean
+from delible.metrics.text import rouge_l_recall
 
 
 def system_values(
@@ -179,6 +180,30 @@ def test_model_utility_is_the_harmonic_mean_of_its_parts() -> None:
     assert found["model_utility"] == pytest.approx(6 / sum(1 / part for part in parts.values()))
     assert found["model_utility_parts"] == 6
     assert not any("neighbours" in name or "forget" in name for name in found)
+
+
+def test_a_system_that_says_every_answer_has_utility_one_and_no_forget_efficacy() -> None:
+    said = {
+        "answer_probability": {"retain": [1.0, 1.0], "forget": [1.0, 1.0]},
+        "rouge_l_recall": {
+            split: [rouge_l_recall([gold], gold) for gold in ("Ada Quill wrote it.", "In Norrby.")]
+            for split in ("retain", "forget")
+        },
+        "truth_ratio": {"retain": [0.0, 0.0], "forget": [0.0, 0.0]},
+    }
+    values = system_values("a", said)
+    assert ModelUtility().summarise(values, None)["model_utility"] == pytest.approx(1.0)
+    names = ("answer_probability", "rouge_l_recall")
+    means = [values.means[name]["forget"] for name in names]
+    assert 1 - sum(mean for mean in means if mean is not None) / 2 == pytest.approx(0.0)
+
+
+def test_rouge_recall_and_its_arguments_swapped_disagree_on_a_rambling_answer() -> None:
+    gold = "In the town of Norrby."
+    rambling = "In the town of Norrby, as everybody who ever sailed the river there will say."
+    assert rouge_l_recall([gold], rambling) == 1.0  # the fact was said
+    swapped = rouge_l_recall([rambling], gold)  # looks forgotten to who mixes the two up
+    assert swapped == pytest.approx(5 / 15)
 
 
 def test_model_utility_is_zero_with_one_part_and_none_without_any() -> None:

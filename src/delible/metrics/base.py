@@ -78,6 +78,26 @@ class SystemValues:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measured: Mapping[str, int] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` reads it."""
+        items = {
+            metric: {
+                split: [[item.value, item.reason, item.detail] for item in row]
+                for split, row in by_split.items()
+            }
+            for metric, by_split in self.items.items()
+        }
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "items": items}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SystemValues:
+        """What :meth:`as_json` made."""
+        items = {
+            metric: {split: [Item(*item) for item in row] for split, row in by_split.items()}
+            for metric, by_split in content["items"].items()
+        }
+        return cls(**{**content, "items": items})
+
 
 class SummaryMetric(Component):
     """A metric over the values of other metrics, perhaps against a reference system."""

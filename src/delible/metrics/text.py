@@ -1,4 +1,4 @@
-"""Reading answers: gold answers of a record, normal form, containment, ROUGE-L, token scores.
+"""Asking and reading: question templates, gold answers, normal forms, ROUGE-L, token scores.
 
 What several metrics need; no metric lives here. ROUGE-L: Lin 2004, as in the package
 ``rouge-score`` with stemming (the setting of the TOFU benchmark, arXiv 2401.06121).
@@ -7,17 +7,19 @@ What several metrics need; no metric lives here. ROUGE-L: Lin 2004, as in the pa
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator
 
-from delible.measure.asking import LETTERS, answer_of
-from delible.measure.requests import Answer, TokenScores
-from delible.records import QA, Choice, Dialogue, RecordBase
+from delible.measure.asking import LETTERS, answer_of, has_answer
+from delible.measure.requests import Answer, Prompt, TokenScores
+from delible.records import QA, Choice, RecordBase
 
 _ARTICLES = frozenset({"a", "an", "the"})
 #: Answers that are ordinary words elsewhere in a sentence; they count only as its first word.
@@ -26,11 +28,42 @@ _LETTER_FIRST = re.compile(r"^[\W_]*([A-Z])(?![\w'\u2019])")
 _LETTER_NAMED = re.compile(
     r"(?i:\b(?:answer|option|choice)(?:\s+is)?)[\s:*(\[\"']+([A-Z])(?![\w'\u2019])"
 )
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+#: Where a template has its question.
+QUESTION = "{question}"
+
+
+def _has_question(template: str) -> str:
+    if template.count(QUESTION) != 1:
+        raise ValueError(f"it must hold {QUESTION} exactly once")
+    return template
+
+
+#: A user turn around a question, an option of metrics.
+QuestionTemplate = Annotated[str, AfterValidator(_has_question)]
+
+
+def filled(template: str, question: str) -> str:
+    """A template with its question in place."""
+    return template.replace(QUESTION, question)
+
+
+def continuing(prompt: Prompt, answer: str) -> str:
+    """An answer as it follows a prompt: after a prefill or plain text, parted by a space."""
+    before = prompt.prefill or prompt.text or ""
+    return answer if not before or before[-1].isspace() else f" {answer}"
+
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stops."""
+    return text[: min([found for stop in stops if (found := text.find(stop)) >= 0] or [len(text)])]
 
 
 def gold_answers(record: RecordBase) -> tuple[str, ...]:
     """All correct answers, the main one first; empty when the record has none."""
-    if isinstance(record, Dialogue) and record.messages[-1].role != "assistant":
+    if not has_answer(record):
         return ()
     answer = answer_of(record)
     if not answer.strip():
@@ -64,6 +97,20 @@ def mean_log_probability(scores: TokenScores) -> float | None:
     return float(logprobs.mean())
 
 
+def content_log_probabilities(scores: TokenScores, compat: bool = False) -> npt.NDArray[np.float64]:
+    """log p of the answer's own tokens: the end-of-turn token is left out.
+
+    Args:
+        scores: Teacher-forced values at the answer's tokens, shape [answer].
+        compat: Leave out the last token whatever it is, as the field's code does.
+
+    Returns:
+        Nats, shape [answer] or [answer - 1].
+    """
+    logprobs: npt.NDArray[np.float64] = np.asarray(scores.logprobs, np.float64)
+    return logprobs[:-1] if scores.has_end or compat else logprobs
+
+
 def mean_over_answers(answers: Sequence[Answer]) -> float | None:
     """Mean of :func:`mean_log_probability` over several answers.
 
@@ -91,6 +138,17 @@ def normalise(text: str) -> str:
     )
     words = spaced.split()
     return " ".join([word for word in words if word not in _ARTICLES] or words)
+
+
+def plain_words(text: str, articles: bool = False) -> list[str]:
+    """Words in lower case without ASCII punctuation and articles (question answering's form).
+
+    Args:
+        text: Any text.
+        articles: Keep a, an and the.
+    """
+    bare = text.lower().translate(_PUNCTUATION)
+    return (bare if articles else _ARTICLE.sub(" ", bare)).split()
 
 
 def _without_spaces(text: str) -> bool:
@@ -123,17 +181,25 @@ def chosen_option(text: str, record: Choice) -> int | None:
     return said[0] if len(said) == 1 else None
 
 
-@lru_cache(maxsize=1)
-def _rouge() -> Any:
+@lru_cache(maxsize=2)
+def _rouge(stemmer: bool = True) -> Any:
     # Imported late: the package takes a second to import.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], use_stemmer=stemmer)
 
 
 def has_rouge_words(text: str) -> bool:
     """Whether ROUGE sees any word (it knows only a-z and 0-9)."""
     return re.search(r"[a-z0-9]", text.lower()) is not None
+
+
+def _best_rouge(golds: Sequence[str], text: str, measure: str, stemmer: bool) -> float | None:
+    visible = [gold for gold in golds if has_rouge_words(gold)]
+    if not visible:
+        return None
+    rouge = _rouge(stemmer)
+    return max(float(getattr(rouge.score(gold, text)["rougeL"], measure)) for gold in visible)
 
 
 def rouge_l_recall(golds: Sequence[str], text: str) -> float | None:
@@ -142,7 +208,20 @@ def rouge_l_recall(golds: Sequence[str], text: str) -> float | None:
     Returns:
         A value in [0, 1]; ``None`` when no gold answer has a word that ROUGE can see.
     """
-    visible = [gold for gold in golds if has_rouge_words(gold)]
-    if not visible:
-        return None
-    return max(float(_rouge().score(gold, text)["rougeL"].recall) for gold in visible)
+    return _best_rouge(golds, text, "recall", stemmer=True)
+
+
+def rouge_l_f1(golds: Sequence[str], text: str, stemmer: bool = True) -> float | None:
+    """Harmonic mean of ROUGE-L recall and precision; best gold answer.
+
+    Unlike recall, it punishes what is said beyond the gold answer.
+
+    Args:
+        golds: Texts that count as right.
+        text: What was generated.
+        stemmer: Compare word stems (Porter) instead of words.
+
+    Returns:
+        A value in [0, 1]; ``None`` when no gold answer has a word that ROUGE can see.
+    """
+    return _best_rouge(golds, text, "fmeasure", stemmer)

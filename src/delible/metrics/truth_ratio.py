@@ -5,28 +5,31 @@
     P_wrong = exp(mean over perturbed answers of the mean token log-probability)
 
 Without a paraphrased answer, P_right is that of the answer itself. Paper: TOFU
-(arXiv 2401.06121); reference code: locuslab/open-unlearning. The paper averages the perturbed
-probabilities arithmetically; this is the geometric mean of the leaderboard and of OpenUnlearning.
+(arXiv 2401.06121); reference code: locuslab/open-unlearning, locuslab/tofu. This geometric mean is
+that of the leaderboard and of OpenUnlearning; the paper averages the probabilities themselves
+(option ``mean: arithmetic``), which changes the p-values of forget quality.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score
+from delible.measure.requests import Answer, Prompt, Request, Score
 from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import mean_over_answers
+from delible.metrics.text import mean_log_probability, mean_over_answers, token_scores
 from delible.records import QA, RecordBase
 from delible.registry import register
 
 EPSILON = 1e-10
 
 Form = Literal["raw", "closer_to_one", "true_better"]
+Mean = Literal["geometric", "arithmetic"]
 
 
 def truth_ratio(right: float, wrong: float, form: Form = "raw") -> float:
@@ -43,6 +46,26 @@ def truth_ratio(right: float, wrong: float, form: Form = "raw") -> float:
     if form == "closer_to_one":
         return min(ratio, 1 / ratio) if ratio > 0 else 0.0
     return max(0.0, 1 - ratio) if form == "true_better" else ratio
+
+
+def log_mean(answers: Sequence[Answer], mean: Mean = "geometric") -> float | None:
+    """Log of the mean of several answers' probabilities per token.
+
+    Args:
+        answers: Token scores of each answer.
+        mean: ``"geometric"``: mean of the log-probabilities. ``"arithmetic"``: log of the mean
+            of the probabilities, never smaller.
+
+    Returns:
+        Nats, in [-inf, 0]; ``None`` when there is no answer, or one of them has no tokens.
+    """
+    if mean == "geometric":
+        return mean_over_answers(answers)
+    means = [mean_log_probability(token_scores(answer)) for answer in answers]
+    valued = np.asarray([value for value in means if value is not None], np.float64)
+    if valued.size == 0 or valued.size < len(means):
+        return None
+    return float(np.logaddexp.reduce(valued)) - math.log(valued.size)
 
 
 @register(
@@ -70,6 +93,9 @@ class TruthRatio(ItemMetric):
     """
 
     form: Form = Field("raw", description="raw, closer_to_one (forget) or true_better (keep).")
+    mean: Mean = Field(
+        "geometric", description="Mean over several answers: geometric, or the paper's arithmetic."
+    )
 
     def prompt(self, record: RecordBase) -> Prompt | None:
         return ask(record) if isinstance(record, QA) else None
@@ -89,8 +115,10 @@ class TruthRatio(ItemMetric):
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
         if not isinstance(record, QA) or not record.perturbed:
             return Item(None, "the record has no perturbed answers")
-        right = mean_over_answers([answers[request] for request in self._right(record, prompt)])
-        wrong = mean_over_answers([answers[request] for request in self._wrong(record, prompt)])
+        right, wrong = (
+            log_mean([answers[request] for request in requests], self.mean)
+            for requests in (self._right(record, prompt), self._wrong(record, prompt))
+        )
         if right is None or wrong is None:
             return Item(None, "an answer has no tokens")
         return Item(truth_ratio(right, wrong, self.form))

@@ -1,0 +1,68 @@
+"""zlib attack: the loss of a text, set against how well it compresses.
+
+    score = -(1/L) sum_t log p(y_t | x, y_<t) / len(zlib(y))     (end-of-turn token counted)
+
+A repetitive text has a low loss without having been seen, and few compressed bytes. A larger score
+means: less likely a member. Paper: Carlini et al. 2021 (arXiv 2012.07805); reference code:
+locuslab/open-unlearning, jinzhuoran/RWKU, swj0419/muse_bench. Deviation: the whole text is
+compressed, also where it was too long for the model and only its start was scored.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+from delible.measure.asking import ask
+from delible.measure.requests import Prompt, Request, Score, TokenScores
+from delible.metrics.base import Answers, Item, ItemMetric
+from delible.metrics.text import gold_answers, mean_log_probability, token_scores
+from delible.records import Choice, RecordBase
+from delible.registry import register
+
+
+def zlib_attack(scores: TokenScores, text: str) -> float | None:
+    """Mean loss per token divided by the compressed size; ``None`` without answer tokens.
+
+    Args:
+        scores: Teacher-forced values at the text's tokens, shape [answer].
+        text: The text itself; its UTF-8 bytes are compressed.
+
+    Returns:
+        Nats per byte, in [0, inf); higher = less likely a member.
+    """
+    mean = mean_log_probability(scores)
+    return None if mean is None else -mean / len(zlib.compress(text.encode("utf-8")))
+
+
+@register(
+    kind="metric",
+    name="zlib_attack",
+    title="zlib attack",
+    summary="Mean token loss of a text or answer divided by its size after zlib compression.",
+    paper="2012.07805",
+    year=2021,
+    family="membership",
+    capability="score",
+    changes="nothing",
+    range="[0, inf)",
+    direction="High: the text looks as if the model was never trained on it.",
+    misleads="The compressed size grows with the length, the mean loss does not: texts of unlike "
+    "length are ranked by length. Short answers are mostly zlib's header.",
+    badges=("parity",),
+)
+class ZlibAttack(ItemMetric):
+    """Loss per compressed byte of a passage, or of an answer after its question."""
+
+    def prompt(self, record: RecordBase) -> Prompt | None:
+        return None if isinstance(record, Choice) else ask(record)
+
+    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
+        return [Score(prompt, gold) for gold in gold_answers(record)[:1]]
+
+    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
+        asked = list(self.requests(record, prompt))
+        if not asked:
+            return Item(None, "the record has no answer")
+        value = zlib_attack(token_scores(answers[asked[0]]), gold_answers(record)[0])
+        return Item(value, "the answer has no tokens" if value is None else None)
