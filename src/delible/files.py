@@ -88,3 +88,15 @@ def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as handle:
         json.dump(content, handle, indent=2, ensure_ascii=False)
         handle.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot be read ({error}).", where=str(path)) from error

@@ -26,7 +26,7 @@ EXIT_BUG = 70
 PAGES = Path(__file__).parent / "help"
 PAGE_WIDTH = 80
 #: Commands that go on where they were stopped.
-RESUMABLE = ("demo", "unlearn")
+RESUMABLE = ("demo", "unlearn", "bench")
 
 
 #: Command -> where it lives, what it takes, what it does, and examples. A test compares the
@@ -51,6 +51,14 @@ COMMANDS = {
         "TARGET [OPTIONS]",
         "See how deep the forgetting goes.",
         "Example:\n  delible audit runs/mine --reference RETRAINED --attacks relearn,quantize",
+    ),
+    "bench": (
+        "delible.cli.bench:bench",
+        "SUITE [OPTIONS]",
+        "Run methods through a benchmark of the field and write the leaderboard.",
+        "Examples:\n"
+        "  delible bench world --model tiny --methods npo,rmu --seeds 3\n"
+        "  delible bench tofu --split forget01 --authors 20 --methods npo --data tofu/",
     ),
     "report": (
         "delible.cli.report:report",

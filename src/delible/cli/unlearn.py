@@ -41,10 +41,13 @@ def unlearn(
     ] = None,
     reference: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
     refusals: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
+    generator: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
+    generated: Annotated[Path | None, Parameter(group=flags.METHOD)] = None,
     learning_rate: Annotated[float | None, Parameter(group=flags.TRAINING)] = None,
     epochs: Annotated[int | None, Parameter(group=flags.TRAINING)] = None,
     max_steps: Annotated[int | None, Parameter(group=flags.TRAINING)] = None,
     batch_size: Annotated[int | None, Parameter(group=flags.TRAINING)] = None,
+    generate: flags.Slot = None,
     select: flags.Slot = None,
     sample: flags.Slot = None,
     weigh: flags.Slot = None,
@@ -91,6 +94,12 @@ def unlearn(
         The model whose values count as "before". Default: MODEL itself.
     refusals
         A text file with one refusal sentence a line, for methods that teach refusals.
+    generator
+        What writes generated rows (false answers, questions, reasons) for methods that need some:
+        a model like MODEL, or 'self' for MODEL before it forgets. Default: offline templates.
+    generated
+        A folder of generated rows to use instead of making any, such as the folder 'generated' of
+        an earlier run, edited by you.
     learning_rate
         Peak learning rate of AdamW.
     epochs
@@ -99,6 +108,8 @@ def unlearn(
         Stop after this many optimiser steps.
     batch_size
         Forget rows per optimiser step.
+    generate
+        Which rows are made before training.
     select
         Which rows are used.
     sample
@@ -131,9 +142,9 @@ def unlearn(
     """
     slots = _slots(
         {
-            "select": select, "sample": sample, "weigh": weigh, "place": place,
-            "objective": objective, "keep": keep, "balance": balance, "harden": harden,
-            "finish": finish,
+            "generate": generate, "select": select, "sample": sample, "weigh": weigh,
+            "place": place, "objective": objective, "keep": keep, "balance": balance,
+            "harden": harden, "finish": finish,
         },
         with_ or [],
     )  # fmt: skip
@@ -143,7 +154,7 @@ def unlearn(
     }  # fmt: skip
     given = {
         **{key: value for key, value in training.items() if value is not None},
-        **{_name(key): _value(value) for key, value in options.items()},
+        **{option_name(key): option_value(value) for key, value in options.items()},
     }
     with output.Reporter(error=dry_run) as reporter:
         request = read_request(
@@ -164,12 +175,15 @@ def unlearn(
         if dry_run:
             return _dry_run(reporter, model, request, plan)
         spec = chosen.spec()
-        folder = out or _folder(spec, model, request, seed, reference, sentences)
+        folder = out or _folder(
+            spec, model, request, seed, reference, sentences, generator, generated
+        )
         _announce(reporter, model, request, chosen, folder)
         began = time.perf_counter()
         result = api.unlearn(
             model, request, **plan, out=folder, reference=reference, refusals=sentences,
-            say=reporter.say, progress=reporter.progress(),
+            generator=generator, generated=generated, say=reporter.say,
+            progress=reporter.progress(),
         )  # fmt: skip
         reporter.finish_bar()
         _conclude(reporter, result, folder, time.perf_counter() - began)
@@ -230,12 +244,12 @@ def _refusals(path: str | None) -> list[str] | None:
 # ---- the method
 
 
-def _name(flag: str) -> str:
+def option_name(flag: str) -> str:
     """The option that a flag names: a hyphen for every underscore, a colon for the dot."""
     return flag.replace("-", "_").replace(":", ".")
 
 
-def _value(text: str) -> Any:
+def option_value(text: str) -> Any:
     """A value as YAML reads it: numbers, true and false, null, lists."""
     import yaml
 
@@ -252,7 +266,7 @@ def _value(text: str) -> Any:
 
 
 def _slots(flags: Mapping[str, str | None], components: Sequence[str]) -> dict[str, Any]:
-    slots = {slot: _component(value) for slot, value in flags.items() if value is not None}
+    slots = {slot: component(value) for slot, value in flags.items() if value is not None}
     names = [name.strip() for given in components for name in given.split(",") if name.strip()]
     if not names:
         return slots
@@ -287,9 +301,9 @@ def _slots(flags: Mapping[str, str | None], components: Sequence[str]) -> dict[s
     return slots
 
 
-def _component(text: str) -> Any:
+def component(text: str) -> Any:
     """A component by name, or as a YAML mapping: ``{name: npo, beta: 0.2}``."""
-    value = _value(text) if text.lstrip().startswith("{") else text
+    value = option_value(text) if text.lstrip().startswith("{") else text
     return value if isinstance(value, dict) else text
 
 
@@ -325,9 +339,12 @@ def _folder(
     seed: int,
     reference: str | None,
     refusals: Sequence[str] | None,
+    generator: str | None,
+    generated: Path | None,
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
     content = [spec, model, request.model_dump(mode="json"), seed, reference, refusals]
+    content += [generator, generated]
     text = json.dumps(content, sort_keys=True, default=str)
     return Path("runs") / f"{spec['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -342,7 +359,7 @@ def _announce(
     spec = chosen.spec()
     parts = [
         f"{slot} {spec[slot]['name']}"
-        for slot in ("objective", "keep", "place", "harden", "finish")
+        for slot in ("generate", "objective", "keep", "place", "harden", "finish")
         if isinstance(spec.get(slot), dict) and spec[slot]["name"] not in ("none", "all")
     ]
     rows = [

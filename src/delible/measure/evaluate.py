@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -105,26 +106,50 @@ def mean_of(items: Sequence[Item]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def item_metrics(metrics: Sequence[ItemMetric | SummaryMetric]) -> dict[str, ItemMetric]:
-    """The item metrics by name: those given, then (with defaults) those the summaries read.
+@dataclass(frozen=True)
+class Ask:
+    """A metric on some of the splits, perhaps under another name than its own.
+
+    Attributes:
+        metric: The metric.
+        splits: Names of the splits it is asked on; ``None``: all.
+        label: What its values are called; ``None``: the metric's name. So one metric can be
+            measured in two forms.
+    """
+
+    metric: ItemMetric | SummaryMetric
+    splits: tuple[str, ...] | None = None
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.label or self.metric.card.name
+
+
+Asked = ItemMetric | SummaryMetric | Ask
+
+
+def item_asks(metrics: Sequence[Asked]) -> dict[str, Ask]:
+    """The item metrics by label: those given, then (with defaults) those the summaries read.
 
     Raises:
-        RecipeError: A name is given twice, since values are kept by name.
+        RecipeError: A label is given twice, since values are kept by label.
     """
-    found: dict[str, ItemMetric] = {}
-    for metric in metrics:
-        if isinstance(metric, ItemMetric):
-            if metric.card.name in found:
+    asks = [one if isinstance(one, Ask) else Ask(one) for one in metrics]
+    found: dict[str, Ask] = {}
+    for ask in asks:
+        if isinstance(ask.metric, ItemMetric):
+            if ask.name in found:
                 raise RecipeError(
-                    f"the metric '{metric.card.name}' is given twice.",
+                    f"the metric '{ask.name}' is given twice.",
                     hint="Evaluate its other form on its own; the answers are cached.",
                 )
-            found[metric.card.name] = metric
-    for metric in metrics:
-        if isinstance(metric, SummaryMetric):
-            for name in metric.uses():
+            found[ask.name] = ask
+    for ask in asks:
+        if isinstance(ask.metric, SummaryMetric):
+            for name in ask.metric.uses():
                 if name not in found:
-                    found[name] = build("metric", name)
+                    found[name] = Ask(build("metric", name), ask.splits)
     return found
 
 
@@ -151,7 +176,7 @@ def _cell(metric: ItemMetric, record: RecordBase, rewrite: Rewrite | None) -> _C
 def evaluate(
     system: System,
     splits: Mapping[str, Sequence[RecordBase]],
-    metrics: Sequence[ItemMetric | SummaryMetric],
+    metrics: Sequence[Asked],
     *,
     rewrite: Rewrite | None = None,
     cache: Cache | None = None,
@@ -163,7 +188,7 @@ def evaluate(
         system: What is measured, as deployed.
         splits: Records by split name (forget, retain, neighbours, general, holdout, …).
         metrics: Item metrics, and summary metrics for the item metrics that they read (call
-            their ``summarise`` with what comes back).
+            their ``summarise`` with what comes back); an :class:`Ask` limits one to some splits.
         rewrite: A prompt attack. Every record is asked with each of its prompts, and its value
             is the mean over them.
         cache: Answers known from earlier measurements.
@@ -176,19 +201,20 @@ def evaluate(
     Raises:
         RecipeError: A metric is given twice.
     """
-    known = item_metrics(metrics)
+    known = item_asks(metrics)
     skipped: dict[str, str] = {}
-    for name, metric in known.items():
-        reason = missing_capability(metric, system)
+    for name, ask in known.items():
+        reason = missing_capability(cast(ItemMetric, ask.metric), system)
         if reason is not None:
             skipped[name] = reason
 
     cells = {
         name: {
-            split: [_cell(metric, record, rewrite) for record in records]
+            split: [_cell(cast(ItemMetric, ask.metric), record, rewrite) for record in records]
             for split, records in splits.items()
+            if ask.splits is None or split in ask.splits
         }
-        for name, metric in known.items()
+        for name, ask in known.items()
         if name not in skipped
     }
     every = [cell for by_split in cells.values() for row in by_split.values() for cell in row]
@@ -215,7 +241,7 @@ def evaluate(
         items=items,
         means=means,
         skipped=skipped,
-        options={name: known[name].spec() for name in items},
+        options={name: known[name].metric.spec() for name in items},
         measured=counts,
     )
 

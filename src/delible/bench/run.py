@@ -1,0 +1,405 @@
+"""Runs a benchmark: models that know, methods that make them forget, one table in the end.
+
+Everything is a list of cells, each a manifest of plain data: (benchmark, task, method, seed).
+A finished cell is a JSON file, so a killed benchmark goes on with the cells that are missing,
+and the same manifests can be worked through by several processes or a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from delible import registry
+from delible.api import unlearn
+from delible.attacks.base import AttackContext, ModelAttack
+from delible.bench.cost import Cost
+from delible.bench.prepare import learned
+from delible.bench.spread import Chain, Manifest, spread
+from delible.bench.suite import Benchmark, Data, Task
+from delible.bench.table import Table, tabulate
+from delible.component import build
+from delible.errors import DelibleError, RecipeError, nearest
+from delible.files import read_json, write_json
+from delible.guards import guard
+from delible.lm.embedded import cache_folder
+from delible.lm.lm import LM
+from delible.measure.cache import Cache
+from delible.measure.evaluate import Ask, evaluate
+from delible.measure.requests import System
+from delible.metrics.base import SummaryMetric, SystemValues
+from delible.records import RecordBase
+from delible.rundir import RunDirectory, hardware, identity, versions
+from delible.train.recipe import Recipe
+
+Say = Callable[[str], None]
+#: Names for several methods at once.
+GROUPS = ("all", "all-optimisation", "all-editors", "all-guards")
+#: The two rows that every table has: the model before, and one that never knew.
+ORIGINAL, REFERENCE = "original", "retrained reference"
+#: What is measured on an attacked model.
+LEAKS = ("answer_probability", "extraction_strength")
+#: Called with (what is being done, cells done, cells in all).
+Progress = Callable[[str, int, int], None]
+
+
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a benchmark gave.
+
+    Attributes:
+        folder: Holds ``cells/``, ``leaderboard.parquet`` and ``leaderboard.html``.
+        table: Mean and interval of every column, by method.
+        cells: One finished cell each (see :func:`run_cell`).
+    """
+
+    folder: Path
+    table: Table
+    cells: list[Manifest] = field(default_factory=list)
+
+
+def method_names(asked: Sequence[str]) -> list[str]:
+    """Names of recipes, editors and guards, with groups spelled out; recipe files stay paths.
+
+    Raises:
+        RecipeError: An unknown name; offers the nearest.
+    """
+    kinds = {card.name: card.kind for card in registry.cards("recipe", "editor", "guard")}
+    of_group = {
+        "all": ("recipe", "editor", "guard"),
+        "all-optimisation": ("recipe",),
+        "all-editors": ("editor",),
+        "all-guards": ("guard",),
+    }
+    found: list[str] = []
+    for name in asked:
+        if name in GROUPS:
+            found += [
+                known
+                for known, kind in kinds.items()
+                if kind in of_group[name] and known != "finetune"
+            ]
+        elif name == "none":
+            continue  # the original's row is always there
+        elif name in kinds or name.endswith((".yaml", ".yml")):
+            found.append(name)
+        else:
+            raise RecipeError(f"unknown method '{name}'.", hint=nearest(name, (*kinds, *GROUPS)))
+    return list(dict.fromkeys(found))
+
+
+def bench(
+    benchmark: str | Mapping[str, Any] | Benchmark,
+    *,
+    methods: Sequence[str] = (),
+    model: str = "default",
+    seeds: int = 1,
+    data: Path | None = None,
+    out: Path | str | None = None,
+    attacks: Sequence[str | Mapping[str, Any]] = (),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    tune: int = 0,
+    jobs: int = 1,
+    ray: bool = False,
+    prepare: bool = False,
+    keep_models: bool = False,
+    say: Say = _quiet,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Runs methods through a benchmark.
+
+    Args:
+        benchmark: Its name, ``{"name": …, option: value}``, or the benchmark itself.
+        methods: Names of recipes, editors and guards, recipe files, or groups (``all``,
+            ``all-optimisation``, …). The original and, where the benchmark trains one, the
+            retrained reference are always measured.
+        model: What learns (where the benchmark teaches) and unlearns.
+        seeds: Runs of each method, with seeds 0, 1, …
+        data: Folder with the benchmark's files; ``None`` takes them from the hub.
+        out: Where results go; a second call with the same arguments goes on there.
+        attacks: Attacks on weights whose effect is measured on every method.
+        options: Options by method name, such as ``{"npo": {"beta": 0.2}}``.
+        tune: Trials of a search per method before it is measured (0: the recipe as it is).
+        jobs: Processes on this machine.
+        ray: Spread over a Ray cluster.
+        prepare: Only train (and cache) target and reference.
+        keep_models: Keep the unlearned models under ``out/models``.
+
+    Raises:
+        DelibleError: Bad input; told before anything is trained.
+    """
+    chosen = cast(Benchmark, build("benchmark", benchmark))  # type: ignore[arg-type]
+    names = method_names(methods)
+    wanted = [cast(ModelAttack, build("attack", dict(one) if isinstance(one, Mapping) else one))
+              for one in attacks]  # fmt: skip
+    for attack in wanted:
+        if not isinstance(attack, ModelAttack):
+            raise RecipeError(
+                f"the attack '{attack.card.name}' changes prompts, not weights.",
+                where="bench",
+                hint="Prompt attacks are asked by 'delible audit', or by the benchmark itself.",
+            )
+    tasks = chosen.tasks(Data(data, say))
+    common: Manifest = {
+        "benchmark": chosen.spec(),
+        "model": model,
+        "data": None if data is None else str(Path(data).resolve()),
+        "attacks": [attack.spec() for attack in wanted],
+        "tune": tune,
+        "keep_models": keep_models,
+    }
+    folder = Path(out or Path("runs") / f"bench-{chosen.card.name}-{identity(common)[:8]}")
+    ready = [_prepared(chosen, task, model, say) for task in tasks]
+    if prepare:
+        say(f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s).")
+        return BenchResult(folder, tabulate(chosen, []))
+    common["folder"] = str(folder.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
+    first: list[Chain] = [
+        [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
+        for task, paths in zip(tasks, ready, strict=True)
+        for row in ([REFERENCE] if paths["reference"] else []) + [ORIGINAL]
+    ]
+    then = list(_chains(tasks, ready, names, seeds, common, options or {}))
+    total = sum(map(len, (*first, *then)))
+    cells: list[Manifest] = []
+    # the references come first: the others are compared with them
+    for part, count in ((first, 1), (then, jobs)):
+        for done in spread(run_cell, part, jobs=count, ray=ray and part is then):
+            cells += done
+            if progress is not None:
+                progress(f"{done[-1]['method']}, {done[-1]['task']}", len(cells), total)
+            table = tabulate(chosen, cells)
+            _write(folder, chosen, table, cells, common)
+    return BenchResult(folder, table, cells)
+
+
+def _prepared(
+    benchmark: Benchmark, task: Task, model: str, say: Say
+) -> dict[str, str | None]:
+    """Where the task's start model and its reference are."""
+    if not task.learn:
+        return {"start": model, "reference": None}
+    options = benchmark.learning(model).options
+    start = learned(model, task.learn, options=options, title="target", say=say)  # type: ignore[arg-type]
+    reference = None
+    if task.relearned:
+        reference = str(
+            learned(model, task.relearned, options=options, title="reference", say=say)  # type: ignore[arg-type]
+        )
+    return {"start": str(start), "reference": reference}
+
+
+def _chains(
+    tasks: Sequence[Task],
+    ready: Sequence[Mapping[str, str | None]],
+    methods: Sequence[str],
+    seeds: int,
+    common: Manifest,
+    options: Mapping[str, Mapping[str, Any]],
+) -> Iterator[Chain]:
+    """Cells of every method and seed; successive tasks are in one chain."""
+    for method in methods:
+        for seed in range(seeds):
+            chains: list[list[Manifest]] = []
+            for task, paths in zip(tasks, ready, strict=True):
+                cell = {
+                    **common, "task": task.name, **paths, "method": method, "seed": seed,
+                    "options": dict(options.get(method, {})), "after": task.after,
+                }  # fmt: skip
+                before = [one for one in chains if one[-1]["task"] == task.after]
+                if before:
+                    before[0].append(cell)
+                else:
+                    chains.append([cell])
+            for chain in chains:
+                for cell in chain[:-1]:
+                    cell["keep_models"] = True  # the next one starts from it
+            yield from chains
+
+
+# ---- one cell
+
+
+def _place(manifest: Manifest) -> Path:
+    """The file of a cell's result. Its name says what it is, its hash everything else."""
+    described = {key: value for key, value in manifest.items() if key not in ("folder",)}
+    method = Path(str(manifest["method"])).stem.replace(" ", "-")
+    task = str(manifest["task"]).replace("/", "-").replace(" ", "-")
+    name = f"{task}--{method}--{manifest['seed']}--{identity(described)[:8]}.json"
+    return Path(manifest["folder"]) / "cells" / name
+
+
+def run_cell(manifest: Manifest) -> Manifest:
+    """One method on one task with one seed: unlearns, measures, writes the result.
+
+    Returns:
+        ``task``, ``method``, ``seed``, ``numbers`` (by ``label/split``, summary name, and
+        ``attack: …/label``), ``counts`` of records without a value, ``seconds``,
+        ``peak_bytes``, ``values`` of every record; or ``failed`` with the reason.
+    """
+    place = _place(manifest)
+    if place.exists():
+        return cast(Manifest, read_json(place))
+    benchmark = cast(Benchmark, build("benchmark", manifest["benchmark"]))
+    data = Data(None if manifest["data"] is None else Path(manifest["data"]))
+    task = next(one for one in benchmark.tasks(data) if one.name == manifest["task"])
+    head = {key: manifest[key] for key in ("task", "method", "seed", "model")}
+    result: Manifest
+    try:
+        with Cost() as cost:
+            system, notes = _system(manifest, task)
+        values = _measured(benchmark, task, system)
+        reference = _reference_values(manifest, task)
+        numbers = _numbers(benchmark.asks(), values, reference)
+        for spec in manifest["attacks"]:
+            numbers |= _attacked(system, cast(ModelAttack, build("attack", spec)), task, manifest)
+        result = {
+            **head,
+            "numbers": numbers,
+            "counts": _missing(values),
+            "skipped": dict(values.skipped),
+            "seconds": round(cost.seconds, 1),
+            "peak_bytes": cost.peak_bytes,
+            "notes": notes,
+            "values": values.as_json(),
+        }
+        del system
+    except DelibleError as error:  # one method that cannot do it must not end the others' runs
+        result = {**head, "failed": str(error), "numbers": {}, "seconds": None}
+    gc.collect()
+    if "failed" not in result:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, result)
+    return result
+
+
+def _model_folder(manifest: Manifest, task: str) -> Path:
+    method = Path(str(manifest["method"])).stem
+    name = f"{task}--{method}--{manifest['seed']}--{identity({'m': manifest['model']})[:6]}"
+    return Path(manifest["folder"]) / "models" / name.replace("/", "-").replace(" ", "-")
+
+
+def _system(manifest: Manifest, task: Task) -> tuple[System, dict[str, Any]]:
+    """The system that a cell measures."""
+    method = str(manifest["method"])
+    if method == ORIGINAL:
+        return LM.load(str(manifest["start"])), {}
+    if method == REFERENCE:
+        return LM.load(str(manifest["reference"])), {}
+    start = str(manifest["start"])
+    if manifest.get("after"):
+        start = str(_model_folder(manifest, str(manifest["after"])) / "model")
+    if any(card.name == method for card in registry.cards("guard")):
+        return guard(LM.load(start), task.request, method, **manifest["options"]), {}
+    options, notes = dict(manifest["options"]), {}
+    if manifest["tune"]:
+        from delible.tune import tuned_options
+
+        options = tuned_options(start, task.request, method, manifest["tune"], options)
+        notes["tuned"] = options
+    folder = _model_folder(manifest, task.name)
+    result = unlearn(
+        start, task.request, method=method, seed=manifest["seed"], out=folder, shown=0, **options
+    )
+    if not manifest["keep_models"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return result.model, {**notes, "stopped": result.stopped}
+
+
+def _cache(manifest: Manifest | None = None) -> Cache:
+    return Cache(cache_folder() / "answers")
+
+
+def _measured(benchmark: Benchmark, task: Task, system: System) -> SystemValues:
+    return evaluate(system, task.splits, benchmark.asks(), cache=_cache())
+
+
+def _reference_values(manifest: Manifest, task: Task) -> SystemValues | None:
+    if manifest["reference"] is None:
+        return None
+    described = {**manifest, "method": REFERENCE, "seed": 0}
+    for key in ("options", "after"):
+        described.pop(key, None)
+    described["keep_models"] = False
+    for keep in (False, True):
+        path = _place({**described, "keep_models": keep})
+        if path.exists():
+            return SystemValues.from_json(read_json(path)["values"])
+    return None
+
+
+def _numbers(
+    asks: Sequence[Ask], values: SystemValues, reference: SystemValues | None
+) -> dict[str, float | None]:
+    numbers = {
+        f"{label}/{split}": mean
+        for label, by_split in values.means.items()
+        for split, mean in by_split.items()
+    }
+    for ask in asks:
+        if isinstance(ask.metric, SummaryMetric):
+            # a reference compared with itself would be perfect by definition: it is not shown
+            numbers |= ask.metric.summarise(values, reference)
+    return numbers
+
+
+def _missing(values: SystemValues) -> dict[str, int]:
+    """How many records have no value, where some do not."""
+    found = {
+        f"{label}/{split}": sum(item.value is None for item in items)
+        for label, by_split in values.items.items()
+        for split, items in by_split.items()
+    }
+    return {key: count for key, count in found.items() if count}
+
+
+def _attacked(
+    system: System, attack: ModelAttack, task: Task, manifest: Manifest
+) -> dict[str, float | None]:
+    """Knowledge scores of the attacked model, on records that the attack did not train on."""
+    title = f"{attack.card.name} {attack.variant_title()}".strip()
+    if not isinstance(system, LM):
+        return {}
+    from delible.world import unrelated
+
+    context = AttackContext(
+        forget=task.splits["forget"],
+        retain=task.request.retain,
+        unrelated=unrelated(),
+        original=None,
+        seed=int(manifest["seed"]),
+        say=_quiet,
+    )
+    held: Sequence[RecordBase] = attack.held_out(context)
+    attacked = attack.apply(system, context)
+    found = evaluate(attacked, {"forget": held}, [build("metric", name) for name in LEAKS])
+    return {f"attack: {title}/{name}": found.means[name]["forget"] for name in LEAKS}
+
+
+# ---- what is left on disk
+
+
+def _write(
+    folder: Path, benchmark: Benchmark, table: Table, cells: Sequence[Manifest], common: Manifest
+) -> None:
+    from delible.bench.table import write_parquet
+    from delible.report.leaderboard import write_page
+
+    write_json(
+        folder / "bench.json",
+        {**common, "versions": versions(), "hardware": hardware(), "cells": len(cells)},
+    )
+    write_parquet(folder / "leaderboard.parquet", cells)
+    write_page(folder / "leaderboard.html", benchmark, table, cells, common)
+
+
+__all__ = ["BenchResult", "Recipe", "RunDirectory", "bench", "method_names", "run_cell"]

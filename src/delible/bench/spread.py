@@ -1,0 +1,67 @@
+"""The same manifests here, on several processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from delible.errors import MissingExtraError, RecipeError
+
+Manifest = dict[str, Any]
+#: Cells that must run one after the other (a later one starts from an earlier one's result).
+Chain = Sequence[Manifest]
+Work = Callable[[Manifest], Manifest]
+
+
+def run_chain(work: Work, chain: Chain) -> list[Manifest]:
+    """The results of a chain, in order."""
+    return [work(manifest) for manifest in chain]
+
+
+def spread(
+    work: Work, chains: Sequence[Chain], *, jobs: int = 1, ray: bool = False
+) -> Iterator[list[Manifest]]:
+    """Results of every chain, as they finish.
+
+    Args:
+        work: An importable function of one manifest (plain data in, plain data out).
+        chains: What to run; chains are independent of each other.
+        jobs: Processes on this machine.
+        ray: Use the Ray cluster that is there (or a local one); paths must be shared by its
+            machines.
+
+    Raises:
+        RecipeError: Both ``jobs`` and ``ray``.
+        MissingExtraError: Ray is not installed.
+    """
+    if ray and jobs > 1:
+        raise RecipeError("give either --jobs or --ray.", hint="Ray decides by itself how many.")
+    if ray:
+        yield from _on_ray(work, chains)
+    elif jobs > 1:
+        # "spawn": a forked process would inherit torch's threads and CUDA's state
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            for done in as_completed([pool.submit(run_chain, work, chain) for chain in chains]):
+                yield done.result()
+    else:
+        for chain in chains:
+            yield run_chain(work, chain)
+
+
+def _on_ray(work: Work, chains: Sequence[Chain]) -> Iterator[list[Manifest]]:
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise MissingExtraError("Spreading runs with --ray", "ray") from None
+    if not ray.is_initialized():
+        ray.init(ignore_reinit_error=True)
+    remote = ray.remote(run_chain)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    waiting = [remote.options(num_gpus=gpus).remote(work, chain) for chain in chains]
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1)
+        yield ray.get(done[0])

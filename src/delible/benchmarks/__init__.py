@@ -1,0 +1,1 @@
+"""Benchmarks of the field, one declarative file each."""

@@ -1,0 +1,199 @@
+"""``delible bench``: methods through a benchmark, or an experiment about methods and metrics."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from delible.cli import flags, output
+from delible.cli.unlearn import component, option_name, option_value
+from delible.errors import EXIT_DONE, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from delible.bench.suite import Benchmark, Experiment
+
+
+@flags.flowing
+def bench(
+    suite: str,
+    /,
+    *,
+    methods: Annotated[list[str] | None, Parameter(group=flags.METHOD)] = None,
+    model: Annotated[str, Parameter(group=flags.METHOD)] = "default",
+    seeds: Annotated[int, Parameter(group=flags.RUN)] = 1,
+    data: Annotated[Path | None, Parameter(group=flags.DATA)] = None,
+    attacks: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
+    tune: Annotated[int, Parameter(group=flags.METHOD)] = 0,
+    prepare: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    jobs: Annotated[int, Parameter(group=flags.RUN)] = 1,
+    ray: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    keep_models: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    out: flags.Out = None,
+    **options: Annotated[str, Parameter(group=flags.OTHER)],
+) -> int:
+    """Run methods through a benchmark of the field and write the leaderboard.
+
+    Parameters
+    ----------
+    suite
+        Name of a benchmark or experiment ('delible list benchmarks').
+    methods
+        Names of methods, editors and guards, or recipe files, separated by commas; 'all',
+        'all-optimisation', 'all-editors' and 'all-guards' name many. The model before and, where
+        the benchmark trains one, the retrained reference are always in the table.
+    model
+        What learns and unlearns: 'default', 'tiny' (minutes instead of hours), a hub id, a folder.
+    seeds
+        Runs of every method; the table gives mean and 95 % interval.
+    data
+        Folder that holds the benchmark's files. Default: the Hugging Face hub.
+    attacks
+        Attacks on the weights whose effect gets columns of its own, separated by commas, such as
+        relearn,quantize; with options as '{name: quantize, bits: 4}'.
+    tune
+        Trials of a search over every method's own ranges before it is measured.
+    prepare
+        Only train the target and the retrained reference, and keep them in the cache.
+    jobs
+        Processes on this machine.
+    ray
+        Spread the runs over a Ray cluster (or over this machine, by Ray).
+    keep_models
+        Keep the unlearned models under OUT/models.
+    out
+        Where results go; the same command goes on there. Default: runs/bench-SUITE-HASH.
+    options
+        Options of the benchmark by name, such as --split forget01 --authors 20.
+    """
+    from delible import registry
+
+    known = {card.name: card for card in registry.cards("benchmark")}
+    if suite not in known:
+        raise RecipeError(f"unknown benchmark '{suite}'.", hint=nearest(suite, known))
+    output.quiet_libraries()
+    kind = registry.load("benchmark", suite)
+    given = {option_name(flag): option_value(text) for flag, text in options.items()}
+    _check_options(suite, kind.model_fields, given)
+    chosen = kind.build(f"benchmark '{suite}'", **{
+        key: _listed(kind.model_fields[key].annotation, value) for key, value in given.items()
+    })  # fmt: skip
+    names = _names(methods)
+    from delible.bench.suite import Experiment
+
+    with output.Reporter() as reporter:
+        if isinstance(chosen, Experiment):
+            return _experiment(reporter, chosen, names, model, seeds, data, out)
+        return _benchmark(
+            reporter, chosen, names, model, seeds, data, _attacks(attacks), tune, jobs, ray,
+            prepare, keep_models, out,
+        )  # fmt: skip
+
+
+def _benchmark(
+    reporter: output.Reporter,
+    benchmark: Benchmark,
+    methods: Sequence[str],
+    model: str,
+    seeds: int,
+    data: Path | None,
+    attacks: Sequence[Any],
+    tune: int,
+    jobs: int,
+    ray: bool,
+    prepare: bool,
+    keep_models: bool,
+    out: Path | None,
+) -> int:
+    from delible.bench.run import bench as run
+
+    reporter.field("benchmark", benchmark.card.title)
+    reporter.field("model", model)
+    reporter.field("methods", ", ".join(methods) or "none (only the model as it is)")
+    result = run(
+        benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
+        tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
+        say=reporter.say, progress=reporter.stage,
+    )  # fmt: skip
+    reporter.finish_bar()
+    if prepare:
+        return EXIT_DONE
+    reporter.console.print(output.leaderboard(result.table))
+    for row in result.table.rows:
+        if row.failed is not None:
+            reporter.say(f"{row.method} failed: {row.failed}")
+    reporter.field("leaderboard", str((result.folder / "leaderboard.html").resolve()))
+    reporter.field("all numbers", str((result.folder / "leaderboard.parquet").resolve()))
+    return EXIT_DONE
+
+
+def _experiment(
+    reporter: output.Reporter,
+    experiment: Experiment,
+    methods: Sequence[str],
+    model: str,
+    seeds: int,
+    data: Path | None,
+    out: Path | None,
+) -> int:
+    from delible.bench.suite import Data, Setting
+    from delible.report.leaderboard import write_findings
+    from delible.rundir import identity
+
+    described = {"experiment": experiment.spec(), "model": model, "methods": list(methods)}
+    place = f"bench-{experiment.card.name}-{identity(described)[:8]}"
+    folder = out or Path("runs") / place
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter.field("experiment", experiment.card.title)
+    reporter.field("model", model)
+    setting = Setting(
+        model, methods, seeds, folder, Data(data, reporter.say), reporter.say, reporter.stage
+    )
+    found = experiment.run(setting)
+    reporter.finish_bar()
+    if found.rows:
+        columns = list(found.rows[0])
+        cells = [[output.cell(row[column]) for column in columns] for row in found.rows]
+        reporter.console.print(output.table(columns, cells))
+    for note in found.notes:
+        reporter.say(note)
+    page = write_findings(folder, experiment, found, described)
+    reporter.field("page", str(page.resolve()))
+    return EXIT_DONE
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    return [name.strip() for text in given or () for name in text.split(",") if name.strip()]
+
+
+def _attacks(given: Sequence[str] | None) -> list[Any]:
+    """Names separated by commas, and mappings whole."""
+    found: list[Any] = []
+    for text in given or ():
+        mapping = text.lstrip().startswith("{")
+        found += [component(text)] if mapping else _names([text])
+    return found
+
+
+def _listed(annotation: Any, value: Any) -> Any:
+    """A text for an option that takes several: parts between commas."""
+    if isinstance(value, str) and "tuple" in str(annotation):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _check_options(suite: str, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Offers the nearest flag, whether it is the benchmark's or the command's."""
+    from inspect import signature
+
+    own = {name for name in signature(bench).parameters if name not in ("suite", "options")}
+    for key in given:
+        if key not in fields:
+            flag = key.replace("_", "-")
+            words = {name.replace("_", "-") for name in {*fields, *own}}
+            close = difflib.get_close_matches(flag, words, n=1, cutoff=0.6)
+            hint = f"Did you mean '--{close[0]}'?" if close else f"'delible show {suite}' lists them."
+            raise RecipeError(f"unknown option '--{flag}'.", where=f"benchmark '{suite}'", hint=hint)
