@@ -3,6 +3,7 @@ reference, and what can be said from the answers."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -21,7 +22,7 @@ from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
-from delible.measure.evaluate import evaluate, item_metrics
+from delible.measure.evaluate import evaluate, item_asks
 from delible.measure.requests import System
 from delible.metrics.base import Item, ItemMetric, SummaryMetric, SystemValues
 from delible.records import ForgetRequest, RecordBase, digest
@@ -139,6 +140,7 @@ class _Audit:
         self.guarded = guard is not None
         self.systems = self._systems(system, before, reference, guard)
         self.measured: dict[str, int] = {}
+        self._preparations: dict[str, dict[str, Any]] = {}
 
     # ---- what is asked of whom
 
@@ -156,7 +158,7 @@ class _Audit:
         found: list[PromptAttack | ModelAttack] = []
         for spec in DEFAULT_ATTACKS if specs is None else specs:
             attack = build("attack", spec if isinstance(spec, str) else dict(spec))
-            if isinstance(attack, ModelAttack) and isinstance(spec, str):
+            if isinstance(spec, str):
                 found += [
                     build("attack", {"name": spec, **options}) for options in attack.variants()
                 ]
@@ -230,7 +232,7 @@ class _Audit:
     def run(self) -> AuditResult:
         plain = Setting("none", "", "Asked plainly")
         attacked = [
-            Setting(attack.card.name, _variant(attack), attack.card.title)
+            Setting(attack.card.name, attack.variant_title(), attack.card.title)
             for attack in self.attacks
         ]
         findings = Findings(
@@ -279,13 +281,17 @@ class _Audit:
 
     def _leaks(self, names: Sequence[str]) -> list[ItemMetric]:
         """The knowledge scores that are measured under attack, among the chosen metrics."""
-        wanted = item_metrics(self.metrics)
+        wanted = item_asks(self.metrics)
         for name in names:
             if name not in LEAK_MEASURES:
                 raise RecipeError(
                     f"'{name}' is no knowledge score.", hint=nearest(name, LEAK_MEASURES)
                 )
-        return [wanted[name] for name in LEAK_MEASURES if name in wanted and name in names]
+        return [
+            cast(ItemMetric, wanted[name].metric)
+            for name in LEAK_MEASURES
+            if name in wanted and name in names
+        ]
 
     def _attacked_retain(self) -> Sequence[RecordBase]:
         records = self.splits.get("retain") or self.splits.get("neighbours") or ()
@@ -299,8 +305,7 @@ class _Audit:
         splits: Splits = {"forget": self.splits["forget"], "retain": self._attacked_retain()}
         title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
         if isinstance(attack, PromptAttack):
-            self.say(f"{title}.")
-            setting.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
+            self._attack_prompts(role, system, attack, setting, splits, title)
         elif not isinstance(system, LM):
             setting.notes["skipped"] = (
                 f"the {role} system gives no weights, so this attack cannot be run on it"
@@ -308,6 +313,79 @@ class _Audit:
         else:
             self._attack_weights(role, system, attack, setting, splits, title)
         setting.seconds += time.perf_counter() - began
+
+    def _attack_prompts(
+        self,
+        role: SystemRole,
+        system: System,
+        attack: PromptAttack,
+        setting: Setting,
+        splits: Splits,
+        title: str,
+    ) -> None:
+        self.say(f"{title}.")
+        if attack.searches_on() is not None:
+            context = self._context(role, [], title)
+            try:
+                splits["forget"] = attack.held_out(context)
+                attack = self._prepared(role, system, attack, context, title)
+            except DelibleError as error:
+                setting.notes["skipped"] = f"not run: {error}"
+                return
+            if role == "unlearned":
+                setting.notes.update(context.notes)
+        setting.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
+
+    def _prepared(
+        self,
+        role: SystemRole,
+        system: System,
+        attack: PromptAttack,
+        context: AttackContext,
+        title: str,
+    ) -> PromptAttack:
+        """The attack after its search, which is made once per system, attack, records and seed."""
+        if attack.searches_on() == "original" and role != "original":
+            if "original" not in self.systems:
+                raise DataError(
+                    "it searches on the original model, which was not given.",
+                    hint="Add --before MODEL.",
+                )
+            system = self._original()
+        key = None if system.fingerprint is None else self._preparation_key(system, attack, context)
+        kept = self._known_preparation(key)
+        if kept is not None:
+            self.say(f"{title}: the search is known.")
+            spec, notes = kept
+            context.notes.update(notes)
+            return cast(PromptAttack, build("attack", spec))
+        prepared = attack.prepare(system, context)
+        if key is not None:
+            content = {"prepared": prepared.spec(), "notes": dict(context.notes)}
+            self._preparations[key] = content
+            if self.cache is not None:
+                write_json(self.cache.folder / "attacks" / f"{key}.json", content)
+        return prepared
+
+    def _preparation_key(self, system: System, attack: PromptAttack, context: AttackContext) -> str:
+        content = {
+            "prepared on": system.fingerprint,
+            "attack": attack.spec(),
+            "seed": self.seed,
+            "forget": digest(context.forget),
+            "retain": digest(context.retain),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _known_preparation(self, key: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        if key is None:
+            return None
+        if key not in self._preparations and self.cache is not None:
+            path = self.cache.folder / "attacks" / f"{key}.json"
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                self._preparations[key] = json.loads(path.read_text(encoding="utf-8"))
+        found = self._preparations.get(key)
+        return None if found is None else (found["prepared"], found["notes"])
 
     def _attack_weights(
         self,
@@ -319,7 +397,7 @@ class _Audit:
         title: str,
     ) -> None:
         curve: list[tuple[int, float | None]] = []
-        context = self._context(role, curve)
+        context = self._context(role, curve, title)
         try:
             splits["forget"] = attack.held_out(context)
         except DelibleError as error:
@@ -347,7 +425,9 @@ class _Audit:
         if role == "unlearned":
             setting.notes.update(notes)
 
-    def _context(self, role: SystemRole, curve: list[tuple[int, float | None]]) -> AttackContext:
+    def _context(
+        self, role: SystemRole, curve: list[tuple[int, float | None]], title: str
+    ) -> AttackContext:
         from delible.world import unrelated
 
         original = None
@@ -360,6 +440,10 @@ class _Audit:
             values = evaluate(lm, {"forget": self._held}, [metric])
             curve.append((step, values.means["answer_probability"]["forget"]))
 
+        def progress(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(title, done, total)
+
         return AttackContext(
             forget=self.splits["forget"],
             retain=self.splits.get("retain") or self.splits.get("neighbours") or (),
@@ -368,6 +452,7 @@ class _Audit:
             seed=self.seed,
             say=self.say,
             observe=observe,
+            progress=progress,
         )
 
     _loaded_original: System | None = None
@@ -480,10 +565,6 @@ class _Audit:
         from delible.report import read_run, write
 
         write(read_run(self.out.path), self.out.path / "report.html")
-
-
-def _variant(attack: PromptAttack | ModelAttack) -> str:
-    return attack.variant_title() if isinstance(attack, ModelAttack) else ""
 
 
 _WITHOUT = {

@@ -87,28 +87,48 @@ def capture(
 
 @contextmanager
 def steer(
-    model: nn.Module, path: str, function: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module,
+    path: str,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    which: Literal["output", "input"] = "output",
 ) -> Iterator[None]:
-    """Replaces a module's output by a function of it; other elements of a tuple stay.
+    """Replaces what a module gives by a function of it; other elements of a tuple stay.
 
     Args:
         model: Any model.
         path: Path of the module, such as ``anatomy.block_path(3)``.
         function: From the output tensor, ``[batch, sequence, hidden]`` for a block, to a tensor
             of the same shape.
+        which: Or what the module receives: its first tensor, as in :func:`capture`.
 
     Raises:
-        ModelError: There is no such module, or the function changed the shape.
+        ModelError: There is no such module, it receives no tensor, or the function changed the
+            shape.
     """
 
-    def replace(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        old = _tensor_of(output, path)
+    def steered(old: torch.Tensor) -> torch.Tensor:
         new = function(old)
         if new.shape != old.shape:
             raise ModelError(
                 f"the steering function returned shape {tuple(new.shape)} for {tuple(old.shape)}.",
                 where=path,
             )
+        return new
+
+    def replace_input(
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for place, value in enumerate(arguments):
+            if torch.is_tensor(value):
+                return (*arguments[:place], steered(value), *arguments[place + 1 :]), named
+        tensors = [name for name, value in named.items() if torch.is_tensor(value)]
+        if not tensors:
+            raise ModelError("the module received no tensor.", where=path)
+        name = "hidden_states" if "hidden_states" in tensors else tensors[0]
+        return arguments, {**named, name: steered(named[name])}
+
+    def replace(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        new = steered(_tensor_of(output, path))
         if torch.is_tensor(output):
             return new
         if isinstance(output, tuple):
@@ -116,7 +136,12 @@ def steer(
         output[next(iter(output))] = new  # a model output of transformers is an ordered mapping
         return output
 
-    handle = submodule(model, path).register_forward_hook(replace)
+    module = submodule(model, path)
+    handle = (
+        module.register_forward_pre_hook(replace_input, with_kwargs=True)
+        if which == "input"
+        else module.register_forward_hook(replace)
+    )
     try:
         yield
     finally:

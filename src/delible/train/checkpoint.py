@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from delible.errors import RunError
 from delible.files import atomic_folder
+from delible.train.slots import Memory
 
 
 def save(
@@ -21,6 +22,7 @@ def save(
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
+    memory: Memory | None = None,
 ) -> None:
     """Writes a checkpoint in place of the last one, atomically."""
     with atomic_folder(folder) as target:
@@ -32,6 +34,13 @@ def save(
                 for key, value in optimizer.state.get(parameter, {}).items():
                     moments[f"{key}/{name}"] = torch.as_tensor(value).detach().contiguous()
             save_file(moments, target / "optimizer.safetensors")
+        if memory:
+            kept = {
+                f"{what}/{index}": value.detach().contiguous()
+                for what, values in memory.items()
+                for index, value in enumerate(values)
+            }
+            save_file(kept, target / "memory.safetensors")
         (target / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -46,6 +55,16 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         raise RunError(
             "the checkpoint cannot be read.", where=str(path), hint="Delete the folder."
         ) from None
+
+
+def read_memory(folder: Path, device: torch.device) -> Memory:
+    """The tensors that components kept; empty if they kept none."""
+    path = folder / "memory.safetensors"
+    found = load_file(path) if path.exists() else {}
+    memory: Memory = {}
+    for joined in sorted(found, key=lambda name: int(name.rpartition("/")[2])):
+        memory.setdefault(joined.rpartition("/")[0], []).append(found[joined].to(device))
+    return memory
 
 
 @torch.no_grad()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from delible.errors import ModelError
 from delible.lm.lm import LM
+from delible.train.randomness import generator
 from delible.train.reference import Reference
-from delible.train.slots import Keep, Objective
-from delible.train.step import Reads, Row, Step, make_step
+from delible.train.slots import Keep, Memory, Objective
+from delible.train.step import Reads, Row, Step, Unit, make_step
+
+#: What surrounds the pass over one micro-batch, given its step before anything is computed.
+Around = Callable[[Step], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,11 @@ class Passes:
         weights: Weights of the forget and the retain loss at this step.
         forget_units, retain_units: The numbers the summed losses are divided by.
         world: Number of processes; gradients are averaged over them, so losses are scaled by it.
+        memory: Tensors that a balancer or hardener keeps between steps. A step may be tried again
+            when memory runs out, so write to it only once all passes of the step are done.
+        seed, step: Of the run, and the step's number from 0; see :meth:`generator`.
+        units: Units of the whole step by role, over all micro-batches and processes; None: those
+            of the micro-batches.
     """
 
     lm: LM
@@ -64,25 +76,114 @@ class Passes:
     accumulating: Callable[[bool], AbstractContextManager[object]] | None = None
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     totals: Totals = field(default_factory=Totals)
+    memory: Memory = field(default_factory=dict)
+    seed: int = 0
+    step: int = 0
+    units: Mapping[str, Mapping[Unit, int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.units is None:
+            self.units = units_of(
+                {
+                    role: [row for micro in self.micro_batches for row in micro.forget[role]]
+                    for role in {role for micro in self.micro_batches for role in micro.forget}
+                }
+            )
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A random generator of this step, the same whatever was drawn before."""
+        return generator(self.seed, *purpose, self.step)
 
     def both(self) -> None:
         """Adds the gradient of the weighted sum of both losses."""
         self._run(forget=True, keep=True)
 
-    def forget(self) -> None:
-        """Adds the gradient of the weighted forget loss."""
-        self._run(forget=True, keep=False)
+    def forget(self, around: Around | None = None) -> None:
+        """Adds the gradient of the weighted forget loss.
+
+        ``around`` is entered with each micro-batch's step before anything of it is computed, and
+        left after the backward pass: what it changes in between, this gradient is taken under.
+        """
+        self._run(forget=True, keep=False, around=around)
 
     def keep(self) -> None:
         """Adds the gradient of the weighted retain loss."""
         self._run(forget=False, keep=True)
+
+    def forget_curvature(self, direction: Sequence[Tensor | None], scale: float) -> None:
+        """Adds ``scale`` times the Hessian of the weighted forget loss times ``direction``.
+
+        By differentiating twice, so the graph of the gradient is in memory too: about twice that
+        of a pass, with the plain attention kernel (the fused ones have no second derivative).
+
+        Args:
+            direction: One tensor per parameter; None stands for zeros.
+
+        Raises:
+            ModelError: A part of the model cannot be differentiated twice.
+        """
+
+        def product(loss: Tensor) -> Tensor:
+            gradients = torch.autograd.grad(
+                loss, list(self.parameters), create_graph=True, allow_unused=True
+            )
+            terms = [
+                (gradient * along).sum()
+                for gradient, along in zip(gradients, direction, strict=True)
+                if gradient is not None and along is not None
+            ]
+            if self.world > 1:  # processes wait for a gradient of every parameter
+                terms += [0.0 * parameter.sum() for parameter in self.parameters]
+            return scale * torch.stack(terms).sum()
+
+        reported = self.totals.forget
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                self._run(forget=True, keep=False, through=product)
+        except RuntimeError as error:
+            if "derivative for" not in str(error) and "differentiate twice" not in str(error):
+                raise
+            raise ModelError(
+                "this model has no second derivative, which the hardener needs.",
+                where=str(error).splitlines()[0],
+                hint="Load it with attn_implementation='eager', or choose --harden sam.",
+            ) from error
+        self.totals.forget = reported
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Gradients start from nothing inside; at the end those of before are added."""
+        before = [parameter.grad for parameter in self.parameters]
+        self.clear()
+        yield
+        for parameter, earlier in zip(self.parameters, before, strict=True):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+
+    @contextmanager
+    def returning(self) -> Iterator[list[Tensor]]:
+        """A copy of the weights, which are put back bit by bit at the end, whatever happens."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            yield kept
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
 
     def clear(self) -> None:
         """Forgets all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _run(self, *, forget: bool, keep: bool) -> None:
+    def _run(
+        self,
+        *,
+        forget: bool,
+        keep: bool,
+        through: Callable[[Tensor], Tensor] = lambda loss: loss,
+        around: Around | None = None,
+    ) -> None:
         if not forget and self.keep_loss is None:
             return
         totals = Totals()
@@ -95,13 +196,13 @@ class Passes:
                 rows["retain"] = micro.retain
             if not rows:
                 continue
-            step = make_step(self.lm, self.forward, rows, self.reads, self.reference)
+            step = make_step(self.lm, self.forward, rows, self.reads, self.reference, self.units)
             ready = self.accumulating(index < last) if self.accumulating else _nothing()
-            with ready:
+            with ready, around(step) if around else _nothing():
                 loss = self._loss(step, micro, totals, forget=forget, keep=keep)
                 totals.tokens += step.tokens
                 totals.padding.append(step.padding_share)
-                self.backward(loss)
+                self.backward(through(loss))
         if forget:
             self.totals.forget = totals.forget
         if keep:
@@ -124,6 +225,14 @@ class Passes:
             totals.keep += float(value.detach())
             parts.append(self.weights[1] * value)
         return torch.stack(parts).sum() * self.world
+
+
+def units_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[Unit, int]]:
+    """How many units of each kind the rows of each role have."""
+    return {
+        role: {unit: sum(row.units(unit) for row in part) for unit in get_args(Unit)}
+        for role, part in rows.items()
+    }
 
 
 def _weighted(values: Tensor, weights: Sequence[float], units: float) -> Tensor:
