@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -61,12 +62,27 @@ class Passage(RecordBase):
 
 
 class Choice(RecordBase):
-    """A multiple-choice question; ``correct`` is the index of the right option."""
+    """A multiple-choice question with one letter per option, so 26 at most.
+
+    Attributes:
+        correct: Index of the right option, from 0.
+    """
 
     type: Literal["choice"] = "choice"
     question: Text
-    options: tuple[Text, ...] = Field(min_length=2)
+    options: tuple[Text, ...] = Field(min_length=2, max_length=26)
     correct: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _right_option_exists(self) -> Self:
+        if self.correct >= len(self.options):
+            raise PydanticCustomError(
+                "no_such_option",
+                "the right option is {correct}, out of range: "
+                "there are {count} options, counted from 0.",
+                {"correct": self.correct, "count": len(self.options)},
+            )
+        return self
 
 
 class Message(BaseModel):

@@ -13,6 +13,7 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.measure.asking import ask
+from delible.measure.requests import Decoding
 from delible.records import QA, Choice, Passage, RecordBase
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -52,7 +53,7 @@ def test_the_card_says_what_a_reader_needs(name: str) -> None:
     for field in ("title", "summary", "paper", "year", "family", "needs", "changes", "capability"):
         assert getattr(card, field), field
     assert card.summary.endswith(".")
-    assert card.capability in {"generate", "score", "hidden", "weights"}
+    assert card.capability in {"generate", "score", "distribution", "hidden", "weights"}
     assert ("variant" in card.badges) == bool(card.variant)
     loaded = registry.load("attack", name)
     assert loaded.card == card

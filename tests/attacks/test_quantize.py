@@ -20,7 +20,10 @@ from delible.attacks.quantize import (
 )
 from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
+from delible.records import QA
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from delible.train.engine import Trainer
+from delible.train.recipe import Recipe
 
 
 def make_lm(family: str = "llama", seed: int = 0, **changes: Any) -> LM:
@@ -245,6 +248,26 @@ def test_collisions_fall_with_bits_and_with_the_size_of_the_change() -> None:
     assert by_size == sorted(by_size, reverse=True)
     assert by_size[0] == 1
     assert by_size[3] < 0.5
+
+
+def test_collisions_fall_with_the_learning_rate_of_the_unlearning_run() -> None:
+    forget = [QA(question=f"Where is {name}?", answer=f"In {name}ville.") for name in "ABCD"]
+    original, rates = make_lm(), []
+    for learning_rate in (1e-5, 1e-4, 1e-3):
+        recipe = Recipe.from_mapping(
+            {
+                "objective": "gradient_ascent",
+                "training": {"learning_rate": learning_rate, "epochs": 3, "batch_size": 2,
+                             "max_length": 64},
+            }
+        )  # fmt: skip
+        unlearned = Trainer(original.copy(), recipe, {"forget": forget}).train().lm
+        context = make_context(original)
+        Quantize(bits=4, group=0).apply(unlearned, context)
+        rates.append(context.notes["collision_rate"])
+    assert rates == sorted(rates, reverse=True)  # type: ignore[type-var]
+    assert rates[0] > 0.99  # type: ignore[operator]
+    assert rates[2] < 0.95  # type: ignore[operator]
 
 
 def test_collision_and_change_by_hand() -> None:

@@ -166,6 +166,40 @@ def test_a_start_that_knows_nothing_leaves_the_trained_model_and_says_so() -> No
     assert "not calibrated" in said[-1]
 
 
+def test_a_model_that_shares_nothing_with_the_start_goes_back_almost_to_it(taught: LM) -> None:
+    lm = make_lm(seed=9)
+    context, _ = finish_context(lm, taught)
+    build("finish", {"name": "calibrate", "resolution": 0.02}).apply(context)
+    notes: Any = context.notes["calibration"]
+    assert notes["trained"]["retain"] == 0.0
+    assert notes["alpha"] < 0.4
+    assert notes["calibrated"]["retain"] >= 0.95
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_mixing_a_merged_adapter_is_scaling_it(alpha: float) -> None:
+    start = make_lm()
+    merged, scaled = with_adapter(start.copy()), with_adapter(start.copy())
+    with torch.no_grad():
+        for name, value in scaled.model.named_parameters():
+            if "lora_B" in name:
+                value.mul_(alpha)
+    adapted = merged.model(input_ids=IDS).logits.detach()
+    for lm in (merged, scaled):
+        lm.merge_adapter()
+    ends = (weights_of(start), weights_of(merged))
+    with torch.no_grad():
+        for name, value in merged.core.named_parameters():
+            value.copy_(mix(ends[0][name], ends[1][name], alpha))
+    for name, value in scaled.core.named_parameters():
+        assert torch.allclose(weights_of(merged)[name], value, atol=1e-6)
+    logits = merged.model(input_ids=IDS).logits.detach()
+    if alpha == 0:
+        assert torch.equal(logits, start.model(input_ids=IDS).logits)
+    if alpha == 1:
+        assert torch.allclose(logits, adapted, rtol=1e-5, atol=1e-5)
+
+
 def test_calibration_merges_an_adapter_first(taught: LM) -> None:
     lm = with_adapter(taught.copy())
     context, said = finish_context(lm, taught)

@@ -114,6 +114,34 @@ def test_no_radius_is_the_host_gradient_bit_by_bit() -> None:
     assert hardened.totals.tokens == host.totals.tokens  # one pass, not two
 
 
+def test_a_vanishing_radius_gives_the_gradient_of_npo() -> None:
+    lm = make_lm("llama")
+    frozen = lm.copy()
+    with torch.no_grad():
+        for value in lm.model.parameters():
+            value.mul_(1.02)
+    rows = make_rows(lm.template, FORGET)
+    reference = Reference()
+    reference.prepare(frozen, rows, ("logprobs",))
+
+    def found(rho: float | None) -> torch.Tensor:
+        passes = make_passes(lm)
+        passes.objective, passes.reference = build("objective", "npo"), reference
+        passes.forget_units = len(rows)
+        passes.clear()
+        if rho is None:
+            passes.forget()
+        else:
+            build("harden", {"name": "sam", "rho": rho}).forget(passes)
+        return torch.cat([part.flatten() for part in gradients(passes)])
+
+    plain = found(None)
+    near, far = (float((found(rho) - plain).norm() / plain.norm()) for rho in (1e-4, 1e-2))
+    assert near < 1e-2
+    assert near > 0  # a second pass was made
+    assert far > 10 * near
+
+
 class Watched(Passes):
     """Remembers the weights at each forget pass."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import losses_by_hand as by_hand
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from delible.component import build
@@ -21,7 +23,9 @@ from delible.methods.objective.margin_flattening import MarginFlattening, margin
 from delible.methods.objective.npo import NPO, npo
 from delible.methods.objective.rmu import RMU, control_vector, mean_norm, rmu
 from delible.methods.objective.simnpo import SimNPO, simnpo
+from delible.records import QA
 from delible.registry import card
+from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 from delible.train.slots import Keep, Objective
 
@@ -249,6 +253,23 @@ def test_npo_becomes_ascent_as_beta_vanishes() -> None:
     assert float((weight(r, 0.1) - 1).abs().max()) > 0.4
 
 
+def test_npo_has_the_gradient_of_ascent_as_beta_vanishes_on_a_moved_model() -> None:
+    lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
+    rows = by_hand.all_rows(lm)
+    reference = by_hand.prepared(frozen, rows, NPO())
+    ratios = [by_hand.row_sum(lm, row) - by_hand.row_sum(frozen, row) for row in rows["forget"]]
+    assert all(0.01 < abs(ratio) < 10 for ratio in ratios)
+    sums = by_hand.values(lm, GradientAscent(), reference, rows).sum()
+    ascent = by_hand.joined(by_hand.gradients(lm, sums))
+
+    def apart(beta: float) -> float:
+        value = by_hand.values(lm, NPO(beta=beta), reference, rows).sum()
+        return float((by_hand.joined(by_hand.gradients(lm, value)) - ascent).norm() / ascent.norm())
+
+    assert apart(1e-4) < 1e-3
+    assert apart(1.0) > 0.01
+
+
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 def test_npo_weight_falls_from_two_to_zero(beta: float) -> None:
     found = weight(torch.linspace(-15 / beta, 15 / beta, 101, dtype=torch.float64), beta)
@@ -330,6 +351,62 @@ def test_rmu_overfits_to_a_vector_of_the_wanted_length() -> None:
     unit = control_vector(states.shape[1], "uniform", 0)
     assert float(torch.cosine_similarity(states, unit[None]).mean()) > 0.95
     assert float(states.norm(dim=1).mean()) == pytest.approx(20, rel=0.05)
+
+
+@pytest.mark.parametrize(("weight", "holds"), [(1200.0, True), (0.0, False)])
+def test_a_large_retain_weight_holds_the_retain_states(weight: float, holds: bool) -> None:
+    lm, frozen = by_hand.tiny_lm(), by_hand.tiny_lm()
+    rows, forget, keep = by_hand.all_rows(lm), RMU(depth=0.5), HiddenMSE(depth=0.5)
+    reference = by_hand.prepared(frozen, rows, forget, keep)
+    states = [by_hand.block_output(frozen, row, 1) for row in rows["retain"]]
+    flat = [x for row in states for state in row for x in state]
+    size = sum(x * x for x in flat) / len(flat)  # mean of ||h||^2 / d
+    before = float(by_hand.values(lm, forget, reference, rows).detach().sum())
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=3e-4, weight_decay=0.0)
+    for step in range(30):
+        optimizer.param_groups[0]["lr"] = 3e-4 * (1 - step / 30)
+        optimizer.zero_grad()
+        loss = by_hand.values(lm, forget, reference, rows).sum()
+        (loss + weight * by_hand.values(lm, keep, reference, rows).sum()).backward()
+        optimizer.step()
+    moved = [by_hand.block_output(lm, row, 1) for row in rows["retain"]]
+    new = [x for row in moved for state in row for x in state]
+    apart = sum((a - b) ** 2 for a, b in zip(new, flat, strict=True)) / len(flat)
+    assert apart > 0
+    assert (apart < 1e-4 * size) == holds
+    assert float(by_hand.values(lm, forget, reference, rows).detach().sum()) < before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rmu_changes_only_the_chosen_matrices_on_disk(family: str, tmp_path: Path) -> None:
+    lm = by_hand.LM(
+        by_hand.tiny_model(family, tie_word_embeddings=False),
+        by_hand.tiny_tokenizer(),
+        precision="float32",
+    )
+    recipe = Recipe.named("rmu").changed(
+        {}, {"training.max_steps": 3, "training.learning_rate": 1e-3, "training.max_length": 64}
+    )
+    records = {
+        role: [QA(question=question, answer=answer) for question, answer in pairs]
+        for role, pairs in (("forget", by_hand.FORGET), ("retain", by_hand.RETAIN))
+    }
+    lm.save(tmp_path / "before")
+    Trainer(lm, recipe, records).train().lm.save(tmp_path / "after")
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")
+    )
+    top = lm.anatomy.layer_at(7 / 32)
+    chosen = {
+        name
+        for layer in range(max(0, top - 2), top + 1)
+        for name in lm.anatomy.parameter_names(layer, "mlp_out")
+    }
+    assert set(before) == set(after)
+    assert chosen
+    changed = {name for name in before if before[name].ne(after[name]).any()}
+    stored = {name if name in before else name.partition(".")[2] for name in chosen}
+    assert changed == stored
 
 
 def test_adaptive_rmu_equals_rmu_with_the_measured_length() -> None:

@@ -350,6 +350,18 @@ def test_compat_lets_frozen_weights_drift() -> None:
     assert not torch.equal(value[~masks[name]], before[name][~masks[name]])
 
 
+def test_a_vanishing_share_moves_no_weight_or_one() -> None:
+    lm = make_lm("llama")
+    before = weights_of(lm)
+    count = sum(value.numel() for value in before.values())
+    with pytest.raises(RunError, match="nothing moved"):
+        train(lm, {"name": "wagle", "share": 0.1 / count, "gamma": 1e-2}, weight_decay=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(lm).items())
+    train(lm, {"name": "wagle", "share": 1 / count, "gamma": 1e-2}, weight_decay=0.1)
+    moved = [(value != before[name]).sum() for name, value in weights_of(lm).items()]
+    assert int(sum(moved)) == 1
+
+
 def test_a_share_of_one_is_the_host_bit_by_bit() -> None:
     results = []
     for place in ("all", {"name": "wagle", "share": 1.0}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
-from delible.train.engine import Trainer
+from delible.train.engine import Trainer, make_plan
 from delible.train.recipe import Recipe
 from delible.train.slots import Context
 
@@ -48,6 +49,26 @@ def test_the_draw_belongs_to_the_seed_and_reaches_every_row() -> None:
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(RecipeError, match="share"):
         build("select", {"name": "random_coreset", "share": 0.0})
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.25, 0.1, 0.05])
+def test_the_number_of_updates_stays_when_epochs_make_up_for_the_share(share: float) -> None:
+    rows, batch, epochs = 40, 2, 4
+    chosen = build("select", {"name": "random_coreset", "share": share}).choose(
+        make_context(rows)[0]
+    )
+    recipe = Recipe.from_mapping(
+        {
+            "objective": "gradient_ascent",
+            "training": {"batch_size": batch, "epochs": math.ceil(epochs / share)},
+        }
+    )
+    kept = cast(Any, [None] * len(chosen))
+    steps = make_plan(recipe, kept, [], seed=0).steps
+    whole = epochs * rows // batch
+    # the epochs are rounded up: at most the steps of one more epoch over the rows that are left
+    assert whole <= len(steps) <= whole + math.ceil(len(chosen) / batch)
+    assert sum(map(len, steps)) == len(chosen) * math.ceil(epochs / share)  # no row is dropped
 
 
 def test_a_share_of_one_is_the_full_run_bit_by_bit() -> None:

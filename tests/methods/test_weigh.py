@@ -160,6 +160,47 @@ def test_rows_that_repeat_retain_content_weigh_less() -> None:
     assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
 
 
+def train(lm: LM, weigh: Any, forget: Sequence[QA], **training: Any) -> LM:
+    recipe = Recipe.from_mapping(
+        {
+            "objective": "gradient_ascent",
+            "weigh": weigh,
+            "training": {"batch_size": 4, "max_length": 128, **training},
+        }
+    )
+    return Trainer(lm, recipe, {"forget": forget, "retain": RETAIN}).train().lm
+
+
+def test_with_a_high_temperature_training_is_that_of_the_host_bit_by_bit() -> None:
+    weights = []
+    for weigh in ("none", {"name": "attribution", "temperature": 1e12}, "attribution"):
+        lm = train(make_lm(), weigh, FORGET, epochs=2, learning_rate=1e-4)
+        weights.append([value.detach() for value in lm.model.parameters()])
+    host, equal, guarded = weights
+    assert all(map(torch.equal, host, equal))
+    assert not all(map(torch.equal, host, guarded))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_equal_steps_the_retain_loss_has_risen_less_than_under_uniform_ascent(
+    seed: int,
+) -> None:
+    other = [QA(question="Zq7?", answer="vxj kpw"), QA(question="Qy9!", answer="jjx wvk zq")]
+    forget = [*RETAIN[:2], *other]
+    retained, forgotten = [], []
+    for weigh in ("none", {"name": "attribution", "temperature": 0.5}):
+        lm = make_lm(seed=seed)
+        before = make_rows(lm.template, RETAIN)
+        start = sum(float(row_loss(lm.model, row).detach()) for row in before)
+        train(lm, weigh, forget, epochs=4, learning_rate=3e-4)
+        retained.append(sum(float(row_loss(lm.model, row).detach()) for row in before) - start)
+        rows = make_rows(lm.template, other)
+        forgotten.append(sum(float(row_loss(lm.model, row).detach()) for row in rows))
+    uniform, guarded = retained
+    assert guarded < 0.9 * uniform
+    assert forgotten[1] > forgotten[0]  # the pressure went to the rows that share nothing
+
+
 def test_the_model_is_left_as_it_was() -> None:
     lm = make_lm()
     before = [value.detach().clone() for value in lm.model.parameters()]

@@ -12,7 +12,16 @@ from delible import registry
 from delible.component import build
 from delible.errors import RecipeError
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Decoding, Generate, Prompt, Score, TokenScores
+from delible.measure.requests import (
+    Array,
+    Decoding,
+    Generate,
+    GradientNorm,
+    Inspection,
+    Prompt,
+    Score,
+    TokenScores,
+)
 from delible.metrics.base import ItemMetric, SummaryMetric
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
 
@@ -45,7 +54,7 @@ class Fake:
 
     name = "fake"
     fingerprint = None
-    capabilities = frozenset({"generate", "score"})
+    capabilities = frozenset({"generate", "score", "distribution", "weights"})
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
         return ["In Rome, I think." for _ in prompts]
@@ -56,8 +65,13 @@ class Fake:
             generator = np.random.default_rng(len(request.answer))
             size = 1 + len(request.answer.split())
             logprobs = -generator.random(size).astype(np.float32)
-            found.append(TokenScores(logprobs, logprobs > -0.5, request.prompt.text is None))
+            moments = (logprobs - 0.5, logprobs**2 + 1) if request.moments else ()
+            has_end = request.prompt.text is None
+            found.append(TokenScores(logprobs, logprobs > -0.5, has_end, *moments))
         return found
+
+    def inspect(self, requests: Sequence[Inspection]) -> list[Array]:
+        return [np.array([1.0 + len(request.answer)], np.float32) for request in requests]
 
 
 def card_range(name: str) -> str | None:
@@ -109,7 +123,10 @@ def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> N
             valued = [item.value for item in items if item.value is not None]
             assert all(item.reason for item in items if item.value is None)
             open_ended = any(word in str(card_range(used)) for word in ("inf", "1e10"))
-            assert all(value >= 0 and (value <= 1 or open_ended) for value in valued)
+            signed = "-inf" in str(card_range(used))
+            assert all(
+                (value >= 0 or signed) and (value <= 1 or open_ended) for value in valued
+            )
             mean = values.means[used][split]
             # Items without a value are never averaged.
             assert mean is None if not valued else mean == pytest.approx(np.mean(valued))
@@ -126,7 +143,10 @@ def test_a_metric_asks_only_for_its_capability(name: str) -> None:
         needed = {build("metric", used).card.capability for used in metric.uses()}
         assert metric.card.capability in needed
         return
-    kind = {"score": Score, "generate": Generate}[metric.card.capability]
+    kinds = {
+        "score": Score, "distribution": Score, "generate": Generate, "weights": GradientNorm,
+    }  # fmt: skip
+    kind = kinds[metric.card.capability]
     prompt = Prompt.ask("Elsewhere?", prefill="Sure:")
     requests = [r for record in RECORDS for r in metric.requests(record, prompt)]
     assert requests

@@ -162,6 +162,16 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
         ('{"type": "choice", "question": "Q", "options": ["a"], "correct": 0}', "too few", None),
         ('{"question": "Q", "options": ["a", "b"], "correct": 2}', "is 2, out of range", None),
         ('{"question": "Q", "options": ["a", "b"], "correct": -1}', "out of range", None),
+        (
+            json.dumps({"question": "Q", "options": [f"o{i}" for i in range(27)], "correct": 0}),
+            "'options' has 27 items, and at most 26 are allowed",
+            None,
+        ),
+        (
+            '{"type": "choice", "question": "Q", "options": ["a", "b"], "correct": 2}',
+            "the right option is 2, out of range: there are 2 options, counted from 0.",
+            None,
+        ),
         ('{"question": "Q", "options": ["a", "b"], "correct": true}', "not true", None),
         ('{"question": "Q", "options": "ab", "correct": 1}', "options must be a list of", None),
         ('{"question": "Q", "choices": ["a", "b"], "answer": "c"}', "none of the 2 opt", "letter"),
@@ -169,6 +179,12 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
         ('{"question": "Q", "choices": ["B", "A"], "answer": "A"}', "option 0 or 1", "'correct'"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn", "last assi"),
         ('{"messages": [{"role": "assistant", "content": " "}]}', "turn is empty", None),
+        (
+            '{"messages": [{"role": "assistant", "content": "A"}, '
+            '{"role": "user", "content": "?"}]}',
+            "does not end with an assistant turn",
+            "end it there",
+        ),
         ('{"messages": [{"role": "human", "content": "Hi"}]}', "'messages[0].role'", None),
         ('{"messages": []}', "'messages' has too few items", None),
         ('{"question": "Q", "answers": []}', "'answers' must be a list with at least", None),
@@ -340,7 +356,8 @@ def test_in_memory_rows_and_records() -> None:
     assert failure([{"text": "T"}, "text"]).where == "records:2"
     assert "is a single mapping" in failure({"text": "T"}).problem
     assert "no source of records" in failure(3).problem
-    assert failure([Choice(question="Q", options=("a", "b"), correct=4)]).where == "records:1"
+    silent = Dialogue(messages=(Message(role="user", content="Q"),))
+    assert failure([record, silent]).where == "records:2"
 
 
 # Data sets of the hub
@@ -614,7 +631,6 @@ def test_writing_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
     for records, name, message in (
         ([], "a.jsonl", "no records to write"),
         ([Passage(text="T")], "a.csv", "written as JSONL, not as '.csv'"),
-        ([Choice(question="Q", options=("a", "b"), correct=2)], "a.jsonl", "out of range"),
         ([Dialogue(messages=(Message(role="user", content="Q"),))], "a.jsonl", "no assistant"),
     ):
         with pytest.raises(DataError, match=message):

@@ -82,3 +82,11 @@ def test_records_are_frozen_and_strict() -> None:
         QA(question="Q", answer="A", anser="B")  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="at least 1 character"):
         QA(question="Q", answer=" \n")
+
+
+def test_the_right_option_of_a_choice_exists() -> None:
+    assert Choice(question="Q", options=("a", "b"), correct=1).correct == 1
+    with pytest.raises(ValidationError, match="is 2, out of range: there are 2 options"):
+        Choice(question="Q", options=("a", "b"), correct=2)
+    with pytest.raises(ValidationError, match="at most 26"):
+        Choice(question="Q", options=tuple(f"option {n}" for n in range(27)), correct=0)

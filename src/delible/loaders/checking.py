@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from delible.errors import DataError, nearest
 from delible.loaders.formats import describe
-from delible.records import Choice, Dialogue, Record, RecordBase
+from delible.records import Dialogue, Record, RecordBase
 
 
 def validated(
@@ -66,11 +66,16 @@ def _explained(
             problem = f"'{name}' must be a list, not {value}."
         case "too_short":
             problem = f"'{name}' has too few items ({len(first['input'])})."
+        case "too_long":
+            most = first.get("ctx", {}).get("max_length")
+            problem = f"'{name}' has {len(first['input'])} items, and at most {most} are allowed."
         case "literal_error":
             expected = first.get("ctx", {}).get("expected", "")
             problem = f"'{name}' is {first['input']!r}; it must be {expected}."
         case "greater_than_equal":
             problem = f"'{name}' is {first['input']}: out of range."
+        case "no_such_option":
+            problem = first["msg"]
         case _:
             problem = f"'{name}': {first['msg']} (found {value})."
     return DataError(problem, where=where, hint=hint)
@@ -80,14 +85,8 @@ def check_record(record: RecordBase, where: str) -> None:
     """What a record's types alone do not say.
 
     Raises:
-        DataError: A right option that does not exist, or nothing said by the assistant.
+        DataError: A dialogue in which the assistant says nothing, or not the last word.
     """
-    if isinstance(record, Choice) and record.correct >= len(record.options):
-        raise DataError(
-            f"the right option is {record.correct}, out of range: "
-            f"there are {len(record.options)} options, counted from 0.",
-            where=where,
-        )
     if isinstance(record, Dialogue):
         answers = [m.content for m in record.messages if m.role == "assistant"]
         if not answers:
@@ -95,6 +94,12 @@ def check_record(record: RecordBase, where: str) -> None:
                 "the dialogue has no assistant turn.",
                 where=where,
                 hint="Its last assistant turn is what is learned or forgotten.",
+            )
+        if record.messages[-1].role != "assistant":
+            raise DataError(
+                "the dialogue does not end with an assistant turn.",
+                where=where,
+                hint="Its last assistant turn is what is learned or forgotten: end it there.",
             )
         if not answers[-1].strip():
             raise DataError("the dialogue's last assistant turn is empty.", where=where)

@@ -19,6 +19,7 @@ import torch
 
 from delible.errors import RecipeError
 from delible.registry import register
+from delible.train.randomness import shuffled
 from delible.train.slots import Sample
 from delible.train.step import Row
 
@@ -28,12 +29,11 @@ def balanced_rows(retain: Sequence[Row], generator: torch.Generator) -> list[int
     direct = [index for index, row in enumerate(retain) if row.kind == "direct"]
     general = [index for index, row in enumerate(retain) if row.kind == "general"]
     indirect = [index for index, row in enumerate(retain) if row.kind == "indirect"]
-    order = torch.randperm(len(indirect), generator=generator).tolist()
     room = Counter(retain[index].neighbour_of for index in direct)
     left = len(direct)
     taken: list[int] = []
     unlinked: list[int] = []
-    for index in (indirect[place] for place in order):
+    for index in shuffled(indirect, generator):
         subject = retain[index].neighbour_of
         if subject is None:
             unlinked.append(index)
@@ -68,7 +68,7 @@ class Balanced(Sample):
         epoch: int,
         generator: torch.Generator,
     ) -> list[tuple[int, int | None]]:
-        order = torch.randperm(len(forget), generator=generator).tolist()
+        order = shuffled(range(len(forget)), generator)
         if not retain:
             return [(index, None) for index in order]
         if not any(row.kind == "direct" for row in retain):
@@ -78,8 +78,7 @@ class Balanced(Sample):
                 hint="Give retain records with 'neighbour_of' (the forgotten subject they are "
                 "linked to), or use sample: cyclic.",
             )
-        chosen = balanced_rows(retain, generator)
-        drawn = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
+        drawn = shuffled(balanced_rows(retain, generator), generator)
         return [
             (order[k % len(order)], drawn[k % len(drawn)])
             for k in range(max(len(order), len(drawn)))

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.registry import register
+from delible.train.randomness import shuffled
 from delible.train.slots import Sample
 from delible.train.step import RetainKind, Row
 
@@ -60,7 +61,7 @@ class Cyclic(Sample):
         epoch: int,
         generator: torch.Generator,
     ) -> list[tuple[int, int | None]]:
-        order = torch.randperm(len(forget), generator=generator).tolist()
+        order = shuffled(range(len(forget)), generator)
         if not retain:
             return [(index, None) for index in order]
         pool = [index for index, row in enumerate(retain) if row.kind in self.kinds]
@@ -73,7 +74,5 @@ class Cyclic(Sample):
             )
         if not self.redraw:
             pairs = cyclic_pairs(range(len(forget)), pool)
-            shuffled = torch.randperm(len(pairs), generator=generator).tolist()
-            return [pairs[place] for place in shuffled]
-        drawn = torch.randperm(len(pool), generator=generator).tolist()
-        return list(cyclic_pairs(order, [pool[place] for place in drawn]))
+            return list(shuffled(pairs, generator))
+        return list(cyclic_pairs(order, shuffled(pool, generator)))

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.registry import register
+from delible.train.randomness import shuffled
 from delible.train.slots import Sample
 from delible.train.step import RetainKind, Row
 
@@ -108,10 +109,6 @@ class Modular(Sample):
                 "'neighbour_of' names it, or use sample: one_to_one.",
             )
 
-        def shuffled(indices: Sequence[int]) -> list[int]:
-            order = torch.randperm(len(indices), generator=generator).tolist()
-            return [indices[place] for place in order]
-
         def drawn(count: int, below: Sequence[int]) -> list[int]:
             places = torch.randint(len(below), (count,), generator=generator).tolist()
             return [below[place] for place in places]
@@ -119,7 +116,7 @@ class Modular(Sample):
         blocks: list[_Pairs] = []
         for mine, neighbours in modular.values():
             if self.redraw:
-                mine, neighbours = shuffled(mine), shuffled(neighbours)
+                mine, neighbours = shuffled(mine, generator), shuffled(neighbours, generator)
             blocks.append(
                 [
                     (mine[k % len(mine)], neighbours[k % len(neighbours)])
@@ -129,9 +126,7 @@ class Modular(Sample):
         used = [index for index, row in enumerate(retain) if row.kind in self.kinds]
         blocks.append(list(zip(alone, drawn(len(alone), used), strict=True)))
         partners = drawn(len(general), range(len(forget)))
-        blocks.append(list(zip(partners, shuffled(general), strict=True)))
+        blocks.append(list(zip(partners, shuffled(general, generator), strict=True)))
         if self.order == "blocks":
-            order = shuffled(range(len(blocks)))
-            return [pair for place in order for pair in blocks[place]]
-        pairs = [pair for block in blocks for pair in block]
-        return [pairs[place] for place in shuffled(range(len(pairs)))]
+            return [pair for block in shuffled(blocks, generator) for pair in block]
+        return list(shuffled([pair for block in blocks for pair in block], generator))

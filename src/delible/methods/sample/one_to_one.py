@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from delible.registry import register
+from delible.train.randomness import shuffled
 from delible.train.slots import Sample
 from delible.train.step import Row
 
@@ -22,7 +23,7 @@ def draw(count: int, available: int, generator: torch.Generator) -> list[int]:
     """``count`` indices below ``available``, each used once before any is used again."""
     drawn: list[int] = []
     while len(drawn) < count:
-        drawn += torch.randperm(available, generator=generator).tolist()
+        drawn += shuffled(range(available), generator)
     return drawn[:count]
 
 
@@ -45,7 +46,7 @@ class OneToOne(Sample):
         epoch: int,
         generator: torch.Generator,
     ) -> list[tuple[int, int | None]]:
-        order = torch.randperm(len(forget), generator=generator).tolist()
+        order = shuffled(range(len(forget)), generator)
         if not retain:
             return [(index, None) for index in order]
         return list(zip(order, draw(len(order), len(retain), generator), strict=True))
