@@ -7,7 +7,7 @@ demo only unlearns and audits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,49 +25,31 @@ from delible.world.split import Split
 
 #: Relations of the demo's world: one fact of each kind per person.
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
+#: Numbers by model; one that is not named here has those of "default".
+Settings = Mapping[str, dict[str, Any]]
 #: How the target and the reference learn their world.
-LEARNING: dict[str, Any] = {
-    "learning_rate": 3e-4,
-    "epochs": 6,
-    "batch_size": 8,
-    "schedule": "cosine",
+LEARNING: Settings = {
+    "default": {"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"},
+    "tiny": {"learning_rate": 2e-3, "epochs": 20, "batch_size": 8, "schedule": "cosine"},
 }
 #: How the demo's model unlearns: NPO on 10 rows (the recipe's own numbers are for larger sets).
-UNLEARNING: dict[str, Any] = {
-    "learning_rate": 4e-5,
-    "epochs": 5,
-    "batch_size": 5,
-    "beta": 0.2,
-    "retain_weight": 2.0,
+UNLEARNING: Settings = {
+    "default": {
+        "learning_rate": 4e-5, "epochs": 5, "batch_size": 5, "beta": 0.2, "retain_weight": 2.0,
+    },
+    "tiny": {
+        "learning_rate": 3e-4, "epochs": 14, "batch_size": 5, "beta": 0.5, "retain_weight": 10.0,
+    },
+}  # fmt: skip
+#: Learning rates of the relearning attacks.
+RELEARNING: Settings = {
+    "default": {"full": 1e-4, "lora": 2e-4},
+    "tiny": {"full": 5e-4, "lora": 2e-3},
 }
 #: The standard metrics, with answers as short as this world's.
 METRICS: tuple[str | dict[str, Any], ...] = tuple(
     {"name": name, "max_new_tokens": 16} if name in ("rouge_l_recall", "outcome") else name
     for name in DEFAULT_METRICS
-)
-#: Every kind of attack, each with a small budget.
-ATTACKS: tuple[dict[str, Any], ...] = (
-    {"name": "paraphrase", "forms": 1},
-    {"name": "prefix", "forms": 1},
-    {"name": "prefill", "forms": 1},
-    {
-        "name": "relearn",
-        "rows": "forget",
-        "adapter": "full",
-        "learning_rate": 1e-4,
-        "steps": 5,
-        "observe_steps": 5,
-    },
-    {
-        "name": "relearn",
-        "rows": "unrelated",
-        "adapter": "lora",
-        "rank": 16,
-        "steps": 3,
-        "observe_steps": 3,
-    },
-    {"name": "quantize", "bits": 8, "group": 0},
-    {"name": "quantize", "bits": 4, "group": 64},
 )
 #: Knowledge scores that are measured under attack (those that need no generated text).
 LEAKS = ("answer_probability", "extraction_strength")
@@ -77,6 +59,30 @@ ASKED, ROWS = {"retain": 8, "neighbours": 6, "holdout": 5}, 10
 Say = Callable[[str], None]
 #: Makes a progress callback for a stage with the given title.
 ProgressFactory = Callable[[str], Progress | None]
+
+
+def of(settings: Settings, model: str) -> dict[str, Any]:
+    """The numbers for a model."""
+    return settings.get(model, settings["default"])
+
+
+def attacks(model: str) -> tuple[dict[str, Any], ...]:
+    """Every kind of attack, each with a small budget."""
+    rate = of(RELEARNING, model)
+    own = {"name": "relearn", "rows": "forget", "adapter": "full", "steps": 5, "observe_steps": 5}
+    other = {
+        "name": "relearn", "rows": "unrelated", "adapter": "lora", "rank": 16, "steps": 3,
+        "observe_steps": 3,
+    }  # fmt: skip
+    return (
+        {"name": "paraphrase", "forms": 1},
+        {"name": "prefix", "forms": 1},
+        {"name": "prefill", "forms": 1},
+        {**own, "learning_rate": rate["full"]},
+        {**other, "learning_rate": rate["lora"]},
+        {"name": "quantize", "bits": 8, "group": 0},
+        {"name": "quantize", "bits": 4, "group": 64},
+    )
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def run(
 
     Args:
         out: Folder of the unlearning run, its audit and its report.
+        model: What learns the world: "default", "tiny" (faster, says less), or any other.
         people: People of the world; ``forget`` of them are forgotten.
         method: A recipe or editor.
     """
@@ -133,7 +140,7 @@ def run(
         holdout=tuple(split.records("holdout")),
     )
     say(f"4. The target unlearns {len(request.forget)} facts about {names} ({method}).")
-    options = UNLEARNING if method == "npo" else {}
+    options = of(UNLEARNING, model) if method == "npo" else {}
     result = unlearn(
         str(target),
         request,
@@ -165,7 +172,7 @@ def run(
         before=str(target),
         reference=str(reference),
         metrics=METRICS,
-        attacks=ATTACKS,
+        attacks=attacks(model),
         leaks=LEAKS,
         rows=ROWS,
         out=out / "unlearned",
@@ -198,7 +205,8 @@ def _learn(
     """Fine-tunes a model on records, once: the run lies in the cache under its identity."""
     from delible.records import digest
 
-    described = {"model": model, "data": digest(records), "seed": seed, "learning": LEARNING}
+    learning = of(LEARNING, model)
+    described = {"model": model, "data": digest(records), "seed": seed, "learning": learning}
     folder = cache_folder() / "demo" / f"{title}-{identity(described)[:12]}"
     result = unlearn(
         model,
@@ -209,7 +217,7 @@ def _learn(
         shown=0,
         say=lambda line: say(f"   {line}"),
         progress=progress(f"Learning ({title})"),
-        **LEARNING,
+        **learning,
     )
     if result.resumed_finished:
         say(f"   Taken from the cache: {folder}.")

@@ -12,6 +12,7 @@ from delible.cli.audit import show
 def demo(
     *,
     out: Path = Path("delible-demo"),
+    model: str = "default",
     people: int = 10,
     method: str = "npo",
     seed: int = 0,
@@ -25,6 +26,9 @@ def demo(
     ----------
     out
         Folder of the story: world, models, audit and report.
+    model
+        What learns the world: 'default', 'tiny' (no download, faster, knows nothing else), a
+        folder or a name on the Hugging Face hub.
     people
         People of the made-up world.
     method
@@ -38,7 +42,7 @@ def demo(
         from delible import demo as story
 
         result = story.run(
-            out, people=people, seed=seed, method=method, say=reporter.say,
+            out, model=model, people=people, seed=seed, method=method, say=reporter.say,
             progress=reporter.progress, audit_progress=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()

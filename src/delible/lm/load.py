@@ -1,4 +1,4 @@
-"""From a name to a model and its tokenizer: default, folder, run, adapter, GGUF file or hub."""
+"""From a name to a model and its tokenizer: default, tiny, folder, run, adapter, GGUF, hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from delible.errors import ModelError, nearest
-from delible.lm import embedded
+from delible.lm import embedded, tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
+Source = Literal["default", "tiny", "folder", "run", "adapter", "gguf", "hub"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -45,7 +46,7 @@ class ModelInfo:
     """
 
     name: str
-    source: Literal["default", "folder", "run", "adapter", "gguf", "hub"]
+    source: Source
     path: str | None = None
     base: str | None = None
     revision: str | None = None
@@ -70,11 +71,12 @@ def load_model(
     """Loads a causal language model and its tokenizer.
 
     Args:
-        name: ``default`` (SmolLM2-135M-Instruct from the package index), a folder with a
-            ``config.json``, a run directory, a folder of a PEFT adapter, a ``.gguf`` file
-            (dequantised), or the name of a model on the Hugging Face hub.
+        name: ``default`` (SmolLM2-135M-Instruct from the package index), ``tiny`` (1.4 million
+            weights, trained here on first use), a folder with a ``config.json``, a run directory,
+            a folder of a PEFT adapter, a ``.gguf`` file (dequantised), or the name of a model on
+            the Hugging Face hub.
         dtype: Data type of the weights; fp32 is what training wants.
-        say: Receives what is about to be downloaded.
+        say: Receives what is about to be downloaded or built.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run the code a model brings along. Off unless asked for.
 
@@ -91,6 +93,8 @@ def load_model(
     if name == "default":
         folder = embedded.default_model(say)
         return _load_folder(name, folder, "default", options)
+    if name == "tiny":
+        return _load_folder(name, tiny.tiny_model(say), "tiny", options)
     path = Path(name).expanduser()
     if path.is_dir():
         for folder, in_run in ((path, False), (path / "model", True), (path / "adapter", True)):
@@ -139,9 +143,7 @@ def _nearest_path(path: Path) -> str:
     return f"'{parent}' has no '{path.name}'."
 
 
-def _load_folder(
-    name: str, folder: Path, source: Literal["default", "run", "folder"], options: dict[str, Any]
-) -> Loaded:
+def _load_folder(name: str, folder: Path, source: Source, options: dict[str, Any]) -> Loaded:
     _read_json(folder / "config.json")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
@@ -189,6 +191,8 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
         base = str(folder / base)
     elif Path(base).name == embedded.DEFAULT_MODEL.folder:
         base = "default"  # its folder in the cache, perhaps of another machine
+    elif tiny.is_folder_name(Path(base).name):
+        base = "tiny"
     from peft import PeftModel
 
     try:
@@ -369,7 +373,7 @@ def _told(place: str, error: BaseException, likely_path: Path | None) -> ModelEr
             "no such folder here, and the hub cannot be reached for it.",
             where=place,
             hint="Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or use 'default', which "
-            f"comes from the package index.{folder}",
+            f"comes from the package index, or 'tiny', which needs no download.{folder}",
         )
     return ModelError(
         f"the model cannot be loaded: {_first_line(error)}",

@@ -1,0 +1,28 @@
+"""The demo's numbers: a table per model, and attacks that exist."""
+
+from __future__ import annotations
+
+import pytest
+
+from delible import demo
+from delible.attacks.base import ModelAttack, PromptAttack
+from delible.component import build
+from delible.train.recipe import Recipe
+
+
+@pytest.mark.parametrize("model", ["default", "tiny"])
+def test_the_numbers_fit_the_recipes(model: str) -> None:
+    learning = Recipe.named("finetune").changed({}, demo.of(demo.LEARNING, model))
+    assert learning.training.learning_rate == demo.LEARNING[model]["learning_rate"]
+    unlearning = Recipe.named("npo").changed({}, demo.of(demo.UNLEARNING, model))
+    assert unlearning.training.epochs == demo.UNLEARNING[model]["epochs"]
+    attacks = [build("attack", spec) for spec in demo.attacks(model)]
+    assert all(isinstance(attack, PromptAttack | ModelAttack) for attack in attacks)
+    rates = [spec["learning_rate"] for spec in demo.attacks(model) if "learning_rate" in spec]
+    assert rates == [demo.RELEARNING[model]["full"], demo.RELEARNING[model]["lora"]]
+
+
+def test_other_models_learn_like_the_default() -> None:
+    assert demo.of(demo.LEARNING, "some/model") is demo.LEARNING["default"]
+    assert demo.attacks("some/model") == demo.attacks("default")
+    assert demo.of(demo.LEARNING, "tiny") != demo.LEARNING["default"]
