@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from delible.api import BeforeAfter, unlearn
 from delible.audit.result import AuditResult
 from delible.audit.run import DEFAULT_METRICS, audit
-from delible.lm.embedded import cache_folder
+from delible.bench.prepare import learned
 from delible.loaders import write_records
-from delible.records import ForgetRequest, RecordBase
-from delible.rundir import RunDirectory, identity
+from delible.records import ForgetRequest, Record, RecordBase
+from delible.rundir import RunDirectory
 from delible.train.engine import Progress
 from delible.world import World
 from delible.world.split import Split
@@ -202,23 +202,12 @@ def _learn(
     say: Say,
     progress: ProgressFactory,
 ) -> Path:
-    """Fine-tunes a model on records, once: the run lies in the cache under its identity."""
-    from delible.records import digest
-
-    learning = of(LEARNING, model)
-    described = {"model": model, "data": digest(records), "seed": seed, "learning": learning}
-    folder = cache_folder() / "demo" / f"{title}-{identity(described)[:12]}"
-    result = unlearn(
+    return learned(
         model,
-        ForgetRequest(forget=tuple(records)),
-        method="finetune",
-        out=folder,
+        cast(Sequence[Record], records),
+        options=of(LEARNING, model),
         seed=seed,
-        shown=0,
+        title=title,
         say=lambda line: say(f"   {line}"),
         progress=progress(f"Learning ({title})"),
-        **learning,
     )
-    if result.resumed_finished:
-        say(f"   Taken from the cache: {folder}.")
-    return folder / "model"

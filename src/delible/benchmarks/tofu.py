@@ -30,6 +30,8 @@ QUESTIONS = 20
 #: Of each split, the split that the same model must keep.
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 KEPT = ("retain", "real_authors", "world_facts")
+#: Authors of a world for small machines, at most, and what is measured of its kept splits.
+SMALL_WORLD, SMALL_LIMIT = 20, 20
 #: The membership attacks of the metric suite.
 ATTACKS = ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus", "gradient_norm")
 
@@ -59,8 +61,16 @@ class TOFU(Benchmark):
         None, ge=2, le=200, description="Authors in the world; the forget authors always are."
     )
     limit: int | None = Field(
-        None, ge=1, description="Measure at most this many rows of each split (all train)."
+        None,
+        ge=1,
+        description="Measure at most this many rows of each split that is kept (all rows train); "
+        "by default all, but 20 of each in a small world.",
     )
+
+    @property
+    def small(self) -> bool:
+        """Whether this is a world for small machines."""
+        return self.authors is not None and self.authors <= SMALL_WORLD
 
     def tasks(self, data: Data) -> list[Task]:
         name = self.split
@@ -83,7 +93,7 @@ class TOFU(Benchmark):
                 name,
                 ForgetRequest(forget=tuple(trained), retain=tuple(known)),
                 splits={
-                    "forget": self._measured(forget),
+                    "forget": forget,
                     "retain": self._measured(retain),
                     "real_authors": self._measured(
                         data.records(
@@ -93,9 +103,7 @@ class TOFU(Benchmark):
                     "world_facts": self._measured(
                         data.records("world_facts_perturbed", f"{HUB}:world_facts_perturbed:train")
                     ),
-                    "holdout": self._measured(
-                        data.records(holdout_name, f"{HUB}:{holdout_name}:train")
-                    ),
+                    "holdout": data.records(holdout_name, f"{HUB}:{holdout_name}:train"),
                 },
                 learn=(*known, *trained),
                 relearned=tuple(known),
@@ -103,7 +111,9 @@ class TOFU(Benchmark):
         ]
 
     def _measured(self, records: Sequence[Record]) -> Sequence[Record]:
-        return records if self.limit is None else records[: self.limit]
+        """What is asked of a split that is kept: rows spread over all authors."""
+        limit = self.limit or (SMALL_LIMIT if self.small else len(records))
+        return records[:: max(1, len(records) // limit)][:limit]
 
     def asks(self) -> list[Ask]:
         told = ("forget", "holdout")
@@ -120,11 +130,7 @@ class TOFU(Benchmark):
             *(Ask(build("metric", name), told) for name in ATTACKS),
             Ask(build("metric", {"name": "membership", "attacks": ATTACKS})),
             Ask(build("metric", "forget_quality")),
-            Ask(
-                build(
-                    "metric", {"name": "model_utility", "splits": KEPT, "normalised": KEPT[1:]}
-                )
-            ),
+            Ask(build("metric", {"name": "model_utility", "splits": KEPT, "normalised": KEPT[1:]})),
         ]
 
     def columns(self) -> list[Column]:
@@ -145,11 +151,15 @@ class TOFU(Benchmark):
     def learning(self, model: str) -> Learning:
         if model == "tiny":
             return Learning({"learning_rate": 2e-3, "epochs": 20, "batch_size": 16})
-        if self.authors is not None and self.authors <= 20:
-            # a small world on a small machine: few passes at a high rate
+        if self.small:
+            # few passes at a high rate, through the upper third of the blocks
             return Learning(
-                {"learning_rate": 3e-4, "epochs": 2, "batch_size": 8, "schedule": "cosine"}
+                {"learning_rate": 5e-4, "epochs": 2, "batch_size": 4, "schedule": "cosine"},
+                {"place": {"name": "layers", "depth": 1.0, "below": 9, "role": "all"}},
             )
         return Learning(
             {"learning_rate": 1e-5, "epochs": 5, "batch_size": 32, "weight_decay": 0.01}
         )
+
+    def budget(self, model: str) -> dict[str, object]:
+        return {"learning_rate": 5e-5, "max_steps": 8, "batch_size": 16} if self.small else {}

@@ -119,5 +119,7 @@ class WorldBenchmark(Benchmark):
 
     def learning(self, model: str) -> Learning:
         if model == "tiny":
-            return Learning({"learning_rate": 1e-3, "epochs": 20, "batch_size": 16})
+            return Learning(
+                {"learning_rate": 1e-3, "epochs": 24, "batch_size": 8, "schedule": "cosine"}
+            )
         return Learning({"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"})
