@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from delible.bench.table import tabulate
 from delible.report import write
+from delible.report.leaderboard import write_findings, write_page
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
+BENCH = runpy.run_path(str(Path(__file__).with_name("leaderboard_example.py")))
+PAGES = ["rich", "minimal", "several", "leaderboard", "experiment"]
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -48,10 +52,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
-    return {
+    found = {
         name: write(EXAMPLE[name](), folder / f"{name}.html").as_uri()
         for name in ("rich", "minimal", "several")
     }
+    benchmark, cells = BENCH["Example"](), BENCH["cells"]()
+    table, target = tabulate(benchmark, cells), folder / "leaderboard.html"
+    found["leaderboard"] = write_page(target, benchmark, table, cells, BENCH["common"]()).as_uri()
+    described = {"model": "default", "methods": ["npo"]}
+    found["experiment"] = write_findings(
+        folder, BENCH["Question"](), BENCH["findings"](), described
+    ).as_uri()
+    return found
 
 
 def open_page(browser: Any, address: str, width: int, scheme: str = "light") -> None:
@@ -66,7 +78,7 @@ def open_page(browser: Any, address: str, width: int, scheme: str = "light") -> 
     browser.get(address)
 
 
-@pytest.mark.parametrize("name", ["rich", "minimal", "several"])
+@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [1280, 400])
 def test_no_errors_no_overflow_every_section_visible(
     browser: Any, pages: dict[str, str], name: str, width: int
@@ -145,7 +157,59 @@ def test_the_measurements_sort_and_filter(browser: Any, pages: dict[str, str]) -
     assert column(0) == ["unlearned"]
 
 
-def test_dark_and_light_differ_and_are_readable(browser: Any, pages: dict[str, str]) -> None:
+def test_the_leaderboard_sorts_by_number_and_scrolls_inside_its_box(
+    browser: Any, pages: dict[str, str]
+) -> None:
+    open_page(browser, pages["leaderboard"], 400)
+    table = "document.getElementById('leaderboard')"
+
+    def column(index: int) -> list[str]:
+        script = f"return [...{table}.tBodies[0].rows].map(r => r.cells[{index}].dataset.value)"
+        return list(browser.execute_script(script))
+
+    browser.execute_script(f"{table}.tHead.rows[0].cells[9].querySelector('button').click()")
+    values = column(9)
+    assert values[-1] == ""  # a guard that no weight attack can be run on
+    numbers = [float(value) for value in values[:-1]]
+    assert len(numbers) == 13
+    assert numbers == sorted(numbers)
+    # the methods' names stay in sight while the numbers move under them
+    script = (
+        f"const box = {table}.parentElement; box.scrollLeft = 300;"
+        f"const name = {table}.tBodies[0].rows[3].cells[0].getBoundingClientRect();"
+        "return [box.scrollWidth > box.clientWidth, box.scrollLeft, name.left >= 0, name.width]"
+    )
+    wider, moved, seen, width = browser.execute_script(script)
+    assert wider
+    assert moved == 300
+    assert seen
+    assert 80 < width < 180
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_one_of_the_two_drawings_of_the_leaderboard_is_seen(
+    browser: Any, pages: dict[str, str], width: int
+) -> None:
+    open_page(browser, pages["leaderboard"], width)
+    seen = browser.execute_script(
+        "return [...document.querySelectorAll('#trade-off figure svg')]"
+        ".filter(e => e.getClientRects().length).map(e => e.querySelector('title').id)"
+    )
+    assert seen == ["trade-wide-title" if width > 640 else "trade-narrow-title"]
+    covered = browser.execute_script(
+        "const texts = [...document.querySelectorAll('#trade-off svg text')]"
+        ".map(e => [e.lastChild.textContent, e.getBoundingClientRect()]).filter(e => e[1].width);"
+        "return texts.flatMap(([a, p], i) => texts.slice(0, i).filter(([b, q]) =>"
+        " p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 4"
+        " && q.top < p.bottom - 4).map(([b]) => a + ' / ' + b))"
+    )
+    assert covered == []
+
+
+@pytest.mark.parametrize("name", ["rich", "leaderboard", "experiment"])
+def test_dark_and_light_differ_and_are_readable(
+    browser: Any, pages: dict[str, str], name: str
+) -> None:
     def contrast() -> tuple[str, float]:
         script = """
         const parts = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
@@ -171,9 +235,9 @@ def test_dark_and_light_differ_and_are_readable(browser: Any, pages: dict[str, s
         paper, worst = browser.execute_script(script)
         return str(paper), float(worst)
 
-    open_page(browser, pages["rich"], 1280, "light")
+    open_page(browser, pages[name], 1280, "light")
     light, worst_light = contrast()
-    open_page(browser, pages["rich"], 1280, "dark")
+    open_page(browser, pages[name], 1280, "dark")
     dark, worst_dark = contrast()
     assert light != dark
     assert min(worst_light, worst_dark) >= 4.5, (worst_light, worst_dark)

@@ -13,7 +13,7 @@ import pytest
 
 from delible.audit.result import AuditResult, Example, Measurement, VerdictResult
 from delible.errors import RunError
-from delible.report import ReportData, charts, page, read_run, read_runs, render, write
+from delible.report import ReportData, charts, html, page, read_run, read_runs, render, write
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
 SECTIONS = [
@@ -143,7 +143,7 @@ def test_key_numbers(rich_page: str) -> None:
 def test_time_comes_from_start_and_end_without_a_cost() -> None:
     manifest = {"started": "2026-01-05T10:00:00+00:00", "ended": "2026-01-05T11:02:03+00:00"}
     assert page.key_numbers(ReportData(title="t", manifest=manifest)).seconds == 3723
-    assert page.duration(3723) == "1 h 02 min"
+    assert html.duration(3723) == "1 h 02 min"
     assert page.key_numbers(ReportData(title="t", manifest={"started": "soon"})).seconds is None
 
 
@@ -328,7 +328,7 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     ],
 )
 def test_numbers_for_reading(value: float | None, text: str) -> None:
-    assert page.number(value) == text
+    assert html.number(value) == text
 
 
 def test_several_runs_become_one_table() -> None:

@@ -22,6 +22,7 @@ def learned(
     records: Sequence[Record],
     *,
     options: Mapping[str, Any],
+    slots: Mapping[str, Any] | None = None,
     seed: int = 0,
     title: str = "target",
     say: Say = lambda _: None,
@@ -35,9 +36,13 @@ def learned(
     Args:
         model: What learns.
         options: Options of the method ``finetune``, such as ``{"epochs": 5}``.
+        slots: Other components of it.
         title: For people, in the folder's name.
     """
-    described = {"model": model, "data": digest(records), "seed": seed, "learning": dict(options)}
+    described = {
+        "model": model, "data": digest(records), "seed": seed, "learning": dict(options),
+        "slots": dict(slots or {}),
+    }  # fmt: skip
     folder = cache_folder() / "learned" / f"{title}-{identity(described)[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -45,6 +50,7 @@ def learned(
             model,
             ForgetRequest(forget=tuple(records)),
             method="finetune",
+            slots=dict(slots or {}),
             out=folder,
             seed=seed,
             shown=0,

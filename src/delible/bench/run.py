@@ -7,10 +7,13 @@ and the same manifests can be worked through by several processes or a Ray clust
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +24,9 @@ from delible.bench.cost import Cost
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
 from delible.bench.suite import Benchmark, Data, Task
-from delible.bench.table import Table, tabulate
+from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate
 from delible.component import build
-from delible.errors import DelibleError, RecipeError, nearest
+from delible.errors import DelibleError, RecipeError, RunError, nearest
 from delible.files import read_json, write_json
 from delible.guards import guard
 from delible.lm.embedded import cache_folder
@@ -32,15 +35,12 @@ from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
 from delible.measure.requests import System
 from delible.metrics.base import SummaryMetric, SystemValues
-from delible.records import RecordBase
-from delible.rundir import RunDirectory, hardware, identity, versions
-from delible.train.recipe import Recipe
+from delible.records import ForgetRequest, Record, RecordBase, digest
+from delible.rundir import hardware, identity, versions
 
 Say = Callable[[str], None]
 #: Names for several methods at once.
 GROUPS = ("all", "all-optimisation", "all-editors", "all-guards")
-#: The two rows that every table has: the model before, and one that never knew.
-ORIGINAL, REFERENCE = "original", "retrained reference"
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")
 #: Called with (what is being done, cells done, cells in all).
@@ -157,7 +157,9 @@ def bench(
         "keep_models": keep_models,
     }
     folder = Path(out or Path("runs") / f"bench-{chosen.card.name}-{identity(common)[:8]}")
-    ready = [_prepared(chosen, task, model, say) for task in tasks]
+    known: dict[str, str] = {}
+    ready = [_prepared(chosen, task, model, say, known) for task in tasks]
+    requests = _written(chosen, tasks, ready, names, Data(data, say))
     if prepare:
         say(f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s).")
         return BenchResult(folder, tabulate(chosen, []))
@@ -166,9 +168,13 @@ def bench(
     first: list[Chain] = [
         [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
         for task, paths in zip(tasks, ready, strict=True)
+        if task.splits  # a step on the way to the next task is not measured
         for row in ([REFERENCE] if paths["reference"] else []) + [ORIGINAL]
     ]
     then = list(_chains(tasks, ready, names, seeds, common, options or {}))
+    for cell in (cell for chain in then for cell in chain):
+        if cell["task"] in requests and _reads_records(str(cell["method"])):
+            cell["request"] = requests[cell["task"]]
     total = sum(map(len, (*first, *then)))
     cells: list[Manifest] = []
     # the references come first: the others are compared with them
@@ -183,19 +189,65 @@ def bench(
 
 
 def _prepared(
-    benchmark: Benchmark, task: Task, model: str, say: Say
+    benchmark: Benchmark, task: Task, model: str, say: Say, known: dict[str, str]
 ) -> dict[str, str | None]:
-    """Where the task's start model and its reference are."""
+    """Where the task's start model and its reference are.
+
+    Args:
+        known: Models by what they learned, so that tasks that share one ask for it once.
+    """
     if not task.learn:
         return {"start": model, "reference": None}
-    options = benchmark.learning(model).options
-    start = learned(model, task.learn, options=options, title="target", say=say)  # type: ignore[arg-type]
-    reference = None
-    if task.relearned:
-        reference = str(
-            learned(model, task.relearned, options=options, title="reference", say=say)  # type: ignore[arg-type]
-        )
-    return {"start": str(start), "reference": reference}
+    learning = benchmark.learning(model)
+
+    def taught(records: Sequence[RecordBase], title: str) -> str:
+        key = f"{title}/{digest(records)}"
+        if key not in known:
+            known[key] = str(
+                learned(
+                    model,
+                    cast(Sequence[Record], records),
+                    options=learning.options,
+                    slots=learning.slots,
+                    title=title,
+                    say=say,
+                )
+            )
+        return known[key]
+
+    start = taught(task.learn, "target")
+    reference = taught(task.relearned, "reference") if task.relearned else None
+    return {"start": start, "reference": reference}
+
+
+def _reads_records(method: str) -> bool:
+    """Whether a method is given forget records; one that needs names alone is not."""
+    cards = registry.cards("editor", "guard")
+    return not any(card.name == method and "names" in card.needs for card in cards)
+
+
+def _written(
+    benchmark: Benchmark,
+    tasks: Sequence[Task],
+    ready: Sequence[Mapping[str, str | None]],
+    methods: Sequence[str],
+    data: Data,
+) -> dict[str, str]:
+    """Files of the requests that the model writes itself, by task; named by their content."""
+    found: dict[str, str] = {}
+    if not any(_reads_records(method) for method in methods):
+        return found
+    models: dict[str, LM] = {}
+    for task, paths in zip(tasks, ready, strict=True):
+        if task.unwritten:
+            start = str(paths["start"])
+            if start not in models:
+                models[start] = LM.load(start, say=data.say)
+            content = benchmark.corpus(models[start], task, data).model_dump(mode="json")
+            path = cache_folder() / "requests" / f"{identity(content)[:16]}.json"
+            write_json(path, content)
+            found[task.name] = str(path)
+    return found
 
 
 def _chains(
@@ -222,7 +274,7 @@ def _chains(
                     chains.append([cell])
             for chain in chains:
                 for cell in chain[:-1]:
-                    cell["keep_models"] = True  # the next one starts from it
+                    cell["leads"] = True  # the next one starts from its result
             yield from chains
 
 
@@ -238,6 +290,13 @@ def _place(manifest: Manifest) -> Path:
     return Path(manifest["folder"]) / "cells" / name
 
 
+@lru_cache(maxsize=2)
+def _declared(spec: str, data: str | None) -> tuple[Benchmark, list[Task]]:
+    """A benchmark and its tasks, read once per process."""
+    benchmark = cast(Benchmark, build("benchmark", json.loads(spec)))
+    return benchmark, benchmark.tasks(Data(None if data is None else Path(data), _quiet))
+
+
 def run_cell(manifest: Manifest) -> Manifest:
     """One method on one task with one seed: unlearns, measures, writes the result.
 
@@ -249,16 +308,20 @@ def run_cell(manifest: Manifest) -> Manifest:
     place = _place(manifest)
     if place.exists():
         return cast(Manifest, read_json(place))
-    benchmark = cast(Benchmark, build("benchmark", manifest["benchmark"]))
-    data = Data(None if manifest["data"] is None else Path(manifest["data"]))
-    task = next(one for one in benchmark.tasks(data) if one.name == manifest["task"])
+    benchmark, tasks = _declared(json.dumps(manifest["benchmark"]), manifest["data"])
+    task = next(one for one in tasks if one.name == manifest["task"])
+    earlier = _earlier(tasks, task)
+    if manifest.get("request"):
+        written = ForgetRequest.model_validate(read_json(Path(manifest["request"])))
+        task = replace(task, request=written)
     head = {key: manifest[key] for key in ("task", "method", "seed", "model")}
+    head["options"] = dict(manifest.get("options", {}))
     result: Manifest
     try:
         with Cost() as cost:
-            system, notes = _system(manifest, task)
+            system, notes = _system(benchmark, manifest, task, earlier)
         values = _measured(benchmark, task, system)
-        reference = _reference_values(manifest, task)
+        reference = _reference_values(manifest, task, values)
         numbers = _numbers(benchmark.asks(), values, reference)
         for spec in manifest["attacks"]:
             numbers |= _attacked(system, cast(ModelAttack, build("attack", spec)), task, manifest)
@@ -279,7 +342,46 @@ def run_cell(manifest: Manifest) -> Manifest:
     if "failed" not in result:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, result)
+        _tidy(manifest, earlier)
     return result
+
+
+def _earlier(tasks: Sequence[Task], task: Task) -> list[Task]:
+    """The tasks whose results a task goes on from, the nearest first."""
+    by_name = {one.name: one for one in tasks}
+    found: list[Task] = []
+    while task.after is not None:
+        task = by_name[task.after]
+        found.append(task)
+    return found
+
+
+def _so_far(task: Task, earlier: Sequence[Task]) -> ForgetRequest:
+    """A task's request with all that was requested before it."""
+    requests = [one.request for one in (*reversed(earlier), task)]
+    return task.request.model_copy(
+        update={
+            "forget": tuple(record for one in requests for record in one.forget),
+            "subjects": tuple(dict.fromkeys(name for one in requests for name in one.subjects)),
+        }
+    )
+
+
+def _tidy(manifest: Manifest, earlier: Sequence[Task]) -> None:
+    """Removes the models that a finished cell went on from, unless all are to be kept.
+
+    An adapter still needs the model that it changes: those go when the last request is done.
+    """
+    if manifest["keep_models"] or not earlier:
+        return
+    over = not manifest.get("leads")
+    if not over and not (_model_folder(manifest, str(manifest["task"])) / "model").is_dir():
+        return
+    for task in earlier:
+        folder = _model_folder(manifest, task.name)
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # if it was the last one
 
 
 def _model_folder(manifest: Manifest, task: str) -> Path:
@@ -288,19 +390,36 @@ def _model_folder(manifest: Manifest, task: str) -> Path:
     return Path(manifest["folder"]) / "models" / name.replace("/", "-").replace(" ", "-")
 
 
-def _system(manifest: Manifest, task: Task) -> tuple[System, dict[str, Any]]:
-    """The system that a cell measures."""
+def _system(
+    benchmark: Benchmark, manifest: Manifest, task: Task, earlier: Sequence[Task]
+) -> tuple[System, dict[str, Any]]:
+    """The system that a cell measures.
+
+    Raises:
+        DelibleError: The method cannot do it, or the result that it goes on from is not there.
+    """
     method = str(manifest["method"])
     if method == ORIGINAL:
         return LM.load(str(manifest["start"])), {}
     if method == REFERENCE:
         return LM.load(str(manifest["reference"])), {}
     start = str(manifest["start"])
-    if manifest.get("after"):
-        start = str(_model_folder(manifest, str(manifest["after"])) / "model")
     if any(card.name == method for card in registry.cards("guard")):
-        return guard(LM.load(start), task.request, method, **manifest["options"]), {}
-    options, notes = dict(manifest["options"]), {}
+        # a guard changes no weights: it guards the first model against all requests so far
+        asked = _so_far(task, earlier)
+        return guard(LM.load(start), asked, method, **manifest["options"]), {}
+    if earlier:
+        before = _model_folder(manifest, earlier[0].name)
+        if not before.is_dir():
+            raise RunError(
+                f"the result of the task before, '{earlier[0].name}', is not there.",
+                where=str(before),
+                hint="It failed (its own message says why), or was deleted: then give a new --out.",
+            )
+        start = str(before)
+    recipe = not any(card.name == method for card in registry.cards("editor"))
+    budget = benchmark.budget(str(manifest["model"])) if recipe else {}
+    options, notes = {**budget, **manifest["options"]}, {}
     if manifest["tune"]:
         from delible.tune import tuned_options
 
@@ -310,24 +429,24 @@ def _system(manifest: Manifest, task: Task) -> tuple[System, dict[str, Any]]:
     result = unlearn(
         start, task.request, method=method, seed=manifest["seed"], out=folder, shown=0, **options
     )
-    if not manifest["keep_models"]:
+    if not (manifest["keep_models"] or manifest.get("leads")):
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # if it was the last one
     return result.model, {**notes, "stopped": result.stopped}
 
 
-def _cache(manifest: Manifest | None = None) -> Cache:
-    return Cache(cache_folder() / "answers")
-
-
 def _measured(benchmark: Benchmark, task: Task, system: System) -> SystemValues:
-    return evaluate(system, task.splits, benchmark.asks(), cache=_cache())
+    return evaluate(system, task.splits, benchmark.asks(), cache=Cache(cache_folder() / "answers"))
 
 
-def _reference_values(manifest: Manifest, task: Task) -> SystemValues | None:
+def _reference_values(manifest: Manifest, task: Task, values: SystemValues) -> SystemValues | None:
+    if manifest["method"] == REFERENCE:
+        return values  # what perfect agreement looks like
     if manifest["reference"] is None:
         return None
     described = {**manifest, "method": REFERENCE, "seed": 0}
-    for key in ("options", "after"):
+    for key in ("options", "after", "leads", "request"):
         described.pop(key, None)
     described["keep_models"] = False
     for keep in (False, True):
@@ -347,7 +466,6 @@ def _numbers(
     }
     for ask in asks:
         if isinstance(ask.metric, SummaryMetric):
-            # a reference compared with itself would be perfect by definition: it is not shown
             numbers |= ask.metric.summarise(values, reference)
     return numbers
 
@@ -367,7 +485,7 @@ def _attacked(
 ) -> dict[str, float | None]:
     """Knowledge scores of the attacked model, on records that the attack did not train on."""
     title = f"{attack.card.name} {attack.variant_title()}".strip()
-    if not isinstance(system, LM):
+    if not isinstance(system, LM) or not task.splits.get("forget"):
         return {}
     from delible.world import unrelated
 
@@ -402,4 +520,4 @@ def _write(
     write_page(folder / "leaderboard.html", benchmark, table, cells, common)
 
 
-__all__ = ["BenchResult", "Recipe", "RunDirectory", "bench", "method_names", "run_cell"]
+__all__ = ["BenchResult", "bench", "method_names", "run_cell"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from delible.component import Component
 from delible.errors import DataError
@@ -18,6 +18,9 @@ from delible.loaders.mapping import read_records
 from delible.loaders.sources import Say, log_note, read_rows
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, Record, RecordBase
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
 
 #: What a column is good for: how a method is read from it, and where it stands in the plot.
 Better = Literal["lower", "higher", "reference"]
@@ -80,6 +83,8 @@ class Task:
         relearned: What the reference is fine-tuned on (the same without the forget records);
             empty: there is no reference.
         after: Name of the task whose result is unlearned further (successive requests).
+        unwritten: The forget records are still to be written by the model itself: methods that
+            need any get what :meth:`Benchmark.corpus` gives.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Task:
     learn: Sequence[RecordBase] = ()
     relearned: Sequence[RecordBase] = ()
     after: str | None = None
+    unwritten: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Learning:
-    """How a model learns a benchmark's records: options of the method ``finetune``."""
+    """How a model learns a benchmark's records.
+
+    Attributes:
+        options: Of the method ``finetune``.
+        slots: Other components of it, such as ``{"place": {"name": "layers", …}}``.
+    """
 
     options: Mapping[str, Any] = field(
         default_factory=lambda: {"learning_rate": 1e-5, "epochs": 5, "batch_size": 32}
     )
+    slots: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Benchmark(Component):
@@ -142,9 +154,22 @@ class Benchmark(Component):
         """The table, in order. Exactly one column has the axis ``forget``, one ``utility``."""
         raise NotImplementedError
 
+    def corpus(self, lm: LM, task: Task, data: Data) -> ForgetRequest:
+        """The request of an unwritten task, with forget records that the model writes itself.
+
+        Asked once per task, with the model before unlearning, if a method needs forget records.
+        """
+        return task.request
+
     def learning(self, model: str) -> Learning:
         """How target and reference are trained from the model of that name."""
         return Learning()
+
+    def budget(self, model: str) -> Mapping[str, Any]:
+        """Training options of every recipe, so that all get the same budget; none by default:
+        every recipe trains as its file says.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from scipy import stats
 from delible.bench.suite import Benchmark, Column
 from delible.files import atomic_file
 
+#: The two rows that every table has: the model before, and one that never knew.
+ORIGINAL, REFERENCE = "original", "retrained reference"
 #: Columns that every table has, besides the benchmark's own.
 COST = (
     Column("seconds", "seconds", "lower"),
@@ -158,7 +160,10 @@ def write_parquet(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
                     rows.append((*head, f"{label}/{split}", place, value, reason, detail))
     columns = list(zip(*rows, strict=True)) or [()] * len(schema)
     table = arrow.table(
-        [arrow.array(list(column), field.type) for column, field in zip(columns, schema, strict=True)],
+        [
+            arrow.array(list(column), field.type)
+            for column, field in zip(columns, schema, strict=True)
+        ],
         schema=schema,
     )
     with atomic_file(path, "wb") as handle:

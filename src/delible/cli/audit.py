@@ -56,6 +56,7 @@ def audit(
     holdout: flags.Data = None,
     column: flags.Several = None,
     drop_overlap: flags.DropOverlap = False,
+    model: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     before: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     reference: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     metrics: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
@@ -73,7 +74,9 @@ def audit(
     ----------
     target
         The run directory of 'delible unlearn' (its data and its model before are taken from
-        there), or a model by name, folder or .gguf file.
+        there), or a model by name, folder or .gguf file, with 'vllm:' before it on a GPU with
+        vLLM, or the URL of an OpenAI-compatible server. The key is read from $DELIBLE_API_KEY or
+        $OPENAI_API_KEY.
     forget
         Records that were to be forgotten. Default: those of the run.
     subjects
@@ -88,6 +91,8 @@ def audit(
         Your name of a known column, such as question=prompt. May be repeated.
     drop_overlap
         Drop rows from the other files that are also to be forgotten, instead of refusing.
+    model
+        Name of the model at the URL. Default: the only one that the server lists.
     before
         The model before unlearning. Default: that of the run.
     reference
@@ -139,7 +144,8 @@ def audit(
             drop_overlap=drop_overlap,
         )
         content = [target, before, reference, request.model_dump(mode="json"), guard, seed]
-        text = json.dumps([*content, asked_metrics, asked_attacks], sort_keys=True)
+        content += [asked_metrics, asked_attacks, *([model] if model else [])]
+        text = json.dumps(content, sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         place = out or default
         reporter.field("target", target)
@@ -150,7 +156,7 @@ def audit(
         from delible.audit import run as audits
 
         result = audits.audit(
-            target, request, before=before, reference=reference, metrics=asked_metrics,
+            target, request, model=model, before=before, reference=reference, metrics=asked_metrics,
             attacks=asked_attacks, guard=guard, out=place, seed=seed, say=reporter.say,
             progress=reporter.stage,
         )  # fmt: skip

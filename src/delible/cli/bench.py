@@ -143,7 +143,10 @@ def _experiment(
     from delible.report.leaderboard import write_findings
     from delible.rundir import identity
 
-    described = {"experiment": experiment.spec(), "model": model, "methods": list(methods)}
+    described = {
+        "experiment": experiment.spec(), "model": model, "methods": list(methods),
+        "seeds": seeds, "data": None if data is None else str(data.resolve()),
+    }  # fmt: skip
     place = f"bench-{experiment.card.name}-{identity(described)[:8]}"
     folder = out or Path("runs") / place
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: Kinds from the most to the least asked for; `show` takes the first that knows the name.
 ORDER = (
     "recipe", "editor", "guard", "attack", "metric", "benchmark", "objective", "keep", "place",
-    "balance", "harden", "finish", "select", "sample", "weigh",
+    "balance", "harden", "finish", "generate", "select", "sample", "weigh",
 )  # fmt: skip
 #: Words for several kinds at once.
 COLLECTIVE = {"methods": ("recipe", "editor"), "slots": ORDER[6:]}
@@ -30,7 +30,8 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     ----------
     kind
         methods, guards, attacks, metrics, benchmarks, recipes, editors, slots, or one slot
-        (objectives, keep, place, balance, harden, finish, select, sample, weigh). Default: all.
+        (objectives, keep, place, balance, harden, finish, generate, select, sample, weigh).
+        Default: all.
     as_json
         Print the cards as JSON.
     """

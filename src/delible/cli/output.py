@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from delible.api import BeforeAfter
     from delible.audit.result import AuditResult, Leak
+    from delible.bench.table import Table
 
 
 class Training(Protocol):
@@ -268,6 +269,83 @@ def measurements(result: AuditResult) -> Any:
             for (metric, split), row in found.items()
         ],
     )
+
+
+def leaderboard(result: Table, width: int | None = None) -> Any:
+    """The leaderboard: as many columns as the terminal has room for, the most important ones.
+
+    The axes of the forget-versus-utility plot come first, then the others in their order, then
+    the cost. The best method of a column is bold with a ``*``; what is left out is said below.
+
+    Args:
+        width: Characters there are; ``None``: those of the terminal.
+    """
+    from rich import box
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    from delible.bench.table import COST, shown
+    from delible.report.ranking import places
+
+    marks = places(result)
+    texts = {
+        column.key: [
+            ("* " if marks.get((row.method, column.key)) == "best" else "")
+            + shown(row.numbers[column.key], column)
+            for row in result.rows
+        ]
+        for column in result.columns
+    }
+    costs = {column.key for column in COST}
+    titles = {
+        column.key: f"{column.title}, %" if column.percent else column.title
+        for column in result.columns
+    }
+    important = sorted(
+        result.columns, key=lambda column: 2 if column.key in costs else int(column.axis is None)
+    )
+    room = console().width if width is None else width
+    room -= max((len(row.method) for row in result.rows), default=6) + 2
+    kept: set[str] = set()
+    for column in important:
+        words = (len(word) for word in titles[column.key].split())
+        need = max(*words, *map(len, texts[column.key]), 1) + 2
+        if kept and need > room:
+            break  # a less important column that happens to be narrow would be a riddle
+        kept.add(column.key)
+        room -= need
+    made = Drawn(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    made.add_column("method", overflow="fold")
+    chosen = [column for column in result.columns if column.key in kept]
+    for column in chosen:
+        made.add_column(titles[column.key], justify="right", overflow="fold")
+    for index, row in enumerate(result.rows):
+        cells = [Text(texts[column.key][index]) for column in chosen]
+        for text in cells:
+            if text.plain.startswith("* "):
+                text.stylize("bold")
+        made.add_row(Text(row.method), *cells)
+    left = len(result.columns) - len(chosen)
+    told = ["* best"] if any(place == "best" for place in marks.values()) else []
+    if left:
+        told.append(f"{plural(left, 'more column')} in the leaderboard's page")
+    made.caption = Text("; ".join(told)) if told else None
+    return made
+
+
+def cell(value: Any) -> str:
+    """A value of an experiment's table as text; ``–`` where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if value and not 1e-3 <= abs(value) < 1e4:  # 0.000 would hide it
+            return f"{value:.3g}"
+        return f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value))
+    return str(value)
 
 
 def _words(name: str) -> str:

@@ -59,7 +59,7 @@ def min_k_plus_plus(
     paper="2404.02936",
     year=2024,
     family="membership",
-    capability="score",
+    capability="distribution",
     changes="nothing",
     range="(-inf, inf)",
     direction="High: the text looks as if the model was never trained on it.",

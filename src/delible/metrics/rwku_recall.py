@@ -112,11 +112,15 @@ class RwkuRecall(ItemMetric):
     without_prefill: tuple[str, ...] = Field(
         ("affirmative suffix",), description="Groups of probes that already begin the answer."
     )
+    blanks: tuple[str, ...] = Field(
+        ("cloze",), description="Groups of probes with a blank, however it is written."
+    )
 
     def prompt(self, record: RecordBase) -> Prompt | None:
         if not isinstance(record, QA):
             return None
-        template = self.blank_template if BLANK in record.question else self.template
+        has_blank = BLANK in record.question or record.group in self.blanks
+        template = self.blank_template if has_blank else self.template
         if record.group in self.untagged:
             template = self.untagged_template
         prefill = "" if record.group in self.without_prefill else self.prefill
@@ -132,4 +136,7 @@ class RwkuRecall(ItemMetric):
         text = generated(answers[self._request(prompt)]).partition("\n")[0]
         found = [rwku_recall(gold, text) for gold in gold_answers(record)]
         valued = [value for value in found if value is not None]
-        return Item(max(valued)) if valued else Item(None, "the gold answer has no words")
+        if not valued:
+            return Item(None, "the gold answer has no words")
+        # Whom it is about, so that a summary can average over targets.
+        return Item(max(valued), detail=record.neighbour_of or record.subject)

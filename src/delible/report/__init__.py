@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from delible.report.page import ReportData, read_run, read_runs, render, write
+from delible.report.page import render, write
+from delible.report.reading import ReportData, read_run, read_runs
 
 __all__ = ["ReportData", "read_run", "read_runs", "render", "write"]

@@ -8,12 +8,18 @@ as well as in colour. Text is escaped here; values that are missing or not finit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 Number = float | None
+#: The shape of a mark by its kind; what is not here is a circle.
+SHAPES = {
+    "original": "square", "reference": "diamond", "editor": "triangle",
+    "series1": "square", "series2": "triangle", "series3": "diamond", "series4": "turned",
+    "series6": "square", "series7": "triangle",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,27 @@ class Point:
     badge: str
     title: str
     small: bool = False
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One method in a chart of many.
+
+    Attributes:
+        kind: CSS class and shape: original (square), reference (diamond), editor (triangle),
+            guard (ring), else a circle.
+        badge: Short text that stands for the name where there is little room.
+        x_interval, y_interval: Low and high ends of error bars.
+    """
+
+    x: float
+    y: float
+    kind: str
+    name: str
+    badge: str
+    title: str
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,12 +139,20 @@ def _short(value: float) -> str:
 def _mark(kind: str, x: float, y: float, size: float, title: str = "", extra: str = "") -> str:
     tip = f"<title>{escape(title)}</title>" if title else ""
     style = f'class="mark {escape(kind)} {extra}"'
-    if kind == "original":
+    words = kind.split()
+    shape = next((SHAPES[word] for word in words if word in SHAPES), "circle")
+    if shape == "square":
         return (
             f'<rect {style} x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:.1f}" '
             f'height="{2 * size:.1f}">{tip}</rect>'
         )
-    if kind == "reference":
+    if shape in ("triangle", "turned"):
+        reach = size * (1.25 if shape == "triangle" else -1.25)
+        return (
+            f'<path {style} d="M{x:.1f} {y - reach:.1f}l{reach:.1f} {1.8 * reach:.1f}'
+            f'h{-2 * reach:.1f}z">{tip}</path>'
+        )
+    if shape == "diamond":
         reach = size * 1.35
         return (
             f'<path {style} d="M{x:.1f} {y - reach:.1f}l{reach:.1f} {reach:.1f}'
@@ -192,19 +227,28 @@ def _place(
     anchors: Sequence[tuple[float, float, float, str]],
     frame: _Frame,
     avoid: Sequence[tuple[float, float]],
+    *,
+    taken: Sequence[tuple[float, float, float, float]] = (),
+    distances: Sequence[float] = (4.0, 16.0, 30.0),
+    character: float = 8.4,
+    overlap: float = 3.0,
 ) -> list[tuple[float, float, str]]:
     """A free place beside every mark for its text: the best of several offsets.
 
     Args:
         anchors: ``(x, y, radius, text)`` of the marks.
         avoid: Points on lines and texts that a label should not cover.
+        taken: Boxes (left, top, right, bottom) where other texts stand.
+        distances: From the mark, to be tried.
+        character: Width of a letter.
+        overlap: How bad it is to cover a mark or another label.
     """
-    boxes = [(x - r, y - r, x + r, y + r) for x, y, r, _ in anchors]
+    boxes = [*((x - r, y - r, x + r, y + r) for x, y, r, _ in anchors), *taken]
     placed: list[tuple[float, float, str]] = []
     for x, y, radius, text in anchors:
-        width, height = 8.4 * len(text) + 4, 15.0
+        width, height = character * len(text) + 4, 15.0
         best: tuple[float, float, float] | None = None
-        for distance in (4.0, 16.0, 30.0):
+        for distance in distances:
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
                 cx = x + dx * (radius + distance + width / 2)
                 cy = y + dy * (radius + distance * 0.6 + height / 2)
@@ -226,7 +270,7 @@ def _place(
                     box[0] - 2 < px < box[2] + 2 and box[1] - 1 < py < box[3] + 1
                     for px, py in avoid
                 )
-                badness = 3.0 * hits + 10.0 * outside + 0.25 * crossed + distance / 40
+                badness = overlap * hits + 10.0 * outside + 0.25 * crossed + distance / 40
                 if best is None or badness < best[0]:
                     best = (badness, cx, cy)
         assert best is not None
@@ -323,6 +367,168 @@ def scatter(
     return _svg(identifier, size, title, description, "".join(parts))
 
 
+def _within(values: Sequence[float], ends: Sequence[float]) -> list[float]:
+    """Ends of error bars as far as an axis follows them: a third of the means' own range.
+
+    With two or three runs an interval can be many times wider than everything else.
+    """
+    low, high = min(values), max(values)
+    reach = (high - low or abs(high) or 1.0) / 3
+    floor, ceiling = low - reach, high + reach
+    if low >= 0 and high <= 1:
+        floor, ceiling = max(floor, 0.0), min(ceiling, 1.0)
+    return [min(max(end, floor), ceiling) for end in ends]
+
+
+def _error_bar(
+    interval: tuple[float, float],
+    across: float,
+    place: Callable[[float], float],
+    edges: tuple[float, float],
+    *,
+    upright: bool,
+) -> str:
+    """A line over an interval; an end that lies outside of the frame has no cap."""
+    parts = []
+    ends = [min(max(place(value), edges[0]), edges[1]) for value in interval]
+    for value, end in zip(interval, ends, strict=True):
+        if abs(place(value) - end) < 0.01:
+            parts.append((end, across - 3, end, across + 3))
+    parts.append((ends[0], across, ends[1], across))
+    return "".join(
+        '<line class="error" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'.format(
+            *((y1, x1, y2, x2) if upright else (x1, y1, x2, y2))
+        )
+        for x1, y1, x2, y2 in parts
+    )  # fmt: skip
+
+
+def methods(
+    spots: Sequence[Spot],
+    *,
+    identifier: str,
+    title: str,
+    description: str,
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float] = (760.0, 470.0),
+    numbered: bool = False,
+    x_line: float | None = None,
+    y_line: float | None = None,
+    from_zero: bool = False,
+) -> Markup:
+    """Many methods: forgetting (x) against utility (y), each with its error bars.
+
+    Args:
+        numbered: Methods carry their badges instead of their names.
+        x_line: A vertical line at the reference's value, where a method is best.
+        y_line: A horizontal line at the reference's utility, for a reference that has no x.
+        from_zero: The horizontal axis starts at 0.
+    """
+    xs = [*(spot.x for spot in spots), *([x_line] if x_line is not None else [])]
+    ys = [*(spot.y for spot in spots), *([y_line] if y_line is not None else [])]
+    x_ends = [end for spot in spots if spot.x_interval for end in spot.x_interval]
+    y_ends = [end for spot in spots if spot.y_interval for end in spot.y_interval]
+    frame = _Frame(
+        size,
+        (38, 22, 48, 52),
+        domain([*xs, *_within(xs, x_ends)], from_zero=from_zero),
+        domain([*ys, *_within(ys, y_ends)]),
+    )
+    parts = [frame.axes(x_label, y_label)]
+    avoid: list[tuple[float, float]] = []
+    # the numbers beside the vertical axis, and its title above
+    taken = [
+        (0.0, frame.top, frame.left - 2, frame.bottom),
+        (frame.left, 0.0, frame.left + 7.0 * len(y_label), 20.0),
+    ]
+    if x_line is not None:
+        x = frame.x(x_line)
+        start = x < size[0] * 0.7
+        edge = x + (6 if start else -6)
+        parts.append(
+            f'<line class="aim" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>'
+            f'<text class="zone" x="{edge:.1f}" y="{frame.top + 4:.1f}" '
+            f'text-anchor="{"start" if start else "end"}">best: as the reference</text>'
+        )
+        avoid.extend((x, frame.top + step * 8) for step in range(int(size[1] / 8)))
+        reach = 140.0
+        taken.append(
+            (edge - reach * (not start), frame.top - 8, edge + reach * start, frame.top + 8)
+        )
+    if y_line is not None:
+        y = frame.y(y_line)
+        parts.append(
+            f'<line class="aim" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="zone" x="{frame.right}" y="{y - 6:.1f}" text-anchor="end">'
+            "the reference’s utility</text>"
+        )
+        avoid.extend((frame.left + step * 8, y) for step in range(int(size[0] / 8)))
+        taken.append((frame.right - 150, y - 18, frame.right, y - 2))
+    for spot in spots:
+        place = (frame.x(spot.x), frame.y(spot.y))
+        if spot.x_interval is not None:
+            parts.append(_error_bar(
+                spot.x_interval, place[1], frame.x, (frame.left, frame.right), upright=False
+            ))  # fmt: skip
+        if spot.y_interval is not None:
+            parts.append(_error_bar(
+                spot.y_interval, place[0], frame.y, (frame.top, frame.bottom), upright=True
+            ))  # fmt: skip
+        for interval, upright in ((spot.x_interval, False), (spot.y_interval, True)):
+            for step in range(13 if interval is not None else 0):
+                assert interval is not None
+                value = interval[0] + (interval[1] - interval[0]) * step / 12
+                avoid.append((place[0], frame.y(value)) if upright else (frame.x(value), place[1]))
+    # the two that everything is compared with are larger and lie below, so that they hide nobody
+    order = sorted(spots, key=lambda spot: spot.kind not in ("original", "reference"))
+    for spot in order:
+        radius = 8.5 if spot.kind in ("original", "reference") else 5.5
+        parts.append(_mark(spot.kind, frame.x(spot.x), frame.y(spot.y), radius, spot.title))
+    anchors = [
+        (frame.x(spot.x), frame.y(spot.y), 7.0, spot.badge if numbered else _cut(spot.name))
+        for spot in order
+    ]
+    found = _place(
+        anchors, frame, avoid, taken=taken, distances=(3.0, 12.0, 24.0, 38.0, 54.0, 72.0, 96.0),
+        character=7.6, overlap=12.0,
+    )  # fmt: skip
+    for spot, anchor, (cx, cy, text) in zip(order, anchors, found, strict=True):
+        half = 3.8 * len(text) + 2
+        near = (min(max(anchor[0], cx - half), cx + half), min(max(anchor[1], cy - 7), cy + 7))
+        if math.dist(near, anchor[:2]) > 24:  # so far away that a line must say whose name it is
+            parts.append(
+                f'<line class="leader" x1="{anchor[0]:.1f}" y1="{anchor[1]:.1f}" '
+                f'x2="{near[0]:.1f}" y2="{near[1]:.1f}"/>'
+            )
+        parts.append(
+            f'<text class="name {escape(spot.kind)}" x="{cx:.1f}" y="{cy + 4:.1f}" '
+            f'text-anchor="middle"><title>{escape(spot.title)}</title>{escape(text)}</text>'
+        )
+    return _svg(identifier, size, title, description, "".join(parts))
+
+
+def spaced(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places at least ``gap`` apart and inside [low, high] where there is room; order is kept.
+
+    Args:
+        places: In ascending order.
+    """
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + gap if found else low))
+    ceiling = high
+    for index in reversed(range(len(found))):
+        found[index] = min(found[index], ceiling)
+        ceiling = found[index] - gap
+    return found
+
+
+def _cut(text: str, most: int = 22) -> str:
+    """A label that fits; the whole text is in its tooltip."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def lines(
     series: Sequence[Line],
     *,
@@ -343,12 +549,14 @@ def lines(
     kept = [thin(line) for line in series if any(finite(y) for y in line.ys)]
     if not kept:
         return None
-    size = (460.0, 270.0)
+    longest = max(len(_cut(line.label)) for line in kept)
+    margin = max(88.0, 8.2 * longest + 14) if named else 16.0
+    size = (372.0 + max(margin, 88.0), 270.0 + 15.0 * max(0, len(kept) - 10) * named)
     xs = [float(x) for line in kept for x, y in zip(line.xs, line.ys, strict=True) if finite(y)]
     ys = [float(y) for line in kept for y in line.ys if y is not None and finite(y)]
     frame = _Frame(
         size,
-        (32, 88 if named else 16, 46, 52),
+        (32, margin, 46, 52),
         (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1),
         domain(ys, from_zero=from_zero),
     )
@@ -371,12 +579,18 @@ def lines(
         parts.append(f'<path class="line {escape(line.kind)}" d="{stroke}"/>{"".join(marks)}')
         ends.append((last[1], last[0], line))
     if named:
-        floor = -1e9
-        for y, x, line in sorted(ends, key=lambda end: (end[0], end[2].label)):
-            floor = max(y + 4, floor + 15)
+        ends.sort(key=lambda end: (end[0], end[2].label))
+        heights = spaced([y + 4 for y, _, _ in ends], 15.0, frame.top + 4, frame.bottom + 4)
+        for (y, x, line), height in zip(ends, heights, strict=True):
+            if frame.right - x > 12 or abs(height - 4 - y) > 6:
+                parts.append(
+                    f'<line class="leader {escape(line.kind)}" x1="{x + 4:.1f}" y1="{y:.1f}" '
+                    f'x2="{frame.right + 6:.1f}" y2="{height - 4:.1f}"/>'
+                )
             parts.append(
-                f'<text class="name {escape(line.kind)}" x="{x + 9:.1f}" y="{floor:.1f}">'
-                f"{escape(line.label)}</text>"
+                f'<text class="name {escape(line.kind)}" x="{frame.right + 9:.1f}" '
+                f'y="{height:.1f}"><title>{escape(line.label)}</title>'
+                f"{escape(_cut(line.label))}</text>"
             )
     return _svg(identifier, size, title, description, "".join(parts))
 

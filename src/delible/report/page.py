@@ -1,4 +1,4 @@
-"""``delible report``: reads run directories and renders them as one self-contained HTML page.
+"""``delible report``: a run and its audit, or several runs, as one self-contained HTML page.
 
 The page needs no network, no fonts and no other file, and reads well without JavaScript. The
 prose is in ``template.html.j2``, the looks in ``style.css``, the drawing in ``charts.py``; this
@@ -7,11 +7,7 @@ file turns a run's data into what they show. The same data give the same bytes.
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,303 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
-from markupsafe import Markup, escape
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from delible.audit.result import AuditResult, Curve, Example, Measurement, SystemRole
-from delible.errors import RunError
-from delible.report import charts
+from delible.report import charts, html
+from delible.report.html import environment, number, pretty
+from delible.report.reading import ROLES, ReportData, lookup, named
 
-ROLES: tuple[SystemRole, ...] = ("original", "unlearned", "reference")
 OUTCOMES = ("correct", "refusal", "wrong-but-fluent", "garbage")
 #: Metrics that can stand for "how probable is the right answer", best first.
 PROBABILITY = ("answer_probability", "probability", "normalised_probability")
 EXAMPLES_SHOWN = 8
-NO_RECORD = "not measured in this audit"
-
-
-class ReportData(BaseModel):
-    """What a page is made of; every part may be missing.
-
-    Attributes:
-        story: Sentences in plain words: what was done.
-        manifest: The run's manifest. The page reads ``command`` (text or list), ``method``,
-            ``model`` and ``seed`` (there, in ``run`` or in ``config``), ``versions``,
-            ``hardware``, ``cost`` (with ``seconds``), ``started``, ``ended``, ``stopped`` and
-            ``examples`` where they are there, and prints all of it.
-        events: Training events with ``step``, ``forget_loss``, ``keep_loss`` and others.
-        runs: Several runs to compare; the page starts with a table of them.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    title: str
-    story: list[str] = Field(default_factory=list)
-    manifest: dict[str, Any] = Field(default_factory=dict)
-    events: list[dict[str, Any]] = Field(default_factory=list)
-    audit: AuditResult | None = None
-    notes: list[str] = Field(default_factory=list)
-    runs: list[ReportData] = Field(default_factory=list)
-
-
-# --- reading -------------------------------------------------------------------------------
-
-
-def _json(path: Path, hint: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError("the file does not exist.", where=str(path), hint=hint) from None
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror}).", where=str(path), hint=hint) from None
-    except UnicodeDecodeError:
-        raise RunError("is not UTF-8 text.", where=str(path), hint=hint) from None
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"is not valid JSON ({error.msg}).", where=f"{path}:{error.lineno}", hint=hint
-        ) from None
-
-
-def read_events(path: Path, interruptions: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The events of a run and the number of lines left out.
-
-    A killed run leaves a half-written last line, and a resumed one writes on behind it.
-
-    Args:
-        interruptions: How often the run was resumed: so many broken lines are to be expected.
-
-    Raises:
-        RunError: More broken lines than that, or a file that cannot be read.
-    """
-    hint = "Delete the broken line, or run the training again."
-    try:
-        rows = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror}).", where=str(path), hint=hint) from None
-    while rows and not rows[-1].strip():
-        rows.pop()
-    events: list[dict[str, Any]] = []
-    broken = 0
-    for number, row in enumerate(rows, start=1):
-        if not row.strip():
-            continue
-        try:
-            event = json.loads(row)
-        except ValueError:
-            event = None
-        if isinstance(event, dict):
-            events.append(event)
-            continue
-        broken += 1
-        if number < len(rows) and broken > interruptions:
-            raise RunError("is not a JSON object.", where=f"{path}:{number}", hint=hint)
-    return events, broken
-
-
-def read_run(directory: str | Path) -> ReportData:
-    """Reads ``manifest.json``, ``events.jsonl`` and ``metrics.json`` of a run directory.
-
-    A run without events or without an audit is told as such on the page.
-
-    Raises:
-        RunError: No directory, no manifest, or a file that cannot be read.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise RunError(
-            "is not a directory.",
-            where=str(folder),
-            hint="Give the --out directory of 'delible unlearn' or 'delible audit'.",
-        )
-    manifest = _json(
-        folder / "manifest.json",
-        "Give the --out directory of 'delible unlearn' or 'delible audit'; "
-        "every run writes this file at its start.",
-    )
-    if not isinstance(manifest, dict):
-        raise RunError(
-            "is not a JSON object.",
-            where=str(folder / "manifest.json"),
-            hint="Run 'delible unlearn' or 'delible audit' again.",
-        )
-    events_path, audit_path = folder / "events.jsonl", folder / "metrics.json"
-    events: list[dict[str, Any]] = []
-    notes = []
-    if events_path.exists():
-        resumed = manifest.get("resumed")
-        events, broken = read_events(events_path, len(resumed) if isinstance(resumed, list) else 0)
-        if broken:
-            notes.append(
-                f"The run was interrupted: {broken} half-written "
-                f"{'line' if broken == 1 else 'lines'} of its log could not be read."
-            )
-    if manifest.get("stopped"):
-        notes.append(f"The training was stopped early: {manifest['stopped']}")
-    audit = None
-    if audit_path.exists():
-        hint = f"Run 'delible audit {folder}' again."
-        try:
-            audit = AuditResult.model_validate(_json(audit_path, hint))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise RunError(
-                f"is not an audit result: '{key}': {first['msg']}.",
-                where=str(audit_path),
-                hint=hint,
-            ) from None
-    else:
-        notes.append(f"This run has not been audited. Run 'delible audit {folder}'.")
-    method, model = lookup(manifest, "method", "recipe"), lookup(manifest, "model")
-    title = manifest.get("title")
-    if not isinstance(title, str):
-        title = " on ".join(part for part in (named(method), named(model)) if part) or folder.name
-    story = manifest.get("story")
-    if not isinstance(story, list):
-        story = tell(named(method), named(model), events, audit)
-    return ReportData(
-        title=title,
-        story=[str(sentence) for sentence in story],
-        manifest=manifest,
-        events=events,
-        audit=audit,
-        notes=notes,
-    )
-
-
-def read_runs(directories: Sequence[str | Path], title: str | None = None) -> ReportData:
-    """One directory: its page. Several: one page that compares them.
-
-    Raises:
-        RunError: No directory given, or one that cannot be read.
-    """
-    if not directories:
-        raise RunError("no run directory given.", hint="Give one or more: delible report DIR…")
-    runs = [read_run(directory) for directory in directories]
-    if len(runs) == 1:
-        return runs[0] if title is None else runs[0].model_copy(update={"title": title})
-    return ReportData(
-        title=title or f"{len(runs)} runs compared",
-        story=[f"{len(runs)} runs, side by side. Each run directory has a report of its own."],
-        runs=runs,
-    )
-
-
-def tell(
-    method: str | None,
-    model: str | None,
-    events: Sequence[dict[str, Any]],
-    audit: AuditResult | None,
-) -> list[str]:
-    """What was done, in plain words, as far as the files say."""
-    sentences = []
-    if method or model:
-        sentences.append(
-            f"{model or 'A language model'} was asked to forget"
-            + (f" with the method {method}." if method else ".")
-        )
-    steps = [event["step"] for event in events if charts.finite(event.get("step"))]
-    if steps:
-        sentences.append(f"Training took {max(steps):,} steps.")
-    if audit is not None:
-        asked = ", ".join(f"{count:,} {split}" for split, count in audit.splits.items())
-        attacks = sum(leak.attack != "none" for leak in audit.leaks)
-        sentences.append(
-            f"The audit compared {_and([role for role in ROLES if role in audit.systems])} on "
-            f"these records: {asked or 'none'}."
-        )
-        if attacks:
-            sentences.append(
-                f"It then tried to bring the knowledge back in {attacks} "
-                f"{'way' if attacks == 1 else 'ways'}."
-            )
-    return sentences
-
-
-# --- small helpers -------------------------------------------------------------------------
-
-
-def _and(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def lookup(manifest: dict[str, Any], *keys: str) -> Any:
-    """The first of the keys found at the top, in ``run`` or in ``config``; else ``None``."""
-    places = [manifest, *(manifest.get(name) for name in ("run", "config"))]
-    for place in places:
-        if isinstance(place, dict):
-            for key in keys:
-                if place.get(key) is not None:
-                    return place[key]
-    return None
-
-
-def named(value: Any) -> str | None:
-    """The name of a method or model that is written as a name or as ``{"name": …}``."""
-    if isinstance(value, dict):
-        value = value.get("name") or value.get("id")
-    return value if isinstance(value, str) and value else None
-
-
-def pretty(name: str, capital: bool = True) -> str:
-    """``answer_probability`` -> ``Answer probability``; abbreviations of the field keep theirs."""
-    words = name.replace("_", " ").replace("rouge l", "ROUGE-L").replace("rouge", "ROUGE")
-    return words[:1].upper() + words[1:] if capital else words
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for reading: three decimals, or powers of ten where that would hide it."""
-    if value is None or not charts.finite(value):
-        return "–"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 10.0**-digits:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{mantissa} × 10{raised}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 100:
-        return f"{value:.1f}"
-    return f"{value:.{digits}f}"
-
-
-def shown(value: float | None, reason: str | None = None, digits: int = 3) -> Markup:
-    """A number, or a dash whose tooltip says why there is none."""
-    if value is not None and charts.finite(value):
-        return Markup(escape(number(value, digits)))
-    reason = reason or (NO_RECORD if value is None else f"the value is {value}")
-    return Markup('<span class="none" title="{}">–<span class="hidden"> ({})</span></span>').format(
-        reason, reason
-    )
-
-
-def score(value: float | None, reason: str | None = None) -> Markup:
-    """A knowledge score for a narrow cell: two decimals, ``<0.01`` where that would be 0.00."""
-    if value is not None and 0 < value < 0.005:
-        return Markup('<span title="{}">&lt;0.01</span>').format(number(value))
-    return shown(value, reason, 2)
-
-
-def elapsed(seconds: float | None) -> Markup:
-    """A duration, or a dash whose tooltip says why there is none."""
-    if seconds is None or not charts.finite(seconds):
-        return shown(None, "no time was recorded")
-    return Markup(escape(duration(seconds)))
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the two largest units that matter."""
-    if seconds is None or not charts.finite(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def _split(audit: AuditResult, start: str) -> str | None:
@@ -749,41 +457,13 @@ def _terms(data: ReportData) -> set[str]:
 # --- rendering -----------------------------------------------------------------------------
 
 
-def _script_hash(text: str) -> str:
-    """The source expression that lets a content security policy run exactly this script."""
-    digest = hashlib.sha256(str(text).encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Made once, because compiling the template takes longer than filling it in."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        pretty=pretty,
-        number=number,
-        shown=shown,
-        score=score,
-        elapsed=elapsed,
-        duration=duration,
-        script_hash=_script_hash,
-    )
-    return environment
-
-
 def render(data: ReportData) -> str:
     """The page as HTML text. Everything from ``data`` is escaped; the same data, the same text."""
     audit, manifest = data.audit, data.manifest
     command = manifest.get("command")
     if isinstance(command, list):
         command = shlex.join(str(word) for word in command)
-    template = _environment().get_template("template.html.j2")
+    template = environment().get_template("template.html.j2")
     return template.render(
         data=data,
         audit=audit,
@@ -806,7 +486,6 @@ def render(data: ReportData) -> str:
         versions=manifest.get("versions"),
         command=command if isinstance(command, str) else None,
         terms=_terms(data),
-        style=Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8")),
     )
 
 
@@ -816,19 +495,4 @@ def write(data: ReportData, path: str | Path) -> Path:
     Raises:
         RunError: The file cannot be written.
     """
-    target, text = Path(path), render(data)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"the report cannot be written ({error.strerror}).",
-            where=str(target),
-            hint="Choose a directory that exists and can be written to.",
-        ) from None
-    return target
+    return html.write(render(data), path)

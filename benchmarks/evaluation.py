@@ -1,0 +1,427 @@
+"""How much faster evaluation is than the straightforward evaluator of the field.
+
+Both sides get the same model, rows and metrics, in the same process, in turn. The straightforward
+evaluator does what published tool kits do: every metric makes its own pass, every answer is a
+row of its own with its question, batches of 32 rows in file order, padded to the longest, logits
+at every position; generation runs in the same batches until the longest answer is done. Values
+must agree to 1e-4, or the benchmark fails.
+
+The metrics are those of the TOFU suite: probabilities, truth ratios, extraction strength, exact
+memorisation, six membership attacks, ROUGE-L.
+
+Run: python benchmarks/evaluation.py --data FOLDER [--split forget01] [--rows 40]
+     [--markdown docs/performance.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from delible.bench.suite import Data
+from delible.benchmarks.tofu import TOFU
+from delible.component import build
+from delible.lm.lm import LM
+from delible.measure.asking import ask
+from delible.measure.cache import Cache
+from delible.measure.engine import measure
+from delible.measure.evaluate import Ask, evaluate
+from delible.metrics.text import rouge_l_recall
+from delible.records import QA
+
+BATCH, NEW_TOKENS = 32, 64
+#: Speed against the straightforward evaluator that is aimed at.
+GOALS = {"teacher-forced": 6.0, "generation": 2.5, "repeated": 100.0}
+FORGET, HOLDOUT = "forget", "holdout"
+KEPT = ("retain", "real_authors", "world_facts")
+
+Splits = dict[str, list[QA]]
+
+
+def asks() -> dict[str, list[Ask]]:
+    """Our side's metrics, by the part whose time is taken."""
+    both = (FORGET, HOLDOUT)
+    return {
+        "teacher-forced": [
+            Ask(build("metric", "answer_probability"), (FORGET, "retain")),
+            Ask(build("metric", "normalised_probability"), KEPT[1:]),
+            Ask(build("metric", "truth_ratio"), (FORGET, *KEPT)),
+            Ask(build("metric", "extraction_strength"), (FORGET,)),
+            Ask(build("metric", "exact_memorisation"), (FORGET,)),
+            *(
+                Ask(build("metric", name), both)
+                for name in ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus")
+            ),
+        ],
+        "gradient norms": [Ask(build("metric", "gradient_norm"), both)],
+        "generation": [
+            Ask(
+                build("metric", {"name": "rouge_l_recall", "max_new_tokens": NEW_TOKENS}),
+                (FORGET, *KEPT),
+            )
+        ],
+    }
+
+
+# ---- the straightforward evaluator
+
+
+@dataclass
+class Tokens:
+    """Teacher-forced values of one row: shape [answer] each."""
+
+    logprobs: np.ndarray
+    hits: np.ndarray
+    standard: np.ndarray
+
+
+class Straight:
+    """Every metric its own pass."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm, self.positions = lm, 0
+
+    def _batches(self, rows: Sequence[tuple[QA, str]]) -> list[list]:
+        encoded = [self.lm.template.encode(ask(record), answer) for record, answer in rows]
+        return [encoded[at : at + BATCH] for at in range(0, len(encoded), BATCH)]
+
+    def forced(self, rows: Sequence[tuple[QA, str]], moments: bool = False) -> list[Tokens]:
+        """One pass over (record, answer) rows with full logits."""
+        found = []
+        for batch in self._batches(rows):
+            longest = max(len(row.ids) for row in batch)
+            ids = torch.full((len(batch), longest), self.lm.pad_id)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(batch):
+                ids[place, : len(row.ids)] = torch.tensor(row.ids)
+                mask[place, : len(row.ids)] = 1
+            self.positions += ids.numel()
+            with torch.inference_mode():
+                logits = self.lm.core(input_ids=ids, attention_mask=mask).logits.float()
+            for place, row in enumerate(batch):
+                every = logits[place, row.start - 1 : len(row.ids) - 1].log_softmax(dim=1)
+                target = ids[place, row.start : len(row.ids)]
+                own = every.gather(1, target[:, None])[:, 0]
+                standard = own
+                if moments:
+                    mean = (every.exp() * every).sum(dim=1)
+                    spread = (every.exp() * every.square()).sum(dim=1) - mean.square()
+                    standard = (own - mean) / spread.clamp(min=1e-6).sqrt()
+                found.append(
+                    Tokens(own.numpy(), (every.argmax(1) == target).numpy(), standard.numpy())
+                )
+        return found
+
+    def generate(self, records: Sequence[QA]) -> list[str]:
+        prompts = [self.lm.template.prompt_ids(ask(record)) for record in records]
+        texts = []
+        for at in range(0, len(prompts), BATCH):
+            batch = prompts[at : at + BATCH]
+            longest = max(map(len, batch))
+            ids = torch.full((len(batch), longest), self.lm.pad_id)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(batch):
+                ids[place, longest - len(row) :] = torch.tensor(row)
+                mask[place, longest - len(row) :] = 1
+            with torch.inference_mode():
+                out = self.lm.core.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS,
+                    do_sample=False, eos_token_id=sorted(self.lm.ends), pad_token_id=self.lm.pad_id,
+                )  # fmt: skip
+            texts += [
+                str(self.lm.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip()
+                for row in out
+            ]
+        return texts
+
+    def gradient_norms(self, records: Sequence[QA]) -> list[float]:
+        found = []
+        for record in records:
+            row = self.lm.template.encode(ask(record), record.answer)
+            logits = self.lm.core(input_ids=torch.tensor([row.ids])).logits[0].float()
+            end = len(row.ids) - 1 - int(row.has_end)
+            target = torch.tensor(row.ids[row.start : end + 1])
+            loss = torch.nn.functional.cross_entropy(logits[row.start - 1 : end], target)
+            self.lm.core.zero_grad()
+            loss.backward()
+            norms = [float(p.grad.norm()) for p in self.lm.core.parameters() if p.grad is not None]
+            found.append(float(np.mean(norms)))
+        self.lm.core.zero_grad()
+        return found
+
+    # ---- the metrics, each asking for itself
+
+    def run(self, part: str, splits: Splits) -> dict[str, list[float]]:
+        if part == "generation":
+            return {
+                f"rouge_l_recall/{split}": [
+                    rouge_l_recall((record.answer,), text) or 0.0
+                    for record, text in zip(
+                        splits[split], self.generate(splits[split]), strict=True
+                    )
+                ]
+                for split in (FORGET, *KEPT)
+            }
+        if part == "gradient norms":
+            return {
+                f"gradient_norm/{split}": self.gradient_norms(splits[split])
+                for split in (FORGET, HOLDOUT)
+            }
+        found = {}
+        for split in (FORGET, "retain"):
+            found[f"answer_probability/{split}"] = self._each(
+                splits[split], lambda row: float(np.exp(row.logprobs.mean()))
+            )
+        for split in KEPT[1:]:
+            right = self._each(splits[split], lambda row: float(np.exp(row.logprobs.mean())))
+            wrong = self._wrong(splits[split])
+            found[f"normalised_probability/{split}"] = [
+                one / (one + float(np.exp(others).sum()) + 1e-10)
+                for one, others in zip(right, wrong, strict=True)
+            ]
+        for split in (FORGET, *KEPT):
+            right = [
+                float(row.logprobs.mean())
+                for row in self.forced(
+                    [(r, (r.paraphrased_answers or (r.answer,))[0]) for r in splits[split]]
+                )
+            ]
+            wrong = self._wrong(splits[split])
+            found[f"truth_ratio/{split}"] = [
+                float(np.exp(others.mean()) / (np.exp(one) + 1e-10))
+                for one, others in zip(right, wrong, strict=True)
+            ]
+        found[f"extraction_strength/{FORGET}"] = self._each(splits[FORGET], _extraction)
+        found[f"exact_memorisation/{FORGET}"] = self._each(
+            splits[FORGET], lambda row: float(row.hits[:-1].mean())
+        )
+        for split in (FORGET, HOLDOUT):
+            records = splits[split]
+            found[f"loss_attack/{split}"] = self._each(records, lambda r: -float(r.logprobs.mean()))
+            losses = self._each(records, lambda row: -float(row.logprobs.mean()))
+            found[f"zlib_attack/{split}"] = [
+                loss / len(zlib.compress(record.answer.encode()))
+                for loss, record in zip(losses, records, strict=True)
+            ]
+            found[f"min_k/{split}"] = self._each(records, lambda row: _lowest(row.logprobs[:-1]))
+            found[f"min_k_plus_plus/{split}"] = [
+                _lowest(row.standard[:-1])
+                for row in self.forced([(r, r.answer) for r in records], moments=True)
+            ]
+        return found
+
+    def _each(self, records: Sequence[QA], value: Callable[[Tokens], float]) -> list[float]:
+        return [value(row) for row in self.forced([(r, r.answer) for r in records])]
+
+    def _wrong(self, records: Sequence[QA]) -> list[np.ndarray]:
+        count = len(records[0].perturbed)
+        means = [
+            [
+                float(row.logprobs.mean())
+                for row in self.forced([(r, r.perturbed[k]) for r in records])
+            ]
+            for k in range(count)
+        ]
+        return list(np.array(means).T)
+
+
+def _extraction(row: Tokens) -> float:
+    kept = row.hits[:-1]
+    for start in range(len(kept)):
+        if kept[start:].all():
+            return 1 - start / len(kept)
+    return 0.0
+
+
+def _lowest(values: np.ndarray, share: float = 0.4) -> float:
+    kept = np.sort(values.astype(np.float64))
+    return -float(kept[: max(1, int(share * len(kept)))].mean())
+
+
+# ---- the comparison
+
+
+def load(arguments: argparse.Namespace) -> tuple[LM, Splits]:
+    lm = LM.load(arguments.model, precision="float32")
+    task = TOFU(split=arguments.split, limit=arguments.rows).tasks(Data(arguments.data))[0]
+    return lm, {name: list(records) for name, records in task.splits.items()}  # type: ignore[arg-type]
+
+
+def differences(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, float]:
+    """Largest relative difference (absolute below 1) of each metric and split."""
+    if ours.keys() != theirs.keys():
+        raise SystemExit(f"not the same metrics: {sorted(ours.keys() ^ theirs.keys())}")
+    return {
+        key: max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours[key], theirs[key], strict=True))
+        for key in ours
+    }
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    lm, splits = load(arguments)
+    straight, rows = Straight(lm), []
+    with tempfile.TemporaryDirectory() as folder:
+        for part, wanted in asks().items():
+            began = time.perf_counter()
+            values = evaluate(lm, splits, wanted, cache=Cache(folder))
+            ours_seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            theirs = straight.run(part, splits)
+            theirs_seconds = time.perf_counter() - began
+            ours = {
+                f"{metric}/{split}": [float(item.value or 0.0) for item in items]
+                for metric, by_split in values.items.items()
+                for split, items in by_split.items()
+            }
+            apart = differences(ours, theirs)
+            rows.append({
+                "part": part, "ours": ours_seconds, "straight": theirs_seconds,
+                "ratio": theirs_seconds / ours_seconds, "apart": max(apart.values()),
+                "worst": max(apart, key=apart.__getitem__), "unique": values.measured["unique"],
+                "asked": values.measured["asked"],
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+        began = time.perf_counter()
+        again = evaluate(lm, splits, [one for part in asks().values() for one in part],
+                         cache=Cache(folder))  # fmt: skip
+        seconds = time.perf_counter() - began
+        assert again.measured["scored"] == again.measured["generated"] == 0
+        total = sum(float(row["ours"]) for row in rows)  # type: ignore[arg-type]
+        straight_total = sum(float(row["straight"]) for row in rows)  # type: ignore[arg-type]
+        rows.append({
+            "part": "repeated", "ours": seconds, "straight": straight_total,
+            "ratio": straight_total / seconds, "apart": 0.0, "worst": "", "own": total / seconds,
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    bad = [row for row in rows if float(row["apart"]) > 1e-4]  # type: ignore[arg-type]
+    if bad:
+        raise SystemExit(f"values differ by more than 1e-4: {bad}")
+    return rows
+
+
+def peak(arguments: argparse.Namespace, side: str) -> float:
+    """GiB of the teacher-forced work alone, in a process of its own."""
+    command = [
+        sys.executable, __file__, "--data", str(arguments.data), "--model", arguments.model,
+        "--split", arguments.split, "--rows", str(arguments.rows), "--only", side,
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def only(arguments: argparse.Namespace) -> None:
+    lm, splits = load(arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if arguments.only == "ours":
+        evaluate(lm, splits, asks()["teacher-forced"])
+    else:
+        Straight(lm).run("teacher-forced", splits)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+class Counting(Straight):
+    """Counts the positions that would be computed."""
+
+    def forced(self, rows: Sequence[tuple[QA, str]], moments: bool = False) -> list[Tokens]:
+        for batch in self._batches(rows):
+            self.positions += len(batch) * max(len(row.ids) for row in batch)
+        one = np.zeros(2)
+        return [Tokens(one, one > 0, one) for _ in rows]
+
+
+def computed_positions(lm: LM, splits: Splits) -> int:
+    """Positions that go through the model's body for the teacher-forced work, on our side."""
+    requests = [
+        request
+        for one in asks()["teacher-forced"]
+        for name in one.splits or ()
+        for record in splits[name]
+        for request in one.metric.requests(record, one.metric.prompt(record))  # type: ignore[union-attr,arg-type]
+    ]
+    sizes: list[int] = []
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    blocks = lm.core.get_submodule(lm.anatomy.blocks)
+    hook = backbone.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    for block in blocks[1:]:  # the count needs no values, only a cache that grows
+        block.mlp.forward = lambda states: states
+    measure(lm, requests)
+    hook.remove()
+    return sum(sizes)
+
+
+def counted(arguments: argparse.Namespace) -> str:
+    """How the work grows with the benchmark, in positions that go through the model."""
+    lines = []
+    for split in ("forget01", "forget10"):
+        lm, splits = load(argparse.Namespace(**{**vars(arguments), "split": split, "rows": None}))
+        straight = Counting(lm)
+        straight.run("teacher-forced", splits)
+        ours = computed_positions(lm, splits)
+        lines.append(
+            f"{split}: {straight.positions:,} positions straightforward, {ours:,} here, "
+            f"{straight.positions / ours:.1f}x"
+        )
+    return "\n".join(lines)
+
+
+def markdown(rows: list[dict[str, object]], memory: tuple[float, float]) -> str:
+    lines = [
+        "| part | straightforward | delible | ratio | goal | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        goal = GOALS.get(str(row["part"]))
+        lines.append(
+            f"| {row['part']} | {row['straight']:.1f} s | {row['ours']:.1f} s | "
+            f"{row['ratio']:.1f}x | {f'{goal:g}x' if goal else '–'} | {row['apart']:.0e} |"
+        )
+    lines.append(
+        f"| memory of teacher-forced work | {memory[1]:.2f} GiB | {memory[0]:.2f} GiB | "
+        f"{memory[1] / max(memory[0], 1e-6):.1f}x | – | |"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--split", default="forget01")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--only", choices=("ours", "straight"))
+    parser.add_argument("--count", action="store_true", help="only count positions")
+    parser.add_argument("--markdown", type=Path, help="file whose table is replaced")
+    arguments = parser.parse_args()
+    if arguments.only:
+        only(arguments)
+        return
+    if arguments.count:
+        print(counted(arguments))
+        return
+    rows = compare(arguments)
+    table = markdown(rows, (peak(arguments, "ours"), peak(arguments, "straight")))
+    print(table)
+    if arguments.markdown:
+        text = arguments.markdown.read_text()
+        start, end = "<!-- evaluation -->", "<!-- /evaluation -->"
+        head, tail = text.partition(start)[0], text.partition(end)[2]
+        arguments.markdown.write_text(f"{head}{start}\n{table}\n{end}{tail}")
+
+
+if __name__ == "__main__":
+    main()
