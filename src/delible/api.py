@@ -12,13 +12,16 @@ from typing import Any, cast
 from delible import registry
 from delible.component import build
 from delible.errors import RecipeError, RunError, nearest
+from delible.generation.writing import open_writer
 from delible.lm.lm import LM
 from delible.measure.asking import answer_of, ask, has_answer
-from delible.measure.requests import Decoding, Prompt
+from delible.measure.requests import Decoding, Prompt, System
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
+from delible.train import generated as generated_rows
 from delible.train.engine import Progress, Trainer, check_needs, make_plan
 from delible.train.estimate import Estimate, estimate
+from delible.train.generated import Generated
 from delible.train.recipe import Recipe, Strength
 from delible.train.slots import Editor, Patch
 
@@ -146,6 +149,8 @@ def unlearn(
     seed: int = 0,
     reference: str | LM | None = None,
     refusals: Sequence[str] | None = None,
+    generator: str | System | None = None,
+    generated: Path | str | None = None,
     shown: int = SHOWN,
     say: Say = _quiet,
     progress: Progress | None = None,
@@ -163,27 +168,48 @@ def unlearn(
         seed: Of every random choice.
         shown: Forget and retain questions that are answered before and after.
         reference: The model whose values count as "before"; None is the start model.
+        generator: What writes generated rows, for methods that need some: a name for
+            :func:`load`, ``"self"`` (the model before it forgets), or any system. None: offline
+            templates do.
+        generated: A folder with generated rows, such as ``generated/`` of an earlier run, to be
+            used instead of generating any.
         options: Options by name, such as ``beta=0.2`` or ``epochs=5``.
 
     Raises:
         DelibleError: Bad input, told in one message.
     """
+    made = None if generated is None else generated_rows.read(Path(generated))
     chosen = resolve_method(method, slots=slots, options=options, strength=strength)
     lm = model if isinstance(model, LM) else LM.load(model, say=say)
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
         _require_forget(request, chosen)
         request = _with_retain(lm, request, chosen, say)
-        check_needs(chosen, {"forget": request.forget, "retain": _retained(request)})
+        check_needs(chosen, {"forget": request.forget, "retain": _retained(request)}, made)
+    writer = open_writer(generator, lm, say) if isinstance(chosen, Recipe) else None
     run = RunDirectory(out) if out is not None else None
-    if run is not None and run.begin(_described(lm, request, chosen, seed, reference, refusals)):
+    described = _described(lm, request, chosen, seed, reference, refusals, writer, made)
+    if run is not None and run.begin(described):
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
     asked = _asked(request, shown)
     before = lm.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
     began = time.perf_counter()
     result = (
-        _train(lm, request, chosen, run, seed, reference, load_start, refusals, say, progress)
+        _train(
+            lm,
+            request,
+            chosen,
+            run,
+            seed,
+            reference,
+            load_start,
+            refusals,
+            say,
+            progress,
+            writer,
+            made,
+        )
         if isinstance(chosen, Recipe)
         else _edit(lm, request, chosen, run, seed, say)
     )
@@ -274,6 +300,8 @@ def _described(
     seed: int,
     reference: str | LM | None,
     refusals: Sequence[str] | None,
+    writer: System | None,
+    made: Generated | None,
 ) -> dict[str, Any]:
     return {
         "command": "unlearn",
@@ -284,6 +312,8 @@ def _described(
         "reference": reference.name if isinstance(reference, LM) else reference,
         "subjects": list(request.subjects),
         "refusals": None if refusals is None else identity({"refusals": list(refusals)}),
+        "generator": None if writer is None else [writer.name, writer.fingerprint],
+        "generated": None if made is None else generated_rows.described(made),
         "data": {
             name: {"records": len(records), "sha256": digest(records)}
             for name, records in (
@@ -307,6 +337,8 @@ def _train(
     refusals: Sequence[str] | None,
     say: Say,
     progress: Progress | None,
+    writer: System | None,
+    made: Generated | None,
 ) -> UnlearnResult:
     trainer = Trainer(
         lm,
@@ -319,6 +351,8 @@ def _train(
         refusals=refusals,
         say=say,
         progress=progress,
+        writer=writer,
+        generated=made,
     )
     trained = trainer.train()
     notes = {

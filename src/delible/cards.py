@@ -11,12 +11,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal[
-    "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden", "finish",
-    "recipe", "editor", "guard", "attack", "metric", "benchmark",
+    "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
+    "finish", "recipe", "editor", "guard", "attack", "metric", "benchmark",
 ]  # fmt: skip
 
 SLOTS = (
-    "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden", "finish",
+    "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
+    "finish",
 )  # fmt: skip
 
 #: What a component may need; the words are used by error messages and by `delible show`.
@@ -26,7 +27,7 @@ NEEDS = {
     "names": "names of the subjects to forget (--subjects NAME,…)",
     "reference": "values of the model before unlearning, computed once and cached",
     "refusals": "refusal sentences (built in; --refusals FILE for your own)",
-    "generator": "a generator model for synthetic rows",
+    "generator": "a generator model for synthetic rows (--generator)",
     "model_at_inference": "another language model at inference time",
     "encoder": "a sentence encoder (built in: all-MiniLM-L6-v2)",
     "weights": "the weights of the model (white-box)",
@@ -64,7 +65,7 @@ class Card(BaseModel):
     reversible: bool | None = Field(None, description="Dropping a part restores everything.")
     retrain_goal: bool | None = Field(None, description="Claims equality with retraining.")
     weakest: str | None = Field(None, description="The test that is expected to fail first.")
-    capability: Literal["generate", "score", "hidden", "weights"] | None = Field(
+    capability: Literal["generate", "score", "distribution", "hidden", "weights"] | None = Field(
         None, description="What it asks of the system (metrics and attacks)."
     )
     range: str | None = Field(None, description="Range of values (metrics).")

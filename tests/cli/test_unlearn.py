@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from delible.cli import output
-from delible.cli.unlearn import _columns, _slots, _value
+from delible.cli.unlearn import _columns, _slots, option_value
 
 QUICK = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "1e-3")
 
@@ -120,7 +120,7 @@ def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[s
     ],
 )  # fmt: skip
 def test_values_are_read_as_yaml(text: str, value: object) -> None:
-    found = _value(text)
+    found = option_value(text)
     assert found == value
     assert type(found) is type(value)
 

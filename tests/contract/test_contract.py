@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,21 @@ from delible.train.step import Step
 
 #: Options without which a component asks for what is not here (an encoder) or for a larger model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
 }
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("objective", "altpo"): {"generate": "alternates"},
+    ("objective", "meow"): {"generate": "inverted_facts"},
+    ("objective", "tru"): {"generate": "reasoning_targets"},
+    ("objective", "bidirectional_distillation"): {"generate": "unified"},
+    ("keep", "bidirectional_distillation"): {"generate": "unified"},
+    ("select", "memo"): {"generate": "inverted_facts"},
     ("finish", "merge_adapter"): {"place": "lora"},
 }
-CARDS = [card for card in registry.cards() if card.kind not in ("recipe", "benchmark")]
+CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
@@ -50,7 +58,8 @@ def test_component(card: Card) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(name: str) -> None:
+def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path))
     lm = LM(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), precision="float32")
     start = lm.copy()
     short = {"batch_size": 2, "max_steps": 2, "training.precision": "float32"}

@@ -173,7 +173,7 @@ def test_inspections_equal_the_definitions(family: str) -> None:
         before = lm.inspect([Hidden(*one, layer - 1)])[0]
         assert np.allclose(before, states[0, row.start - 1 : -1].numpy(), atol=1e-5)
         assert hidden[place].shape == before.shape
-        parameters = [value for value in lm.model.parameters()]
+        parameters = list(lm.model.parameters())
         lm.model.double()
         logits = lm.core(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1]
         kept = row.answer_tokens - 1

@@ -191,7 +191,7 @@ def test_not_a_number_stops_with_one_message(forget: list[QA], retain: list[QA])
     with torch.no_grad():
         next(lm.model.parameters()).fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
-        Trainer(lm, recipe("grad_diff"), {"forget": forget, "retain": retain}).train()
+        Trainer(lm, recipe("graddiff"), {"forget": forget, "retain": retain}).train()
 
 
 def test_stops_at_the_forget_target(forget: list[QA], retain: list[QA]) -> None:
@@ -213,7 +213,7 @@ def test_stops_inside_the_utility_budget(
     run = RunDirectory(tmp_path / "run")
     run.begin({"name": "budget"})
     chosen = recipe(
-        "grad_diff", epochs=60, monitor_steps=1, utility_budget=0.8, retain_weight=0.0,
+        "graddiff", epochs=60, monitor_steps=1, utility_budget=0.8, retain_weight=0.0,
         learning_rate=3e-3,
     )  # fmt: skip
     trainer = Trainer(lm, chosen, records, run=run)
@@ -282,10 +282,13 @@ from delible.records import QA
 from test_engine import recipe
 forget = [QA(question=f"Who is {'x' * i}?", answer=f"number {i}") for i in range(7)]
 retain = [QA(question=f"What is {i}?", answer=f"thing {'y' * i}") for i in range(9)]
-result = Trainer(make(), recipe(sys.argv[3], epochs=3, micro_batch_tokens=int(sys.argv[4])),
-                 {"forget": forget, "retain": retain}).train()
+trainer = Trainer(make(), recipe(sys.argv[3], epochs=3, micro_batch_tokens=int(sys.argv[4])),
+                  {"forget": forget, "retain": retain})
+result = trainer.train()
 import torch.distributed as d
-if not d.is_initialized() or d.get_rank() == 0:
+processes = d.get_world_size() if d.is_initialized() else 1
+assert processes == int(sys.argv[5]), processes
+if processes == 1 or d.get_rank() == 0:
     json.dump([[h["forget_loss"], h["keep_loss"]] for h in result.history], open(sys.argv[1], "w"))
 """
 
@@ -301,14 +304,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, method: str, token
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     arguments = [here, method, str(tokens)]
     subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "one.json"), *arguments],
+        [sys.executable, str(script), str(tmp_path / "one.json"), *arguments, "1"],
         check=True, env=environment,
     )  # fmt: skip
     subprocess.run(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            str(script), str(tmp_path / "two.json"), *arguments,
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2", str(script), str(tmp_path / "two.json"),
+            *arguments, "2",
         ],
         check=True, env=environment,
     )  # fmt: skip

@@ -7,9 +7,10 @@ reference, exact checkpoints, early stops, a guard against collapse, and progres
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +22,31 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from delible.errors import RecipeError, RunError
+from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
 from delible.lm.precision import is_out_of_memory, resolve
 from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Score
+from delible.measure.requests import Score, System, TokenScores
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.rundir import RunDirectory
-from delible.train import checkpoint
+from delible.train import checkpoint, generated
+from delible.train.generated import Generated
 from delible.train.gradients import Gradients
-from delible.train.passes import MicroBatch, Passes, split
+from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.rows import make_rows, refusal_rows
 from delible.train.schedule import learning_rate_factor
-from delible.train.slots import Context, FinishContext, Keep, Placement, State
+from delible.train.slots import Context, FinishContext, Keep, Memory, Placement, Role, State
 from delible.train.step import Reads, Row
 
 #: Nats by which the retain loss may exceed its start before the run counts as collapsed.
 COLLAPSE_NATS = 5.0
+#: Roles whose rows come from the records or from the engine, not from a generator.
+GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
 #: Rows that a monitor looks at, at most.
 MONITORED_ROWS = 32
 
@@ -105,8 +110,15 @@ def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed
     return Plan(tuple(steps), per_epoch)
 
 
-def check_needs(recipe: Recipe, records: Mapping[str, Sequence[RecordBase]]) -> None:
+def check_needs(
+    recipe: Recipe,
+    records: Mapping[str, Sequence[RecordBase]],
+    generated: Iterable[Role] | None = None,
+) -> None:
     """Refuses a composition that cannot work, before any work.
+
+    Args:
+        generated: Roles of rows that were generated before; None: the recipe generates them.
 
     Raises:
         RecipeError: With the flag to add.
@@ -124,6 +136,16 @@ def check_needs(recipe: Recipe, records: Mapping[str, Sequence[RecordBase]]) -> 
             where=f"method '{recipe.name}'",
             hint="Add --forget FILE with at least one record.",
         )
+    made = {*GIVEN_ROLES, *(recipe.generate.makes if generated is None else generated)}
+    for role in recipe.objective.roles:
+        if role not in made:
+            raise RecipeError(
+                f"objective '{recipe.objective.card.name}' reads '{role}' rows, and nobody makes "
+                "them.",
+                where=f"method '{recipe.name}'",
+                hint="Add --generate NAME ('delible list slots'), or --generated FOLDER with a "
+                f"file {role}.jsonl.",
+            )
 
 
 class Trainer:
@@ -138,6 +160,8 @@ class Trainer:
         reference: The reference model; None is the model as it is at the start.
         start: Loads the start model again (for finishers that mix with it).
         refusals: Refusal sentences; None takes the built-in ones.
+        writer: The system that writes generated rows; None: the offline templates do.
+        generated: Generated rows by role, to be used instead of generating any.
     """
 
     def __init__(
@@ -153,10 +177,13 @@ class Trainer:
         refusals: Sequence[str] | None = None,
         say: Callable[[str], None] = lambda _: None,
         progress: Progress | None = None,
+        writer: System | None = None,
+        generated: Generated | None = None,
     ) -> None:
         self.lm, self.recipe, self.records, self.seed = lm, recipe, records, seed
         self.run, self.reference_lm, self.start = run, reference, start
         self.refusals, self.say, self.progress = refusals, say, progress
+        self.writer, self.generated = writer, generated
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
         self.budget = 0
 
@@ -167,13 +194,20 @@ class Trainer:
             RecipeError: The composition cannot work with these records.
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
-        check_needs(self.recipe, self.records)
+        check_needs(self.recipe, self.records, self.generated)
+        longest = self.lm.template.max_length
+        self.lm.template.max_length = min(self.recipe.training.max_length, longest)
+        try:
+            return self._train()
+        finally:  # rows of training may be cut shorter than what the model can be asked
+            self.lm.template.max_length = longest
+
+    def _train(self) -> TrainResult:
         began = time.perf_counter()
         training = self.recipe.training
         accelerator = Accelerator()
         accelerator.wait_for_everyone()  # the first process has written the manifest
         self.lm.precision = resolve(training.precision, self.lm.device.type)
-        self.lm.template.max_length = min(training.max_length, self.lm.template.max_length)
         if self.recipe.finish.needs_start and self.start is None:
             raise RecipeError(
                 f"finish '{self.recipe.finish.card.name}' needs the start model.",
@@ -205,7 +239,7 @@ class Trainer:
         )
         loop.run()
         self.lm.touch()
-        finished = self.recipe.finish.apply(self._finish_context(loop.notes))
+        finished = self.recipe.finish.apply(self._finish_context(loop))
         finished.touch()
         return TrainResult(
             finished,
@@ -222,12 +256,20 @@ class Trainer:
 
     def rows(self) -> Context:
         """Tokenized rows of every role, with the forget rows that the recipe selects."""
-        template, records, recipe = self.lm.template, self.records, self.recipe
+        template, recipe = self.lm.template, self.recipe
+        before = self._context({}, self.records)
+        records: dict[str, Sequence[RecordBase]] = dict(self.records)
+        records.update({str(role): part for role, part in self._generated(before).items()})
         keeps = any("retain" in component.card.needs for component in recipe.components())
+        partners = [role for role in recipe.objective.roles if role not in GIVEN_ROLES]
+        generated.check_partners(records, partners)
+        told = self._instruction(before)
+        forget_told = told if recipe.objective.instructed else None
+        keep_told = told if self.keep is not None and self.keep.instructed else None
         rows: dict[str, list[Row]] = {
-            "forget": make_rows(template, records["forget"]),
-            "retain": make_rows(template, records.get("retain", ())) if keeps else [],
+            role: make_rows(template, records[role], forget_told) for role in ("forget", *partners)
         }
+        rows["retain"] = make_rows(template, records.get("retain", ()), keep_told) if keeps else []
         if "refusal" in recipe.objective.roles:
             rows["refusal"] = refusal_rows(
                 template,
@@ -235,15 +277,68 @@ class Trainer:
                 self.refusals or read_lines("refusals.txt"),
                 generator(self.seed, "refusals"),
             )
-        context = Context(
-            self.lm, rows, records, Gradients(self.lm), recipe.objective, self.keep, self.seed,
-            self.say,
-        )  # fmt: skip
+        context = self._context(rows, records)
         chosen = recipe.select.choose(context)
-        for role in ("forget", "refusal"):
+        for role in (role for role in generated.ROLES if role != "retain"):
             if role in rows:
                 rows[role] = [rows[role][index] for index in chosen]
+            if role in records:
+                records[role] = [records[role][index] for index in chosen]
         return context
+
+    def _context(
+        self, rows: Mapping[str, Sequence[Row]], records: Mapping[str, Sequence[RecordBase]]
+    ) -> Context:
+        return Context(
+            self.lm, rows, records, Gradients(self.lm), self.recipe.objective, self.keep,
+            self.seed, self.say, self.writer,
+        )  # fmt: skip
+
+    def _generated(self, context: Context) -> Generated:
+        """The generated rows: given, of an earlier start of this run, or made now and kept.
+
+        Processes that train together make them together, as they measure together.
+        """
+        if self.run is None:
+            return self._make_rows(context)
+        folder = self.run.path / "generated"
+        before = self.run.path / "checkpoint" / "generated.json"
+        if folder.exists() and before.exists():
+            made: Generated = generated.read(folder)
+            if generated.described(made) != json.loads(before.read_text("utf-8")):
+                raise RunError(
+                    "the generated rows were changed after this run had started.",
+                    where=str(folder),
+                    hint="Give them to a new run: --generated FOLDER.",
+                )
+        else:
+            made = self._make_rows(context)
+            if made and self.run.writes:
+                generated.write(made, folder)
+                write_json(before, generated.described(made))
+        if made:
+            self.run.update(generated=generated.described(made))
+        return made
+
+    def _make_rows(self, context: Context) -> Generated:
+        return self.recipe.generate.rows(context) if self.generated is None else self.generated
+
+    def _instruction(self, context: Context) -> str | None:
+        """What an instructed reference model is told; None if there is none."""
+        losses = (self.recipe.objective, self.keep)
+        for loss in losses:
+            if loss is not None and loss.instructed:
+                told = self.recipe.generate.instruction(context)
+                if told is None:
+                    raise RecipeError(
+                        f"{loss.card.kind} '{loss.card.name}' learns from a teacher that is told "
+                        f"what to refuse, and generate '{self.recipe.generate.card.name}' has no "
+                        "instruction for it.",
+                        where=f"method '{self.recipe.name}'",
+                        hint="Add --generate unified.",
+                    )
+                return told
+        return None
 
     def _reference(self, context: Context, plan: Plan) -> Reference:
         reference = Reference()
@@ -296,10 +391,13 @@ class Trainer:
         free = psutil.virtual_memory().available
         return max(64, min(1024, int(0.4 * free / per_token)))
 
-    def _finish_context(self, notes: dict[str, Any]) -> FinishContext:
+    def _finish_context(self, loop: _Loop) -> FinishContext:
         folder: Path | None = self.run.path if self.run else None
         start = self.start or (lambda: self.lm)
-        return FinishContext(self.lm, start, self.records, folder, self.say, notes)
+        return FinishContext(
+            self.lm, start, self.records, folder, self.say, loop.notes,
+            loop.placement.parameters, loop.memory,
+        )  # fmt: skip
 
 
 class _Loop:
@@ -323,6 +421,8 @@ class _Loop:
         self.forward, self.optimizer = forward, optimizer
         self.training = trainer.recipe.training
         self.state: State = trainer.recipe.balance.start()
+        self.memory: Memory = {}
+        self.masks = placement.masks
         self.history: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.notes: dict[str, Any] = {}
@@ -367,14 +467,15 @@ class _Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        passes = self._gradient(self.plan.steps[step])
+        passes = self._gradient(step)
         norm = self._clip()
         forget, keep = self._losses(passes)
         if not math.isfinite(norm) or not math.isfinite(forget):
             self._collapse(step, "the loss or its gradient is not finite")
         self._mask_gradients()
-        self.optimizer.step()
-        self._decay_masked(rate)
+        with self._held_outside_masks():
+            self.optimizer.step()
+            self._decay_masked(rate)
         for parameter in self.placement.parameters.values():
             parameter.grad = None
         epoch = step / self.plan.steps_per_epoch
@@ -400,11 +501,13 @@ class _Loop:
                     step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}"
                 )
 
-    def _gradient(self, pairs: Sequence[tuple[int, int | None]]) -> Passes:
+    def _gradient(self, step: int) -> Passes:
         """The step's gradient; micro-batches are halved until they fit the memory."""
         while True:
-            passes = self._passes(pairs)
+            passes = self._passes(step)
             try:
+                if self.placement.each_step is not None:
+                    self.masks = self.placement.each_step(passes)
                 self.trainer.recipe.balance.gradient(passes, self.trainer.recipe.harden)
                 return passes
             except (RuntimeError, MemoryError) as error:
@@ -418,7 +521,8 @@ class _Loop:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-    def _passes(self, pairs: Sequence[tuple[int, int | None]]) -> Passes:
+    def _passes(self, step: int) -> Passes:
+        pairs = self.plan.steps[step]
         recipe, rows = self.trainer.recipe, self.context.rows
         forget = [index for index, _ in pairs]
         retain = [index for _, index in pairs if index is not None] if self.trainer.keep else []
@@ -442,6 +546,10 @@ class _Loop:
             world=self.accelerator.num_processes,
             accumulating=self._accumulating,
             backward=self.accelerator.backward,
+            memory=self.memory,
+            seed=self.trainer.seed,
+            step=step,
+            units=units_of({role: [rows[role][i] for i in forget] for role in roles}),
         )
 
     def _micro_batches(self, forget: list[int], retain: list[int]) -> list[MicroBatch]:
@@ -501,16 +609,27 @@ class _Loop:
         return float(norm)
 
     def _mask_gradients(self) -> None:
-        if self.placement.masks:
-            for name, mask in self.placement.masks.items():
+        if self.masks:
+            for name, mask in self.masks.items():
                 gradient = self.placement.parameters[name].grad
                 if gradient is not None:
                     gradient.mul_(mask)
 
+    @contextmanager
+    def _held_outside_masks(self) -> Iterator[None]:
+        """Where masks change from step to step, the optimiser's momentum does not see them."""
+        held = self.masks if self.placement.each_step is not None and self.masks else {}
+        with torch.no_grad():
+            kept = {name: self.placement.parameters[name].detach().clone() for name in held}
+            yield
+            for name, mask in held.items():
+                parameter = self.placement.parameters[name]
+                parameter.copy_(torch.where(mask, parameter, kept[name]))
+
     @torch.no_grad()
     def _decay_masked(self, rate: float) -> None:
-        if self.placement.masks and self.placement.masked_decay and self.training.weight_decay:
-            for name, mask in self.placement.masks.items():
+        if self.masks and self.placement.masked_decay and self.training.weight_decay:
+            for name, mask in self.masks.items():
                 parameter = self.placement.parameters[name]
                 if parameter.ndim >= 2:
                     parameter.mul_(1 - rate * self.training.weight_decay * mask)
@@ -525,6 +644,10 @@ class _Loop:
             self.trainer.run.event("step", **numbers)
         self._monitor(step)
         done = step + 1
+        if not self.stopped:
+            self.trainer.recipe.finish.observe(
+                done, total, list(self.placement.parameters.values()), self.memory
+            )
         due = (
             done % self.training.checkpoint_steps == 0
             if self.training.checkpoint_steps
@@ -544,7 +667,7 @@ class _Loop:
             return
         self.trainer.lm.touch()
         forget = self._probability("forget")
-        retain = self._probability("retain") if self.context.records.get("retain") else None
+        retain = self._probability("retain") if self.trainer.records.get("retain") else None
         if self.trainer.run is not None:
             self.trainer.run.event("monitor", step=step + 1, forget=forget, retain=retain)
         if budget is not None and retain is not None and self.start_retain is not None:
@@ -558,11 +681,13 @@ class _Loop:
     def _probability(self, role: str) -> float:
         """Mean answer probability over the first rows of a role."""
         asked = []
-        for record in self.context.records[role][:MONITORED_ROWS]:
+        for record in self.trainer.records[role][:MONITORED_ROWS]:
             prompt = ask(record)
             if prompt is not None:
                 asked.append(Score(prompt, answer_of(record)))
-        scores = self.trainer.lm.score(asked)
+        scores = [one for one in self.trainer.lm.score(asked) if isinstance(one, TokenScores)]
+        if not scores:  # nothing but NaN, or rows longer than the context
+            return math.nan
         return sum(math.exp(float(score.logprobs.mean())) for score in scores) / len(scores)
 
     # ---- keeping and restoring
@@ -597,11 +722,13 @@ class _Loop:
             "tokens": self.tokens,
             "padding": self.padding,
         }
-        checkpoint.save(self.folder / "last", self.placement.parameters, self.optimizer, state)
+        checkpoint.save(
+            self.folder / "last", self.placement.parameters, self.optimizer, state, self.memory
+        )
         self.last_saved = time.monotonic()
 
     def _resume(self) -> int:
-        if self.training.utility_budget is not None and self.context.records.get("retain"):
+        if self.training.utility_budget is not None and self.trainer.records.get("retain"):
             self.start_retain = self._probability("retain")
         found = checkpoint.read_state(self.folder / "last") if self.folder else None
         if found is None or self.folder is None:
@@ -614,6 +741,7 @@ class _Loop:
                 hint="Choose another --out folder, or delete this one.",
             )
         checkpoint.restore(self.folder / "last", self.placement.parameters, self.optimizer)
+        self.memory = checkpoint.read_memory(self.folder / "last", self.trainer.lm.device)
         self.state = dict(found["balance"])
         self.history, self.first_keep = found["history"], found["first_keep"]
         self.start_retain, self.tokens = found["start_retain"], found["tokens"]
@@ -644,6 +772,8 @@ class _Loop:
         """A few entries of a parameter: among those that may move, if it is masked."""
         mask = (self.placement.masks or {}).get(name)
         flat = value.detach().flatten()
+        if self.placement.each_step is not None:  # which rows will move is not known yet
+            return flat[:: max(1, len(flat) // 256)]
         if mask is None:
             return flat[:256]
         return flat[mask.flatten().nonzero()[:256, 0]]

@@ -1,119 +1,675 @@
-"""One service for questions about gradients of the answer loss at the start model.
+"""One service for questions about gradients of row losses at the model as it is.
 
-Used by weight masks, data attribution and coreset scores. Gradients are accumulated in fp32.
+Used by weight masks, data attribution, coresets and selection for alignment. What can be asked:
+the summed gradient of rows, inner products of every row's gradient with a direction (two forward
+passes, or one forward-mode pass), the norm of every row's gradient, and products with the
+Hessian. Gradients are summed in fp32 whatever the model computes in, and the model is left as it
+was, bit by bit.
+
+For models whose gradient does not fit, a :class:`Space` looks at a part: some blocks, the head
+alone (no backward pass through the blocks), or low-rank factors beside every linear layer, whose
+gradients are random projections with the same inner products on average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.pytorch_utils import Conv1D
 
-from delible.lm.forward import Forward
+from delible.errors import RecipeError
+from delible.files import explain_disk
+from delible.lm.forward import Forward, collate
 from delible.lm.lm import LM
+from delible.train.randomness import generator
 from delible.train.reference import Reference
+from delible.train.slots import Objective
 from delible.train.step import Reads, Row, make_step
 
-#: Padded tokens per pass.
-_BUDGET = 1024
+#: Padded tokens per forward pass; a backward pass keeps every activation, so it takes fewer.
+_BUDGET = 512
+_BACKWARD_BUDGET = 256
+#: Gradients per optimiser step of :meth:`Gradients.descend` are clipped to this norm.
+_CLIP = 1.0
+
+#: A value per row from the model: (model, rows) -> [rows], differentiable.
+RowLoss = Callable[[LM, Sequence[Row]], Tensor]
+#: One tensor per parameter name.
+Vector = dict[str, Tensor]
+Where = Literal["all", "layers", "head", "lora"]
+How = Literal["difference", "jvp"]
+
+
+def answer_loss(lm: LM, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
+    """Token-mean negative log-likelihood of each row's answer; 0 for a row without answer."""
+    reads: dict[str, Sequence[Reads]] = {"forget": ("answers",)}
+    step = make_step(lm, Forward(lm), {"forget": rows}, reads, Reference())
+    return -step.forget.logprob_sum / step.forget.token_count.clamp(min=1)
+
+
+class ObjectiveLoss:
+    """An objective's own loss per forget row, averaged over the row's units.
+
+    Args:
+        objective: The forget loss of the host method.
+        rows: Rows by role, aligned by ``row.index``; those of the roles that it reads.
+        reference: Values of the reference model for these rows.
+    """
+
+    def __init__(
+        self, objective: Objective, rows: Mapping[str, Sequence[Row]], reference: Reference
+    ) -> None:
+        self.objective, self.reference = objective, reference
+        self.rows = {role: {row.index: row for row in rows[role]} for role in objective.roles}
+
+    @classmethod
+    def at_start(
+        cls, objective: Objective, rows: Mapping[str, Sequence[Row]], lm: LM
+    ) -> ObjectiveLoss:
+        """The loss whose reference model is ``lm`` as it is now."""
+        reference = Reference()
+        for role in objective.roles:
+            reference.prepare(lm, rows[role], objective.reference_kinds(lm))
+        return cls(objective, rows, reference)
+
+    def __call__(self, lm: LM, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
+        roles = self.objective.roles
+        aligned: dict[str, list[Row]] = {
+            role: [self.rows[role][row.index] for row in rows] for role in roles
+        }
+        reads: dict[str, Sequence[Reads]] = {role: self.objective.reads(lm) for role in roles}
+        step = make_step(lm, Forward(lm), aligned, reads, self.reference)
+        values = self.objective.loss(step)
+        units = [max(1, row.units(self.objective.unit)) for row in aligned[roles[0]]]
+        return values / values.new_tensor(units)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Which coordinates gradients are looked at in.
+
+    Attributes:
+        where: ``all`` parameters; all parameters of the blocks in ``layers``; the ``head`` (the
+            output matrix and the norm before it); or ``lora``: for every linear layer of the
+            blocks its gradient G [out, in] times a fixed random matrix [in, rank], as low-rank
+            factors that start at zero would see it.
+        layers: Block indices; negative ones count from the end.
+        rank: Width of the random matrices; inner products have a relative spread of about
+            1 / sqrt(rank x number of linear layers).
+        seed: Of the random matrices.
+    """
+
+    where: Where = "all"
+    layers: tuple[int, ...] = (-1,)
+    rank: int = 8
+    seed: int = 0
 
 
 class Gradients:
-    """Gradients of the token-mean negative log-likelihood of rows, at the model as it is."""
+    """Gradients of a loss per row, at the model as it is.
 
-    def __init__(self, lm: LM, budget: int = _BUDGET) -> None:
-        self.lm, self.budget = lm, budget
+    Args:
+        lm: The model.
+        budget: Padded tokens per forward pass; None: :data:`_BUDGET`.
+        loss: From rows to one value each; by default the token-mean negative log-likelihood.
+        space: The coordinates; by default every parameter.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        budget: int | None = None,
+        *,
+        loss: RowLoss = answer_loss,
+        space: Space | None = None,
+    ) -> None:
+        self.lm, self.loss, self.space = lm, loss, space or Space()
+        self.budget = budget or _BUDGET
+        self.backward_budget = min(self.budget, _BACKWARD_BUDGET)
+        self._factors = _Factors(lm, self.space) if self.space.where == "lora" else None
+
+    def of(self, loss: RowLoss) -> Self:
+        """The same questions about another loss."""
+        other = copy.copy(self)
+        other.loss = loss
+        return other
+
+    def within(self, space: Space) -> Gradients:
+        """The same questions in other coordinates."""
+        return Gradients(self.lm, self.budget, loss=self.loss, space=space)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every floating-point parameter by name (tied ones once)."""
-        return {
+        """The floating-point parameters of the space by name (tied ones once)."""
+        if self._factors is not None:
+            return dict(self._factors.named_parameters())
+        found = {
             name: value
             for name, value in self.lm.model.named_parameters()
             if value.is_floating_point()
         }
+        if self.space.where == "all":
+            return found
+        wanted = {id(value) for value in self._chosen()}
+        return {name: value for name, value in found.items() if id(value) in wanted}
 
-    def total(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Sum over rows of the gradient of each row's token-mean loss, by parameter name."""
-        parameters = self.parameters()
-        with self._ready(parameters):
-            for part in self._batches(rows):
-                self._losses(part).sum().backward()
-            return {
-                name: torch.zeros_like(value) if value.grad is None else value.grad
-                for name, value in parameters.items()
-            }
+    def _chosen(self) -> Iterator[torch.nn.Parameter]:
+        core, anatomy = self.lm.core, self.lm.anatomy
+        if self.space.where == "layers":
+            if not self.space.layers:
+                raise RecipeError("no layers to take gradients of.", hint="Name one, such as -1.")
+            for layer in self.space.layers:
+                yield from anatomy.block(core, layer).parameters()
+            return
+        yield from core.get_submodule(anatomy.head).parameters()
+        if anatomy.norm is not None:
+            yield from core.get_submodule(anatomy.norm).parameters()
+
+    # ---- what can be asked
 
     @torch.no_grad()
-    def losses(self, rows: Sequence[Row]) -> Tensor:
-        """Token-mean loss of each row, in order, shape [rows], float64."""
-        found: dict[int, float] = {}
-        positions = {id(row): place for place, row in enumerate(rows)}
+    def losses(self, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
+        """The loss of each row, in order, float64."""
+        found = torch.zeros(len(rows), dtype=torch.float64)
         with self._evaluating():
-            for part in self._batches(rows):
-                for row, value in zip(part, self._losses(part).tolist(), strict=True):
-                    found[positions[id(row)]] = value
-        return torch.tensor([found[place] for place in range(len(rows))], dtype=torch.float64)
+            for part in self._batches(rows, self.budget):
+                found[part] = self.loss(self.lm, [rows[place] for place in part]).double().cpu()
+        return found
+
+    def total(self, rows: Sequence[Row], weights: Sequence[float] | None = None) -> Vector:
+        """Sum over rows of the gradient of each row's loss, by parameter name, fp32.
+
+        Args:
+            weights: What each row counts; None: 1 each.
+        """
+        parameters = self.parameters()
+        sums: Vector = {}
+        with self._ready(parameters), ExitStack() as stack:
+            for name, value in parameters.items():
+                if value.dtype not in (torch.float32, torch.float64):  # too coarse to sum in
+                    hook = value.register_post_accumulate_grad_hook(_summing(sums, name))
+                    stack.callback(hook.remove)
+            for part in self._batches(rows, self.backward_budget):
+                values = self.loss(self.lm, [rows[place] for place in part])
+                if weights is not None:
+                    values = values * values.new_tensor([weights[place] for place in part])
+                _backward(values.sum())
+            for name, value in parameters.items():
+                if name not in sums:
+                    empty = value.grad is None
+                    sums[name] = torch.zeros_like(value) if empty else value.grad  # type: ignore[assignment]
+        return {name: sums[name] for name in parameters}
+
+    def norms(self, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
+        """Euclidean norm of each row's gradient, in order, float64.
+
+        One backward pass per row. A parameter's gradient is dropped as soon as its norm is
+        known, so that one matrix of gradients is alive at a time, not a model.
+        """
+        parameters = self.parameters()
+        squares: list[Tensor] = []
+
+        def taken(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                squares.append(parameter.grad.float().pow(2).sum(dtype=torch.float64))
+                parameter.grad = None
+
+        found = torch.zeros(len(rows), dtype=torch.float64)
+        with self._ready(parameters), ExitStack() as stack:
+            for value in parameters.values():
+                stack.callback(value.register_post_accumulate_grad_hook(taken).remove)
+            for place, row in enumerate(rows):
+                squares.clear()
+                _backward(self.loss(self.lm, [row]).sum())
+                if squares:
+                    found[place] = torch.stack(squares).sum().sqrt().cpu()
+        return found
 
     @torch.no_grad()
     def products(
-        self, rows: Sequence[Row], direction: dict[str, Tensor], step: float = 1e-2
-    ) -> Tensor:
-        """Inner product of each row's gradient with ``direction``, shape [rows], float64.
+        self,
+        rows: Sequence[Row],
+        direction: Vector,
+        step: float = 1e-2,
+        how: How = "difference",
+        *,
+        consume: bool = False,
+    ) -> Float[Tensor, " rows"]:
+        """Inner product of each row's gradient with ``direction``, in order, float64.
 
-        A central difference along the unit direction: two forward passes over the rows
-        instead of one backward pass each. ``step`` is the length of the move in weight space.
+        Args:
+            how: ``difference``: the central difference of the losses along the unit direction,
+                two forward passes over the rows. ``jvp``: forward-mode differentiation, exact to
+                rounding; about three forward passes, and no copy of the weights.
+            step: Length of the move in weight space (of the difference).
+            consume: ``direction`` may be overwritten; saves a copy of the weights.
+
+        Raises:
+            RecipeError: A difference of a model whose weights are not fp32: the move would be
+                rounded away.
         """
-        norm = torch.sqrt(sum(value.double().pow(2).sum() for value in direction.values()))  # type: ignore[arg-type]
-        if float(norm) == 0.0:
+        norm = _norm(direction)
+        if norm == 0.0:
             return torch.zeros(len(rows), dtype=torch.float64)
+        if how == "jvp":
+            return self._forward_mode(rows, direction)
+        with self._exact(), self._moved(direction, step / norm, consume) as reflect:
+            ahead = self.losses(rows)
+            reflect()
+            behind = self.losses(rows)
+        return (ahead - behind) * norm / (2 * step)
+
+    def hessian_product(
+        self, rows: Sequence[Row], direction: Vector, step: float = 1e-2,
+        weights: Sequence[float] | None = None,
+    ) -> Vector:  # fmt: skip
+        """Hessian of the rows' summed loss times ``direction``, fp32.
+
+        A central difference of gradients: no second backward pass through the first, so fused
+        attention stays in use.
+        """
+        norm = _norm(direction)
+        if norm == 0.0:
+            return {name: torch.zeros_like(value) for name, value in direction.items()}
+        with self._exact(), self._moved(direction, step / norm) as reflect:
+            result = self.total(rows, weights)
+            reflect()
+            for name, value in self.total(rows, weights).items():
+                result[name].sub_(value)
+        for value in result.values():
+            value.mul_(norm / (2 * step))
+        return result
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Inside, the parameters may be moved; afterwards they are as before, bit by bit."""
         parameters = self.parameters()
-        kept = {name: parameters[name].detach().clone() for name in direction}
-        ahead_and_behind = []
-        for sign in (1.0, -1.0):
-            for name, value in direction.items():
-                parameters[name].copy_(kept[name] + value * (sign * step / float(norm)))
-            ahead_and_behind.append(self.losses(rows))
-        for name, value in kept.items():
-            parameters[name].copy_(value)
-        return (ahead_and_behind[0] - ahead_and_behind[1]) * norm / (2 * step)
+        kept = {name: value.detach().clone() for name, value in parameters.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in parameters.items():
+                    value.copy_(kept[name])
 
-    def _losses(self, rows: Sequence[Row]) -> Tensor:
-        reads: dict[str, Sequence[Reads]] = {"forget": ("answers",)}
-        step = make_step(self.lm, Forward(self.lm), {"forget": rows}, reads, Reference())
-        return -step.forget.logprob_sum / step.forget.token_count
+    def descend(
+        self,
+        rows: Sequence[Row],
+        learning_rate: float,
+        random: torch.Generator,
+        *,
+        weights: Sequence[float] | None = None,
+        batch_size: int = 8,
+        anchors: Sequence[Row] = (),
+        anchor_weight: float = 1.0,
+    ) -> None:
+        """One pass of AdamW over the rows: moves the parameters (see :meth:`borrowed`).
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        batch: list[Row] = []
-        for row in sorted(rows, key=lambda one: len(one.encoded.ids)):
-            if batch and len(row.encoded.ids) * (len(batch) + 1) > self.budget:
+        Args:
+            random: Decides the order of the rows.
+            weights: What each row counts, with mean 1.
+            anchors: Rows whose token-mean negative log-likelihood is kept low, as many per step
+                as there are ``rows`` in it, with weight ``anchor_weight``.
+        """
+        parameters = self.parameters()
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        order = torch.randperm(len(rows), generator=random).tolist()
+        held = torch.randperm(len(anchors), generator=random).tolist() if anchors else []
+        answers = self.of(answer_loss)
+        for begin in range(0, len(order), batch_size):
+            part = order[begin : begin + batch_size]
+            mine = [(weights[place] if weights else 1.0) / len(part) for place in part]
+            gradient = self.total([rows[place] for place in part], mine)
+            if held:
+                drawn = [anchors[held[(begin + i) % len(held)]] for i in range(len(part))]
+                share = [anchor_weight / len(drawn)] * len(drawn)
+                for name, value in answers.total(drawn, share).items():
+                    gradient[name].add_(value)
+            for name, parameter in parameters.items():
+                parameter.grad = gradient[name].to(parameter.dtype)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def input_norms(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " inputs"]]:
+        """Root of the summed squares of each input of the blocks' linear layers, by weight name.
+
+        Over all real positions that the batches compute (a prefix that rows share counts once).
+        """
+        names = {id(value): name for name, value in self.lm.model.named_parameters()}
+        squares: dict[str, Tensor] = {}
+
+        def seeing(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                seen = arguments[0].float().reshape(-1, arguments[0].shape[-1]).pow(2).sum(dim=0)
+                squares[name] = squares.get(name, 0) + seen
+
+            return hook
+
+        with self._evaluating(), ExitStack() as stack:
+            for _, module in linear_layers(self.lm):
+                hook = module.register_forward_pre_hook(seeing(names[id(module.weight)]))
+                stack.callback(hook.remove)
+            for row in rows:  # one at a time: padding must not count
+                self.loss(self.lm, [row])
+        return {name: value.sqrt() for name, value in squares.items()}
+
+    @torch.no_grad()
+    def mean_states(self, rows: Sequence[Row]) -> Float[Tensor, "rows hidden"]:
+        """Mean over each row's real positions of the last hidden states (normed), float64."""
+        found: dict[int, Tensor] = {}
+        backbone = self.lm.core.get_submodule(self.lm.anatomy.backbone)
+        with self._evaluating(), self.lm.computing():
+            for part in self._batches(rows, self.budget):
+                encoded = [rows[place].encoded for place in part]
+                batch = collate(encoded, self.lm.pad_id, self.lm.device)
+                states = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state.double()
+                mask = batch.position_mask[..., None]
+                # where, not times: padding may hold anything
+                sums = torch.where(mask, states, 0.0).sum(dim=1)
+                found |= zip(part, (sums / batch.lengths[:, None]).cpu(), strict=True)
+        return torch.stack([found[place] for place in range(len(rows))])
+
+    # ---- how
+
+    def _forward_mode(self, rows: Sequence[Row], direction: Vector) -> Tensor:
+        module = _Losses(self.lm, self.loss, self._factors)
+        prefix = "factors." if self._factors is not None else "model."
+        parameters = self.parameters()
+        primals = {f"{prefix}{name}": parameters[name].detach() for name in direction}
+        tangents = {
+            f"{prefix}{name}": value.to(parameters[name].dtype) for name, value in direction.items()
+        }
+        found = torch.zeros(len(rows), dtype=torch.float64)
+        with self._exact(), self._evaluating(), _differentiable_forward(self.lm):
+            for part in self._batches(rows, self.budget):
+                mine = [rows[place] for place in part]
+
+                def values(weights: Vector, mine: Sequence[Row] = mine) -> Tensor:
+                    called: Tensor = torch.func.functional_call(module, weights, (mine,))
+                    return called
+
+                tangent: Tensor = torch.func.jvp(values, (primals,), (tangents,))[1]
+                found[part] = tangent.double().cpu()
+        return found
+
+    @contextmanager
+    def _moved(
+        self, direction: Vector, scale: float, consume: bool = False
+    ) -> Iterator[Callable[[], None]]:
+        """Parameters moved along a direction; call what is yielded to mirror them at the start."""
+        parameters = self.parameters()
+        for name in direction:
+            if parameters[name].dtype not in (torch.float32, torch.float64):
+                raise RecipeError(
+                    f"a difference along a direction needs fp32 weights, not "
+                    f"{parameters[name].dtype}.",
+                    where=name,
+                    hint="Load the model in fp32, or use forward mode (how: jvp).",
+                )
+        kept: Vector = {}
+
+        @torch.no_grad()
+        def reflect() -> None:
+            # 2 a - (a + d): exact but for the last bit, and needs no direction any more
+            for name, value in kept.items():
+                parameters[name].copy_(torch.sub(2 * value, parameters[name]))
+
+        try:
+            with torch.no_grad():
+                for name, value in direction.items():
+                    parameter = parameters[name]
+                    ahead = parameter + value.to(parameter.dtype) * scale
+                    kept[name] = value.copy_(parameter) if consume else parameter.detach().clone()
+                    parameter.copy_(ahead)
+            yield reflect
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)
+
+    def _batches(self, rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for place in sorted(range(len(rows)), key=lambda place: len(rows[place].encoded.ids)):
+            if batch and len(rows[place].encoded.ids) * (len(batch) + 1) > budget:
                 yield batch
                 batch = []
-            batch.append(row)
+            batch.append(place)
         if batch:
             yield batch
 
     @contextmanager
-    def _ready(self, parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
-        """Every parameter wants a gradient, and none has one; afterwards as before."""
-        wanted = {name: value.requires_grad for name, value in parameters.items()}
+    def _ready(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+        """These parameters alone want a gradient, and none has one; afterwards as before."""
+        every = [*self.lm.model.parameters(), *parameters.values()]
+        wanted = [(value, value.requires_grad) for value in every]
         with self._evaluating():
+            for value in every:
+                value.requires_grad_(False)
             for value in parameters.values():
                 value.requires_grad_(True)
                 value.grad = None
             try:
                 yield
             finally:
-                for name, value in parameters.items():
+                for value in parameters.values():
                     value.grad = None
-                    value.requires_grad_(wanted[name])
+                for value, before in wanted:
+                    value.requires_grad_(before)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         was_training = self.lm.model.training
         self.lm.model.eval()
         try:
-            yield
+            with self._factors.attached() if self._factors is not None else ExitStack():
+                yield
         finally:
             self.lm.model.train(was_training)
+
+    @contextmanager
+    def _exact(self) -> Iterator[None]:
+        """Computes in fp32: a small difference of two losses does not survive bf16."""
+        before = self.lm.precision
+        self.lm.precision = "float32"
+        try:
+            yield
+        finally:
+            self.lm.precision = before
+
+
+def linear_layers(lm: LM) -> list[tuple[str, Any]]:
+    """Path and module of every linear layer inside the blocks, in the order of the modules."""
+    return [
+        (path, module)
+        for path, module in lm.core.named_modules()
+        if path.startswith(f"{lm.anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
+def conjugate_gradient(
+    product: Callable[[Vector], Vector],
+    right: Vector,
+    iterations: int,
+    damping: float = 0.0,
+    tolerance: float = 1e-6,
+) -> Vector:
+    """An approximate solution x of (H + damping I) x = right.
+
+    Args:
+        product: H times a vector; H symmetric. If it is not positive definite, the iteration
+            ends where the curvature is first not positive.
+        iterations: At most this many products.
+        tolerance: Ends when the residual is this share of ``right``.
+    """
+    solution = {name: torch.zeros_like(value) for name, value in right.items()}
+    residual = {name: value.clone() for name, value in right.items()}
+    search = {name: value.clone() for name, value in right.items()}
+    square = _dot(residual, residual)
+    enough = tolerance**2 * square
+    for _ in range(iterations):
+        if square <= enough or square == 0.0:
+            break
+        curved = product(search)
+        for name, value in search.items():
+            curved[name].add_(value, alpha=damping)
+        curvature = _dot(search, curved)
+        if curvature <= 0:
+            break
+        length = square / curvature
+        for name, value in search.items():
+            solution[name].add_(value, alpha=length)
+            residual[name].sub_(curved[name], alpha=length)
+        before, square = square, _dot(residual, residual)
+        for name, value in search.items():
+            value.mul_(square / before).add_(residual[name])
+    return solution
+
+
+class SetAside:
+    """Tensors out of the way: on disk (CPU) or in main memory (accelerator), one read at a time.
+
+    For a sum over a model that must wait while another of the same size is made.
+    """
+
+    def __init__(self, values: Vector) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="delible-")
+        self._shapes = {}
+        self._moved: Vector = {}
+        for place, name in enumerate(list(values)):
+            value = values.pop(name).float()
+            self._shapes[name] = (place, value.shape)
+            if value.device.type == "cpu":
+                with explain_disk(self._path(place)):
+                    value.contiguous().numpy().tofile(self._path(place))
+            else:
+                self._moved[name] = value.cpu()
+
+    def _path(self, place: int) -> Path:
+        return Path(self._folder.name) / f"{place}.bin"
+
+    def pop(self, name: str, device: torch.device) -> Tensor:
+        """One of the tensors, fp32; it is gone afterwards."""
+        place, shape = self._shapes.pop(name)
+        if name in self._moved:
+            return self._moved.pop(name).to(device)
+        path = self._path(place)
+        found = torch.from_file(str(path), size=math.prod(shape), dtype=torch.float32).clone()
+        path.unlink()
+        if not self._shapes:
+            self._folder.cleanup()
+        return found.reshape(shape).to(device)
+
+
+class _Factors(nn.Module):
+    """Zero matrices [out, rank] beside every linear layer, fed by fixed random projections."""
+
+    def __init__(self, lm: LM, space: Space) -> None:
+        super().__init__()
+        self._layers = linear_layers(lm)
+        self._projections: list[Tensor] = []
+        for path, module in self._layers:
+            wide, out = module.weight.shape[::-1]
+            if isinstance(module, Conv1D):  # keeps its matrix as [in, out]
+                wide, out = out, wide
+            random = generator(space.seed, "gradients.lora", path)
+            drawn = torch.randn(space.rank, wide, generator=random) / space.rank**0.5
+            device = module.weight.device
+            self._projections.append(drawn.to(device))
+            self.register_parameter(
+                self._name(path), nn.Parameter(torch.zeros(out, space.rank, device=device))
+            )
+
+    @staticmethod
+    def _name(path: str) -> str:
+        return path.replace(".", "/")
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the products are added to the layers' outputs."""
+        with ExitStack() as stack:
+            for (path, module), projection in zip(self._layers, self._projections, strict=True):
+                hook = module.register_forward_hook(self._adding(self._name(path), projection))
+                stack.callback(hook.remove)
+            yield
+
+    def _adding(self, name: str, projection: Tensor) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inner = arguments[0].to(projection.dtype) @ projection.T
+            return output + (inner @ getattr(self, name).T).to(output.dtype)
+
+        return hook
+
+
+class _Losses(nn.Module):
+    """Row losses as a module, so that its parameters can be replaced for one call."""
+
+    def __init__(self, lm: LM, loss: RowLoss, factors: _Factors | None) -> None:
+        super().__init__()
+        self.model, self.factors = lm.model, factors
+        self._lm, self._loss = [lm], loss
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        return self._loss(self._lm[0], rows)
+
+
+@contextmanager
+def _differentiable_forward(lm: LM) -> Iterator[None]:
+    """Inside, the model runs without kernels that have no forward-mode derivative.
+
+    These are fused attention and fused experts; both have slower forms with the same values.
+    """
+    experts = getattr(lm.core.config, "_experts_implementation", None)
+    switch = getattr(lm.core, "set_experts_implementation", None)
+    if experts is not None and switch is not None:
+        switch("eager")
+    try:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    except NotImplementedError as error:
+        raise RecipeError(
+            "this model has a part without forward-mode derivative.",
+            where=type(lm.core).__name__,
+            hint="Use the central difference (how: difference).",
+        ) from error
+    finally:
+        if experts is not None and switch is not None:
+            switch(experts)
+
+
+def _summing(sums: Vector, name: str) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            mine = parameter.grad.float()
+            sums[name] = sums[name].add_(mine) if name in sums else mine
+            parameter.grad = None
+
+    return hook
+
+
+def _backward(value: Tensor) -> None:
+    """Adds gradients, unless the value depends on no parameter of the space."""
+    if value.requires_grad:
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+def _dot(left: Vector, right: Vector) -> float:
+    # accumulated in double, in pieces: no double copy of a model
+    return math.fsum(
+        float((value * right[name]).sum(dtype=torch.float64)) for name, value in left.items()
+    )
+
+
+def _norm(vector: Vector) -> float:
+    return math.sqrt(_dot(vector, vector))

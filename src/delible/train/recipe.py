@@ -17,6 +17,7 @@ from delible.train.schedule import Schedule
 from delible.train.slots import (
     Balance,
     Finish,
+    Generate,
     Harden,
     Keep,
     Objective,
@@ -66,6 +67,7 @@ class Recipe(Config):
     """One choice per slot, and the training settings."""
 
     name: str = "custom"
+    generate: Generate
     select: Select
     sample: Sample
     weigh: Weigh
@@ -163,12 +165,13 @@ class Recipe(Config):
         return self.model_copy(update={"training": training})
 
     def components(self) -> list[Component]:
-        """The nine components in slot order."""
+        """The ten components in slot order."""
         return [getattr(self, slot) for slot in SLOTS]
 
 
 #: What a slot holds when a recipe does not say.
 DEFAULTS = {
+    "generate": "none",
     "select": "all",
     "sample": "one_to_one",
     "weigh": "none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,9 +17,18 @@ from delible.train.step import RetainKind, Row
 
 
 def make_row(
-    template: Template, prompt: Prompt, answer: str, index: int, record: RecordBase
+    template: Template,
+    prompt: Prompt,
+    answer: str,
+    index: int,
+    record: RecordBase,
+    instruction: str | None = None,
 ) -> Row:
-    """A row that teaches (or forgets) ``answer`` after ``prompt``."""
+    """A row that teaches (or forgets) ``answer`` after ``prompt``.
+
+    Args:
+        instruction: What the reference model is told before the question.
+    """
     encoded: Encoded = template.encode(prompt, answer)
     if not encoded.answer_tokens:
         raise DataError(
@@ -29,18 +39,51 @@ def make_row(
         kind = "direct"
     elif record.subject is not None:
         kind = "indirect"
-    key = hashlib.sha256(repr((encoded.ids, encoded.start)).encode()).hexdigest()[:24]
-    return Row(index, encoded, key, record.subject, record.neighbour_of, kind)
+    taught = None
+    if instruction is not None:
+        taught = template.encode(told(prompt, instruction), answer)
+        whole = len(template.prompt_ids(told(prompt, instruction)))
+        if taught.start < whole or taught.ids[taught.start :] != encoded.ids[encoded.start :]:
+            raise DataError(
+                "with the teacher's instruction the row is too long.",
+                hint="Raise training.max_length, or shorten the instruction.",
+            )
+    seen = taught or encoded
+    described = (encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()))
+    key = hashlib.sha256(repr(described).encode()).hexdigest()[:24]
+    return Row(index, encoded, key, record.subject, record.neighbour_of, kind, taught)
 
 
-def make_rows(template: Template, records: Sequence[RecordBase]) -> list[Row]:
-    """One row per record, in order."""
+def told(prompt: Prompt, instruction: str) -> Prompt:
+    """The prompt with an instruction before the first user turn, in that turn.
+
+    Not as a system turn: some chat templates have none, others put words of their own there.
+    """
+    if prompt.text is not None:
+        return replace(prompt, text=f"{instruction}\n\n{prompt.text}")
+    place = next(i for i, turn in enumerate(prompt.messages) if turn.role == "user")
+    turn = prompt.messages[place]
+    changed = turn.model_copy(update={"content": f"{instruction}\n\n{turn.content}"})
+    return replace(
+        prompt, messages=(*prompt.messages[:place], changed, *prompt.messages[place + 1 :])
+    )
+
+
+def make_rows(
+    template: Template, records: Sequence[RecordBase], instruction: str | None = None
+) -> list[Row]:
+    """One row per record, in order (``instruction``: see :func:`make_row`)."""
     rows = []
     for index, record in enumerate(records):
         prompt = ask(record)
         if prompt is None:
             raise DataError(f"a {type(record).__name__} cannot be trained on.")
-        rows.append(make_row(template, prompt, answer_of(record), index, record))
+        try:
+            answer = answer_of(record)
+            rows.append(make_row(template, prompt, answer, index, record, instruction))
+        except DataError as error:
+            place = f"record {index + 1}"
+            raise DataError(error.problem, where=place, hint=error.hint) from None
     return rows
 
 

@@ -1,7 +1,8 @@
-"""The nine slots of a gradient method, and the editor. One question each.
+"""The ten slots of a gradient method, and the editor. One question each.
 
 A slot's class is a frozen config plus one method. Losses are pure functions of a step; whatever
-a balancer or sampler must remember lives in the ``state`` it is handed, which is checkpointed.
+a balancer or sampler must remember lives in the ``state`` it is handed (numbers) or in the
+``memory`` (tensors), and both are checkpointed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from delible.train.step import Group, Reads, Row, Step, Unit
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+    from delible.measure.requests import System
     from delible.train.gradients import Gradients
     from delible.train.passes import Passes
 
-#: Roles of rows in a step.
-Role = Literal["forget", "retain", "refusal"]
+#: Roles of rows in a step. All but ``retain`` are aligned with the forget rows: ``refusal`` (the
+#: same question, declined), ``alternate`` (another, false answer), ``target`` (what should be said
+#: instead), ``prefilled`` (an answer that begins as the model is lured to begin).
+Role = Literal["forget", "retain", "refusal", "alternate", "target", "prefilled"]
 #: Numbers a component keeps between steps; saved in checkpoints.
 State = dict[str, float]
+#: Tensors that components keep between steps, saved in checkpoints: under "component.what", one
+#: tensor per moving parameter, in their order (or whatever the component wants to list).
+Memory = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Context:
         gradients: The service that answers questions about gradients.
         seed: Seed of the run.
         say: For progress and notes.
+        writer: The system that writes generated rows; None: the offline templates do.
     """
 
     lm: LM
@@ -53,12 +61,41 @@ class Context:
     keep: Keep | None
     seed: int
     say: Callable[[str], None]
+    writer: System | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator of this run for one purpose."""
         from delible.train.randomness import generator
 
         return generator(self.seed, purpose)
+
+
+class Generate(Component):
+    """Which rows are made before training.
+
+    Attributes:
+        makes: Roles of rows that it always makes.
+    """
+
+    makes: ClassVar[tuple[Role, ...]] = ()
+
+    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+        """The records that were made, by role; ``context.rows`` is still empty.
+
+        Roles other than ``retain`` are aligned with the forget records. Where a forget record
+        needs several partners, or is dropped, ``forget`` is returned too and takes the place of
+        the given records.
+
+        Raises:
+            DataError: Too few rows could be made.
+        """
+        raise NotImplementedError
+
+    def instruction(self, context: Context) -> str | None:
+        """What the reference model is told before each question, for losses that are
+        ``instructed``; None: nothing.
+        """
+        return None
 
 
 class Select(Component):
@@ -108,11 +145,15 @@ class Placement:
         masks: Boolean masks by parameter name: only True entries move. None: all of them.
         masked_decay: Whether weight decay respects the masks (it must, or frozen weights drift;
             False only to reproduce released code).
+        each_step: Is handed each step's passes before their gradient is taken and returns the
+            masks of this one step, for every parameter; entries outside them stay where they are,
+            whatever the optimiser remembers. What it leaves in ``.grad`` is added to.
     """
 
     parameters: dict[str, torch.nn.Parameter]
     masks: dict[str, Tensor] | None = None
     masked_decay: bool = True
+    each_step: Callable[[Passes], dict[str, Tensor] | None] | None = None
 
 
 class Place(Component):
@@ -130,11 +171,14 @@ class Loss(Component):
         unit: What the engine averages over.
         roles: Roles of rows that the loss reads; the first one carries the row weights.
         reference: Kinds of reference values it needs, such as ``("logprobs",)``.
+        instructed: Whether the reference model reads the generator's instruction before each
+            question, so that it is a teacher; the trained model never sees the instruction.
     """
 
     unit: ClassVar[Unit] = "row"
     roles: ClassVar[tuple[Role, ...]] = ("forget",)
     reference: ClassVar[tuple[str, ...]] = ()
+    instructed: ClassVar[bool] = False
 
     def reads(self, lm: LM) -> tuple[Reads, ...]:
         """What it reads of the model: ``"answers"`` or block indices."""
@@ -206,6 +250,8 @@ class FinishContext:
         start: Loads the model as it was before training.
         records: Records by role.
         folder: Where the finisher may leave a record of what it did.
+        parameters: What was trained, by name.
+        memory: What :meth:`Finish.observe` wrote down.
     """
 
     lm: LM
@@ -214,6 +260,8 @@ class FinishContext:
     folder: Path | None
     say: Callable[[str], None]
     notes: dict[str, object] = field(default_factory=dict)
+    parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
 
 class Finish(Component):
@@ -221,6 +269,11 @@ class Finish(Component):
 
     #: Whether it calls ``context.start``.
     needs_start: ClassVar[bool] = False
+
+    def observe(
+        self, step: int, total: int, parameters: Sequence[torch.nn.Parameter], memory: Memory
+    ) -> None:
+        """After step ``step`` (from 1) of ``total``: what should be remembered of the weights."""
 
     def apply(self, context: FinishContext) -> LM:
         """The finished model (the trained one changed in place, or another)."""

@@ -42,6 +42,8 @@ class Row:
         neighbour_of: The forgotten subject that a retain record is linked to.
         kind: For retain rows: ``direct`` (linked to a forgotten subject), ``indirect`` (about
             another subject) or ``general`` (about none).
+        taught: What an instructed reference model reads instead: its instruction, then the same
+            question and answer. The answer's tokens are the same.
     """
 
     index: int
@@ -50,6 +52,12 @@ class Row:
     subject: str | None = None
     neighbour_of: str | None = None
     kind: RetainKind = "general"
+    taught: Encoded | None = None
+
+    @property
+    def for_reference(self) -> Encoded:
+        """The tokens that the reference model reads."""
+        return self.taught or self.encoded
 
     def units(self, unit: Unit) -> int:
         """How many units of the given kind the row has."""
@@ -240,11 +248,26 @@ class ReferenceGroup:
 class Step:
     """One micro-batch: groups of rows by role.
 
-    Roles are ``forget`` (rows to forget), ``retain`` (rows to keep) and ``refusal`` (the forget
-    questions with a refusal as answer, aligned row by row with ``forget``).
+    Roles are ``forget`` (rows to forget), ``retain`` (rows to keep), ``refusal`` (the forget
+    questions with a refusal as answer) and what a generator makes (:data:`slots.Role`). All but
+    ``retain`` are aligned row by row with ``forget``.
+
+    Attributes:
+        totals: Units of the whole optimiser step by role; empty: this micro-batch is all of it.
     """
 
     groups: Mapping[str, Group]
+    totals: Mapping[str, Mapping[Unit, int]] = field(default_factory=dict)
+
+    def units(self, role: str, unit: Unit) -> int:
+        """Units that the rows of a role have in the whole optimiser step.
+
+        For a loss of several means: values times ``units(role, unit) / units(other, other_unit)``
+        are averaged over the latter when the engine divides by the former.
+        """
+        if role in self.totals:
+            return self.totals[role][unit]
+        return sum(row.units(unit) for row in self.groups[role].rows)
 
     @property
     def forget(self) -> Group:
@@ -257,6 +280,18 @@ class Step:
     @property
     def refusal(self) -> Group:
         return self.groups["refusal"]
+
+    @property
+    def alternate(self) -> Group:
+        return self.groups["alternate"]
+
+    @property
+    def target(self) -> Group:
+        return self.groups["target"]
+
+    @property
+    def prefilled(self) -> Group:
+        return self.groups["prefilled"]
 
     @property
     def padding_share(self) -> float:
@@ -275,12 +310,14 @@ def make_step(
     rows: Mapping[str, Sequence[Row]],
     reads: Mapping[str, Sequence[Reads]],
     reference: Reference,
+    totals: Mapping[str, Mapping[Unit, int]] | None = None,
 ) -> Step:
     """A step over the given rows.
 
     Args:
         forward: The wrapped :class:`Forward` (DDP, FSDP), or None for a plain one.
         reads: What will be read, by role; decides how much of the model is computed.
+        totals: Units of the whole optimiser step, where this is only a part of it.
     """
     wanted = {what for role in rows for what in reads.get(role, ())}
     layers = tuple(sorted(what for what in wanted if isinstance(what, int)))
@@ -291,5 +328,6 @@ def make_step(
         {
             role: Group(role, part, ReferenceGroup(reference, part, lm.device), shared)
             for role, part in rows.items()
-        }
+        },
+        totals or {},
     )

@@ -1,0 +1,20 @@
+"""No rows are made: the method works with the records it is given."""
+
+from __future__ import annotations
+
+from delible.records import RecordBase
+from delible.registry import register
+from delible.train.slots import Context, Generate, Role
+
+
+@register(
+    kind="generate",
+    name="none",
+    title="No generated rows",
+    summary="Makes no rows: the method works with the records it is given.",
+)
+class NoRows(Generate):
+    """Has no options."""
+
+    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+        return {}

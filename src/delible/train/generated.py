@@ -1,0 +1,90 @@
+"""Generated rows on disk: one JSONL file per role, which the user can read and edit.
+
+Rows of one line are partners: line 7 of ``alternate.jsonl`` belongs to the 7th forget record, or to
+line 7 of ``forget.jsonl`` where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from delible.errors import DataError, nearest
+from delible.files import atomic_folder
+from delible.measure.asking import ask
+from delible.records import RecordBase, digest
+from delible.train.slots import Role
+
+ROLES: tuple[str, ...] = get_args(Role)
+
+Generated = Mapping[Role, Sequence[RecordBase]]
+
+
+def read(folder: Path) -> dict[Role, list[RecordBase]]:
+    """The rows in a folder, by role.
+
+    Raises:
+        DataError: No such folder, no file in it, a file that is not named after a role, or a
+            record that cannot be read.
+    """
+    from delible.loaders import read_records
+
+    if not folder.is_dir():
+        raise DataError("there is no folder of generated rows.", where=str(folder))
+    made: dict[Role, list[RecordBase]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.stem not in ROLES:
+            raise DataError(
+                f"'{path.stem}' is no role of rows.",
+                where=str(path),
+                hint=nearest(path.stem, ROLES),
+            )
+        role = cast(Role, path.stem)
+        made[role] = list(read_records(path))
+    if not made:
+        known = ", ".join(f"{role}.jsonl" for role in ROLES)
+        raise DataError("there are no generated rows.", where=str(folder), hint=f"Known: {known}.")
+    return made
+
+
+def write(made: Generated, folder: Path) -> None:
+    """Writes one file per role, all of them or none."""
+    from delible.loaders import write_records
+
+    with atomic_folder(folder) as target:
+        for role, records in made.items():
+            if records:
+                write_records(records, target / f"{role}.jsonl")
+
+
+def described(made: Generated) -> dict[str, dict[str, Any]]:
+    """Number and SHA-256 of the rows of each role, for a manifest."""
+    return {
+        role: {"records": len(records), "sha256": digest(records)}
+        for role, records in sorted(made.items())
+        if records
+    }
+
+
+def check_partners(records: Mapping[str, Sequence[RecordBase]], roles: Sequence[str]) -> None:
+    """Checks that rows of the given roles belong to the forget rows, line by line.
+
+    Raises:
+        DataError: Another number of rows, or a partner that asks something else.
+    """
+    forget = records["forget"]
+    for role in roles:
+        if len(records[role]) != len(forget):
+            raise DataError(
+                f"there are {len(records[role])} '{role}' rows for {len(forget)} forget rows.",
+                where=f"generated '{role}'",
+                hint="Rows are partners line by line: add or delete both, or generate anew.",
+            )
+        for number, (one, other) in enumerate(zip(forget, records[role], strict=True), start=1):
+            if ask(one) != ask(other):
+                raise DataError(
+                    f"row {number} asks something else than forget row {number}.",
+                    where=f"generated '{role}'",
+                    hint="Rows are partners line by line: put them back in order.",
+                )
