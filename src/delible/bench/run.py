@@ -13,9 +13,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from delible import registry
 from delible.api import unlearn
@@ -37,14 +37,32 @@ from delible.measure.requests import System
 from delible.metrics.base import SummaryMetric, SystemValues
 from delible.records import ForgetRequest, Record, RecordBase, digest
 from delible.rundir import hardware, identity, versions
+from delible.train.engine import Progress
 
 Say = Callable[[str], None]
 #: Names for several methods at once.
 GROUPS = ("all", "all-optimisation", "all-editors", "all-guards")
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")
-#: Called with (what is being done, cells done, cells in all).
-Progress = Callable[[str, int, int], None]
+
+
+class Watcher(Protocol):
+    """Where a benchmark reports to; the command line draws bars from it."""
+
+    def progress(self, title: str) -> Progress:
+        """A new bar for a training run."""
+        ...
+
+    def stage(self, title: str, done: int, total: int) -> None:
+        """Progress of a measurement, or of the cells."""
+        ...
+
+
+class _Nobody:
+    def progress(self, title: str) -> Progress | None:
+        return None
+
+    def stage(self, title: str, done: int, total: int) -> None: ...
 
 
 def _quiet(_: str) -> None:
@@ -112,7 +130,7 @@ def bench(
     prepare: bool = False,
     keep_models: bool = False,
     say: Say = _quiet,
-    progress: Progress | None = None,
+    watch: Watcher | None = None,
 ) -> BenchResult:
     """Runs methods through a benchmark.
 
@@ -132,11 +150,15 @@ def bench(
         ray: Spread over a Ray cluster.
         prepare: Only train (and cache) target and reference.
         keep_models: Keep the unlearned models under ``out/models``.
+        watch: Sees every training run and measurement that happens in this process.
 
     Raises:
         DelibleError: Bad input; told before anything is trained.
     """
     chosen = cast(Benchmark, build("benchmark", benchmark))  # type: ignore[arg-type]
+    for name, number, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("tune", tune, 0)):
+        if number < least:
+            raise RecipeError(f"'{name}' = {number}: give a number from {least} on.")
     names = method_names(methods)
     wanted = [cast(ModelAttack, build("attack", dict(one) if isinstance(one, Mapping) else one))
               for one in attacks]  # fmt: skip
@@ -158,7 +180,8 @@ def bench(
     }
     folder = Path(out or Path("runs") / f"bench-{chosen.card.name}-{identity(common)[:8]}")
     known: dict[str, str] = {}
-    ready = [_prepared(chosen, task, model, say, known) for task in tasks]
+    watcher = cast(Watcher, watch or _Nobody())
+    ready = [_prepared(chosen, task, model, say, known, watcher) for task in tasks]
     requests = _written(chosen, tasks, ready, names, Data(data, say))
     if prepare:
         say(f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s).")
@@ -179,17 +202,26 @@ def bench(
     cells: list[Manifest] = []
     # the references come first: the others are compared with them
     for part, count in ((first, 1), (then, jobs)):
-        for done in spread(run_cell, part, jobs=count, ray=ray and part is then):
+        elsewhere = part is then and (ray or jobs > 1)
+        work = run_cell if elsewhere else partial(run_cell, watch=watcher)
+        for done in spread(work, part, jobs=count, ray=ray and part is then):
             cells += done
-            if progress is not None:
-                progress(f"{done[-1]['method']}, {done[-1]['task']}", len(cells), total)
+            say(
+                f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
+                f"seed {done[-1]['seed']}, is done."
+            )
             table = tabulate(chosen, cells)
             _write(folder, chosen, table, cells, common)
     return BenchResult(folder, table, cells)
 
 
 def _prepared(
-    benchmark: Benchmark, task: Task, model: str, say: Say, known: dict[str, str]
+    benchmark: Benchmark,
+    task: Task,
+    model: str,
+    say: Say,
+    known: dict[str, str],
+    watch: Watcher,
 ) -> dict[str, str | None]:
     """Where the task's start model and its reference are.
 
@@ -211,6 +243,7 @@ def _prepared(
                     slots=learning.slots,
                     title=title,
                     say=say,
+                    progress=watch.progress(f"learning ({title})"),
                 )
             )
         return known[key]
@@ -297,7 +330,7 @@ def _declared(spec: str, data: str | None) -> tuple[Benchmark, list[Task]]:
     return benchmark, benchmark.tasks(Data(None if data is None else Path(data), _quiet))
 
 
-def run_cell(manifest: Manifest) -> Manifest:
+def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     """One method on one task with one seed: unlearns, measures, writes the result.
 
     Returns:
@@ -308,6 +341,7 @@ def run_cell(manifest: Manifest) -> Manifest:
     place = _place(manifest)
     if place.exists():
         return cast(Manifest, read_json(place))
+    watcher = cast(Watcher, watch or _Nobody())
     benchmark, tasks = _declared(json.dumps(manifest["benchmark"]), manifest["data"])
     task = next(one for one in tasks if one.name == manifest["task"])
     earlier = _earlier(tasks, task)
@@ -319,8 +353,8 @@ def run_cell(manifest: Manifest) -> Manifest:
     result: Manifest
     try:
         with Cost() as cost:
-            system, notes = _system(benchmark, manifest, task, earlier)
-        values = _measured(benchmark, task, system)
+            system, notes = _system(benchmark, manifest, task, earlier, watcher)
+        values = _measured(benchmark, task, system, watcher)
         reference = _reference_values(manifest, task, values)
         numbers = _numbers(benchmark.asks(), values, reference)
         for spec in manifest["attacks"]:
@@ -368,30 +402,33 @@ def _so_far(task: Task, earlier: Sequence[Task]) -> ForgetRequest:
 
 
 def _tidy(manifest: Manifest, earlier: Sequence[Task]) -> None:
-    """Removes the models that a finished cell went on from, unless all are to be kept.
+    """Removes the models that a finished cell no longer needs, unless all are to be kept.
 
-    An adapter still needs the model that it changes: those go when the last request is done.
+    Its own goes if no task goes on from it, and those that it went on from; but an adapter still
+    needs the model that it changes: those go when the last request is done.
     """
-    if manifest["keep_models"] or not earlier:
+    if manifest["keep_models"]:
         return
+    mine = _model_folder(manifest, str(manifest["task"]))
     over = not manifest.get("leads")
-    if not over and not (_model_folder(manifest, str(manifest["task"])) / "model").is_dir():
-        return
-    for task in earlier:
-        folder = _model_folder(manifest, task.name)
+    gone = [mine] if over else []
+    if over or (mine / "model").is_dir():
+        gone += [_model_folder(manifest, task.name) for task in earlier]
+    for folder in gone:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        folder.parent.rmdir()  # if it was the last one
+        mine.parent.rmdir()  # if it was the last one
 
 
 def _model_folder(manifest: Manifest, task: str) -> Path:
     method = Path(str(manifest["method"])).stem
-    name = f"{task}--{method}--{manifest['seed']}--{identity({'m': manifest['model']})[:6]}"
+    described = {key: manifest.get(key) for key in ("benchmark", "model", "options", "tune")}
+    name = f"{task}--{method}--{manifest['seed']}--{identity(described)[:8]}"
     return Path(manifest["folder"]) / "models" / name.replace("/", "-").replace(" ", "-")
 
 
 def _system(
-    benchmark: Benchmark, manifest: Manifest, task: Task, earlier: Sequence[Task]
+    benchmark: Benchmark, manifest: Manifest, task: Task, earlier: Sequence[Task], watch: Watcher
 ) -> tuple[System, dict[str, Any]]:
     """The system that a cell measures.
 
@@ -427,17 +464,16 @@ def _system(
         notes["tuned"] = options
     folder = _model_folder(manifest, task.name)
     result = unlearn(
-        start, task.request, method=method, seed=manifest["seed"], out=folder, shown=0, **options
-    )
-    if not (manifest["keep_models"] or manifest.get("leads")):
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # if it was the last one
+        start, task.request, method=method, seed=manifest["seed"], out=folder, shown=0,
+        progress=watch.progress(f"{method}, seed {manifest['seed']}"), **options,
+    )  # fmt: skip
     return result.model, {**notes, "stopped": result.stopped}
 
 
-def _measured(benchmark: Benchmark, task: Task, system: System) -> SystemValues:
-    return evaluate(system, task.splits, benchmark.asks(), cache=Cache(cache_folder() / "answers"))
+def _measured(benchmark: Benchmark, task: Task, system: System, watch: Watcher) -> SystemValues:
+    cache = Cache(cache_folder() / "answers")
+    show = partial(watch.stage, f"measuring {Path(system.name).name}")
+    return evaluate(system, task.splits, benchmark.asks(), cache=cache, progress=show)
 
 
 def _reference_values(manifest: Manifest, task: Task, values: SystemValues) -> SystemValues | None:

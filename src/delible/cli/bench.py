@@ -116,7 +116,7 @@ def _benchmark(
     result = run(
         benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
         tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
-        say=reporter.say, progress=reporter.stage,
+        say=reporter.say, watch=reporter,
     )  # fmt: skip
     reporter.finish_bar()
     if prepare:
@@ -193,10 +193,12 @@ def _check_options(suite: str, fields: Mapping[str, Any], given: Mapping[str, An
     from inspect import signature
 
     own = {name for name in signature(bench).parameters if name not in ("suite", "options")}
-    for key in given:
-        if key not in fields:
-            flag = key.replace("_", "-")
-            words = {name.replace("_", "-") for name in {*fields, *own}}
-            close = difflib.get_close_matches(flag, words, n=1, cutoff=0.6)
-            hint = f"Did you mean '--{close[0]}'?" if close else f"'delible show {suite}' lists them."
-            raise RecipeError(f"unknown option '--{flag}'.", where=f"benchmark '{suite}'", hint=hint)
+    words = {name.replace("_", "-") for name in {*fields, *own}}
+    for key in given.keys() - fields.keys():
+        flag = key.replace("_", "-")
+        close = difflib.get_close_matches(flag, words, n=1, cutoff=0.6)
+        raise RecipeError(
+            f"unknown option '--{flag}'.",
+            where=f"benchmark '{suite}'",
+            hint=f"Did you mean '--{close[0]}'?" if close else f"See 'delible show {suite}'.",
+        )
