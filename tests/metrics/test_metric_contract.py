@@ -124,9 +124,7 @@ def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> N
             assert all(item.reason for item in items if item.value is None)
             open_ended = any(word in str(card_range(used)) for word in ("inf", "1e10"))
             signed = "-inf" in str(card_range(used))
-            assert all(
-                (value >= 0 or signed) and (value <= 1 or open_ended) for value in valued
-            )
+            assert all((value >= 0 or signed) and (value <= 1 or open_ended) for value in valued)
             mean = values.means[used][split]
             # Items without a value are never averaged.
             assert mean is None if not valued else mean == pytest.approx(np.mean(valued))

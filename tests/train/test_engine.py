@@ -279,22 +279,32 @@ sys.path.insert(0, sys.argv[2])
 from tiny_runs import make
 from delible.train.engine import Trainer
 from delible.records import QA
-from test_engine import recipe
+from test_engine import TOGETHER, recipe
 forget = [QA(question=f"Who is {'x' * i}?", answer=f"number {i}") for i in range(7)]
 retain = [QA(question=f"What is {i}?", answer=f"thing {'y' * i}") for i in range(9)]
-trainer = Trainer(make(), recipe(sys.argv[3], epochs=3, micro_batch_tokens=int(sys.argv[4])),
-                  {"forget": forget, "retain": retain})
-result = trainer.train()
+results = [
+    Trainer(make(), recipe(method, epochs=2, micro_batch_tokens=tokens),
+            {"forget": forget, "retain": retain}).train()
+    for method, tokens in TOGETHER
+]
 import torch.distributed as d
 processes = d.get_world_size() if d.is_initialized() else 1
-assert processes == int(sys.argv[5]), processes
+assert processes == int(sys.argv[3]), processes
+if processes > 1:
+    for result in results:
+        prints = [None] * processes
+        d.all_gather_object(prints, result.lm.fingerprint)
+        assert len(set(prints)) == 1, "the processes ended with different weights"
 if processes == 1 or d.get_rank() == 0:
-    json.dump([[h["forget_loss"], h["keep_loss"]] for h in result.history], open(sys.argv[1], "w"))
+    told = [[[h["forget_loss"], h["keep_loss"], h["gradient_norm"]] for h in result.history]
+            for result in results]
+    json.dump(told, open(sys.argv[1], "w"))
 """
+#: Recipes and micro-batch sizes; gradient surgery and SAM make passes of their own.
+TOGETHER = (("npo", 100_000), ("npo_sam", 160), ("gru", 160))
 
 
-@pytest.mark.parametrize(("method", "tokens"), [("npo", 100_000), ("npo_sam", 160)])
-def test_two_processes_give_the_losses_of_one(tmp_path: Path, method: str, tokens: int) -> None:
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     import json
 
     script = tmp_path / "train.py"
@@ -302,21 +312,16 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, method: str, token
     here = str(Path(__file__).parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    arguments = [here, method, str(tokens)]
-    subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "one.json"), *arguments, "1"],
-        check=True, env=environment,
-    )  # fmt: skip
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc_per_node", "2", str(script), str(tmp_path / "two.json"),
-            *arguments, "2",
-        ],
-        check=True, env=environment,
-    )  # fmt: skip
-    one = json.loads((tmp_path / "one.json").read_text())
-    two = json.loads((tmp_path / "two.json").read_text())
-    assert len(one) == len(two) > 3
-    for left, right in zip(one, two, strict=True):
-        assert left == pytest.approx(right, abs=1e-4)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found = []
+    for processes, start in ((1, []), (2, launcher)):
+        out = tmp_path / f"{processes}.json"
+        command = [sys.executable, *start, str(script), str(out), here, str(processes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(json.loads(out.read_text()))
+    for (method, _), one, two in zip(TOGETHER, *found, strict=True):
+        assert len(one) == len(two) > 3
+        for left, right in zip(one, two, strict=True):
+            assert left == pytest.approx(right, abs=1e-4, rel=1e-4), method
+        assert one[0] != pytest.approx(one[-1], abs=1e-2), method

@@ -34,10 +34,13 @@ OVER_FORGOTTEN = 0.25
 
 _NEVER_TESTED = (
     "Longer relearning, other optimisers and other learning rates than the listed ones.",
-    "Adversarial suffixes found by search (GCG) and attacks with another model as attacker.",
+    "Attacks with another model as attacker.",
     "Traces inside the model: patching, probing and direction ablation.",
     "Other languages and conversations of several turns.",
 )
+
+#: True unless the attack that searches for suffixes was run.
+_NO_SUFFIXES = "Adversarial suffixes found by search (GCG)."
 
 
 @dataclass
@@ -291,6 +294,8 @@ class Findings:
         ]
         skipped = found[0].values["unlearned"].skipped
         lines += [f"Metric {name}: {reason}." for name, reason in skipped.items()]
+        if not any(place.attack == "dua" and "skipped" not in place.notes for place in found):
+            lines.append(_NO_SUFFIXES)
         return lines + list(_NEVER_TESTED)
 
 

@@ -16,14 +16,15 @@ from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.component import build
-from delible.errors import DataError, DelibleError, ModelError, RecipeError, nearest
+from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate, item_asks
-from delible.measure.requests import System
+from delible.measure.requests import NoAnswer, System
+from delible.measure.systems import is_address, open_system
 from delible.metrics.base import Item, ItemMetric, SummaryMetric, SystemValues
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory
@@ -59,8 +60,9 @@ def audit(
     system: str | System,
     request: ForgetRequest,
     *,
-    before: str | LM | None = None,
-    reference: str | LM | None = None,
+    model: str | None = None,
+    before: str | System | None = None,
+    reference: str | System | None = None,
     metrics: Sequence[str | Mapping[str, Any]] | None = None,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
     leaks: Sequence[str] = LEAK_MEASURES,
@@ -75,9 +77,11 @@ def audit(
     """Asks and attacks a system, and says what is left of what it was to forget.
 
     Args:
-        system: The unlearned system: a model's name or folder, or any :class:`System`.
+        system: The unlearned system: a model's name or folder, ``vllm:`` before either, the
+            address of an OpenAI-compatible server, or any :class:`System`.
         request: What was to be forgotten; retain, neighbour and holdout records make the audit
             stronger.
+        model: Name of the model at that address.
         before: The model before unlearning.
         reference: A model trained without the forgotten records.
         metrics: Names or ``{"name": …, option: value}``; None takes the standard ones.
@@ -95,6 +99,7 @@ def audit(
     return _Audit(
         system,
         request,
+        model,
         before,
         reference,
         metrics,
@@ -115,8 +120,9 @@ class _Audit:
         self,
         system: str | System,
         request: ForgetRequest,
-        before: str | LM | None,
-        reference: str | LM | None,
+        model: str | None,
+        before: str | System | None,
+        reference: str | System | None,
         metrics: Sequence[str | Mapping[str, Any]] | None,
         attacks: Sequence[str | Mapping[str, Any]] | None,
         leaks: Sequence[str],
@@ -138,7 +144,8 @@ class _Audit:
         self.not_tested: list[str] = []
         self.splits = self._splits(rows)
         self.guarded = guard is not None
-        self.systems = self._systems(system, before, reference, guard)
+        self.white_box = True
+        self.systems = self._systems(system, model, before, reference, guard)
         self.measured: dict[str, int] = {}
         self._preparations: dict[str, dict[str, Any]] = {}
 
@@ -192,24 +199,24 @@ class _Audit:
     def _systems(
         self,
         system: str | System,
-        before: str | LM | None,
-        reference: str | LM | None,
+        model: str | None,
+        before: str | System | None,
+        reference: str | System | None,
         guard: str | None,
     ) -> dict[SystemRole, Callable[[], System]]:
         """Loaders, so that no more than two models are in memory at once."""
 
-        def loader(given: str | System) -> Callable[[], System]:
-            if isinstance(given, str):
-                if given.startswith(("http://", "https://")):
-                    raise ModelError(
-                        "auditing an endpoint is not supported in this version.",
-                        where=given,
-                        hint="Give a model folder or a hub id.",
-                    )
-                return lambda: LM.load(given)
-            return lambda: given
+        def loader(given: str | System, model: str | None = None) -> Callable[[], System]:
+            if not isinstance(given, str):
+                return lambda: given
+            if is_address(given) or model is not None:
+                # takes no memory, and a wrong address or key is told before anything is asked
+                endpoint = open_system(given, model=model, say=self.say)
+                self._note_endpoint()
+                return lambda: endpoint
+            return lambda: open_system(given, say=self.say)
 
-        unlearned = loader(system)
+        unlearned = loader(system, model)
         if guard is not None:
             unguarded, name = unlearned, guard
 
@@ -227,6 +234,11 @@ class _Audit:
                 systems[cast(SystemRole, role)] = loader(given)
         return systems
 
+    def _note_endpoint(self) -> None:
+        prefills = any(attack.card.name == "prefill" for attack in self.attacks)
+        lines = [_TEXTS_ONLY, _PREFILLED] if prefills else [_TEXTS_ONLY]
+        self.not_tested += [line for line in lines if line not in self.not_tested]
+
     # ---- the run
 
     def run(self) -> AuditResult:
@@ -240,6 +252,8 @@ class _Audit:
         )
         for role, load in self.systems.items():
             system = load()
+            if role == "unlearned":
+                self.white_box = isinstance(system, LM)
             findings.infos[role] = SystemInfo(
                 name=system.name,
                 capabilities=sorted(system.capabilities),
@@ -306,6 +320,10 @@ class _Audit:
         title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
         if isinstance(attack, PromptAttack):
             self._attack_prompts(role, system, attack, setting, splits, title)
+        elif not self.white_box:  # nothing to compare attacked models with
+            setting.notes["skipped"] = (
+                "the unlearned system gives no weights, so this attack cannot be run on it"
+            )
         elif not isinstance(system, LM):
             setting.notes["skipped"] = (
                 f"the {role} system gives no weights, so this attack cannot be run on it"
@@ -538,6 +556,10 @@ class _Audit:
         shown = {}
         for place, (record, prompt) in asked.items():
             texts = [answers[request] for request in metric.requests(record, prompt)]
+            failed = [one for one in texts if isinstance(one, NoAnswer)]
+            if failed:  # not an answer: it has no class
+                shown[place] = (f"(no answer: {failed[0].reason})", "")
+                continue
             text = next((text for text in texts if isinstance(text, str)), "")
             shown[place] = (text, metric.score(record, prompt, answers).detail or "")
         return shown
@@ -567,6 +589,13 @@ class _Audit:
         write(read_run(self.out.path), self.out.path / "report.html")
 
 
+_TEXTS_ONLY = (
+    "An endpoint gives texts only: log-probabilities, hidden states and weights were not looked "
+    "at, so metrics that read them and attacks that change weights were left out."
+)
+_PREFILLED = (
+    "Whether the endpoint went on from a prefilled answer is not known: some servers begin anew."
+)
 _WITHOUT = {
     "original": "The original model was not given (--before), so nothing is compared with it.",
     "reference": (

@@ -144,8 +144,8 @@ def audit(
             drop_overlap=drop_overlap,
         )
         content = [target, before, reference, request.model_dump(mode="json"), guard, seed]
-        content += [asked_metrics, asked_attacks, *([model] if model else [])]
-        text = json.dumps(content, sort_keys=True)
+        named = [model] if model else []
+        text = json.dumps([*content, asked_metrics, asked_attacks, *named], sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         place = out or default
         reporter.field("target", target)

@@ -21,6 +21,7 @@ from delible.lm.lm import LM
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, System
+from delible.measure.systems import open_system
 from delible.prompts import read_text
 from delible.records import RecordBase
 
@@ -41,13 +42,13 @@ def open_writer(
     """The system that writes rows.
 
     Args:
-        generator: A system, a name for :meth:`LM.load`, ``"self"`` for ``lm``, or None for nobody
-            (the offline templates write then).
+        generator: A system, a name for :func:`open_system` (a model, an endpoint's URL, …),
+            ``"self"`` for ``lm``, or None for nobody (the offline templates write then).
         lm: The model that will be trained.
     """
     if generator is None or not isinstance(generator, str):
         return generator
-    return lm if generator == "self" else LM.load(generator, say=say)
+    return lm if generator == "self" else open_system(generator, say=say)
 
 
 def filled(file: str, **values: object) -> str:

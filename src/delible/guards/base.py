@@ -51,6 +51,7 @@ class GuardedSystem(BlackBox):
         passed = [index for index, answer in enumerate(answers) if answer is None]
         replies = self.system.generate([prompts[index] for index in passed], decoding)
         for index, reply in zip(passed, replies, strict=True):
-            replaced = self.mind.after(prompts[index], str(reply))
-            answers[index] = reply if replaced is None else replaced
+            # a failed call is no answer: there is nothing to judge
+            judged = None if isinstance(reply, NoAnswer) else self.mind.after(prompts[index], reply)
+            answers[index] = reply if judged is None else judged
         return ["" if answer is None else answer for answer in answers]

@@ -81,7 +81,7 @@ class LM:
             reproduce the model's own logits.
     """
 
-    capabilities = frozenset({"generate", "score", "hidden", "weights"})
+    capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights"})
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"

@@ -48,7 +48,7 @@ _SCHEMA = pa.schema(
         ("means", pa.list_(pa.float32())),
         ("variances", pa.list_(pa.float32())),
         ("values", pa.list_(pa.float32())),
-        ("width", pa.int32()),  # of a row of `values`; 0: the answer has none
+        ("width", pa.int32()),  # of a row of `values`; -1: one row; 0: the answer has none
     ]
 )
 _NO_VALUES = np.zeros(0, np.float32)
@@ -86,7 +86,8 @@ def fits(request: Request, answer: object) -> bool:
         )
     if isinstance(request, Generate):
         return isinstance(answer, str)
-    return isinstance(answer, np.ndarray)
+    dimensions = 1 if isinstance(request, GradientNorm) else 2
+    return isinstance(answer, np.ndarray) and answer.ndim == dimensions
 
 
 def _can_be_stored(request: Request, answer: Answer) -> bool:
@@ -126,7 +127,10 @@ def _to_table(answers: Mapping[str, Answer], fingerprint: str) -> pa.Table:
         "variances": lists(scores("variances"), pa.float32()),
         "values": lists(lambda one: one if isinstance(one, np.ndarray) else None, pa.float32()),
         "width": pa.array(
-            [one.shape[-1] if isinstance(one, np.ndarray) else 0 for one in everything]
+            [
+                0 if not isinstance(one, np.ndarray) else one.shape[-1] if one.ndim > 1 else -1
+                for one in everything
+            ]
         ),
     }
     schema = _SCHEMA.with_metadata({_FINGERPRINT: fingerprint.encode()})
@@ -163,7 +167,8 @@ def _read_part(path: Path, fingerprint: str) -> dict[str, Answer]:
         if text is not None:
             found[key] = text
         elif width:
-            found[key] = columns["values"][row].astype(np.float32).reshape(-1, width)
+            values = columns["values"][row].astype(np.float32)
+            found[key] = values if width < 0 else values.reshape(-1, width)
         else:
             logprobs, hits = columns["logprobs"][row], columns["hits"][row]
             if len(logprobs) != len(hits):

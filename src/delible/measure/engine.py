@@ -18,7 +18,6 @@ import torch.distributed
 from delible.errors import ModelError, RunError
 from delible.measure.cache import Cache, fits, request_key
 from delible.measure.requests import (
-    CAPABILITY,
     Answer,
     Distribution,
     Generate,
@@ -30,6 +29,7 @@ from delible.measure.requests import (
     Request,
     Score,
     System,
+    needed_capability,
 )
 
 #: Called after every chunk with the number of answers there are and the number there will be.
@@ -136,7 +136,7 @@ def _ask(system: System, chunk: Sequence[Request]) -> Sequence[Answer]:
 
 
 def _check_capabilities(system: System, requests: Iterable[Request]) -> None:
-    needed = {CAPABILITY[type(request)] for request in requests}
+    needed = {needed_capability(request) for request in requests}
     for capability in sorted(needed - system.capabilities):
         raise ModelError(
             f"it cannot '{capability}', which this measurement asks for "

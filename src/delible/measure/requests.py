@@ -121,14 +121,25 @@ class GradientNorm:
 Inspection = Distribution | Hidden | GradientNorm
 Request = Score | Generate | Inspection
 
-#: The capability that answers a request.
-CAPABILITY: dict[type, str] = {
+#: The capability that answers a request, by its type; see :func:`needed_capability`.
+_CAPABILITY: dict[type, str] = {
     Generate: "generate",
     Score: "score",
-    Distribution: "score",
+    Distribution: "distribution",
     Hidden: "hidden",
     GradientNorm: "weights",
 }
+
+
+def needed_capability(request: Request) -> str:
+    """What a system must be able to do to answer a request.
+
+    Moments are made of all log-probabilities at a token, so a score with moments needs more than
+    one without: servers give the chosen token's log-probability, not the vocabulary's.
+    """
+    if isinstance(request, Score) and request.moments:
+        return "distribution"
+    return _CAPABILITY[type(request)]
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,8 @@ class System(Protocol):
 
     Attributes:
         name: For people.
-        capabilities: ``"generate"`` always; ``"score"``, ``"hidden"``, ``"weights"`` white-box.
+        capabilities: ``"generate"`` always; ``"score"`` gives log-probabilities of answers,
+            ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box.
         fingerprint: Changes whenever an answer could change (weights, template, guard);
             the key of the measurement cache. ``None`` means: never cache.
     """

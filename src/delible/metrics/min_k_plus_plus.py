@@ -28,9 +28,7 @@ from delible.registry import register
 LEAST_VARIANCE = 1e-6
 
 
-def min_k_plus_plus(
-    scores: TokenScores, share: float = 0.4, compat: bool = False
-) -> float | None:
+def min_k_plus_plus(scores: TokenScores, share: float = 0.4, compat: bool = False) -> float | None:
     """Negative mean of the lowest standardised log-probabilities.
 
     Args:
