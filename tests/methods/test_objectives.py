@@ -523,8 +523,8 @@ def test_wrong_options_are_refused(name: str, options: dict[str, object]) -> Non
     ("name", "objective", "keep", "balance"),
     [
         ("gradient_ascent", "gradient_ascent", "none", "weighted_sum"),
-        ("grad_diff", "gradient_ascent", "nll", "weighted_sum"),
-        ("grad_diff_kl", "gradient_ascent", "kl", "weighted_sum"),
+        ("graddiff", "gradient_ascent", "nll", "weighted_sum"),
+        ("graddiff_kl", "gradient_ascent", "kl", "weighted_sum"),
         ("npo", "npo", "nll", "weighted_sum"),
         ("npo_kl", "npo", "kl", "weighted_sum"),
         ("simnpo", "simnpo", "nll", "weighted_sum"),

@@ -30,16 +30,17 @@ from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
 from delible.files import explain_disk
-from delible.lm.forward import Forward, collate
+from delible.lm.forward import Forward, collate, shared_prefix
 from delible.lm.lm import LM
 from delible.train.randomness import generator
 from delible.train.reference import Reference
 from delible.train.slots import Objective
 from delible.train.step import Reads, Row, make_step
 
-#: Padded tokens per forward pass; a backward pass keeps every activation, so it takes fewer.
+#: Padded tokens per forward pass, shared prefix apart. A backward pass keeps all activations: with
+#: more tokens it is no faster on a CPU, and they take more memory than the weights.
 _BUDGET = 512
-_BACKWARD_BUDGET = 256
+_BACKWARD_BUDGET = 64
 #: Gradients per optimiser step of :meth:`Gradients.descend` are clipped to this norm.
 _CLIP = 1.0
 
@@ -136,7 +137,8 @@ class Gradients:
     ) -> None:
         self.lm, self.loss, self.space = lm, loss, space or Space()
         self.budget = budget or _BUDGET
-        self.backward_budget = min(self.budget, _BACKWARD_BUDGET)
+        on_cpu = lm.device.type == "cpu"
+        self.backward_budget = min(self.budget, _BACKWARD_BUDGET if on_cpu else _BUDGET)
         self._factors = _Factors(lm, self.space) if self.space.where == "lora" else None
 
     def of(self, loss: RowLoss) -> Self:
@@ -424,13 +426,13 @@ class Gradients:
         def reflect() -> None:
             # 2 a - (a + d): exact but for the last bit, and needs no direction any more
             for name, value in kept.items():
-                parameters[name].copy_(torch.sub(2 * value, parameters[name]))
+                parameters[name].neg_().add_(value, alpha=2)
 
         try:
             with torch.no_grad():
                 for name, value in direction.items():
                     parameter = parameters[name]
-                    ahead = parameter + value.to(parameter.dtype) * scale
+                    ahead = torch.add(parameter, value.to(parameter.dtype), alpha=scale)
                     kept[name] = value.copy_(parameter) if consume else parameter.detach().clone()
                     parameter.copy_(ahead)
             yield reflect
@@ -440,9 +442,13 @@ class Gradients:
                     parameters[name].copy_(value)
 
     def _batches(self, rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+        """Rows of like length; a prefix that all share is computed once, so it costs nothing."""
+        prompts = [row.encoded.ids[: row.encoded.start] for row in rows]
+        shared = shared_prefix(prompts) if self.lm.shares_prefix else 0
         batch: list[int] = []
         for place in sorted(range(len(rows)), key=lambda place: len(rows[place].encoded.ids)):
-            if batch and len(rows[place].encoded.ids) * (len(batch) + 1) > budget:
+            own = len(rows[place].encoded.ids) - shared
+            if batch and own * (len(batch) + 1) > budget:
                 yield batch
                 batch = []
             batch.append(place)

@@ -63,8 +63,48 @@ class Training(Config):
     )
 
 
+class Range(Config):
+    """Where a search may look for an option's value: both ends belong to it.
+
+    Attributes:
+        log: Values are spread evenly in their logarithm.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def read(cls, given: Any, where: str) -> Self:
+        """A range from ``[low, high]`` or ``[low, high, log]``.
+
+        Raises:
+            RecipeError: It has another form, or its ends are not in order.
+        """
+        if isinstance(given, cls):
+            return given
+        parts = list(given) if isinstance(given, list | tuple) else []
+        if len(parts) not in (2, 3) or parts[2:] not in ([], ["log"]):
+            raise RecipeError(
+                f"{given!r} is no range.",
+                where=where,
+                hint="Write [low, high] or [low, high, log].",
+            )
+        found = cls.build(where, low=parts[0], high=parts[1], log=len(parts) == 3)
+        if not found.low < found.high:
+            raise RecipeError(f"{found.low:g} is not below {found.high:g}.", where=where)
+        if found.log and found.low <= 0:
+            raise RecipeError("a logarithmic range starts above 0.", where=where)
+        return found
+
+
 class Recipe(Config):
-    """One choice per slot, and the training settings."""
+    """One choice per slot, and the training settings.
+
+    Attributes:
+        tune: Ranges for ``delible tune`` by full option name, such as ``objective.beta``; ``None``
+            keeps an option out of the search. They are no part of what a run is (:meth:`spec`).
+    """
 
     name: str = "custom"
     generate: Generate
@@ -78,6 +118,13 @@ class Recipe(Config):
     harden: Harden
     finish: Finish
     training: Training = Training()
+    tune: dict[str, Range | None] = Field(default={}, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.spec() == other.spec()
+
+    def __hash__(self) -> int:
+        return hash(str(self.spec()))
 
     @classmethod
     def named(cls, name: str) -> Self:
@@ -97,7 +144,7 @@ class Recipe(Config):
     @classmethod
     def from_mapping(cls, content: dict[str, Any], where: str = "recipe") -> Self:
         """A recipe from plain data: slot name to component, and ``training``."""
-        known = {"name", "card", "training", *SLOTS}
+        known = {"name", "card", "training", "tune", *SLOTS}
         for key in content:
             if key not in known:
                 raise RecipeError(f"unknown key '{key}'.", where=where, hint=nearest(key, known))
@@ -109,7 +156,34 @@ class Recipe(Config):
         training = content.get("training", {})
         if not isinstance(training, Training):
             training = Training.build(f"{where}: training", **training)
-        return cls(name=str(content.get("name", "custom")), training=training, **slots)
+        recipe = cls(name=str(content.get("name", "custom")), training=training, **slots)
+        ranges = recipe._ranges(content.get("tune") or {}, f"{where}: tune")
+        return recipe.model_copy(update={"tune": ranges}) if ranges else recipe
+
+    def _ranges(self, given: Any, where: str) -> dict[str, Range | None]:
+        if not isinstance(given, dict):
+            raise RecipeError("'tune' is a mapping of options to ranges.", where=where)
+        spec, found = self.spec(), {}
+        for option, value in given.items():
+            slot, key = _place(str(option), spec, where)
+            if value is not None and type(spec[slot][key]) not in (int, float):
+                raise RecipeError(
+                    f"'{option}' = {spec[slot][key]!r} is no number.",
+                    where=where,
+                    hint="A search starts from the recipe's own value: give it one.",
+                )
+            found[f"{slot}.{key}"] = (
+                None if value is None else Range.read(value, f"{where}.{option}")
+            )
+        return found
+
+    def place_of(self, option: str) -> str:
+        """The full name of an option: ``objective.beta`` for ``beta``.
+
+        Raises:
+            RecipeError: No place, or more than one, has the option.
+        """
+        return ".".join(_place(option, self.spec(), f"method '{self.name}'"))
 
     def changed(self, slots: dict[str, Any], options: dict[str, Any]) -> Self:
         """This recipe with other slots, and with options set by name.
@@ -125,28 +199,17 @@ class Recipe(Config):
         content = self.spec() | {
             slot: _spec(cast(Kind, slot), value) for slot, value in slots.items()
         }
-        places: dict[str, dict[str, Any]] = {
-            **{slot: content[slot] for slot in SLOTS}, "training": content["training"]
-        }  # fmt: skip
+        where = f"method '{self.name}'"
         for option, value in options.items():
-            prefix, _, key = option.rpartition(".")
-            found = [
-                slot
-                for slot, values in places.items()
-                if key in values and key != "name" and prefix in ("", slot, values.get("name"))
-            ]
-            if not found:
-                names = {key for values in places.values() for key in values} - {"name"}
-                raise RecipeError(
-                    f"unknown option '{option}'.",
-                    where=f"method '{self.name}'",
-                    hint=nearest(key, names),
-                )
-            if len(found) > 1:
-                full = " or ".join(f"'{slot}.{key}'" for slot in found)
-                raise RecipeError(f"option '{option}' is ambiguous.", hint=f"Say {full}.")
-            places[found[0]][key] = value
-        return type(self).from_mapping(content, where=f"method '{self.name}'")
+            slot, key = _place(option, content, where)
+            content[slot][key] = value
+        content["tune"] = {  # a range goes with its component, and with its value
+            option: found
+            for option, found in self.tune.items()
+            for slot, _, key in [option.partition(".")]
+            if slot not in slots and (found is None or content[slot][key] is not None)
+        }
+        return type(self).from_mapping(content, where=where)
 
     def spec(self) -> dict[str, Any]:
         """The recipe as plain data, every option included."""
@@ -181,6 +244,24 @@ DEFAULTS = {
     "harden": "none",
     "finish": "none",
 }
+
+
+def _place(option: str, content: dict[str, Any], where: str) -> tuple[str, str]:
+    """The slot (or ``training``) and the key of an option in a recipe's plain data."""
+    places: dict[str, dict[str, Any]] = {name: content[name] for name in (*SLOTS, "training")}
+    prefix, _, key = option.rpartition(".")
+    found = [
+        slot
+        for slot, values in places.items()
+        if key in values and key != "name" and prefix in ("", slot, values.get("name"))
+    ]
+    if not found:
+        names = {key for values in places.values() for key in values} - {"name"}
+        raise RecipeError(f"unknown option '{option}'.", where=where, hint=nearest(key, names))
+    if len(found) > 1:
+        full = " or ".join(f"'{slot}.{key}'" for slot in found)
+        raise RecipeError(f"option '{option}' is ambiguous.", hint=f"Say {full}.")
+    return found[0], key
 
 
 def _spec(slot: Kind, value: Any) -> dict[str, Any]:

@@ -15,6 +15,11 @@ exact k-th value from two histograms instead of a sort of all scores; weights wi
 as embeddings of unused tokens, come last, then earlier weights before later ones; (3) one draw
 of retain rows, from the run's seed; (4) the loss is averaged per row before rows are summed.
 As released (the text of the paper ranks by the signed score) the absolute value is ranked.
+
+``select`` has the paper's baselines too: random, magnitude, gradient, and Wanda (arXiv
+2306.11695): |weight| times the norm of its input over the forget rows, the largest share of every
+output's weights, linear layers of the blocks only. Dense is ``share: 1``; LoRA and MLP-only are
+places of their own (``lora``; ``layers`` with ``role: mlp``).
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError, RunError
 from delible.registry import register
+from delible.train.gradients import SetAside
 from delible.train.slots import Context, Place, Placement
 
 #: Scores looked at together; bounds the memory of the histograms.
@@ -113,6 +119,20 @@ def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     return masks
 
 
+@torch.no_grad()
+def wanda_mask(weight: Tensor, input_norms: Tensor, share: float, transposed: bool) -> Tensor:
+    """True for the share of each output's weights with the largest |weight| x input norm.
+
+    Args:
+        weight: [out, in], or [in, out] if ``transposed``.
+        input_norms: Shape [in].
+    """
+    scores = (weight.T if transposed else weight).float().abs() * input_norms
+    kept = scores.topk(max(1, round(share * scores.shape[1])), dim=1).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
+    return mask.T.contiguous() if transposed else mask
+
+
 @register(
     kind="place",
     name="wagle",
@@ -140,7 +160,7 @@ class Wagle(Place):
     reduction: Literal["sum", "mean"] = Field(
         "sum", description="How gradients of rows are joined (the published gamma is for sums)."
     )
-    select: Literal["wagle", "magnitude", "gradient", "random"] = Field(
+    select: Literal["wagle", "magnitude", "gradient", "wanda", "random"] = Field(
         "wagle", description="Score of a weight; the others are the paper's baselines."
     )
     compat: bool = Field(
@@ -153,6 +173,10 @@ class Wagle(Place):
             parameter.requires_grad_(True)
         if self.share == 1:
             return Placement(parameters)
+        if self.select == "wanda":
+            return Placement(
+                parameters, self._wanda(context, parameters), masked_decay=not self.compat
+            )
         scores = self._scores(context, parameters)
         zeros = sum(int((score == 0).sum()) for score in scores.values())
         masks = largest(scores, self.share)
@@ -193,12 +217,28 @@ class Wagle(Place):
         drawn: list[int] = []
         while len(drawn) < len(forget):
             drawn += torch.randperm(len(retain), generator=generator).tolist()
-        forget_gradients = context.gradients.total(forget)
+        # out of the way while the second sum is made: two gradients at once are a model too much
+        forget_gradients = SetAside(context.gradients.total(forget))
         scores = context.gradients.total([retain[index] for index in drawn[: len(forget)]])
         for name, value in parameters.items():
             # the forget gradient's own scale does not change the ranking
-            own = forget_gradients.pop(name).float()
+            own = forget_gradients.pop(name, value.device)
             scores[name] = wagle_score_(
                 value.detach(), own, scores[name].float(), self.gamma * divisor
             )
         return scores
+
+    def _wanda(
+        self, context: Context, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Tensor]:
+        norms = context.gradients.input_norms(context.rows[context.objective.roles[0]])
+        transposed = context.lm.anatomy.transposed
+        masks = {
+            name: wanda_mask(value.detach(), norms[name], self.share, transposed)
+            if name in norms
+            else torch.zeros_like(value, dtype=torch.bool)
+            for name, value in parameters.items()
+        }
+        moving = sum(int(mask.sum()) for mask in masks.values())
+        context.say(f"place: {moving:,} weights of {len(norms)} linear layers may move (wanda)")
+        return masks

@@ -11,7 +11,11 @@ Paper: arXiv 2506.10946; no public code. The paper fixes that weights fall with 
 their form: the softmax and its temperature are ours (at 2, two standard deviations on each side
 differ by a factor of about 7), and so is ``form: inverse`` (1 / (z - min z + offset)).
 Scores are central differences of the loss along the mean retain gradient: two forward passes
-over the forget rows instead of one backward pass per row.
+over the forget rows instead of one backward pass per row (``how: jvp`` is exact instead).
+``space`` looks at a part of the gradient, for models whose whole gradient does not fit.
+
+A model that was trained on the retain rows has next to no gradient there, and the scores are
+noise: ``paraphrases`` takes the mean gradient at other wordings of the retain questions.
 
 Small weights can leave a row memorised: look at the worst forget rows, not only at the mean. The
 sign is that of ascent; for a loss that teaches refusals it says less.
@@ -19,6 +23,7 @@ sign is that of ascent; for a loss that teaches refusals it says less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,8 +32,12 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.errors import RecipeError
+from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.train.gradients import Space
+from delible.train.rows import make_rows
 from delible.train.slots import Context, Weigh
+from delible.train.step import Row
 
 #: Below this share of effective rows the weights are all but one-hot.
 _FEW = 0.3
@@ -55,6 +64,15 @@ def weights_from_scores(
 def effective_rows(weights: Float[Tensor, " rows"]) -> float:
     """(sum w)^2 / sum w^2: the number of rows when all weigh the same, 1 when one does."""
     return float(weights.sum() ** 2 / weights.pow(2).sum())
+
+
+def reworded(records: Sequence[RecordBase]) -> list[RecordBase]:
+    """The records that have another wording, asked in it."""
+    return [
+        record.model_copy(update={"question": record.paraphrases[0]})
+        for record in records
+        if isinstance(record, QA) and record.paraphrases
+    ]
 
 
 @register(
@@ -87,21 +105,28 @@ class Attribution(Weigh):
     retain_rows: int = Field(
         2000, ge=1, description="At most this many random retain rows make the mean gradient."
     )
+    paraphrases: bool = Field(
+        False, description="Take the mean gradient at paraphrases of the retain questions."
+    )
+    how: Literal["difference", "jvp"] = Field(
+        "difference", description="Scores by a difference of losses, or exactly in forward mode."
+    )
+    space: Literal["all", "layers", "head", "lora"] = Field(
+        "all", description="Parameters of the scores: all, blocks, the head, low-rank factors."
+    )
+    layers: tuple[int, ...] = Field(
+        (-1,), min_length=1, description="Blocks for space: layers; negative from the end."
+    )
 
     def weights(self, context: Context) -> Float[Tensor, " rows"]:
-        forget, retain = context.rows["forget"], context.rows.get("retain", ())
-        if not retain:
-            raise RecipeError(
-                "data attribution compares forget rows with retain rows, and there are none.",
-                where="weigh 'attribution'",
-                hint="Give --retain FILE, or use weigh: none.",
-            )
+        forget, retain = context.rows["forget"], self._retain(context)
         order = torch.randperm(len(retain), generator=context.generator("weigh.attribution"))
         chosen = [retain[index] for index in sorted(order[: self.retain_rows].tolist())]
-        mean_gradient = {
-            name: value.div_(len(chosen)) for name, value in context.gradients.total(chosen).items()
-        }
-        scores = context.gradients.products(forget, mean_gradient)
+        gradients = context.gradients.within(Space(self.space, self.layers, seed=context.seed))
+        mean_gradient = gradients.total(chosen)
+        for value in mean_gradient.values():
+            value.div_(len(chosen))
+        scores = gradients.products(forget, mean_gradient, how=self.how, consume=True)
         weights = weights_from_scores(scores, self.form, self.temperature, self.offset)
         effective = effective_rows(weights)
         context.say(
@@ -111,3 +136,22 @@ class Attribution(Weigh):
         if effective < _FEW * len(forget):
             context.say("weigh: few rows carry most of the weight; raise the temperature.")
         return weights.float()
+
+    def _retain(self, context: Context) -> Sequence[Row]:
+        retain = context.rows.get("retain", ())
+        if not retain:
+            raise RecipeError(
+                "data attribution compares forget rows with retain rows, and there are none.",
+                where="weigh 'attribution'",
+                hint="Give --retain FILE, or use weigh: none.",
+            )
+        if not self.paraphrases:
+            return retain
+        other = reworded(context.records["retain"])
+        if not other:
+            raise RecipeError(
+                "no retain record has paraphrases.",
+                where="weigh 'attribution'",
+                hint="Add 'paraphrases' to the retain records, or set paraphrases: false.",
+            )
+        return make_rows(context.lm.template, other)
