@@ -26,7 +26,7 @@ EXIT_BUG = 70
 PAGES = Path(__file__).parent / "help"
 PAGE_WIDTH = 80
 #: Commands that go on where they were stopped.
-RESUMABLE = ("demo", "unlearn", "bench")
+RESUMABLE = ("demo", "unlearn", "tune", "bench")
 
 
 #: Command -> where it lives, what it takes, what it does, and examples. A test compares the
@@ -45,6 +45,12 @@ COMMANDS = {
         "Examples:\n"
         "  delible unlearn default --forget forget.jsonl --retain retain.jsonl --beta 0.2\n"
         "  delible unlearn default --forget forget.jsonl --strength gentle --dry-run",
+    ),
+    "tune": (
+        "delible.cli.tune:tune",
+        "MODEL --forget FILE [OPTIONS]",
+        "Search a method's options for the least leak that keeps the utility.",
+        "Example:\n  delible tune default --forget forget.jsonl --retain retain.jsonl --method npo",
     ),
     "audit": (
         "delible.cli.audit:audit",

@@ -415,6 +415,7 @@ def methods(
     numbered: bool = False,
     x_line: float | None = None,
     y_line: float | None = None,
+    y_text: str = "the reference’s utility",
     from_zero: bool = False,
 ) -> Markup:
     """Many methods: forgetting (x) against utility (y), each with its error bars.
@@ -422,7 +423,8 @@ def methods(
     Args:
         numbered: Methods carry their badges instead of their names.
         x_line: A vertical line at the reference's value, where a method is best.
-        y_line: A horizontal line at the reference's utility, for a reference that has no x.
+        y_line: A horizontal line, such as the utility of a reference that has no x.
+        y_text: What the horizontal line is.
         from_zero: The horizontal axis starts at 0.
     """
     xs = [*(spot.x for spot in spots), *([x_line] if x_line is not None else [])]
@@ -461,7 +463,7 @@ def methods(
         parts.append(
             f'<line class="aim" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="zone" x="{frame.right}" y="{y - 6:.1f}" text-anchor="end">'
-            "the reference’s utility</text>"
+            f"{escape(y_text)}</text>"
         )
         avoid.extend((frame.left + step * 8, y) for step in range(int(size[0] / 8)))
         taken.append((frame.right - 150, y - 18, frame.right, y - 2))

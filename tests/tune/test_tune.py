@@ -1,0 +1,468 @@
+"""``delible tune`` on a tiny random model: what is searched, what decides, what survives a kill."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from delible.api import resolve_method
+from delible.errors import DataError, MissingExtraError, RecipeError, RunError
+from delible.lm.lm import LM
+from delible.records import QA, ForgetRequest
+from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train.recipe import Range, Recipe
+from delible.tune import search as searching
+from delible.tune import tune, tuned_options
+from delible.tune.measuring import ROWS, cut, leak, utility
+from delible.tune.search import Trial, winner
+from delible.tune.space import rounded, space, value_of
+
+QUICK: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between trials memory is given back, which takes longer than a tiny trial does."""
+    monkeypatch.setattr("delible.tune.search.gc.collect", lambda: 0)
+
+
+def rows(word: str, count: int) -> tuple[QA, ...]:
+    return tuple(
+        QA(question=f"{word} of {index}?", answer=f"{word} {index}.") for index in range(count)
+    )
+
+
+REQUEST = ForgetRequest(forget=rows("Town", 4), retain=rows("Job", 8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tune") / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, score: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """Replaces unlearning and measuring by a function of the options; returns the calls."""
+    calls: list[Any] = []
+
+    class Result:
+        stopped = None
+
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+    def unlearn(model: Any, request: Any, *, method: Any, **_: Any) -> Result:
+        values = {
+            "rate": method.training.learning_rate,
+            "beta": method.objective.beta,
+            "weight": method.balance.retain_weight,
+        }
+        calls.append(values)
+        return Result(score(values))
+
+    def measured(system: Any, splits: Any, progress: Any = None) -> dict[str, float]:
+        left, kept = (0.8, 1.0) if isinstance(system, LM) else system
+        return {
+            "answer_probability/forget": left,
+            "extraction_strength/forget": left,
+            "answer_probability/retain": 0.5 * kept,
+            "rouge_l_recall/retain": 0.4 * kept,
+        }
+
+    monkeypatch.setattr(searching, "unlearn", unlearn)
+    monkeypatch.setattr(searching, "measured", measured)
+    return calls
+
+
+def trade(values: dict[str, Any]) -> tuple[float, float]:
+    """The faster the training, the less is left of both; half of the utility goes by a decade."""
+    decades = math.log10(values["rate"] / 2e-5)
+    return 0.4 - 0.3 * decades, min(1.0, 0.99 - 0.3 * decades)
+
+
+# ---- what is searched
+
+
+def test_every_recipe_has_a_space_that_holds_its_own_values() -> None:
+    from delible import registry
+
+    for name in registry.recipe_files():
+        recipe = Recipe.named(name)
+        found = space(recipe)
+        assert {"training.learning_rate", "training.epochs"} <= set(found), name
+        for option, bounds in found.items():
+            own = value_of(recipe, option)
+            assert bounds.low <= own <= bounds.high, f"{name}: {option}"
+        for end in ("low", "high"):  # both ends are allowed values
+            recipe.changed({}, {
+                option: type(value_of(recipe, option))(getattr(bounds, end))
+                for option, bounds in found.items()
+            })  # fmt: skip
+
+
+def test_the_rule_of_the_space() -> None:
+    npo = space(Recipe.named("npo"))
+    assert set(npo) == {
+        "training.learning_rate", "training.epochs", "objective.beta", "balance.retain_weight",
+    }  # fmt: skip
+    rate = npo["training.learning_rate"]
+    assert (rate.low, rate.high) == (pytest.approx(2e-6), pytest.approx(2e-4))
+    assert rate.log
+    assert npo["training.epochs"] == Range(low=5, high=20, log=True)
+    assert npo["objective.beta"].high == pytest.approx(1.0)
+    # no retain loss: its weight is nothing to search
+    assert "balance.retain_weight" not in space(Recipe.named("gradient_ascent"))
+    # a depth is bounded, so it is no scale; the inactive constant is kept out by the recipe file
+    rmu = space(Recipe.named("rmu"))
+    assert {one for one in rmu if one.startswith("objective")} == {"objective.adaptive"}
+    assert set(space(resolve_method("rocr"))) == {"threshold", "rho"}
+    short = Recipe.named("npo").changed({}, {"max_steps": 1})
+    assert space(short)["training.max_steps"] == Range(low=1, high=2, log=True)
+    assert "training.epochs" not in space(short)
+
+
+def test_held_options_are_left_out_and_holding_all_is_refused() -> None:
+    npo = Recipe.named("npo")
+    assert not {"training.epochs", "training.max_steps"} & set(space(npo, ["epochs"]))
+    assert "objective.beta" not in space(npo, ["npo.beta"])
+    with pytest.raises(RecipeError, match="unknown option 'bet'"):
+        space(npo, ["bet"])
+    with pytest.raises(RecipeError, match="nothing to search"):
+        space(npo, ["beta", "epochs", "learning_rate", "retain_weight"])
+    with pytest.raises(RecipeError, match="nothing to search"):
+        space(resolve_method("rocr"), ["threshold", "rho"])
+
+
+def test_ranges_of_a_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = "objective: {name: npo, beta: 0.1}\nkeep: nll\ntune: {beta: [0.2, 0.4], epochs: null}\n"
+    path.write_text(text)
+    recipe = Recipe.from_file(path)
+    assert recipe.tune == {"objective.beta": Range(low=0.2, high=0.4), "training.epochs": None}
+    assert "tune" not in recipe.spec()
+    found = space(recipe)
+    assert "training.epochs" not in found
+    assert found["objective.beta"] == Range(low=0.1, high=0.4)  # widened: the recipe's own value
+    # they survive other options, and go with their component
+    assert recipe.changed({}, {"learning_rate": 1e-4}).tune == recipe.tune
+    assert recipe.changed({"objective": "rmu"}, {}).tune == {"training.epochs": None}
+
+
+@pytest.mark.parametrize(
+    ("tune_text", "said"),
+    [
+        ("{beta: 3}", "3 is no range"),
+        ("{beta: [1, 2, sqrt]}", "is no range"),
+        ("{beta: [2, 1]}", "2 is not below 1"),
+        ("{beta: [0, 1, log]}", "starts above 0"),
+        ("{beta: [low, 1]}", "'low' = 'low'"),
+        ("{betta: [1, 2]}", "unknown option 'betta'. Did you mean 'beta'"),
+        ("{schedule: [1, 2]}", "is no number"),
+        ("[beta]", "'tune' is a mapping"),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_told(tmp_path: Path, tune_text: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"objective: npo\ntune: {tune_text}\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: tune") as caught:
+        Recipe.from_file(path)
+    assert said in str(caught.value)
+
+
+def test_values_are_rounded_inside_their_range() -> None:
+    bounds = Range(low=0.012345, high=0.99, log=True)
+    assert rounded(0.123456, bounds) == 0.123
+    assert rounded(0.0123451, bounds) == 0.012345
+    assert rounded(0.9899, bounds) == 0.99
+    assert rounded(7, Range(low=1, high=9)) == 7
+
+
+# ---- what is measured
+
+
+def test_the_cut_keeps_what_decides_apart_from_what_is_trained_on() -> None:
+    parts = cut(REQUEST)
+    assert parts.request.forget == REQUEST.forget
+    trained = set(parts.request.retain)
+    decides, aside = set(parts.splits["retain"]), set(parts.splits["retain (aside)"])
+    assert len(trained) == 4
+    assert len(decides) == len(aside) == 2
+    assert len(trained | decides | aside) == 8
+    assert trained | decides | aside == set(REQUEST.retain)
+    assert set(parts.splits["forget"]).isdisjoint(parts.splits["forget (aside)"])
+    assert parts.shared == ()
+    one = cut(ForgetRequest(forget=rows("Town", 1), retain=rows("Job", 1)))
+    assert one.shared == ("retain",)
+    assert set(one.splits) == {"forget", "retain"}
+    many = cut(ForgetRequest(forget=rows("Town", 300), neighbours=rows("Job", 9)))
+    assert len(many.splits["forget"]) == ROWS
+    assert "neighbours" in many.splits
+    with pytest.raises(DataError, match="there are none"):
+        cut(ForgetRequest(subjects=("A",), retain=rows("Job", 2)))
+
+
+def test_leak_and_utility() -> None:
+    means = {"answer_probability/forget": 0.4, "extraction_strength/forget": 0.2}
+    assert leak(means) == pytest.approx(0.3)
+    assert leak({**means, "paraphrase_probability/forget": 0.0}) == pytest.approx(0.2)
+    assert leak({"answer_probability/forget": None}) is None
+    before = {"answer_probability/retain": 0.5, "rouge_l_recall/retain": 0.8}
+    after = {"answer_probability/retain": 0.25, "rouge_l_recall/retain": 0.9}
+    assert utility(before, before) == 1
+    assert utility(before, after) == pytest.approx(2 / (1 / 0.5 + 1))  # 0.9 / 0.8 is no credit
+    assert utility(before, {**after, "rouge_l_recall/retain": None}) == 0
+    assert utility({**before, "rouge_l_recall/retain": 0.0}, after) == pytest.approx(0.5)
+    assert utility({}, after) is None
+
+
+# ---- the search
+
+
+def test_first_trial_is_the_recipe_and_the_winner_keeps_the_budget(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    stand_in(monkeypatch, trade)
+    found = tune(model, REQUEST, trials=14, utility=0.9, out=tmp_path / "out")
+    first = found.trials[0]
+    npo = Recipe.named("npo")
+    assert npo.changed({}, dict(first.options)).spec() == npo.spec()
+    assert [trial.index for trial in found.trials] == list(range(14))
+    # the budget allows a third of a decade more than the recipe's own rate; beyond, less is left
+    kept = [trial for trial in found.trials if trial.utility is not None and trial.utility >= 0.9]
+    assert found.best.leak == min(trial.leak for trial in kept if trial.leak is not None)
+    assert min(trial.leak or 0 for trial in found.trials) < found.best.leak
+    assert found.within_budget
+    assert found.best.index > 0
+    # the sampler knows the constraint: after its start most proposals keep it, or nearly so
+    later = [math.log10(t.options["training.learning_rate"] / 2e-5) for t in found.trials[4:]]
+    assert sorted(later)[len(later) // 2] < 0.5
+
+    loaded = Recipe.from_file(tmp_path / "out" / "recipe.yaml")
+    assert loaded.spec() == {**npo.changed({}, found.best_options).spec(), "name": "npo_tuned"}
+    page = (tmp_path / "out" / "tune.html").read_text()
+    assert "NPO with retain loss, tuned" in page
+    assert page.count(">below the budget<") == 14 - len(kept)
+    assert "recipe.yaml</code>" in page
+
+
+def test_a_killed_search_goes_on_as_if_it_had_not_been(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    whole_calls = stand_in(monkeypatch, trade)
+    whole = tune(model, REQUEST, trials=9, out=tmp_path / "whole")
+    assert len(whole_calls) == 9
+
+    left = [7]
+
+    def dies(values: dict[str, Any]) -> tuple[float, float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return trade(values)
+
+    stand_in(monkeypatch, dies)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, REQUEST, trials=9, out=tmp_path / "cut")
+    calls = stand_in(monkeypatch, trade)
+    said: list[str] = []
+    again = tune(model, REQUEST, trials=9, out=tmp_path / "cut", say=said.append)
+    assert "Going on after 7 finished trials." in said
+    assert len(calls) == 2
+    assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
+    assert again.best_options == whole.best_options
+
+    more = tune(model, REQUEST, trials=9, out=tmp_path / "cut")
+    assert len(calls) == 2, "a finished search is only read"
+    assert more.best == again.best
+    assert len(tune(model, REQUEST, trials=10, out=tmp_path / "cut").trials) == 10
+    with pytest.raises(RunError, match="different: utility"):
+        tune(model, REQUEST, trials=9, utility=0.5, out=tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("method", "call"), [("ask", 1), ("tell", 2)])
+def test_killed_at_the_worst_moment(
+    method: str, call: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the recipe waiting to be tried; and between a result and its end."""
+    optuna = pytest.importorskip("optuna")
+    stand_in(monkeypatch, trade)
+    whole = tune(model, REQUEST, trials=3)
+    real, calls = getattr(optuna.study.Study, method), [0]
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.study.Study, method, dies)
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, REQUEST, trials=3, out=tmp_path / "out")
+    again = tune(model, REQUEST, trials=3, out=tmp_path / "out")
+    assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
+
+
+def test_another_seed_searches_elsewhere(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    stand_in(monkeypatch, trade)
+    options = [
+        [trial.options for trial in tune(model, REQUEST, trials=3, seed=seed).trials]
+        for seed in (0, 0, 1)
+    ]
+    assert options[0] == options[1]
+    assert options[0][0] == options[2][0]
+    assert options[0][1:] != options[2][1:]
+
+
+def test_failed_trials_are_recorded_and_do_not_win(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    count = [0]
+
+    def sometimes(values: dict[str, Any]) -> tuple[float, float]:
+        count[0] += 1
+        if count[0] == 1:
+            raise RunError("training collapsed at step 3.")
+        if count[0] == 3:
+            raise ZeroDivisionError("inside")
+        return trade(values)
+
+    stand_in(monkeypatch, sometimes)
+    found = tune(model, REQUEST, trials=4, utility=0.5, out=tmp_path / "out")
+    assert [trial.failed for trial in found.trials] == [
+        "training collapsed at step 3.", None, "ZeroDivisionError: inside", None,
+    ]  # fmt: skip
+    assert found.best.index in (1, 3)
+    page = (tmp_path / "out" / "tune.html").read_text()
+    assert "The method as it is (trial 1) failed." in page
+    assert "ZeroDivisionError: inside" in page
+    again = tune(model, REQUEST, trials=4, utility=0.5, out=tmp_path / "out")
+    assert count[0] == 4, "failures are results: they are not tried again"
+    assert [trial.failed for trial in again.trials] == [trial.failed for trial in found.trials]
+
+    def never(values: dict[str, Any]) -> tuple[float, float]:
+        raise RunError("training collapsed.")
+
+    stand_in(monkeypatch, never)
+    with pytest.raises(RunError, match="all 2 trials failed; the first: training collapsed"):
+        tune(model, REQUEST, trials=2)
+
+    def wrong(values: dict[str, Any]) -> tuple[float, float]:
+        raise DataError("the records are of the wrong kind.")
+
+    stand_in(monkeypatch, wrong)
+    with pytest.raises(DataError, match="wrong kind"):
+        tune(model, REQUEST, trials=2)
+
+
+def test_when_no_trial_keeps_the_budget_the_nearest_is_named(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    stand_in(monkeypatch, lambda values: (0.1, min(0.5, 1e-5 / values["rate"])))
+    found = tune(model, REQUEST, trials=4, out=tmp_path)
+    assert not found.within_budget
+    assert found.best.utility == max(trial.utility or 0 for trial in found.trials)
+    assert "No trial kept the budget" in (tmp_path / "tune.html").read_text()
+
+
+def test_winner() -> None:
+    def trial(index: int, left: float | None, kept: float | None) -> Trial:
+        return Trial(index, {}, left, kept, failed=None if kept is not None else "collapsed")
+
+    some = [trial(0, 0.5, 0.99), trial(1, 0.0, 0.2), trial(2, 0.3, 0.95), trial(3, 0.3, 1.0)]
+    assert winner(some, 0.95) == some[2]
+    assert winner(some, 0.96) == some[3]
+    assert winner([trial(0, None, None), *some[1:2]], 0.95) == some[1]
+    assert winner([trial(0, None, None)], 0.95) is None
+
+
+def test_bad_budgets_and_the_missing_extra(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget in (0.0, 1.2, -1.0, math.nan):
+        with pytest.raises(RecipeError, match=r"is not in \(0, 1\]"):
+            tune(model, REQUEST, utility=budget)
+    with pytest.raises(RecipeError, match="trials = 0"):
+        tune(model, REQUEST, trials=0)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'delible\[tune\]'"):
+        tune(model, REQUEST, trials=1)
+    with pytest.raises(MissingExtraError):
+        tuned_options(model, REQUEST, "npo", 1, {})
+
+
+# ---- end to end
+
+
+def test_the_real_thing_leaves_the_model_alone(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    lm = LM.load(model)
+    before = lm.fingerprint
+    runs = [
+        tune(start, REQUEST, trials=trials, utility=0.5, out=tmp_path / str(trials),
+             learning_rate=1e-3, **QUICK)
+        for start, trials in ((model, 2), (lm, 1))
+    ]  # fmt: skip
+    lm.touch()
+    assert lm.fingerprint == before
+    one, two = runs
+    # by name or in memory, the same numbers; and they moved
+    assert one.trials[0].means == two.trials[0].means
+    assert set(one.space) == {"objective.beta", "balance.retain_weight"}
+    assert one.trials[0].leak != one.start_leak
+    assert one.trials[0].aside_leak is not None
+    content = yaml.safe_load((tmp_path / "2" / "recipe.yaml").read_text())
+    assert content["training"]["max_steps"] == 2
+    assert content["objective"]["beta"] == one.best_options["objective.beta"]
+
+    from delible.api import unlearn
+
+    done = unlearn(model, REQUEST, method=tmp_path / "2" / "recipe.yaml", shown=0)
+    assert len(done.history) == 2
+
+
+def test_an_editor_is_searched_too(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    request = REQUEST.model_copy(update={"subjects": ("Ada Nord",)})
+    found = tune(
+        model, request, method="rocr", trials=2, utility=0.01, out=tmp_path,
+        tokens=64, first_depth=0.5, last_depth=0.5,
+    )  # fmt: skip
+    assert set(found.space) == {"threshold", "rho"}
+    assert [trial.failed for trial in found.trials] == [None, None]
+    content = yaml.safe_load((tmp_path / "editor.yaml").read_text())
+    assert content["editor"]["rho"] == found.best_options["rho"]
+    assert found.command.startswith("--method rocr --threshold ")
+
+
+def test_tuned_options_are_kept_in_the_cache(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
+    calls = stand_in(monkeypatch, lambda values: (values["rate"], 1.0))
+    given = {"learning_rate": 5e-5, "max_steps": 8}
+    found = tuned_options(model, REQUEST, "npo", 3, given)
+    assert calls[0]["rate"] == 5e-5  # it starts at the benchmark's own budget
+    assert found["max_steps"] == 8
+    assert "learning_rate" not in found
+    assert found["training.learning_rate"] <= 5e-5
+    assert set(found) == {
+        "max_steps", "training.learning_rate", "objective.beta", "balance.retain_weight",
+    }  # fmt: skip
+    assert isinstance(resolve_method("npo", options=found), Recipe)
+    assert tuned_options(model, REQUEST, "npo", 3, given) == found
+    assert len(calls) == 3
+    tuned_options(model, REQUEST, "npo", 3, {**given, "beta": 0.2})
+    assert len(calls) == 6
