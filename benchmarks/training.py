@@ -36,7 +36,7 @@ from delible.world import World
 
 METHODS = {
     "npo": ("NPO + NLL", 1.5),
-    "grad_diff_kl": ("GradDiff + KL", 2.5),
+    "graddiff_kl": ("GradDiff + KL", 2.5),
     "rmu": ("RMU", 4.0),
 }
 LEARNING_RATE = 1e-5

@@ -22,7 +22,7 @@ from delible.train import generated as generated_rows
 from delible.train.engine import Progress, Trainer, check_needs, make_plan
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
-from delible.train.recipe import Recipe, Strength
+from delible.train.recipe import Recipe, Strength, read_yaml
 from delible.train.slots import Editor, Patch
 
 Say = Callable[[str], None]
@@ -90,21 +90,19 @@ def resolve_method(
             strength next to options that it would set.
     """
     options = options or {}
+    names = {card.name: card.kind for card in registry.cards("recipe", "editor")}
     if isinstance(method, Recipe):
         recipe = method
     elif str(method).endswith((".yaml", ".yml")):
+        content = read_yaml(Path(method))
+        if "editor" in content:
+            return _editor({**content["editor"], **options}, slots)
         recipe = Recipe.from_file(Path(method))
+    elif method not in names:
+        raise RecipeError(f"unknown method '{method}'.", hint=nearest(str(method), names))
+    elif names[str(method)] == "editor":
+        return _editor({"name": method, **options}, slots)
     else:
-        names = {card.name: card.kind for card in registry.cards("recipe", "editor")}
-        if method not in names:
-            raise RecipeError(f"unknown method '{method}'.", hint=nearest(str(method), names))
-        if names[str(method)] == "editor":
-            if slots:
-                raise RecipeError(
-                    f"'{method}' is a closed-form editor: it has no slots.",
-                    hint=f"Drop {', '.join(sorted(slots))}.",
-                )
-            return cast(Editor, build("editor", {"name": method, **options}))
         recipe = Recipe.named(str(method))
     if strength is not None:
         taken = {key.rpartition(".")[2] for key in options} & {"learning_rate", "epochs"}
@@ -115,6 +113,15 @@ def resolve_method(
             )
         recipe = recipe.with_strength(strength)
     return recipe.changed(slots or {}, options)
+
+
+def _editor(spec: dict[str, Any], slots: dict[str, Any] | None) -> Editor:
+    if slots:
+        raise RecipeError(
+            f"'{spec['name']}' is a closed-form editor: it has no slots.",
+            hint=f"Drop {', '.join(sorted(slots))}.",
+        )
+    return cast(Editor, build("editor", spec))
 
 
 def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:

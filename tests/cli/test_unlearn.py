@@ -186,3 +186,14 @@ def test_only_the_first_process_speaks(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("RANK", "0")
     output.Reporter().say("hello")
     assert capsys.readouterr().out == "hello\n"
+
+
+def test_an_editor_in_a_file_is_a_method(tmp_path: Path) -> None:
+    from delible.api import resolve_method
+
+    path = tmp_path / "winner.yaml"
+    path.write_text("editor: {name: rocr, tokens: 256}\n")
+    editor = resolve_method(path)
+    assert editor.card.name == "rocr"
+    assert editor.spec()["tokens"] == 256
+    assert resolve_method(path, options={"tokens": 512}).spec()["tokens"] == 512

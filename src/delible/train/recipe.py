@@ -134,12 +134,12 @@ class Recipe(Config):
             RecipeError: Unknown; offers the nearest name.
         """
         registry.card("recipe", name)
-        return cls.from_mapping({**_read(registry.recipe_files()[name]), "name": name})
+        return cls.from_mapping({**read_yaml(registry.recipe_files()[name]), "name": name})
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
         """A recipe from the user's own YAML file; slots that are left out get their default."""
-        return cls.from_mapping({"name": Path(path).stem, **_read(Path(path))}, where=str(path))
+        return cls.from_mapping({"name": Path(path).stem, **read_yaml(Path(path))}, where=str(path))
 
     @classmethod
     def from_mapping(cls, content: dict[str, Any], where: str = "recipe") -> Self:
@@ -268,7 +268,12 @@ def _spec(slot: Kind, value: Any) -> dict[str, Any]:
     return build(slot, value).spec()  # type: ignore[no-any-return]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file.
+
+    Raises:
+        RecipeError: No such file, or no mapping in it.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
