@@ -1,0 +1,575 @@
+"""Meta-evaluation: which metrics tell forgetting from hiding?
+
+Each metric is asked about models that know (P) and models that never saw (N) the forget facts,
+and about unlearned models before and after relearning and quantization. The formulas are in
+:mod:`delible.bench.meta`.
+
+    P: all facts | the kept facts and biographies | the kept facts and questions in other words
+    N: the kept facts | ... and wrong answers | ... and unrelated facts
+
+Paper: OpenUnlearning (arXiv 2506.12618), reference code locuslab/open-unlearning; replication:
+gnueaj/unlearning-depth-score. Deviations: the facts are those of a made-up world; two seeds
+instead of 5 learning rates times 2 numbers of epochs per variant (options widen it to that);
+quantization rounds to nearest on a uniform 4-bit grid instead of NF4, which needs bitsandbytes;
+unrelated facts are neutral rows instead of biographies of celebrities; the utility is the harmonic
+mean over retained, neighbouring and general records, without the parts that the model before has
+next to nothing of. Membership attacks are read, as there, by the area that tells forget from
+holdout records, and the truth ratio as 1 - min(TR, 1 / TR).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, field_validator
+
+from delible import registry
+from delible.api import resolve_method, unlearn
+from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
+from delible.bench.meta import (
+    How,
+    Pool,
+    Tested,
+    Verdict,
+    counted,
+    judge,
+    kept_utility,
+    knowledge,
+    spread,
+    variants,
+)
+from delible.bench.prepare import learned
+from delible.bench.run import method_names
+from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
+from delible.component import build
+from delible.errors import DelibleError, RecipeError, nearest
+from delible.files import read_json, write_json
+from delible.lm.embedded import cache_folder
+from delible.lm.lm import LM
+from delible.measure.cache import Cache
+from delible.measure.evaluate import Ask, evaluate
+from delible.metrics.base import SummaryMetric
+from delible.records import ForgetRequest, RecordBase, digest
+from delible.registry import register
+from delible.rundir import identity
+from delible.train.recipe import Recipe
+from delible.world import World, general
+from delible.world.split import Split
+
+#: One fact of each kind per person; none is answered by a person.
+RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
+#: Unlearned and measured if none are named.
+METHODS = ("graddiff", "npo", "simnpo", "idk")
+#: Learning rate and epochs of the pools, by model.
+LEARNING = {"tiny": (2e-3, 20), "default": (3e-4, 6)}
+#: Learning rates, each in a run of its own, and epochs of every recipe: the same budget for all.
+UNLEARNING = {"tiny": ((3e-4, 6e-4, 9e-4), 14), "default": ((4e-5,), 5)}
+#: Learning rate of relearning. Much more, and the model before itself loses what it knows.
+RELEARNING = {"tiny": 5e-4, "default": 1e-4}
+#: A fall of the model before by so much after relearning is damage.
+DAMAGE = 0.05
+#: Metrics that read generated text; this world's answers are short.
+GENERATED = ("rouge_l_recall", "rouge_l_f1", "token_f1", "outcome")
+TOKENS = 16
+KEPT = ("retain", "neighbours", "general")
+
+Model = dict[str, Any]
+#: Values of records, by metric and split.
+Seen = dict[str, dict[str, list[float | None]]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a metric is turned so that more knowledge is larger, and under which prompt attack."""
+
+    how: How
+    metric: str
+    attack: str | None = None
+
+
+READINGS: Mapping[str, Reading] = {
+    **{
+        name: Reading("mean", name)
+        for name in (
+            "answer_probability", "paraphrase_probability", "normalised_probability",
+            "rouge_l_recall", "rouge_l_f1", "token_f1", "outcome", "extraction_strength",
+            "exact_memorisation", "knowledge_truth_ratio",
+        )
+    },
+    "truth_ratio": Reading("closeness", "truth_ratio"),
+    **{
+        name: Reading("area", name)
+        for name in ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus", "gradient_norm")
+    },
+    "paraphrase_rouge": Reading("mean", "rouge_l_recall", "paraphrase"),
+    "jailbreak_rouge": Reading("mean", "rouge_l_recall", "prefill"),
+}  # fmt: skip
+
+
+# ---- the experiment
+
+
+@register(
+    kind="benchmark",
+    name="meta",
+    title="Meta-evaluation of metrics",
+    summary="Judges metrics: who sees knowledge, and sees it before an attack digs it up.",
+    paper="2506.12618",
+    year=2025,
+    family="fictional",
+    needs=("forget", "retain"),
+    capability="score",
+    misleads="With a few models per pool the area has few steps, and robustness rests on the "
+    "unlearned models that pass both filters (column 'models'): with one or two of them it is an "
+    "anecdote. Where relearning leaves the reference as it was, as coarse metrics do, R is 0. A "
+    "metric that never moves is perfectly robust, so read it with the faithfulness.",
+    badges=("variant",),
+    variant="A made-up world, few models, and rounding to nearest instead of NF4.",
+)
+class Meta(Experiment):
+    """Pools, unlearned models, and the metrics that are judged on them."""
+
+    metrics: tuple[str, ...] = Field(
+        (
+            "answer_probability", "paraphrase_probability", "rouge_l_recall",
+            "extraction_strength", "exact_memorisation", "truth_ratio", "knowledge_truth_ratio",
+            "loss_attack", "zlib_attack", "min_k", "min_k_plus_plus",
+        ),
+        min_length=1,
+        description="Metrics to judge; also paraphrase_rouge, jailbreak_rouge and a few more.",
+    )  # fmt: skip
+    people: int = Field(16, ge=6, description="People in the world.")
+    forget: int = Field(3, ge=1, description="People to forget; as many are never seen.")
+    world_seed: int = Field(0, ge=0, description="Seed of the world.")
+    learning_rates: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None, description="Of the pools (published: 1e-5 to 5e-5); by default one for the model."
+    )
+    epochs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="Of the pools (published: 5, 10); by default one for the model."
+    )
+    batch_size: int = Field(8, ge=1, description="Rows per optimiser step of the pools.")
+    pool_seeds: int = Field(2, ge=1, description="Models per variant, rate and epochs.")
+    unlearning_rates: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None, description="Every recipe is run with each; by default a few for the model."
+    )
+    unlearning_epochs: int | None = Field(
+        None, ge=1, description="Of every recipe; by default as many as suit the model."
+    )
+    relearning_rate: float | None = Field(
+        None, gt=0, le=1, description="Rate of relearning; by default one for the model."
+    )
+    relearning_epochs: int = Field(1, ge=1, description="Times that relearning sees its rows.")
+    relearning_rows: Literal["all", "held_out"] = Field(
+        "all",
+        description="Relearn all forget rows and ask about them (as published), or relearn half "
+        "of the facts and ask about the others.",
+    )
+    bits: int = Field(4, ge=2, le=16, description="Bits per weight of quantization.")
+    group: Literal[0, 64, 128] = Field(64, description="Weights that share a scale; 0: a row.")
+    least_utility: float = Field(
+        0.8, ge=0, le=1, description="Share of the utility that an unlearned model must keep."
+    )
+    limit: int | None = Field(24, ge=1, description="Kept records that utility asks, per split.")
+
+    @field_validator("metrics", "learning_rates", "epochs", "unlearning_rates", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in READINGS:
+                raise ValueError(
+                    f"nobody said which values of '{name}' mean more knowledge. "
+                    f"{nearest(name, READINGS)}"
+                )
+        return tuple(dict.fromkeys(value))
+
+    def run(self, setting: Setting) -> Findings:
+        world = World(people=self.people, seed=self.world_seed, relations=RELATIONS)
+        return _Run(
+            self, setting, world.split(forget=self.forget, holdout=self.forget),
+            _weight_methods(setting.methods),
+        ).findings()  # fmt: skip
+
+
+def _weight_methods(given: Sequence[str]) -> dict[str, bool]:
+    """The methods to unlearn with, and whether each is trained.
+
+    Raises:
+        RecipeError: An unknown one, or one that leaves the weights alone.
+    """
+    guards = {card.name for card in registry.cards("guard")}
+    found: dict[str, bool] = {}
+    for name in method_names(given or METHODS):
+        if name in guards:
+            raise RecipeError(
+                f"the guard '{name}' changes no weights, so there is nothing to relearn.",
+                where="benchmark 'meta'",
+                hint="Name recipes or editors.",
+            )
+        found[name] = isinstance(resolve_method(name), Recipe)
+    return found
+
+
+@dataclass
+class _Run:
+    """One experiment: its models, each measured once and kept as a file."""
+
+    options: Meta
+    setting: Setting
+    split: Split
+    methods: Mapping[str, bool]
+
+    def __post_init__(self) -> None:
+        kept: dict[str, Sequence[RecordBase]] = {
+            "retain": self.split.records("retain"),
+            "neighbours": self.split.records("neighbours"),
+            "general": general(),
+        }
+        self.forget = tuple(self.split.records("forget"))
+        self.asked = {"forget": self.forget, "holdout": tuple(self.split.records("holdout"))}
+        self.kept = {name: spread(rows, self.options.limit) for name, rows in kept.items() if rows}
+        self.learns = variants(self.split)
+        self.context = AttackContext(
+            forget=self.forget,
+            # rows called "forget" would be split in two, and half of them never relearned
+            retain=self.forget,
+            unrelated=(),
+            original=None,
+            seed=0,  # the same rows in the same order for every model
+            say=lambda _: None,
+        )
+        self.relearn, self.quantize = self._attacks()
+
+    def _attacks(self) -> tuple[ModelAttack, ModelAttack]:
+        options, batch = self.options, 4
+        rows = {"rows": "retain" if options.relearning_rows == "all" else "forget"}
+        attack = build("attack", {"name": "relearn", **rows})
+        count = len(attack.trained_on(self.context))  # raises before anything is trained
+        steps = options.relearning_epochs * math.ceil(count / batch)
+        rate = options.relearning_rate or self._of(RELEARNING)
+        relearn = build("attack", {
+            "name": "relearn", **rows, "adapter": "full", "steps": steps, "batch_size": batch,
+            "learning_rate": rate,
+        })  # fmt: skip
+        quantize = {"name": "quantize", "bits": options.bits, "group": options.group}
+        return relearn, build("attack", quantize)
+
+    def _of(self, numbers: Mapping[str, Any]) -> Any:
+        return numbers.get(self.setting.model, numbers["default"])
+
+    # ---- models
+
+    def _cell(self, title: str, described: Mapping[str, Any], make: Callable[[], Model]) -> Model:
+        """A model's values from its file, or made now; a failure is not kept and not hidden."""
+        described = {
+            **described,
+            "title": title,
+            "model": self.setting.model,
+            "metrics": list(self.options.metrics),
+            "records": {name: digest(rows) for name, rows in {**self.asked, **self.kept}.items()},
+        }
+        folder = self.setting.folder / "models"
+        path = folder / f"{title}-{identity(described)[:8]}.json"
+        if path.exists():
+            return cast(Model, read_json(path))
+        try:
+            found = {"title": title, **make()}
+        except DelibleError as error:
+            self.setting.say(f"{title} could not be made: {error}")
+            return {"title": title, "failed": str(error)}
+        write_json(path, found)
+        gc.collect()
+        return found
+
+    def _pool_settings(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Options and seed of every model of a variant; the first is the one that unlearns."""
+        usual_rate, usual_epochs = self._of(LEARNING)
+        for rate in self.options.learning_rates or (usual_rate,):
+            for epochs in self.options.epochs or (usual_epochs,):
+                for seed in range(self.options.pool_seeds):
+                    options = {"learning_rate": rate, "epochs": epochs, "schedule": "cosine"}
+                    yield {**options, "batch_size": self.options.batch_size}, seed
+
+    def _learned(self, pool: Pool, variant: str, options: Mapping[str, Any], seed: int) -> Path:
+        return learned(
+            self.setting.model, self.learns[pool][variant], options=options, seed=seed,
+            title=f"meta-{variant}",
+        )  # fmt: skip
+
+    def _pool_model(self, pool: Pool, variant: str, options: Mapping[str, Any], seed: int) -> Model:
+        rate, epochs = options["learning_rate"], options["epochs"]
+        described = {
+            "options": dict(options), "seed": seed, "learns": digest(self.learns[pool][variant])
+        }  # fmt: skip
+        return self._cell(
+            f"{pool}-{variant}-{rate:g}-{epochs}-{seed}", described,
+            lambda: {"before": self._seen(self._load(pool, variant, options, seed))},
+        )  # fmt: skip
+
+    def _load(self, pool: Pool, variant: str, options: Mapping[str, Any], seed: int) -> LM:
+        return LM.load(str(self._learned(pool, variant, options, seed)))
+
+    def _base(self, pool: Pool, variant: str) -> Model:
+        """The model before unlearning, or the reference: utility, and both attacks."""
+        options, seed = next(self._pool_settings())
+        described = {"options": options, "learns": digest(self.learns[pool][variant])}
+        return self._cell(
+            "original" if pool == "P" else "reference", {**described, **self._stress()},
+            lambda: self._tested(self._load(pool, variant, options, seed)),
+        )  # fmt: skip
+
+    def _budgets(self, trained: bool) -> list[dict[str, Any]]:
+        """What every recipe trains with; an editor has no such options."""
+        usual_rates, usual_epochs = self._of(UNLEARNING)
+        epochs = self.options.unlearning_epochs or usual_epochs
+        return [
+            {"learning_rate": rate, "epochs": epochs, "batch_size": 5}
+            for rate in self.options.unlearning_rates or usual_rates
+        ] if trained else [{}]  # fmt: skip
+
+    def _unlearned(self, method: str, budget: Mapping[str, Any], seed: int) -> Model:
+        options, start_seed = next(self._pool_settings())
+        request = ForgetRequest(
+            forget=self.forget,
+            subjects=tuple(person.name for person in self.split.forget),
+            retain=tuple(self.split.records("retain")),
+            neighbours=tuple(self.split.records("neighbours")),
+        )
+        rate = [f"{budget['learning_rate']:g}"] if budget else []
+        title = "-".join([Path(method).stem, *rate, str(seed)])
+        described = {
+            "method": resolve_method(method, options=dict(budget)).spec(), "seed": seed,
+            "learned": options, "learns": digest(self.learns["P"]["full"]), **self._stress(),
+        }  # fmt: skip
+        folder = self.setting.folder / "unlearned" / f"{title}-{identity(described)[:8]}"
+
+        def make() -> Model:
+            start = self._learned("P", "full", options, start_seed)
+            result = unlearn(
+                str(start), request, method=method, seed=seed, out=folder, shown=0, **budget
+            )
+            found = {**self._tested(result.model), "stopped": result.stopped}
+            shutil.rmtree(folder, ignore_errors=True)
+            return found
+
+        return self._cell(title, described, make)
+
+    # ---- measuring
+
+    def _stress(self) -> dict[str, Any]:
+        return {"relearn": self.relearn.spec(), "quantize": self.quantize.spec()}
+
+    def _tested(self, lm: LM) -> Model:
+        return {
+            "before": self._seen(lm),
+            "utility": self._utility(lm),
+            "relearned": self._seen(self.relearn.apply(lm, self.context)),
+            "quantized": self._seen(self.quantize.apply(lm, self.context)),
+        }
+
+    def _seen(self, lm: LM) -> Seen:
+        """Values of all metrics on forget and, for membership attacks, holdout records."""
+        found: Seen = {}
+        readings = {name: READINGS[name] for name in self.options.metrics}
+        for attack in dict.fromkeys(reading.attack for reading in readings.values()):
+            asks = [
+                Ask(
+                    build("metric", _spec(reading.metric)),
+                    ("forget", "holdout") if reading.how == "area" else ("forget",),
+                    name,
+                )
+                for name, reading in readings.items()
+                if reading.attack == attack
+            ]
+            rewrite = None
+            if attack is not None:
+                rewrite = cast(PromptAttack, build("attack", {"name": attack, "forms": 1})).prompts
+            values = evaluate(lm, self.asked, asks, rewrite=rewrite, cache=_cache())
+            for name, by_split in values.items.items():
+                found[name] = {
+                    split: [item.value for item in row] for split, row in by_split.items()
+                }
+        return found
+
+    def _utility(self, lm: LM) -> dict[str, float | None]:
+        """Parts of the model utility, by split and measure."""
+        utility = cast(SummaryMetric, build("metric", {"name": "model_utility", "splits": KEPT}))
+        asks = [Ask(build("metric", _spec(name))) for name in utility.uses()]
+        found = utility.summarise(evaluate(lm, self.kept, asks, cache=_cache()), None)
+        return {
+            name.partition("/")[2]: part for name, part in found.items() if name.count("/") == 2
+        }
+
+    # ---- what is found
+
+    def findings(self) -> Findings:
+        plan: list[tuple[str, Callable[[], Model]]] = [
+            (pool, partial(self._pool_model, pool, variant, options, seed))
+            for pool, learns in self.learns.items()
+            for variant in learns
+            for options, seed in self._pool_settings()
+        ]
+        plan.append(("original", partial(self._base, "P", "full")))
+        plan.append(("reference", partial(self._base, "N", "retain")))
+        plan += [
+            ("unlearned", partial(self._unlearned, method, budget, seed))
+            for method, trained in self.methods.items()
+            for budget in self._budgets(trained)
+            for seed in range(self.setting.seeds)
+        ]
+        models: dict[str, list[Model]] = {}
+        for done, (kind, make) in enumerate(plan, 1):
+            found = make()
+            models.setdefault(kind, []).append(found)
+            self.setting.progress(str(found["title"]), done, len(plan))
+        verdicts = {name: self._verdict(name, models) for name in self.options.metrics}
+        return Findings(
+            [row(name, verdict) for name, verdict in verdicts.items()],
+            [chart(name, self._pooled(name, models)) for name in verdicts],
+            self._notes(verdicts, models),
+        )
+
+    def _value(
+        self, name: str, model: Model, stage: str, rows: Sequence[int] | None = None
+    ) -> float | None:
+        seen = model.get(stage, {}).get(name)
+        if seen is None:
+            return None
+        forget = seen["forget"] if rows is None else [seen["forget"][place] for place in rows]
+        return knowledge(READINGS[name].how, forget, seen.get("holdout", ()))
+
+    def _pooled(
+        self, name: str, models: Mapping[str, Sequence[Model]]
+    ) -> dict[str, list[float | None]]:
+        return {
+            pool: [self._value(name, one, "before") for one in models[pool]] for pool in ("P", "N")
+        }
+
+    def _verdict(self, name: str, models: Mapping[str, Sequence[Model]]) -> Verdict:
+        (original,), (reference,) = models["original"], models["reference"]
+        rows: list[int] | None = None
+        if self.options.relearning_rows == "held_out":
+            held = {id(record) for record in self.relearn.held_out(self.context)}
+            rows = [place for place, record in enumerate(self.forget) if id(record) in held]
+
+        def relearned(model: Model) -> tuple[float | None, float | None]:
+            before, after = (self._value(name, model, s, rows) for s in ("before", "relearned"))
+            return before, after
+
+        tested = [
+            Tested(
+                self._value(name, model, "before"),
+                relearned(model),
+                self._value(name, model, "quantized"),
+                kept_utility(model.get("utility", {}), original.get("utility", {})),
+            )
+            for model in models["unlearned"]
+        ]
+        pools = self._pooled(name, models)
+        return judge(
+            pools["P"], pools["N"], relearned(reference), tested, self.options.least_utility
+        )
+
+    def _damaged(self, name: str, verdict: Verdict, original: Model) -> bool:
+        """Whether the model before knows less after relearning, as far as the metric can tell."""
+        before, after = (self._value(name, original, stage) for stage in ("before", "relearned"))
+        if before is None or after is None or (verdict.faithfulness or 0) <= 0.5:
+            return False
+        return after < before - DAMAGE
+
+    def _notes(
+        self, verdicts: Mapping[str, Verdict], models: Mapping[str, Sequence[Model]]
+    ) -> list[str]:
+        found: list[str] = []
+        for title, told in (
+            ("Faithfulness", {name: one.faithfulness for name, one in verdicts.items()}),
+            ("Overall", {name: one.overall for name, one in verdicts.items()}),
+        ):
+            ranked = sorted(
+                ((value, name) for name, value in told.items() if value is not None), reverse=True
+            )
+            if ranked:
+                (high, best), (low, worst) = ranked[0], ranked[-1]
+                found.append(f"{title}: from {best} ({high:.3f}) down to {worst} ({low:.3f}).")
+        unlearned = models["unlearned"]
+        useful = max(one.useful for one in verdicts.values())
+        found.append(
+            f"{useful} of {len(unlearned)} unlearned models kept at least "
+            f"{self.options.least_utility:.0%} of the utility."
+        )
+        (original,) = models["original"]
+        parts = original.get("utility", {})
+        if few := [name for name in parts if name not in counted(parts)]:
+            found.append(f"Not counted, since the model before has next to none: {', '.join(few)}.")
+        rows = "all" if self.options.relearning_rows == "all" else "half of the"
+        found.append(
+            f"Relearning: {self.relearn.model_dump()['steps']} steps on {rows} forget rows. "
+            f"Quantization: rounding to nearest, {self.quantize.variant_title()}; NF4, as "
+            "published, needs bitsandbytes and is not used."
+        )
+        if damaged := [
+            name for name, verdict in verdicts.items() if self._damaged(name, verdict, original)
+        ]:
+            found.append(
+                "Relearning costs even the model before some of its knowledge, in the eyes of "
+                f"{', '.join(damaged)}: lower its rate (relearning_rate)."
+            )
+        found += [
+            f"{model['title']} is missing: {model['failed']}"
+            for group in models.values()
+            for model in group
+            if "failed" in model
+        ]
+        return found
+
+
+# ---- small things
+
+
+def row(name: str, verdict: Verdict) -> dict[str, Any]:
+    """A metric's row of the table; a stroke marks the symmetric forms."""
+    return {
+        "metric": name,
+        "faithfulness": verdict.faithfulness,
+        "threshold": verdict.threshold,
+        "models": verdict.passed,
+        "R": verdict.published.relearning,
+        "Q": verdict.published.quantization,
+        "robustness": verdict.published.both,
+        "overall": verdict.overall,
+        "R'": verdict.symmetric.relearning,
+        "Q'": verdict.symmetric.quantization,
+        "robustness'": verdict.symmetric.both,
+        "overall'": verdict.symmetric_overall,
+        "missing": "; ".join(verdict.missing),
+    }
+
+
+def chart(name: str, pools: Mapping[str, Sequence[float | None]]) -> Chart:
+    """Share of the models of P and of N that have at most a value."""
+    titles = {"P": "P: knows", "N": "N: never saw"}
+    curves = []
+    for pool, values in pools.items():
+        told = sorted(value for value in values if value is not None)
+        points = {value: place / len(told) for place, value in enumerate(told, 1)}
+        curves.append(Curve(titles[pool], list(points.items())))
+    return Chart(f"{name} over P and N", "value (larger = knows more)", "share of models", curves)
+
+
+def _spec(name: str) -> dict[str, Any]:
+    return {"name": name, **({"max_new_tokens": TOKENS} if name in GENERATED else {})}
+
+
+def _cache() -> Cache:
+    return Cache(cache_folder() / "answers")
