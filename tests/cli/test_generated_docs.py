@@ -20,9 +20,15 @@ def test_page_is_up_to_date(path: Path) -> None:
 
 
 def test_every_component_is_in_the_tables(tmp_path: Path) -> None:
-    text = pages(tmp_path)[tmp_path / "methods.md"]
+    made = pages(tmp_path)
+    text = made[tmp_path / "methods.md"]
     for card in registry.cards():
-        assert f"| `{card.name}` |" in text, f"{card.kind} {card.name}"
+        if card.kind == "metric":
+            assert f"### `{card.name}`: " in made[tmp_path / "metrics.md"], card.name
+        elif card.kind == "benchmark":
+            assert f"## `{card.name}`: " in made[tmp_path / "benchmarks.md"], card.name
+        else:
+            assert f"| `{card.name}` |" in text, f"{card.kind} {card.name}"
     lengths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line[:1] == "|"]
     assert min(lengths) >= 3
 
@@ -31,7 +37,10 @@ def test_writing_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("delible.cli.docs.PAGES", tmp_path / "help")
     main(tmp_path / "docs")
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == sorted(
-        [*(f"{name}.txt" for name in ("delible", *COMMANDS)), "cli.md", "methods.md"]
+        [
+            *(f"{name}.txt" for name in ("delible", *COMMANDS)),
+            *(f"{name}.md" for name in ("benchmarks", "cli", "methods", "metrics")),
+        ]
     )
 
 

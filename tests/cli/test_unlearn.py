@@ -98,18 +98,28 @@ def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[s
 
     request = build_request(forget="forget.jsonl")
     spec = resolve_method("npo").spec()
-    first = _folder(spec, "m", request, 0, None, None)
-    assert first == _folder(spec, "m", build_request(forget="forget.jsonl"), 0, None, None)
+
+    def folder(**other: Any) -> Path:
+        told = {
+            "spec": spec, "model": "m", "request": request, "seed": 0, "reference": None,
+            "refusals": None, "generator": None, "generated": None,
+        }  # fmt: skip
+        return _folder(**{**told, **other})
+
+    first = folder()
+    assert first == folder(request=build_request(forget="forget.jsonl"))
     assert first.name.startswith("npo-")
     others = {
-        _folder(spec, "n", request, 0, None, None),
-        _folder(spec, "m", request, 1, None, None),
-        _folder(spec, "m", request, 0, "r", None),
-        _folder(spec, "m", request, 0, None, ["No."]),
-        _folder(spec, "m", build_request(forget="retain.jsonl"), 0, None, None),
-        _folder(resolve_method("npo", options={"beta": 0.2}).spec(), "m", request, 0, None, None),
+        folder(model="n"),
+        folder(seed=1),
+        folder(reference="r"),
+        folder(refusals=["No."]),
+        folder(request=build_request(forget="retain.jsonl")),
+        folder(spec=resolve_method("npo", options={"beta": 0.2}).spec()),
+        folder(generator="self"),
+        folder(generated=Path("rows")),
     }
-    assert len(others - {first}) == 6
+    assert len(others - {first}) == 8
 
 
 @pytest.mark.parametrize(
