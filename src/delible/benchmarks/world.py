@@ -71,9 +71,7 @@ class WorldBenchmark(Benchmark):
         return [
             Task(
                 f"people{self.people}-forget{self.forget}-seed{self.world_seed}",
-                ForgetRequest(
-                    forget=forget, subjects=names, retain=retain, neighbours=neighbours
-                ),
+                ForgetRequest(forget=forget, subjects=names, retain=retain, neighbours=neighbours),
                 limited,
                 learn=known,
                 relearned=tuple(split.records("kept")),

@@ -1,0 +1,257 @@
+"""Coreset effect: does a small part of the forget set do what all of it does?
+
+Unlearns with each selection at each share of the forget rows, at equal optimiser updates, on two
+kinds of data side by side: *one theme* (the same facts in many wordings, as in corpora on a
+topic), where a few rows stand for all, and *independent facts* (each told once), where they
+cannot. The honest column is what remains of the rows that were not chosen.
+
+    share of effect = (p_start - p) / (p_start - p_full)
+
+for the mean answer probability p of all forget rows: 1 = as much forgotten as with the full set.
+The runs are those of :mod:`delible.bench.coreset`.
+
+Paper: arXiv 2504.10185. Reference code: OPTML-Group/MU-Coreset.
+Deviations: made-up people instead of WMDP and MUSE; the number of updates is fixed to that of
+the full set, where the paper trains a coreset longer until it forgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from delible.bench.coreset import CONNECTED, CoresetRow, run, share_of_effect
+from delible.bench.prepare import learned
+from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
+from delible.component import build
+from delible.records import QA, ForgetRequest, Record
+from delible.registry import register
+from delible.train.keywords import Variant
+from delible.world import World
+
+RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
+METHODS = ("npo",)
+Kind = Literal["one theme", "independent facts"]
+KINDS: tuple[Kind, ...] = ("one theme", "independent facts")
+#: Columns that are fields of a run's row, by title.
+COLUMNS = {
+    "rows": "rows",
+    "updates": "steps",
+    "epochs": "epochs",
+    "tokens": "tokens",
+    "forget probability": "forget_probability",
+    "of chosen rows": "selected_probability",
+    "of other rows": "unselected_probability",
+    "extraction, chosen": "selected_extraction",
+    "extraction, others": "unselected_extraction",
+    "retain probability": "retain_probability",
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the model learns first, and what it is to forget of that."""
+
+    learned: tuple[Record, ...]
+    request: ForgetRequest
+
+
+def wordings(record: QA) -> list[QA]:
+    """The fact with every question and every answer that it has."""
+    questions = (record.question, *record.paraphrases)
+    answers = (record.answer, *record.paraphrased_answers)
+    return [
+        record.model_copy(update={"question": question, "answer": answer, "paraphrases": (),
+                                  "paraphrased_answers": (), "perturbed": ()})
+        for question in questions for answer in answers
+    ]  # fmt: skip
+
+
+@register(
+    kind="benchmark",
+    name="coreset",
+    title="Coreset effect",
+    summary="Compares unlearning with a few of the forget rows to unlearning with all of them.",
+    paper="2504.10185",
+    year=2025,
+    family="fictional",
+    needs=("forget", "retain"),
+    capability="score",
+    misleads="An effect can also say that the rows repeat each other, or that the measure is too "
+    "easy: look at the rows that were not chosen. With few rows a share of them is one or two.",
+    badges=("variant",),
+    variant="Made-up people; the updates of the full set instead of training until it forgets.",
+)
+class CoresetEffect(Experiment):
+    """Both kinds of data, every share and selection; finished runs are kept under the folder."""
+
+    fractions: tuple[float, ...] = Field(
+        (0.05, 0.1, 1.0), description="Shares of the forget rows; the full set is always run."
+    )
+    selectors: tuple[str, ...] = Field(
+        ("random_coreset", "grand", "moderate", "min_k"),
+        description="Components of the slot 'select' that take a share.",
+    )
+    data: tuple[Kind, ...] = Field(KINDS, description="Kinds of data, separated by commas.")
+    rows: int = Field(60, ge=8, description="Forget rows of each kind of data, about.")
+    analyses: tuple[Variant, ...] = Field(
+        (), description="Also unlearn on: keywords, without_keywords, random_words."
+    )
+    connect: bool = Field(
+        False, description="Also measure the straight line of weights to the full set's model."
+    )
+    epochs: int = Field(5, ge=1, description="Of unlearning with the full set.")
+    batch_size: int = Field(8, ge=1, description="Forget rows per step.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Of unlearning; none: by the model."
+    )
+    world_seed: int = Field(0, ge=0, description="Seed of the people.")
+
+    def material(self, kind: Kind) -> Material:
+        """Rows of one kind: about as many to forget as asked for, and as many to keep."""
+        facts_each = len(RELATIONS)
+        people = -(-self.rows // facts_each)
+        world = World(people=max(4, 2 * people), seed=self.world_seed, relations=RELATIONS)
+        every = [[fact.qa() for fact in world.facts(person)] for person in world.people]
+        if kind == "one theme":
+            each = facts_each * len(wordings(every[0][0]))
+            few = max(1, round(self.rows / each))
+            gone = [row for person in every[:few] for fact in person for row in wordings(fact)]
+        else:
+            gone = [row for person in every[:people] for row in person]
+        kept = [row for person in every[people : 2 * people] for row in person]
+        return Material((*gone, *kept), ForgetRequest(forget=tuple(gone), retain=tuple(kept)))
+
+    def learning(self, model: str) -> dict[str, Any]:
+        """How the model learns the rows first: options of the method ``finetune``."""
+        if model == "tiny":
+            return {"learning_rate": 1e-3, "epochs": 20, "batch_size": 8, "schedule": "cosine"}
+        return {"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"}
+
+    def run(self, setting: Setting) -> Findings:
+        methods = tuple(setting.methods) or METHODS
+        for name in self.selectors:  # told before anything is trained
+            build("select", {"name": name, "share": 0.5})
+        rate = self.learning_rate or (1e-4 if setting.model == "tiny" else 2e-5)
+        options: dict[str, Any] = {
+            "epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": rate,
+        }  # fmt: skip
+        found: dict[tuple[str, str], list[CoresetRow]] = {}
+        total = len(self.data) * len(methods)
+        for kind in self.data:
+            material = self.material(kind)
+            setting.progress(f"learning {kind}", len(found), total)
+            start = learned(
+                setting.model, material.learned, options=self.learning(setting.model),
+                title=kind.replace(" ", "-"), say=setting.say,
+            )  # fmt: skip
+            for method in methods:
+                setting.progress(f"{kind}, {method}", len(found), total)
+                found[kind, method] = run(
+                    str(start), material.request, method=method, fractions=self.fractions,
+                    selectors=self.selectors, seeds=range(setting.seeds), analyses=self.analyses,
+                    connect=self.connect, say=setting.say, **options,
+                    out=setting.folder / kind.replace(" ", "-") / Path(method).stem,
+                )  # fmt: skip
+        setting.progress("done", total, total)
+        return findings(found, connect=self.connect)
+
+
+def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
+    """One row per selection and share, each number the mean over seeds."""
+    groups: dict[tuple[str, float], list[CoresetRow]] = {}
+    for row in rows:
+        groups.setdefault((row.selector, row.fraction), []).append(row)
+    start = _mean([row.forget_probability for row in groups["start", 0.0]])
+    full = _mean([row.forget_probability for row in groups["all", 1.0]])
+    made: list[Row] = []
+    for (selector, fraction), group in groups.items():
+        line: Row = {"selection": selector, "share": fraction}
+        for title, field in COLUMNS.items():
+            line[title] = _mean([getattr(row, field) for row in group])
+        if selector == "start":  # nothing was chosen yet
+            line |= dict.fromkeys(("of chosen rows", "of other rows"))
+            line |= dict.fromkeys(("extraction, chosen", "extraction, others"))
+        part = line["forget probability"]
+        known = None not in (start, full, part)
+        line["share of effect"] = share_of_effect(start, full, part) if known else None  # type: ignore[arg-type]
+        if connect:
+            for split in ("forget", "retain"):
+                line[f"barrier, {split}"] = _mean(
+                    [(row.barriers or {}).get(split) for row in group]
+                )
+        made.append(line)
+    return made
+
+
+def findings(
+    found: Mapping[tuple[str, str], Sequence[CoresetRow]], *, connect: bool = False
+) -> Findings:
+    """Table, charts and notes of all runs.
+
+    Args:
+        found: Rows by (kind of data, method).
+    """
+    rows: list[Row] = []
+    charts: list[Chart] = []
+    notes: list[str] = []
+    for (kind, method), runs in found.items():
+        lines = table(runs, connect=connect)
+        rows += [{"data": kind, "method": method, **line} for line in lines]
+        for title in ("forget probability", "of other rows"):
+            charts.append(
+                Chart(f"{kind}, {method}: {title}", "share of the forget rows", title,
+                      _curves(lines, title))
+            )  # fmt: skip
+        notes += [f"{kind}, {method}: {note}" for note in _notes(lines)]
+    return Findings(rows, [chart for chart in charts if chart.curves], notes)
+
+
+def _curves(lines: Sequence[Row], title: str) -> list[Curve]:
+    """By selection over shares; every curve of a mean over all rows ends at the full set."""
+    ends = [
+        (line["share"], line[title])
+        for line in lines if line["selection"] == "all" and line[title] is not None
+    ]  # fmt: skip
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line["share"] < 1 and line["selection"] != "start" and line[title] is not None:
+            points.setdefault(line["selection"], []).append((line["share"], line[title]))
+    return [Curve(name, [*sorted(values), *ends]) for name, values in points.items()]
+
+
+def _notes(lines: Sequence[Row]) -> list[str]:
+    start, full = (next(x for x in lines if x["selection"] == name) for name in ("start", "all"))
+    parts = [line for line in lines if line["share"] < 1 and line["selection"] != "start"]
+    told = [
+        f"all rows bring the forget probability from {_said(start['forget probability'])} to "
+        f"{_said(full['forget probability'])} in {_said(full['updates'])} updates."
+    ]
+    for line in parts:
+        told.append(
+            f"{100 * line['share']:g} % by {line['selection']}: "
+            f"{_said(line['share of effect'])} of the effect; "
+            f"rows not chosen are left at {_said(line['of other rows'])}."
+        )
+    return told + [
+        f"{line['selection']} at {100 * line['share']:g} % is "
+        f"{'' if max(barriers) <= CONNECTED else 'not '}linearly connected with the full set's "
+        f"model (largest dip {max(barriers):.3f})."
+        for line in parts
+        if (barriers := [line[key] for key in line if key.startswith("barrier") and line[key] is
+                         not None])
+    ]  # fmt: skip
+
+
+def _said(value: float | None) -> str:
+    return "an unknown part" if value is None else f"{value:.3g}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
