@@ -23,7 +23,10 @@ def words() -> dict[str, tuple[str, ...]]:
     lists = table.pop("words")
     return {
         **{name: tuple(text.split()) for name, text in table.items()},
-        **{name: tuple(" ".join(w.split()) for w in text.split(",")) for name, text in lists.items()},
+        **{
+            name: tuple(" ".join(w.split()) for w in text.split(","))
+            for name, text in lists.items()
+        },
     }
 
 
