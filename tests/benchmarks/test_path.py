@@ -43,6 +43,7 @@ from delible.bench.stages import (
 from delible.bench.suite import Findings, Setting
 from delible.benchmarks.path import PathDependence
 from delible.benchmarks.path_depth import PathDepth, depth, turning
+from delible.benchmarks.path_depth import findings as depth_findings
 from delible.benchmarks.path_findings import linear_theorem, path_numbers
 from delible.benchmarks.path_rows import OPENING, STAGES, last_number, order_of, sums
 from delible.errors import RecipeError, RunError
@@ -401,6 +402,20 @@ def test_a_method_that_fails_does_not_end_the_others(
     found = experiment.run(setting(model, tmp_path, methods=("npo", "gradient_ascent")))
     assert {row["method"] for row in found.rows} == {"gradient_ascent"}
     assert "npo failed: the loss is no number." in found.notes
+
+
+def test_an_order_that_was_settled_before_is_told() -> None:
+    curves = {"C": [-9.0, -20.0], "U": [-1.0, -30.0], "R": [-5.0, -6.0]}
+    runs = [{"steps": [0, 4], "curves": curves, "stopped": None}]
+    later = [{**runs[0], "curves": {**curves, "C": [-4.0, -20.0]}}]
+    found = depth_findings({"gradient_ascent": {"CUR": runs, "RCU": later}})
+    assert [row["depth"] for row in found.rows] == ["deep", "deep"]
+    assert [row["steps until C is below R"] for row in found.rows] == [0.0, 4.0]
+    assert found.notes == [
+        "gradient_ascent: deep: CUR, RCU.",
+        "gradient_ascent: after CUR C was below R before anything was forgotten, so being deep "
+        "says little there.",
+    ]
 
 
 def test_depth_runs(model: str, tmp_path: Path) -> None:

@@ -217,7 +217,18 @@ def findings(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
             notes += [f"{method}, {order}: {one['stopped']}" for one in seeds if one["stopped"]]
         told = "; ".join(f"{word}: {', '.join(names)}" for word, names in verdicts.items())
         notes.append(f"{method}: {told}.")
+        early = [order for order, seeds in orders.items() if _settled(seeds)]
+        if early:
+            notes.append(
+                f"{method}: after {', '.join(early)} C was below R before anything was forgotten, "
+                "so being deep says little there."
+            )
     return Findings(rows, charts, notes)
+
+
+def _settled(seeds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether complying in the other wording was less likely than refusing from the start on."""
+    return any(turning(one["steps"], one["curves"], "C") == 0 for one in seeds)
 
 
 def _chart(method: str, order: str, seeds: Sequence[Mapping[str, Any]]) -> Chart:
