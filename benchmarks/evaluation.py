@@ -256,7 +256,8 @@ def _lowest(values: np.ndarray, share: float = 0.4) -> float:
 def load(arguments: argparse.Namespace) -> tuple[LM, Splits]:
     lm = LM.load(arguments.model, precision="float32")
     task = TOFU(split=arguments.split, limit=arguments.rows).tasks(Data(arguments.data))[0]
-    return lm, {name: list(records) for name, records in task.splits.items()}  # type: ignore[arg-type]
+    rows = arguments.rows
+    return lm, {name: list(records)[:rows] for name, records in task.splits.items()}  # type: ignore[misc]
 
 
 def differences(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, float]:

@@ -39,9 +39,6 @@ _NEVER_TESTED = (
     "Other languages and conversations of several turns.",
 )
 
-#: True unless the attack that searches for suffixes was run.
-_NO_SUFFIXES = "Adversarial suffixes found by search (GCG)."
-
 
 @dataclass
 class Setting:
@@ -294,8 +291,6 @@ class Findings:
         ]
         skipped = found[0].values["unlearned"].skipped
         lines += [f"Metric {name}: {reason}." for name, reason in skipped.items()]
-        if not any(place.attack == "dua" and "skipped" not in place.notes for place in found):
-            lines.append(_NO_SUFFIXES)
         return lines + list(_NEVER_TESTED)
 
 
