@@ -177,7 +177,7 @@ def test_steps_are_full_and_lose_no_row() -> None:
 def test_built_once_then_loaded(own_cache: Path, built: tuple[Any, Any]) -> None:
     said: list[str] = []
     model, tokenizer, info = load_model("tiny", say=said.append)
-    assert said[0] == "Building the tiny model (once, about a minute) …"
+    assert said[0] == "Building the tiny model (once, a few minutes) …"
     assert (info.source, info.path) == ("tiny", str(own_cache / f"tiny-{tiny.VERSION}"))
     assert weights_digest(model) == weights_digest(built[0])
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE

@@ -122,7 +122,7 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(f".{target.name}.lock")):
             if not target.is_dir():
-                say("Building the tiny model (once, about a minute) …")
+                say("Building the tiny model (once, a few minutes) …")
                 began = time.perf_counter()
                 model, tokenizer = build(options, say)
                 with atomic_folder(target) as unfinished, embedded.quiet():
