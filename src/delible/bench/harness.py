@@ -41,7 +41,7 @@ def _quiet(_: str) -> None:
     """Says nothing."""
 
 
-def library(part: str = "lm_eval") -> Any:
+def required(part: str = "lm_eval") -> Any:
     """The harness, or a module of it.
 
     Raises:
@@ -298,7 +298,7 @@ def harness_model(
     Raises:
         MissingExtraError: The harness is not installed.
     """
-    base = library("lm_eval.api.model").LM
+    base = required("lm_eval.api.model").LM
     unanswered: list[str] = []
 
     def answered(requests: Sequence[Any]) -> list[Any]:
@@ -412,8 +412,8 @@ def run_harness(
         DataError: A task's data cannot be loaded.
         RunError: The system cannot answer a task.
     """
-    evaluate = library("lm_eval.evaluator").simple_evaluate
-    manager = library("lm_eval.tasks").TaskManager(
+    evaluate = required("lm_eval.evaluator").simple_evaluate
+    manager = required("lm_eval.tasks").TaskManager(
         include_path=None if include is None else str(include)
     )
     known = list(manager.all_tasks)
@@ -463,6 +463,6 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 
 __all__ = [
-    "export_tasks", "harness_model", "library", "read_results", "run_harness", "standard_errors",
+    "export_tasks", "harness_model", "read_results", "required", "run_harness", "standard_errors",
     "text_in_pieces",
 ]  # fmt: skip

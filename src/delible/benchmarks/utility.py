@@ -93,7 +93,7 @@ class Utility(Experiment):
                 hint="Unlearn first ('delible unlearn … --out DIR'), then give --model DIR and "
                 "--before MODEL.",
             )
-        harness.library()  # says what is missing before anything is loaded
+        harness.required()  # says what is missing before anything is loaded
         include, names = setting.data.folder, self.tasks
         if not names:
             include = setting.folder / "tasks"

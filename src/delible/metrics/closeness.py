@@ -62,3 +62,23 @@ def split_score(
     parts = [values.means.get(name, {}).get(one) for name, one in zip(PARTS, splits, strict=True)]
     found = [part for part in parts if part is not None]
     return combined_score(*found) if len(found) == len(PARTS) else None
+
+
+def judged(
+    values: SystemValues,
+    reference: SystemValues | None,
+    split: str,
+    accuracy_split: str | None,
+    progress: float,
+    start: float | None,
+) -> tuple[float | None, float | None, float | None]:
+    """Closeness, score and target of a split; ``None`` for what needs a missing reference.
+
+    Raises:
+        RecipeError: ``progress`` is below 1 and there is no ``start``.
+    """
+    score = split_score(values, split, accuracy_split)
+    theirs = None if reference is None else split_score(reference, split, accuracy_split)
+    target = None if theirs is None else target_score(theirs, start, progress)
+    near = None if score is None or target is None else closeness(score, target)
+    return near, score, target

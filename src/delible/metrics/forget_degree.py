@@ -14,7 +14,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from delible.metrics.base import SummaryMetric, SystemValues
-from delible.metrics.closeness import PARTS, closeness, split_score, target_score
+from delible.metrics.closeness import PARTS, judged
 from delible.registry import register
 
 
@@ -48,9 +48,6 @@ class ForgetDegree(SummaryMetric):
     def uses(self) -> tuple[str, ...]:
         return PARTS
 
-    def _score(self, values: SystemValues) -> float | None:
-        return split_score(values, self.split, "retain" if self.compat else None)
-
     def summarise(
         self, values: SystemValues, reference: SystemValues | None
     ) -> dict[str, float | None]:
@@ -59,11 +56,8 @@ class ForgetDegree(SummaryMetric):
         Raises:
             RecipeError: ``progress`` is below 1 and there is no ``start_score``.
         """
-        score = self._score(values)
-        theirs = self._score(reference) if reference is not None else None
-        target = None if theirs is None else target_score(theirs, self.start_score, self.progress)
-        return {
-            "forget_degree": None if score is None or target is None else closeness(score, target),
-            "forget_score": score,
-            "forget_score_target": target,
-        }
+        accuracy_split = "retain" if self.compat else None
+        near, score, target = judged(
+            values, reference, self.split, accuracy_split, self.progress, self.start_score
+        )
+        return {"forget_degree": near, "forget_score": score, "forget_score_target": target}

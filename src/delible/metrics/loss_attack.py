@@ -10,13 +10,9 @@ stores the negative of it, the log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, mean_log_probability, token_scores
-from delible.records import Choice, RecordBase
+from delible.measure.requests import TokenScores
+from delible.metrics.seen import TextAttack
+from delible.metrics.text import mean_log_probability
 from delible.registry import register
 
 
@@ -49,19 +45,8 @@ def loss_attack(scores: TokenScores) -> float | None:
     "non-members of the same kind (metric 'membership') or with a reference model.",
     badges=("parity",),
 )
-class LossAttack(ItemMetric):
+class LossAttack(TextAttack):
     """Loss of a passage, or of an answer after its question."""
 
-    def prompt(self, record: RecordBase) -> Prompt | None:
-        # The letter of a multiple-choice question is no text that anybody memorised.
-        return None if isinstance(record, Choice) else ask(record)
-
-    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Score(prompt, gold) for gold in gold_answers(record)[:1]]
-
-    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        asked = list(self.requests(record, prompt))
-        if not asked:
-            return Item(None, "the record has no answer")
-        value = loss_attack(token_scores(answers[asked[0]]))
-        return Item(value, "the answer has no tokens" if value is None else None)
+    def value(self, scores: TokenScores, text: str) -> float | None:
+        return loss_attack(scores)

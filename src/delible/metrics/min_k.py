@@ -13,16 +13,13 @@ gives open-unlearning's form, except that a text without tokens has no value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import content_log_probabilities, gold_answers, token_scores
-from delible.records import Choice, RecordBase
+from delible.measure.requests import TokenScores
+from delible.metrics.seen import TextAttack
+from delible.metrics.text import content_log_probabilities
 from delible.registry import register
 
 
@@ -61,21 +58,11 @@ def min_k(scores: TokenScores, share: float = 0.4, compat: bool = False) -> floa
     "non-members of the same kind and time (metric 'membership').",
     badges=("parity",),
 )
-class MinK(ItemMetric):
+class MinK(TextAttack):
     """Min-K score of a passage, or of an answer after its question."""
 
     share: float = Field(0.4, gt=0, le=1, description="Share of the tokens that count (k).")
     compat: bool = Field(False, description="Leave out the last token even when it is no end.")
 
-    def prompt(self, record: RecordBase) -> Prompt | None:
-        return None if isinstance(record, Choice) else ask(record)
-
-    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Score(prompt, gold) for gold in gold_answers(record)[:1]]
-
-    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        asked = list(self.requests(record, prompt))
-        if not asked:
-            return Item(None, "the record has no answer")
-        value = min_k(token_scores(answers[asked[0]]), self.share, self.compat)
-        return Item(value, "the answer has no tokens" if value is None else None)
+    def value(self, scores: TokenScores, text: str) -> float | None:
+        return min_k(scores, self.share, self.compat)

@@ -12,16 +12,13 @@ locuslab/open-unlearning (k = 0.4), jinzhuoran/RWKU (k = 0.2, sign reversed).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, token_scores
-from delible.records import Choice, RecordBase
+from delible.measure.requests import TokenScores
+from delible.metrics.seen import TextAttack
 from delible.registry import register
 
 #: A distribution that is all but certain has no spread to divide by.
@@ -65,21 +62,13 @@ def min_k_plus_plus(scores: TokenScores, share: float = 0.4, compat: bool = Fals
     "(metric 'membership'). A destroyed, uniform model gives about 0 for every text.",
     badges=("parity",),
 )
-class MinKPlusPlus(ItemMetric):
+class MinKPlusPlus(TextAttack):
     """Min-K++ score of a passage, or of an answer after its question."""
 
     share: float = Field(0.4, gt=0, le=1, description="Share of the tokens that count (k).")
     compat: bool = Field(False, description="Leave out the last token even when it is no end.")
 
-    def prompt(self, record: RecordBase) -> Prompt | None:
-        return None if isinstance(record, Choice) else ask(record)
+    moments: ClassVar[bool] = True
 
-    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Score(prompt, gold, moments=True) for gold in gold_answers(record)[:1]]
-
-    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        asked = list(self.requests(record, prompt))
-        if not asked:
-            return Item(None, "the record has no answer")
-        value = min_k_plus_plus(token_scores(answers[asked[0]]), self.share, self.compat)
-        return Item(value, "the answer has no tokens" if value is None else None)
+    def value(self, scores: TokenScores, text: str) -> float | None:
+        return min_k_plus_plus(scores, self.share, self.compat)

@@ -11,13 +11,10 @@ compressed, also where it was too long for the model and only its start was scor
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, mean_log_probability, token_scores
-from delible.records import Choice, RecordBase
+from delible.measure.requests import TokenScores
+from delible.metrics.seen import TextAttack
+from delible.metrics.text import mean_log_probability
 from delible.registry import register
 
 
@@ -51,18 +48,8 @@ def zlib_attack(scores: TokenScores, text: str) -> float | None:
     "length are ranked by length. Short answers are mostly zlib's header.",
     badges=("parity",),
 )
-class ZlibAttack(ItemMetric):
+class ZlibAttack(TextAttack):
     """Loss per compressed byte of a passage, or of an answer after its question."""
 
-    def prompt(self, record: RecordBase) -> Prompt | None:
-        return None if isinstance(record, Choice) else ask(record)
-
-    def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
-        return [Score(prompt, gold) for gold in gold_answers(record)[:1]]
-
-    def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
-        asked = list(self.requests(record, prompt))
-        if not asked:
-            return Item(None, "the record has no answer")
-        value = zlib_attack(token_scores(answers[asked[0]]), gold_answers(record)[0])
-        return Item(value, "the answer has no tokens" if value is None else None)
+    def value(self, scores: TokenScores, text: str) -> float | None:
+        return zlib_attack(scores, text)

@@ -14,17 +14,15 @@ templates: the record's own wrong answers, those of other records, exchanged nam
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from random import Random
 from typing import ClassVar
 
 from pydantic import Field
 
-from delible.generation import filters, templates, writing
+from delible.generation import writing
+from delible.generation.answers import other_answers
 from delible.generation.rows import partners, questions
-from delible.measure.requests import Decoding, Prompt
-from delible.records import RecordBase
+from delible.measure.requests import Decoding
+from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.train.slots import Context, Generate, Role
 
@@ -57,36 +55,17 @@ class InvertedFacts(Generate):
 
     def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
         forget = questions(context.records["forget"], WHERE)
-        counts: Counter[str] = Counter()
-        if context.writer is None:
-            others = [*forget, *context.records.get("retain", ())]
-            made = [
-                templates.false_answers(
-                    record, others, self.count,
-                    Random(f"{context.seed}/inverted_facts/{record.digest}"), counts,
-                )
-                for record in forget
-            ]  # fmt: skip
-        else:
 
-            def prompt(index: int) -> Prompt:
-                record = forget[index]
-                asked = {"question": record.question, "answer": record.answer}
-                text = writing.filled("generate_inverted_facts.txt", count=self.count, **asked)
-                return Prompt.ask(text)
+        def prompt(record: QA) -> str:
+            asked = {"question": record.question, "answer": record.answer}
+            return writing.filled("generate_inverted_facts.txt", count=self.count, **asked)
 
-            def read(index: int, reply: str, known: Sequence[str]) -> list[str]:
-                return filters.sift(forget[index], writing.read_list(reply), counts, known)
-
-            made = writing.written(
-                context.writer, forget, prompt, read, wanted=self.count,
-                decoding=Decoding(
-                    self.max_new_tokens, temperature=self.temperature, seed=context.seed
-                ),
-                attempts=self.attempts, counts=counts, say=context.say,
-            )  # fmt: skip
-        writing.require_enough(
-            made, min(self.minimum, self.count), "inverted answers", counts, context.say, WHERE,
-            context.writer,
+        made = other_answers(
+            context, forget, prompt, writing.read_list, name="inverted_facts",
+            what="inverted answers", where=WHERE, count=self.count, minimum=self.minimum,
+            attempts=self.attempts,
+            decoding=Decoding(
+                self.max_new_tokens, temperature=self.temperature, seed=context.seed
+            ),
         )  # fmt: skip
         return partners(forget, made, "alternate", "inverted")

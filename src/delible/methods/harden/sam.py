@@ -64,14 +64,10 @@ class SAM(Harden):
     rho: float = Field(0.01, ge=0, description="Length of the perturbation; 0 is no hardening.")
 
     def forget(self, passes: Passes) -> None:
-        before = [parameter.grad for parameter in passes.parameters]
-        passes.clear()
-        passes.forget()
-        if self.rho > 0:
-            self._at_worst_point(passes)
-        for parameter, earlier in zip(passes.parameters, before, strict=True):
-            if earlier is not None:
-                parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+        with passes.apart():
+            passes.forget()
+            if self.rho > 0:
+                self._at_worst_point(passes)
 
     def _at_worst_point(self, passes: Passes) -> None:
         """Replaces the gradient in ``.grad`` by the one at the perturbed weights."""
@@ -80,16 +76,10 @@ class SAM(Harden):
         if not gradients:
             return
         loss = passes.totals.forget
-        kept = [parameter.detach().clone() for parameter in moving]
-        try:
+        with passes.returning():
             norm = ascend_([parameter.detach() for parameter in moving], gradients, self.rho)
-            if not 0 < norm < float("inf"):
-                return  # nothing moved: the gradient there is is the one
-            del gradients
-            passes.clear()
-            passes.forget()
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(moving, kept, strict=True):
-                    parameter.copy_(value)
-            passes.totals.forget = loss
+            if 0 < norm < float("inf"):  # else nothing moved: the gradient there is is the one
+                del gradients
+                passes.clear()
+                passes.forget()
+                passes.totals.forget = loss
