@@ -41,7 +41,8 @@ GENERATED = {"max_new_tokens": 16}
     needs=("forget", "retain"),
     capability="score",
     misleads="Short answers in few wordings: a small world is easier to forget, and easier to "
-    "relearn, than what a model read a thousand times.",
+    "relearn, than what a model read a thousand times. Model utility is 0 as soon as one part is, "
+    "as general truth ratios are for a small model that has just learned a world.",
 )
 class WorldBenchmark(Benchmark):
     """One world, one set of people to forget; target and reference are cached."""
@@ -100,10 +101,12 @@ class WorldBenchmark(Benchmark):
 
     def columns(self) -> list[Column]:
         return [
-            Column("forget probability", "answer_probability/forget", "reference", axis="forget"),
-            Column("model utility", "model_utility", "higher", axis="utility"),
+            # of what is said, so that guarded systems, which give no scores, are in the plot
+            Column("forget ROUGE-L", "rouge_l_recall/forget", "reference", axis="forget"),
+            Column("retain ROUGE-L", "rouge_l_recall/retain", "higher", axis="utility"),
+            Column("forget probability", "answer_probability/forget", "reference"),
+            Column("model utility", "model_utility", "higher"),
             Column("forget paraphrased", "paraphrase_probability/forget", "reference"),
-            Column("forget ROUGE-L", "rouge_l_recall/forget", "reference"),
             Column("extraction strength", "extraction_strength/forget", "reference"),
             Column("forget choice", "choice_accuracy/forget_choice", "reference"),
             Column("reverse", "rouge_l_recall/forget_reverse", "reference"),
