@@ -313,7 +313,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def peak(arguments: argparse.Namespace, side: str) -> float:
-    """GiB of the teacher-forced work alone, in a process of its own."""
+    """GiB of one teacher-forced metric of the forget rows, in a process of its own."""
     command = [
         sys.executable, __file__, "--data", str(arguments.data), "--model", arguments.model,
         "--split", arguments.split, "--rows", str(arguments.rows), "--only", side,
@@ -326,9 +326,9 @@ def only(arguments: argparse.Namespace) -> None:
     lm, splits = load(arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if arguments.only == "ours":
-        evaluate(lm, splits, asks()["teacher-forced"])
+        evaluate(lm, splits, [Ask(build("metric", "min_k_plus_plus"), (FORGET,))])
     else:
-        Straight(lm).run("teacher-forced", splits)
+        Straight(lm).forced([(row, row.answer) for row in splits[FORGET]], moments=True)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 
@@ -392,7 +392,7 @@ def markdown(rows: list[dict[str, object]], memory: tuple[float, float]) -> str:
             f"{row['ratio']:.1f}x | {f'{goal:g}x' if goal else '–'} | {row['apart']:.0e} |"
         )
     lines.append(
-        f"| memory of teacher-forced work | {memory[1]:.2f} GiB | {memory[0]:.2f} GiB | "
+        f"| memory of one teacher-forced metric | {memory[1]:.2f} GiB | {memory[0]:.2f} GiB | "
         f"{memory[1] / max(memory[0], 1e-6):.1f}x | – | |"
     )
     return "\n".join(lines)

@@ -6,6 +6,10 @@ of the model is resident; forget and retain rows are padded to the longest row a
 model separately; logits are computed at every position; the default AdamW steps.
 
 Run: python benchmarks/training.py [--steps 4] [--rows 16] [--markdown docs/performance.md]
+
+``--costs`` measures something else: what every method's optimiser step costs relative to plain
+fine-tuning on as many tokens, and what it does before its first step (attribution, masks,
+generated rows). Each method runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
+from delible import registry
 from delible.lm.lm import LM
 from delible.lm.precision import matmul_rate
 from delible.records import QA
@@ -31,6 +37,7 @@ from delible.train.engine import Plan, Trainer, make_plan
 from delible.train.estimate import body_parameters
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
+from delible.train.slots import Context
 from delible.train.step import Row
 from delible.world import World
 
@@ -261,6 +268,99 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
+# ---- what each method costs
+
+
+def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) -> float:
+    """Tokens of the rows of one step, each counted once, mean over steps."""
+    total = 0
+    for step in plan.steps:
+        for forget, kept in step:
+            total += sum(len(rows[role][forget].encoded.ids) for role in chosen.objective.roles)
+            if kept is not None and chosen.keep.card.name != "none":
+                total += len(rows["retain"][kept].encoded.ids)
+    return total / len(plan.steps)
+
+
+def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
+    """Prints seconds before the first step, of a later step, its tokens, and memory in GiB."""
+    lm = LM.load(model)
+    forget_peak()
+    loaded = psutil.Process().memory_info().rss / 2**30
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**30
+    chosen = recipe(method, steps, 2 * rows if method == "finetune" else rows)
+    times: list[float] = []
+    seen: list[Mapping[str, Sequence[Row]]] = []
+    last = time.perf_counter()
+
+    def progress(step: int, total: int, numbers: object) -> None:
+        nonlocal last
+        times.append(time.perf_counter() - last)
+        last = time.perf_counter()
+
+    trainer = Trainer(
+        lm, chosen, {"forget": FORGET, "retain": RETAIN}, progress=progress,
+        start=lambda: LM.load(model),
+    )  # fmt: skip
+    make = trainer.rows
+
+    def rows_once() -> Context:
+        context = make()
+        seen.append(context.rows)
+        return context
+
+    trainer.rows = rows_once  # type: ignore[method-assign]
+    trainer.train()
+    plan = make_plan(chosen, seen[0]["forget"], seen[0]["retain"], 0)
+    step = sorted(times[1:])[len(times[1:]) // 2]
+    tokens = row_tokens(chosen, plan, seen[0])
+    print(json.dumps({
+        "setup": times[0] - step, "step": step, "tokens": tokens,
+        "memory": (peak_gib() - loaded + weights) / weights,
+    }))  # fmt: skip
+
+
+def costs(methods: Sequence[str], arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
+    """The table of all methods' costs, relative to fine-tuning."""
+    found: dict[str, dict[str, float]] = {}
+    for method in ("finetune", *methods):
+        command = [
+            sys.executable, __file__, "--cost", method, "--model", arguments.model,
+            "--rows", str(arguments.rows), "--steps", str(arguments.steps),
+        ]  # fmt: skip
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            say(f"{method} failed: {answer.stderr.strip().splitlines()[-1]}")
+            continue
+        found[method] = json.loads(answer.stdout.strip().splitlines()[-1])
+        say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
+    each = found["finetune"]["step"] / found["finetune"]["tokens"]
+    lines = [
+        "| method | before the first step | a step | relative to fine-tuning | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {method} | {n['setup']:.1f} s | {n['step']:.2f} s | "
+        f"{n['step'] / n['tokens'] / each:.2f}x | {n['memory']:.1f}x |"
+        for method, n in sorted(found.items(), key=lambda one: one[1]["step"] / one[1]["tokens"])
+    ]
+    return "\n".join(lines)
+
+
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replaces the measured table of that name in a page."""
+    start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, _, rest = page.read_text(encoding="utf-8").partition(start)
+    page.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def forget_peak() -> None:
+    """Starts the count of the peak anew (Linux), so that loading is not in it."""
+    references = Path("/proc/self/clear_refs")
+    if references.exists():
+        references.write_text("5")
+
+
 def table(found: dict[str, dict[str, float]], memory: dict[str, float]) -> str:
     lines = [
         "| what | straightforward | delible | ratio | goal |",
@@ -290,7 +390,10 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", help="names with commas; by default all that are compared")
+    parser.add_argument("--model", default="default", help="of --costs")
+    parser.add_argument("--costs", action="store_true", help="what each method's step costs")
+    parser.add_argument("--cost", help=argparse.SUPPRESS)
     parser.add_argument("--markdown", type=Path, help="replace the measured table in this page")
     parser.add_argument("--memory", choices=["ours", "straightforward"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -298,20 +401,23 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     if arguments.memory:
         run_for_memory(arguments.memory, arguments.rows)
         return
-    found = {}
-    for method in arguments.methods.split(","):
-        found[method] = measure(method, arguments.steps, arguments.rows)
-        say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
-    memory = {side: peak_memory(side, arguments.rows) for side in ("ours", "straightforward")}
-    text = table(found, memory)
+    if arguments.cost:
+        run_for_cost(arguments.cost, arguments.model, arguments.steps, arguments.rows)
+        return
+    asked = arguments.methods.split(",") if arguments.methods else []
+    if arguments.costs:
+        every = [card.name for card in registry.cards("recipe") if card.name != "finetune"]
+        name, text = "costs", costs(asked or every, arguments, say)
+    else:
+        found = {}
+        for method in asked or METHODS:
+            found[method] = measure(method, arguments.steps, arguments.rows)
+            say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
+        memory = {side: peak_memory(side, arguments.rows) for side in ("ours", "straightforward")}
+        name, text = "training", table(found, memory)
     say(text)
     if arguments.markdown:
-        page = arguments.markdown.read_text(encoding="utf-8")
-        start, end = "<!-- training:begin -->", "<!-- training:end -->"
-        head, _, rest = page.partition(start)
-        arguments.markdown.write_text(
-            f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8"
-        )
+        write_between(arguments.markdown, name, text)
 
 
 if __name__ == "__main__":

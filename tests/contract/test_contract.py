@@ -40,6 +40,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "altpo"): {"generate": "alternates"},
     ("objective", "meow"): {"generate": "inverted_facts"},
+    ("objective", "novice"): {"generate": "misconceptions"},
     ("objective", "tru"): {"generate": "reasoning_targets"},
     ("objective", "bidirectional_distillation"): {"generate": "unified"},
     ("keep", "bidirectional_distillation"): {"generate": "unified"},

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from delible.lm import decode
+from delible.lm.decode import RoomyLayer
 from delible.lm.lm import LM
 from delible.measure.requests import (
     Decoding,
@@ -194,3 +198,29 @@ def test_inspecting_leaves_the_model_as_it_was() -> None:
     assert all(value.grad is None for value in lm.model.parameters())
     lm.touch()
     assert lm.fingerprint == digest
+
+
+def test_the_cache_has_room_and_is_rarely_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ROOM", 4)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    places = set()
+    for step in range(12):
+        if step == 6:  # a row leaves
+            for layer in (roomy, plain):
+                layer.batch_select_indices(torch.tensor([0, 2]))
+        rows = 3 if step < 6 else 2
+        new = [torch.randn(rows, 2, 3 if step == 0 else 1, 5) for _ in range(2)]
+        found, expected = roomy.update(*new), plain.update(*new)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert roomy.get_seq_length() == plain.get_seq_length() == 3 + step
+        places.add(roomy.keys.data_ptr())
+    assert len(places) < 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_room_changes_no_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ROOM", 3)
+    lm = lm_of(family)
+    found = lm.generate(PROMPTS, Decoding(12))
+    monkeypatch.setattr(decode, "roomy_cache", lambda lm: DynamicCache(config=lm.core.config))
+    assert lm.generate(PROMPTS, Decoding(12)) == found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from delible.generation import filters, templates, writing
+from delible.generation.rows import questions
 from delible.measure.requests import Decoding, Prompt
 from delible.records import QA
 from delible.train.slots import Context
@@ -39,7 +40,8 @@ def other_answers(
     """
     counts: Counter[str] = Counter()
     if context.writer is None:
-        others = [*forget, *context.records.get("retain", ())]
+        every = questions(context.records["forget"], where)
+        others = [*every, *context.records.get("retain", ())]
         made = [
             templates.false_answers(
                 record, others, count, Random(f"{context.seed}/{name}/{record.digest}"), counts

@@ -14,11 +14,12 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from delible.lm.forward import cache_argument, prefix_cache
+from delible.lm.forward import cache_argument, fill_prefix
 from delible.measure.requests import Decoding
 
 if TYPE_CHECKING:
@@ -26,6 +27,54 @@ if TYPE_CHECKING:
 
 #: Finished rows are dropped once they are this share of the batch: dropping copies the cache.
 DROP_SHARE = 0.125
+#: Tokens by which a full cache grows at once: growing copies it.
+ROOM = 64
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values with room behind them, so that most tokens are written without a copy."""
+
+    room: tuple[Tensor, Tensor] | None = None
+    keys: Tensor
+    values: Tensor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends [batch, heads, new, width]; returns all keys and values so far."""
+        length = self.get_seq_length()
+        if not length:
+            return super().update(key_states, value_states, *args, **kwargs)
+        wanted = length + key_states.shape[-2]
+        if not self._fits(wanted):
+            self.room = (_with_room(self.keys, wanted), _with_room(self.values, wanted))
+        for room, new in zip(self.room or (), (key_states, value_states), strict=True):
+            room[:, :, length:wanted] = new
+        self.keys, self.values = (room[:, :, :wanted] for room in self.room or ())
+        return self.keys, self.values
+
+    def _fits(self, wanted: int) -> bool:
+        """Whether the keys still lie in the room (rows that were dropped lie elsewhere)."""
+        return (
+            self.room is not None
+            and wanted <= self.room[0].shape[2]
+            and self.keys.data_ptr() == self.room[0].data_ptr()
+            and self.keys.shape[0] == self.room[0].shape[0]
+        )
+
+
+def _with_room(states: Tensor, wanted: int) -> Tensor:
+    batch, heads, length, width = states.shape
+    room = states.new_empty(batch, heads, wanted + ROOM, width)
+    room[:, :, :length] = states
+    return room
+
+
+def roomy_cache(lm: LM) -> DynamicCache:
+    """An empty key-value cache; layers that keep only a window stay the library's."""
+    cache = DynamicCache(config=lm.core.config.get_text_config())
+    cache.layers = [RoomyLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
 
 
 def continue_rows(
@@ -39,21 +88,17 @@ def continue_rows(
     """
     padded, mask, shared = lm.padded(rows)
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    takes_positions = "position_ids" in signature(type(backbone).forward).parameters
-    cache: Any = (
-        prefix_cache(lm, padded[:, :shared])
-        if shared
-        else DynamicCache(config=lm.core.config.get_text_config())
-    )
+    cache: Any = roomy_cache(lm)
+    if shared:
+        fill_prefix(lm, cache, padded[:, :shared])
     fed, draws = padded[:, shared:], [random.Random(seed) for seed in seeds]
     said: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     done, broken = set[int](), set[int]()
     for step in range(decoding.max_new_tokens):
-        extra: dict[str, Any] = {cache_argument(backbone): cache}
-        if takes_positions:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        states = backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
+        told: dict[str, Any] = {cache_argument(backbone): cache}
+        told |= _masked(backbone, mask, fed.shape[1])
+        states = backbone(input_ids=fed, use_cache=True, **told)
         logits = lm.head(states.last_hidden_state[:, -1]).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
         tokens = _choose(logits, decoding, [draws[row] for row in alive])
@@ -80,6 +125,16 @@ def continue_rows(
     return [
         None if row in broken else _text(lm, ids, decoding.stop) for row, ids in enumerate(said)
     ]
+
+
+def _masked(
+    backbone: nn.Module, mask: Int[Tensor, "batch sequence"], fed: int
+) -> dict[str, Tensor]:
+    """What a model is told about padding: the mask, and positions of the last ``fed`` tokens."""
+    told = {"attention_mask": mask}
+    if "position_ids" in signature(type(backbone).forward).parameters:
+        told["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed:]
+    return told
 
 
 def _choose(

@@ -104,11 +104,16 @@ def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 def prefix_cache(lm: LM, ids: Int[Tensor, "batch prefix"]) -> Any:
     """The key-value cache of a prefix that all rows share, computed once, for every row."""
-    backbone = lm.core.get_submodule(lm.anatomy.backbone)
     cache: Any = DynamicCache(config=lm.core.config.get_text_config())
+    fill_prefix(lm, cache, ids)
+    return cache
+
+
+def fill_prefix(lm: LM, cache: Any, ids: Int[Tensor, "batch prefix"]) -> None:
+    """Puts the keys and values of a prefix that all rows share into an empty cache."""
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
     backbone(input_ids=ids[:1], use_cache=True, **{cache_argument(backbone): cache})
     cache.batch_repeat_interleave(ids.shape[0])
-    return cache
 
 
 class Forward(nn.Module):
@@ -155,42 +160,6 @@ def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
         use_cache=True,
         **{cache_argument(backbone): cache},
     ).last_hidden_state
-
-
-@torch.no_grad()
-def answers_of_prompts(
-    lm: LM, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[int, Sequence[int]]]
-) -> Float[Tensor, "tokens hidden"]:
-    """Final hidden states that predict answer tokens, each prompt computed once.
-
-    Args:
-        prompts: Token ids of different prompts of **one** length, so that nothing is padded.
-        answers: (index of the prompt, token ids) in the order of the result.
-    """
-    backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    name = cache_argument(backbone)
-    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=lm.device)
-    shared = shared_prefix(prompts)
-    if shared:
-        cache = prefix_cache(lm, ids[:, :shared])
-    last = backbone(input_ids=ids[:, shared:], use_cache=True, **{name: cache}).last_hidden_state
-    owners = torch.tensor([owner for owner, _ in answers], device=lm.device)
-    first = last[:, -1][owners]
-    longest = max(len(answer) for _, answer in answers)
-    if longest == 1:
-        return first
-    cache.batch_select_indices(owners)
-    fed = torch.full((len(answers), longest - 1), lm.pad_id, device=lm.device)
-    for row, (_, answer) in enumerate(answers):
-        fed[row, : len(answer) - 1] = torch.tensor(answer[:-1], device=lm.device)
-    rest = backbone(input_ids=fed, use_cache=True, **{name: cache}).last_hidden_state
-    return torch.cat(
-        [
-            torch.cat([first[row : row + 1], rest[row, : len(answer) - 1]])
-            for row, (_, answer) in enumerate(answers)
-        ]
-    )
 
 
 def cache_argument(backbone: nn.Module) -> str:

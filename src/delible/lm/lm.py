@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -21,7 +23,7 @@ from delible.lm.decode import continue_rows
 from delible.lm.forward import (
     Batch,
     Forward,
-    answers_of_prompts,
+    TokenFunction,
     collate,
     map_logits,
     shared_prefix,
@@ -31,6 +33,7 @@ from delible.lm.inspection import inspect
 from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
+from delible.lm.tree import Prefix, Tree, attention_window, node_states, tree_values
 from delible.measure.requests import (
     Array,
     Decoding,
@@ -55,6 +58,11 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     """log p(target) and whether it is the argmax, shape [tokens, 2]."""
     hits = logits.argmax(dim=1) == targets
     return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
+
+
+def _answer(row: Encoded) -> tuple[int, ...]:
+    """The tokens of a row that are scored."""
+    return tuple(row.ids[row.start :])
 
 
 def _scores_and_moments(logits: Tensor, targets: Tensor) -> Tensor:
@@ -91,7 +99,8 @@ class LM:
         self.template = Template(tokenizer, max_length=min(2048, self._context_length()))
         self.precision: Resolved = resolve(precision, self.device.type)
         self._digest: str | None = None
-        self.shares_prefix = self._check_parts()
+        self.shares_prefix = self.grows_trees = False
+        self._check_parts()
 
     @classmethod
     def load(
@@ -247,18 +256,18 @@ class LM:
     def _score(
         self, requests: Sequence[Score], encoded: Sequence[Encoded]
     ) -> list[TokenScores | NoAnswer]:
-        prompts = {row.ids[: row.start] for row in encoded}
-        shares = self.shares_prefix and len(encoded) >= 2 * len(prompts)
-        batches = self._by_prompt(encoded) if shares else self._by_length(encoded)
+        answers = Counter(row.ids[: row.start] for row in encoded)
+        several, alone = list[int](), list[int]()
+        for index, row in enumerate(encoded):
+            fits = self.grows_trees and len(row.ids) <= attention_window(self)
+            together = fits and answers[row.ids[: row.start]] > 1
+            (several if together else alone).append(index)
         function = _scores_and_moments if any(one.moments for one in requests) else _scores
         results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
-        for indices, states in batches:
-            rows = [encoded[index] for index in indices]
-            targets = torch.tensor(
-                [token for row in rows for token in row.ids[row.start :]], device=self.device
-            )
-            values = map_logits(self.head, states, targets, function, self.vocabulary).cpu()
-            parts = values.split([row.answer_tokens for row in rows])
+        for indices, values in chain(
+            self._by_prompt(encoded, several, function), self._by_length(encoded, alone, function)
+        ):
+            parts = values.split([encoded[index].answer_tokens for index in indices])
             for index, part in zip(indices, parts, strict=True):
                 columns = part.T.numpy().copy()
                 results[index] = (
@@ -268,35 +277,40 @@ class LM:
                 )
         return results
 
-    def _by_length(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor]]:
+    def _by_length(
+        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of rows of like length; values [tokens, …] of the answers' tokens."""
         forward = Forward(self)
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids), reverse=True)
+        order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
         for indices in self.batches(order, [len(row.ids) for row in rows]):
             batch = collate([rows[index] for index in indices], self.pad_id, self.device)
-            yield indices, forward(batch)[0]
+            states = forward(batch)[0]
+            yield (
+                indices,
+                map_logits(self.head, states, batch.targets, function, self.vocabulary).cpu(),
+            )
 
-    def _by_prompt(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches of questions of one length, each with all of its answers."""
+    def _by_prompt(
+        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of questions, each with all of its answers as a tree."""
         answers: dict[tuple[int, ...], list[int]] = {}
-        for index, row in enumerate(rows):
-            answers.setdefault(row.ids[: row.start], []).append(index)
-        prompts = sorted(answers, key=lambda prompt: (len(prompt), prompt))
-        while prompts:
-            batch, indices, longest = [prompts[0]], answers[prompts[0]], 0
-            for prompt in prompts[1:]:
-                together = indices + answers[prompt]
-                longest = max(rows[index].answer_tokens for index in together)
-                size = (len(batch) + 1) * len(prompt) + len(together) * longest
-                if len(prompt) != len(batch[0]) or size > self.budget.tokens:
-                    break
-                batch, indices = [*batch, prompt], together
-            prompts = prompts[len(batch) :]
-            places = {prompt: place for place, prompt in enumerate(batch)}
-            asked = [
-                (places[rows[index].ids[: rows[index].start]], rows[index].ids[rows[index].start :])
-                for index in indices
-            ]
-            yield indices, answers_of_prompts(self, batch, asked)
+        for index in among:
+            answers.setdefault(rows[index].ids[: rows[index].start], []).append(index)
+        prompts = list(answers)
+        prefix = Prefix.of(prompts)
+        sizes = [
+            len(Tree.grow(prompt, [_answer(rows[index]) for index in answers[prompt]]).ids)
+            - len(prefix.ids)
+            for prompt in prompts
+        ]
+        order = sorted(range(len(prompts)), key=lambda place: sizes[place], reverse=True)
+        for places in self.batches(order, sizes):
+            batch = [prompts[place] for place in places]
+            asked = [(at, index) for at, prompt in enumerate(batch) for index in answers[prompt]]
+            told = [(at, _answer(rows[index])) for at, index in asked]
+            yield [index for _, index in asked], tree_values(self, prefix, batch, told, function)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
@@ -372,8 +386,8 @@ class LM:
             yield batch
 
     @torch.inference_mode()
-    def _check_parts(self) -> bool:
-        """Checks the parts against the model's own logits; returns whether prefixes are shared."""
+    def _check_parts(self) -> None:
+        """Checks the parts against the model's own logits, and what can be computed once."""
         width = min(self.vocabulary, 1000)
         ids = torch.arange(40, device=self.device).reshape(2, 20) * 7 % width
         ids[:, :12] = ids[0, :12]
@@ -388,19 +402,22 @@ class LM:
                     hint="Its architecture does something after the head that is not known here.",
                 )
             self.shares_prefix = True
-            whole = Batch(
-                ids,
-                torch.tensor([20, 20], device=ids.device),
-                torch.tensor([13, 13], device=ids.device),
-                0,
-            )
-            answers = [(0, ids[0, 13:].tolist()), (1, ids[1, 13:].tolist())]
+            starts = torch.tensor([13, 15], device=ids.device)
+            whole = Batch(ids, torch.tensor([20, 20], device=ids.device), starts, 0)
+            plain = Forward(self)(whole)[0]
+            close = partial(torch.allclose, plain, atol=1e-3, rtol=1e-3)
             try:
-                expected = Forward(self)(whole)[0]
-                shared = Batch(whole.ids, whole.lengths, whole.starts, 12)
-                found = Forward(self)(shared)[0]
-                asked = answers_of_prompts(self, ids[:, :13].tolist(), answers)
+                self.shares_prefix = close(
+                    Forward(self)(Batch(whole.ids, whole.lengths, whole.starts, 12))[0]
+                )
             except Exception:  # a cache that cannot be repeated: any error means "do not share"
-                return False
-            close = partial(torch.allclose, expected, atol=1e-3, rtol=1e-3)
-            return bool(close(found) and close(asked))
+                self.shares_prefix = False
+            try:
+                trees = [Tree.grow(row[12:start], [row[start:], [7, *row[start:]]])
+                         for row, start in zip(ids.tolist(), (13, 15), strict=True)]  # fmt: skip
+                states = node_states(self, Prefix(ids[0, :12].tolist()), trees)
+                self.grows_trees = self.shares_prefix and close(
+                    torch.cat([states[row, tree.predicting[0]] for row, tree in enumerate(trees)])
+                )
+            except Exception:  # attention that takes no mask of its own, or no positions
+                self.grows_trees = False

@@ -26,14 +26,14 @@ from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
 from delible.lm.precision import is_out_of_memory, resolve
-from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Score, System, TokenScores
+from delible.measure.requests import System
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.rundir import RunDirectory
 from delible.train import checkpoint, generated
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
+from delible.train.monitor import Monitor
 from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
@@ -47,8 +47,6 @@ from delible.train.step import Reads, Row
 COLLAPSE_NATS = 5.0
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
-#: Rows that a monitor looks at, at most.
-MONITORED_ROWS = 32
 
 
 class Progress(Protocol):
@@ -428,10 +426,12 @@ class _Loop:
         self.notes: dict[str, Any] = {}
         self.tokens, self.padding = 0, list[float]()
         self.first_keep: float | None = None
-        self.start_retain: float | None = None
         self.folder = trainer.run.path / "checkpoint" if trainer.run else None
         self.last_saved = time.monotonic()
-        self.good: dict[str, Tensor] = {}
+        self.monitor = Monitor(
+            trainer.lm, self.training, trainer.records, placement.parameters, trainer.run,
+            trainer.say, trainer.seed,
+        )  # fmt: skip
         objective = trainer.recipe.objective
         self.reads: dict[str, Sequence[Reads]] = {
             role: objective.reads(trainer.lm) for role in objective.roles
@@ -443,8 +443,6 @@ class _Loop:
         begin = self._resume()
         total = len(self.plan.steps)
         before = self._fingerprints() if begin == 0 else None
-        if begin == 0 and self.training.utility_budget is not None:
-            self._keep_good()  # should the first look already be outside the budget
         try:
             for step in range(begin, total):
                 if self.stopped:
@@ -456,8 +454,9 @@ class _Loop:
         except KeyboardInterrupt:
             self._save(len(self.history))
             raise
-        if self.stopped and self.training.utility_budget is not None:
-            self._restore_good()
+        if (self.stopped and self.monitor.restores) or self.monitor.asked:
+            self.accelerator.wait_for_everyone()
+            self.monitor.restore()
         self.notes["parameters"] = sum(v.numel() for v in self.placement.parameters.values())
 
     def _step(self, step: int, total: int) -> None:
@@ -642,8 +641,8 @@ class _Loop:
             self.trainer.progress(step + 1, total, numbers)
         if self.trainer.run is not None:
             self.trainer.run.event("step", **numbers)
-        self._monitor(step)
         done = step + 1
+        self.stopped = self.monitor.after(done, last=done == total)
         if not self.stopped:
             self.trainer.recipe.finish.observe(
                 done, total, list(self.placement.parameters.values()), self.memory
@@ -656,58 +655,7 @@ class _Loop:
         if due and done < total:
             self._save(done)
 
-    def _monitor(self, step: int) -> None:
-        """Early stops: on a forget target, and on a utility budget."""
-        target, budget = self.training.stop_at_forget_probability, self.training.utility_budget
-        if target is None and budget is None:
-            return
-        if self.start_retain is None and budget is not None:
-            raise RunError("the utility budget was not measured at the start")
-        if (step + 1) % self.training.monitor_steps:
-            return
-        self.trainer.lm.touch()
-        forget = self._probability("forget")
-        retain = self._probability("retain") if self.trainer.records.get("retain") else None
-        if self.trainer.run is not None:
-            self.trainer.run.event("monitor", step=step + 1, forget=forget, retain=retain)
-        if budget is not None and retain is not None and self.start_retain is not None:
-            if retain < budget * self.start_retain:
-                self.stopped = f"the utility budget was used up at step {step + 1}"
-                return
-            self._keep_good()
-        if target is not None and forget <= target:
-            self.stopped = f"the forget target was reached at step {step + 1}"
-
-    def _probability(self, role: str) -> float:
-        """Mean answer probability over the first rows of a role."""
-        asked = []
-        for record in self.trainer.records[role][:MONITORED_ROWS]:
-            prompt = ask(record)
-            if prompt is not None:
-                asked.append(Score(prompt, answer_of(record)))
-        scores = [one for one in self.trainer.lm.score(asked) if isinstance(one, TokenScores)]
-        if not scores:  # nothing but NaN, or rows longer than the context
-            return math.nan
-        return sum(math.exp(float(score.logprobs.mean())) for score in scores) / len(scores)
-
     # ---- keeping and restoring
-
-    def _keep_good(self) -> None:
-        """Keeps the weights that last met the utility budget: on disk, or in memory."""
-        if self.folder is None:
-            self.good = {
-                name: value.detach().clone() for name, value in self.placement.parameters.items()
-            }
-        elif self.trainer.run is not None and self.trainer.run.writes:
-            checkpoint.save(self.folder / "good", self.placement.parameters, None, {})
-
-    @torch.no_grad()
-    def _restore_good(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.folder is not None:
-            checkpoint.restore(self.folder / "good", self.placement.parameters, None)
-        for name, value in self.good.items():
-            self.placement.parameters[name].copy_(value)
 
     def _save(self, step: int) -> None:
         if self.folder is None or self.trainer.run is None or not self.trainer.run.writes:
@@ -718,7 +666,7 @@ class _Loop:
             "balance": self.state,
             "history": self.history,
             "first_keep": self.first_keep,
-            "start_retain": self.start_retain,
+            "monitor": self.monitor.state(),
             "tokens": self.tokens,
             "padding": self.padding,
         }
@@ -728,10 +676,9 @@ class _Loop:
         self.last_saved = time.monotonic()
 
     def _resume(self) -> int:
-        if self.training.utility_budget is not None and self.trainer.records.get("retain"):
-            self.start_retain = self._probability("retain")
         found = checkpoint.read_state(self.folder / "last") if self.folder else None
         if found is None or self.folder is None:
+            self.monitor.begin(None)
             return 0
         mine = self.trainer.run.manifest.get("identity") if self.trainer.run else None
         if found["identity"] != mine:
@@ -744,8 +691,8 @@ class _Loop:
         self.memory = checkpoint.read_memory(self.folder / "last", self.trainer.lm.device)
         self.state = dict(found["balance"])
         self.history, self.first_keep = found["history"], found["first_keep"]
-        self.start_retain, self.tokens = found["start_retain"], found["tokens"]
-        self.padding = found["padding"]
+        self.tokens, self.padding = found["tokens"], found["padding"]
+        self.monitor.begin(found["monitor"])
         self.trainer.say(f"Resuming after step {found['step']}.")
         return int(found["step"])
 

@@ -58,6 +58,11 @@ class Training(Config):
     stop_at_forget_probability: float | None = Field(
         None, gt=0, lt=1, description="Stop once forget answers are this improbable on average."
     )
+    stop_at_accuracy: float | None = Field(
+        None, gt=0, lt=1,
+        description="Stop once so many of the multiple-choice questions about forget records are "
+        "answered right, and keep the weights that came nearest.",
+    )  # fmt: skip
     utility_budget: float | None = Field(
         None, gt=0, le=1, description="Keep at least this share of the retain probability."
     )

@@ -1,0 +1,400 @@
+"""Novice students: does unlearning make a stable novice, and does a lesson teach it again?
+
+A model that knows made-up people is unlearned to a chosen level of knowledge about some of them
+and plays a student. Beside it sits the same model that is only *told* to be a novice. Both are
+asked before a lesson and after it, in words that neither unlearning nor the lesson used:
+
+    recovery = (after - before) / (original - before)
+
+for accuracies on multiple-choice questions. A lesson is heard (it stands in the conversation) or
+studied (an adapter is trained on it). The control is a lesson of the same length about something
+else: what recovers under it was suppressed, not removed.
+
+Paper: arXiv 2603.26142. No code is public, and the details of the experiment (items, lengths,
+persona) are ours. Deviations: facts about made-up people, one person per concept, instead of
+Python concepts; the tutor speaks from templates, so the analysis of tutor moves is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import Field
+
+from delible.api import resolve_method, unlearn
+from delible.bench.prepare import learned
+from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
+from delible.component import build
+from delible.errors import DelibleError, RecipeError
+from delible.files import read_json, write_json
+from delible.generation.writing import filled
+from delible.lm.lm import LM
+from delible.measure.evaluate import Rewrite, evaluate
+from delible.measure.requests import Prompt
+from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
+from delible.registry import register
+from delible.rundir import identity
+from delible.train.recipe import Recipe
+from delible.world import World
+from delible.world.common import unrelated
+
+METHODS = ("novice",)
+PROMPTED = "told to be a novice"
+#: What happens between the two tests: nothing, a lesson in the conversation or by an adapter, or
+#: one about something else in either way.
+TEACHING = ("none", "heard", "studied", "heard, unrelated", "studied, unrelated")
+#: A recovery needs at least this much room between the novice and the original.
+ROOM = 0.02
+#: A novice whose accuracy moved by more than this under an unrelated lesson was suppressed (ours).
+CONTROL = 0.1
+Cell = dict[str, Any]
+
+
+def recovery(original: float | None, before: float | None, after: float | None) -> float | None:
+    """(after - before) / (original - before): 1 = as before unlearning, 0 = nothing came back.
+
+    Negative when the lesson made it worse. None where a value is missing, or where the student
+    lacks nothing that a lesson could bring back.
+    """
+    if original is None or before is None or after is None or abs(original - before) < ROOM:
+        return None
+    return (after - before) / (original - before)
+
+
+def exam(records: Sequence[QA]) -> list[Choice]:
+    """Four options each, asked in the last wording (the stop of unlearning looks at the first)."""
+    return [
+        Choice(
+            question=(record.question, *record.paraphrases)[-1],
+            options=(record.answer, *record.perturbed[:3]),
+            correct=0,
+            subject=record.subject,
+        )
+        for record in records
+        if record.perturbed
+    ]
+
+
+def lesson(records: Sequence[QA], turns: int) -> tuple[Message, ...]:
+    """Tutor and student in turns: each fact is told in one wording and repeated in another."""
+    said: list[Message] = []
+    for turn in range(turns):
+        record = records[turn % len(records)]
+        again = (record.answer, *record.paraphrased_answers)
+        told = again[-1 - (turn // len(records)) % len(again)]
+        said += [
+            Message(role="user", content=f"{record.question} Remember: {told}"),
+            Message(role="assistant", content=record.answer),
+        ]
+    return tuple(said)
+
+
+def other_lesson(turns: int) -> tuple[Message, ...]:
+    """As long a lesson about nothing of the world."""
+    return lesson([row for row in unrelated() if isinstance(row, QA)], turns)
+
+
+def before_question(turns: Mapping[str, Sequence[Message]], persona: str | None) -> Rewrite:
+    """Puts the persona and the lesson about a record's subject before its question.
+
+    Args:
+        turns: Lessons by subject; ``""`` is that of every other record.
+        persona: The system turn; None: none.
+    """
+    system = () if persona is None else (Message(role="system", content=persona),)
+
+    def rewrite(record: RecordBase, prompt: Prompt) -> list[Prompt]:
+        heard = turns.get(record.subject or "", turns.get("", ()))
+        return [replace(prompt, messages=(*system, *heard, *prompt.messages))]
+
+    return rewrite
+
+
+@dataclass(frozen=True)
+class Class:
+    """Who is forgotten and who is kept, with all their facts."""
+
+    forget: Mapping[str, Sequence[QA]]
+    kept: Mapping[str, Sequence[QA]]
+
+    @property
+    def forget_rows(self) -> list[QA]:
+        return [row for rows in self.forget.values() for row in rows]
+
+    @property
+    def kept_rows(self) -> list[QA]:
+        return [row for rows in self.kept.values() for row in rows]
+
+
+@register(
+    kind="benchmark",
+    name="novice",
+    title="Novice students",
+    summary="Unlearns to a level of knowledge, teaches again, and says how much came back.",
+    paper="2603.26142",
+    year=2026,
+    family="fictional",
+    needs=("forget", "retain", "weights"),
+    capability="score",
+    misleads="A heard lesson holds the answers, so a model that can read recovers without having "
+    "learned anything: read the studied row. Recovery under the unrelated lesson says that "
+    "knowledge was suppressed. With few people one question is several points.",
+    badges=("variant",),
+    variant="Made-up people and templates instead of Python concepts and a language-model tutor.",
+)
+class NoviceStudents(Experiment):
+    """Every method and the prompted novice, each under every kind of lesson."""
+
+    people: int = Field(12, ge=4, description="People in the world.")
+    forget: int = Field(2, ge=1, description="People to forget; each is a concept of its own.")
+    level: float = Field(
+        0.3, gt=0, lt=1, description="Accuracy to come down to (chance is 0.25); recipes with "
+        "a level of their own get this one.",
+    )  # fmt: skip
+    turns: int = Field(8, ge=1, description="Turns of the tutor per person.")
+    epochs: int = Field(3, ge=1, description="Passes over the lesson when it is studied.")
+    study_rate: float | None = Field(
+        None, gt=0, description="Learning rate of studying; none: by the model."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Of unlearning; none: the recipe's own (tiny models: 1e-3)."
+    )
+    world_seed: int = Field(0, ge=0, description="Seed of the world.")
+
+    def material(self) -> Class:
+        """The people.
+
+        Raises:
+            RecipeError: Nobody would be kept.
+        """
+        if self.forget >= self.people:
+            raise RecipeError(
+                f"{self.people} people with {self.forget} to forget leave nobody to keep.",
+                where="benchmark 'novice'",
+            )
+        world = World(people=self.people, seed=self.world_seed)
+        gone = frozenset(world.people[: self.forget])
+        rows = {
+            person.name: [fact.qa(frozenset() if person in gone else gone)
+                          for fact in world.facts(person)]
+            for person in world.people
+        }  # fmt: skip
+        names = {person.name for person in gone}
+        return Class(
+            {name: part for name, part in rows.items() if name in names},
+            {name: part for name, part in rows.items() if name not in names},
+        )
+
+    def learning(self, model: str) -> dict[str, Any]:
+        """How the model learns the people first: options of the method ``finetune``."""
+        if model == "tiny":
+            return {"learning_rate": 1e-3, "epochs": 24, "batch_size": 8, "schedule": "cosine"}
+        return {"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"}
+
+    def method(self, name: str, model: str) -> Recipe:
+        """The recipe with the experiment's level and learning rate.
+
+        Raises:
+            RecipeError: Unknown, or an editor, which has no level.
+        """
+        chosen = resolve_method(name)
+        if not isinstance(chosen, Recipe):
+            raise RecipeError(
+                f"'{name}' has no steps, so it cannot stop at a level.", hint="Name a recipe."
+            )
+        rate = self.learning_rate or (1e-3 if model == "tiny" else None)
+        options: dict[str, Any] = {"training.stop_at_accuracy": self.level}
+        if rate is not None:
+            options["training.learning_rate"] = rate
+        return chosen.changed({}, options)
+
+    def run(self, setting: Setting) -> Findings:
+        people = self.material()
+        methods = {name: self.method(name, setting.model) for name in setting.methods or METHODS}
+        total = 2 + len(methods) * setting.seeds
+        setting.progress("learning the people", 0, total)
+        start = learned(
+            setting.model, (*people.kept_rows, *people.forget_rows),
+            options=self.learning(setting.model), title="class", say=setting.say,
+        )  # fmt: skip
+        setting.progress(PROMPTED, 1, total)
+        told = self._kept(setting, PROMPTED, {}, lambda: self._prompted(start, people, setting))
+        found: dict[str, list[Cell]] = {PROMPTED: [told]}
+        done = 2
+        for name, recipe in methods.items():
+            for seed in range(setting.seeds):
+                setting.progress(f"{name}, seed {seed}", done, total)
+                described = {"method": recipe.spec(), "seed": seed}
+                cell = self._kept(
+                    setting, f"{Path(name).stem}-{seed}", described,
+                    lambda r=recipe, s=seed: self._unlearned(start, people, r, s, setting),
+                )  # fmt: skip
+                found.setdefault(name, []).append(cell)
+                done += 1
+        setting.progress("done", total, total)
+        return findings(found)
+
+    def _kept(self, setting: Setting, name: str, described: Mapping[str, Any], work: Any) -> Cell:
+        """A cell from the folder, or made now; failures are told, and tried again next time."""
+        key = identity({"experiment": self.spec(), "model": setting.model, **described})[:8]
+        file = setting.folder / "cells" / f"{name.replace(' ', '-')}-{key}.json"
+        if file.exists():
+            return dict(read_json(file))
+        try:
+            cell = dict(work())
+        except DelibleError as error:  # one method that cannot do it must not end the others'
+            return {"failed": str(error)}
+        write_json(file, cell)
+        return cell
+
+    def _prompted(self, start: Path, people: Class, setting: Setting) -> Cell:
+        lm = LM.load(str(start))
+        return {
+            "original": self._accuracies(lm, people, {}, None),
+            "stopped": None,
+            **self._taught(lm, people, 0, setting),
+        }
+
+    def _unlearned(
+        self, start: Path, people: Class, recipe: Recipe, seed: int, setting: Setting
+    ) -> Cell:
+        lm = LM.load(str(start))
+        original = self._accuracies(lm, people, {}, None)
+        request = ForgetRequest(
+            forget=tuple(people.forget_rows), subjects=tuple(people.forget),
+            retain=tuple(people.kept_rows),
+        )  # fmt: skip
+        result = unlearn(lm, request, method=recipe, seed=seed, shown=0, say=setting.say)
+        return {
+            "original": original,
+            "stopped": result.stopped,
+            **self._taught(result.model, people, seed, setting),
+        }
+
+    def _taught(self, lm: LM, people: Class, seed: int, setting: Setting) -> Cell:
+        """Accuracies under every kind of teaching, with the persona throughout."""
+        persona = filled("novice_persona.txt", subjects=" or ".join(people.forget))
+        lessons = {name: lesson(rows, self.turns) for name, rows in people.forget.items()}
+        others = dict.fromkeys(people.forget, other_lesson(self.turns))
+        found: Cell = {}
+        for kind in TEACHING:
+            turns = others if kind.endswith("unrelated") else lessons
+            student, heard = lm, turns
+            if kind == "none":
+                heard = {}
+            elif kind.startswith("studied"):
+                student, heard = self._studied(lm, turns, seed, setting), {}
+            found[kind] = self._accuracies(student, people, heard, persona)
+        return {"taught": found}
+
+    def _studied(
+        self, lm: LM, turns: Mapping[str, Sequence[Message]], seed: int, setting: Setting
+    ) -> LM:
+        """A copy that was trained on the lessons, an adapter merged into it."""
+        said = [message for part in turns.values() for message in part]
+        rows = [Dialogue(messages=tuple(said[at : at + 2])) for at in range(0, len(said), 2)]
+        rate = self.study_rate or (1e-3 if setting.model == "tiny" else 2e-4)
+        result = unlearn(
+            lm.copy(), ForgetRequest(forget=tuple(rows)), method="finetune", seed=seed, shown=0,
+            say=setting.say,
+            slots={"place": {"name": "lora", "rank": 8, "alpha": 16.0}, "finish": "merge_adapter"},
+            learning_rate=rate, epochs=self.epochs, batch_size=4,
+        )  # fmt: skip
+        return result.model
+
+    def _accuracies(
+        self,
+        lm: LM,
+        people: Class,
+        heard: Mapping[str, Sequence[Message]],
+        persona: str | None,
+    ) -> dict[str, float | None]:
+        """Accuracy on the forgotten and on the kept people, in [0, 1]."""
+        splits = {"forget": exam(people.forget_rows), "retain": exam(people.kept_rows)}
+        metric = build("metric", {"name": "choice_accuracy", "form": "cloze"})
+        rewrite = before_question(heard, persona)
+        return dict(evaluate(lm, splits, [metric], rewrite=rewrite).means["choice_accuracy"])
+
+
+def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:
+    """Table, chart and notes.
+
+    Args:
+        found: By student, one cell per seed: ``original`` and ``taught`` accuracies, and
+            ``stopped``; or ``failed`` with the reason.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    curves: list[Curve] = []
+    for name, every in found.items():
+        notes += [f"{name} failed: {cell['failed']}" for cell in every if "failed" in cell]
+        cells = [cell for cell in every if "failed" not in cell]
+        if not cells:
+            continue
+        lines = {kind: _row(name, kind, cells) for kind in TEACHING}
+        rows += lines.values()
+        points = [(float(at), lines[kind]["forget accuracy"]) for at, kind in enumerate(TEACHING)]
+        curves.append(Curve(name, [(x, y) for x, y in points if y is not None]))
+        notes += _notes(name, lines, cells)
+    axis = ", ".join(f"{at} = {kind}" for at, kind in enumerate(TEACHING))
+    chart = Chart("Accuracy on forgotten people", axis, "accuracy", curves)
+    return Findings(rows, [chart] if curves else [], notes)
+
+
+def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    def mean(*path: str) -> float | None:
+        return _mean([_at(cell, path) for cell in cells])
+
+    return {
+        "student": name,
+        "lesson": kind,
+        "forget accuracy": mean("taught", kind, "forget"),
+        "before the lesson": mean("taught", "none", "forget"),
+        "original": mean("original", "forget"),
+        "recovery": _mean(
+            [
+                recovery(cell["original"]["forget"], cell["taught"]["none"]["forget"],
+                         cell["taught"][kind]["forget"])
+                for cell in cells
+            ]
+        ) if kind != "none" else None,
+        "retain accuracy": mean("taught", kind, "retain"),
+        "retain, original": mean("original", "retain"),
+    }  # fmt: skip
+
+
+def _notes(name: str, lines: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[str]:
+    none = lines["none"]
+    told = [
+        f"{name}: accuracy on forgotten people {_said(none['original'])} at first, "
+        f"{_said(none['forget accuracy'])} as a novice; recovery "
+        f"{_said(lines['heard']['recovery'])} by a heard lesson, "
+        f"{_said(lines['studied']['recovery'])} by a studied one."
+    ]
+    control = [lines[kind]["recovery"] for kind in TEACHING if kind.endswith("unrelated")]
+    if any(value is not None and value > CONTROL for value in control):
+        told.append(f"{name}: a lesson about something else brings knowledge back: suppressed.")
+    told += [f"{name}: {cell['stopped']}." for cell in cells if cell["stopped"]]
+    return told
+
+
+def _at(cell: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    value: Any = cell
+    for key in path:
+        value = value[key]
+    return cast("float | None", value)
+
+
+def _said(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+__all__ = ["NoviceStudents", "findings", "lesson", "other_lesson", "recovery"]

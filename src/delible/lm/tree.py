@@ -1,0 +1,218 @@
+"""Several answers to one question in one row: a tree of tokens.
+
+Answers to the same question often begin alike (a right one and its perturbed forms). Question and
+answers become one row in which every different beginning stands once:
+
+    question --- The -- author -- is -- Ada
+                                   \\-- Bo -- Lin
+
+Each token sees itself and its ancestors only, and its position is its depth, so its hidden state
+is the one that it has in the plain row (as long as that is no longer than a sliding window). What
+all questions share (a system prompt) goes through the key-value cache before. Nothing is computed
+twice, neither in the body nor in the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from delible.lm.forward import (
+    HEAD_CHUNK_ELEMENTS,
+    TokenFunction,
+    cache_argument,
+    prefix_cache,
+    shared_prefix,
+)
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
+
+@dataclass
+class Tree:
+    """A question and the beginnings of its answers.
+
+    Attributes:
+        ids: Token of each node; parents stand before their children.
+        parents: Index of each node's parent; -1 for the first.
+        predicting: For each answer, the node whose hidden state predicts each of its tokens.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    predicting: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def grow(cls, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tree:
+        """The tree of a prompt (at least one token) and answers (at least one token each)."""
+        tree = cls(list(prompt), list(range(-1, len(prompt) - 1)))
+        children: dict[tuple[int, int], int] = {}
+        for answer in answers:
+            node = len(prompt) - 1
+            path = [node]
+            for token in answer[:-1]:  # nothing follows the last one
+                if (node, token) not in children:
+                    children[node, token] = len(tree.ids)
+                    tree.ids.append(token)
+                    tree.parents.append(node)
+                node = children[node, token]
+                path.append(node)
+            tree.predicting.append(path)
+        return tree
+
+    def sees(self) -> Bool[np.ndarray, "nodes nodes"]:
+        """Which nodes each node attends to: itself and its ancestors."""
+        seen = np.eye(len(self.ids), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+    def depths(self) -> list[int]:
+        """Position of each node, from 0."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(0 if parent < 0 else found[parent] + 1)
+        return found
+
+
+class Prefix:
+    """Tokens before every tree, computed once for all batches of a call.
+
+    Args:
+        ids: The tokens; may be none.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        self._computed: Any = None
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> Prefix:
+        """What all prompts start with, if it is worth sharing."""
+        return cls(prompts[0][: shared_prefix(prompts)] if prompts else ())
+
+    def cache(self, lm: LM, rows: int) -> Any:
+        """A key-value cache of its own for so many rows."""
+        if self._computed is None:
+            self._computed = prefix_cache(lm, torch.tensor([self.ids], device=lm.device))
+        found = copy.deepcopy(self._computed)
+        found.batch_repeat_interleave(rows)
+        return found
+
+
+@torch.no_grad()
+def node_states(
+    lm: LM, prefix: Prefix, trees: Sequence[Tree]
+) -> Float[Tensor, "trees nodes hidden"]:
+    """Final hidden states of all nodes, shorter trees padded at the end.
+
+    Args:
+        prefix: What stands before every tree; may be empty.
+
+    Raises:
+        TypeError: The model cannot be told positions.
+    """
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    if "position_ids" not in signature(type(backbone).forward).parameters:
+        raise TypeError("the model takes no position_ids")
+    width, before = max(len(tree.ids) for tree in trees), len(prefix.ids)
+    ids = torch.full((len(trees), width), lm.pad_id)
+    positions = torch.zeros_like(ids)
+    sees = np.zeros((len(trees), 1, width, before + width), dtype=bool)
+    sees[..., before:] |= np.eye(width, dtype=bool)  # padding sees itself, or softmax has no sum
+    for row, tree in enumerate(trees):
+        size = len(tree.ids)
+        ids[row, :size] = torch.tensor(tree.ids)
+        positions[row, :size] = torch.tensor(tree.depths())
+        sees[row, 0, :size, :before] = True
+        sees[row, 0, :size, before : before + size] = tree.sees()
+    told = {cache_argument(backbone): prefix.cache(lm, len(trees))} if before else {}
+    return backbone(  # type: ignore[no-any-return]
+        input_ids=ids.to(lm.device),
+        attention_mask=_mask(lm, torch.from_numpy(sees)),
+        position_ids=(positions + before).to(lm.device),
+        use_cache=bool(before),
+        **told,
+    ).last_hidden_state
+
+
+def attention_window(lm: LM) -> float:
+    """The longest row of which every token sees all before it: no layer has forgotten any."""
+    config = lm.core.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=math.inf)
+
+
+def _mask(lm: LM, sees: Bool[Tensor, "trees 1 nodes all"]) -> Tensor:
+    """The mask in the form that the model's attention wants."""
+    sees = sees.to(lm.device)
+    if lm.core.config.get_text_config()._attn_implementation == "sdpa":
+        return sees
+    number = lm.core.dtype
+    return torch.where(sees, 0.0, torch.finfo(number).min).to(number)
+
+
+def tree_values(
+    lm: LM,
+    prefix: Prefix,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[tuple[int, Sequence[int]]],
+    function: TokenFunction,
+) -> Float[Tensor, "tokens values"]:
+    """``function`` of the logits at every answer token, each beginning computed once.
+
+    Args:
+        prefix: What all prompts start with.
+        prompts: Token ids of different prompts.
+        answers: (index of the prompt, token ids) in the order of the result.
+    """
+    texts: list[list[Sequence[int]]] = [[] for _ in prompts]
+    for owner, answer in answers:
+        texts[owner].append(answer)
+    trees = [
+        Tree.grow(prompt[len(prefix.ids) :], of_prompt)
+        for prompt, of_prompt in zip(prompts, texts, strict=True)
+    ]
+    states = node_states(lm, prefix, trees)
+    paths = [iter(tree.predicting) for tree in trees]
+    nodes = np.concatenate(
+        [owner * states.shape[1] + np.asarray(next(paths[owner])) for owner, _ in answers]
+    )
+    targets = [token for _, answer in answers for token in answer]
+    needed, places = np.unique(nodes, return_inverse=True)
+    wanted = states.flatten(0, 1)[torch.from_numpy(needed).to(lm.device)]
+    return _values(lm, wanted, torch.from_numpy(places), torch.tensor(targets), function)
+
+
+def _values(
+    lm: LM,
+    states: Float[Tensor, "nodes hidden"],
+    places: Int[Tensor, " tokens"],
+    targets: Int[Tensor, " tokens"],
+    function: TokenFunction,
+) -> Float[Tensor, "tokens values"]:
+    """The function per token; a node's logits are computed once for all tokens after it."""
+    found: Tensor | None = None
+    size = max(1, HEAD_CHUNK_ELEMENTS // lm.vocabulary)
+    for start in range(0, len(states), size):
+        logits = lm.head(states[start : start + size]).float()
+        mine = ((places >= start) & (places < start + size)).nonzero()[:, 0]
+        for part in mine.split(size):
+            rows = logits[(places[part] - start).to(lm.device)]
+            values = function(rows, targets[part].to(lm.device)).cpu()
+            found = values.new_empty(len(places), *values.shape[1:]) if found is None else found
+            found[part] = values
+    if found is None:
+        raise ValueError("no answer tokens")
+    return found
