@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import forget_peak, peak_gib
 
 from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
@@ -324,12 +324,12 @@ def peak(arguments: argparse.Namespace, side: str) -> float:
 
 def only(arguments: argparse.Namespace) -> None:
     lm, splits = load(arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak()
     if arguments.only == "ours":
         evaluate(lm, splits, [Ask(build("metric", "min_k_plus_plus"), (FORGET,))])
     else:
         Straight(lm).forced([(row, row.answer) for row in splits[FORGET]], moments=True)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    print(peak_gib() - before)
 
 
 class Counting(Straight):

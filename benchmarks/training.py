@@ -18,15 +18,14 @@ import argparse
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import psutil
 import torch
+from memory import forget_peak, peak_gib
 from torch import Tensor
 
 from delible import registry
@@ -256,18 +255,6 @@ def run_for_memory(side: str, rows: int) -> None:
     print(json.dumps(peak_gib()))
 
 
-def peak_gib() -> float:
-    """Peak resident memory of this process since it started.
-
-    Linux hands the parent's peak on to ``ru_maxrss`` of a new program, so its own is read.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-
-
 # ---- what each method costs
 
 
@@ -285,8 +272,7 @@ def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) ->
 def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
     """Prints seconds before the first step, of a later step, its tokens, and memory in GiB."""
     lm = LM.load(model)
-    forget_peak()
-    loaded = psutil.Process().memory_info().rss / 2**30
+    loaded = forget_peak()
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**30
     chosen = recipe(method, steps, 2 * rows if method == "finetune" else rows)
     times: list[float] = []
@@ -352,13 +338,6 @@ def write_between(page: Path, name: str, text: str) -> None:
     start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, _, rest = page.read_text(encoding="utf-8").partition(start)
     page.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
-def forget_peak() -> None:
-    """Starts the count of the peak anew (Linux), so that loading is not in it."""
-    references = Path("/proc/self/clear_refs")
-    if references.exists():
-        references.write_text("5")
 
 
 def table(found: dict[str, dict[str, float]], memory: dict[str, float]) -> str:

@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective, Role
 from delible.train.step import Step
 
@@ -37,7 +37,7 @@ def altpo(
         winner_log_ratio: log p - log p_ref of the alternate, summed over its tokens.
         loser_log_ratio: The same of the answer to forget.
     """
-    return (2 / beta) * softplus(-beta * (winner_log_ratio - loser_log_ratio))
+    return preference_loss(winner_log_ratio - loser_log_ratio, beta)
 
 
 def altpo_separate(
@@ -46,7 +46,7 @@ def altpo_separate(
     beta: float,
 ) -> Float[Tensor, " rows"]:
     """The ablation: a winner's and a loser's half, each with a sigmoid of its own."""
-    return (2 / beta) * (softplus(-beta * winner_log_ratio) + softplus(beta * loser_log_ratio))
+    return preference_loss(winner_log_ratio, beta) + preference_loss(-loser_log_ratio, beta)
 
 
 @register(

@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective
 from delible.train.step import Group, Step
 
@@ -75,7 +75,7 @@ def catnip(
     complement = log_complement(logprobs)
     if not attached:
         complement = complement.detach()
-    values = (2 / beta) * softplus(beta * (logprobs - complement))
+    values = preference_loss(complement - logprobs, beta)
     if not attached or max_weight is None:
         return values
     too_large = catnip_weight(logprobs, beta, attached=True) > max_weight
@@ -147,7 +147,7 @@ class CATNIP(Objective):
     def _terms(self, own: Tensor, before: Tensor | None) -> Tensor:
         if before is None:
             return catnip(own, self.beta, attached=self.attached, max_weight=self.max_weight)
-        return (2 / self.beta) * softplus(self.beta * (own - before))
+        return preference_loss(before - own, self.beta)
 
     def _counted(self, forget: Group) -> Bool[Tensor, "rows answer"]:
         """Answer tokens that count: all but the end of the turn, where there is another."""

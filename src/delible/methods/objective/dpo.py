@@ -21,9 +21,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective, Role
 from delible.train.step import Step
 
@@ -39,7 +39,7 @@ def dpo(
         winner_log_ratio: log p - log p_ref of the preferred answer, summed over its tokens.
         loser_log_ratio: The same of the answer to forget.
     """
-    return (2 / beta) * softplus(-beta * (winner_log_ratio - loser_log_ratio))
+    return preference_loss(winner_log_ratio - loser_log_ratio, beta)
 
 
 @register(

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from delible.methods.objective.npo import npo
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective, Role
 from delible.train.step import Step
 
@@ -57,5 +57,5 @@ class Novice(Objective):
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         forget, wrong = step.forget, step.alternate
-        fading = npo(forget.logprob_sum, forget.reference.logprob_sum, self.beta)
+        fading = preference_loss(forget.reference.logprob_sum - forget.logprob_sum, self.beta)
         return fading - self.misconception_weight * wrong.logprob_sum / wrong.token_count

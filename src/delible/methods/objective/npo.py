@@ -18,9 +18,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective
 from delible.train.step import Step
 
@@ -31,7 +31,7 @@ def npo(
     beta: float,
 ) -> Float[Tensor, " rows"]:
     """NPO loss per row; (2 / beta) log 2 where both models agree, towards 0 when forgotten."""
-    return (2 / beta) * softplus(beta * (logprob_sum - reference_logprob_sum))
+    return preference_loss(reference_logprob_sum - logprob_sum, beta)
 
 
 @register(

@@ -16,9 +16,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from delible.registry import register
+from delible.train.preference import preference_loss
 from delible.train.slots import Objective
 from delible.train.step import Step
 
@@ -30,7 +30,7 @@ def simnpo(
     delta: float = 0.0,
 ) -> Float[Tensor, " rows"]:
     """SimNPO loss per row, above 0; towards 0 once the answer is improbable per token."""
-    return (2 / beta) * softplus(beta * (logprob_sum / token_count + delta))
+    return preference_loss(-(logprob_sum / token_count + delta), beta)
 
 
 @register(
