@@ -101,6 +101,7 @@ def test_table_and_notes() -> None:
     assert rows[PROMPTED, "heard"]["retain, original"] == pytest.approx(0.9)
     assert any("novice: a lesson about something else" in note for note in found.notes)
     assert not any(note.startswith(f"{PROMPTED}: a lesson") for note in found.notes)
+    assert sum("the level was" in note for note in found.notes) == 2
     assert "broken failed: it cannot." in found.notes
     assert {curve.name for curve in found.charts[0].curves} == {PROMPTED, "novice"}
 
