@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from delible.bench.suite import Setting
+from delible.bench.suite import Learning, Setting
 from delible.benchmarks.novice import (
     PROMPTED,
     TEACHING,
@@ -114,10 +114,8 @@ def test_it_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         "delible.benchmarks.novice.filled", lambda *_, **told: persona.format(**told)
     )
-    monkeypatch.setattr(
-        NoviceStudents, "learning",
-        lambda *_: {"learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "max_length": 64},
-    )  # fmt: skip
+    quick = Learning({"learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "max_length": 64})
+    monkeypatch.setattr("delible.benchmarks.world.WorldBenchmark.learning", lambda *_: quick)
     experiment = NoviceStudents(people=4, forget=1, turns=1, epochs=1, learning_rate=1e-2)
     setting = Setting(model=str(tmp_path / "random"), methods=(), seeds=1, folder=tmp_path / "out")
     found = experiment.run(setting)

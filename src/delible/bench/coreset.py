@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from delible.api import AUTOMATIC_RETAIN, Say, automatic_retain, resolve_method, unlearn
+from delible.bench.stages import mean
 from delible.component import build
 from delible.errors import RecipeError
 from delible.files import write_json
@@ -306,7 +307,7 @@ class _Experiment:
         def part(metric: str, chosen: bool) -> float | None:
             items = values.items[metric]["forget"]
             known = [item.value for place, item in enumerate(items) if (place in inside) == chosen]
-            return _mean([value for value in known if value is not None])
+            return mean([value for value in known if value is not None])
 
         means = values.means[METRIC]
         return {
@@ -446,10 +447,6 @@ def _drop_model(folder: Path) -> None:
 
 def _key(selector: str, fraction: float, seed: int) -> str:
     return f"{selector}-{fraction:g}-seed{seed}"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 __all__ = [

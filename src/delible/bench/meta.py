@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, cast
 
+from delible.bench.stages import mean
 from delible.metrics.separation import area_under_curve
 from delible.records import QA, Passage, Record, RecordBase
 from delible.world import unrelated
@@ -138,12 +139,6 @@ def knowledge(
     if how == "closeness":
         told = [1 - (min(ratio, 1 / ratio) if ratio > 0 else 0.0) for ratio in told]
     return mean(told)
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values there are; ``None`` without any."""
-    told = [value for value in values if value is not None]
-    return sum(told) / len(told) if told else None
 
 
 def harmonic_mean(*parts: float | None) -> float | None:
@@ -421,7 +416,7 @@ def _missing(
 
 __all__ = [
     "Change", "How", "Pool", "Robustness", "Tested", "Verdict", "biographies", "counted",
-    "faithfulness", "harmonic_mean", "judge", "kept_utility", "knowledge", "mean", "mistaken",
+    "faithfulness", "harmonic_mean", "judge", "kept_utility", "knowledge", "mistaken",
     "paraphrased", "quantization", "relearning", "spread", "symmetric_quantization",
     "symmetric_relearning", "threshold", "variants",
 ]  # fmt: skip

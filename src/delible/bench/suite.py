@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delible.component import Component
-from delible.errors import DataError
+from delible.errors import DataError, DelibleError
+from delible.files import read_json, write_json
 from delible.loaders.formats import READERS
 from delible.loaders.mapping import read_records
 from delible.loaders.sources import Say, log_note, read_rows
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, Record, RecordBase
+from delible.rundir import identity
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -239,6 +241,33 @@ class Experiment(Component):
             DelibleError: Bad input; told before anything is trained.
         """
         raise NotImplementedError
+
+    def kept(
+        self,
+        setting: Setting,
+        name: str,
+        described: Mapping[str, Any],
+        work: Any,  # a function; a lambda with defaults has no type that could be written
+    ) -> dict[str, Any]:
+        """A cell of results from the folder, or made now and kept there.
+
+        Args:
+            name: Of the cell's file, besides a hash of all that decides it.
+            described: What decides it, besides the experiment's own options and the model.
+
+        Returns:
+            What ``work`` returns, or ``failed`` with the reason; that is tried again next time.
+        """
+        key = identity({"experiment": self.spec(), "model": setting.model, **described})[:8]
+        file = setting.folder / "cells" / f"{name.replace(' ', '-')}-{key}.json"
+        if file.exists():
+            return dict(read_json(file))
+        try:
+            cell = dict(work())
+        except DelibleError as error:  # one method that cannot do it must not end the others'
+            return {"failed": str(error)}
+        write_json(file, cell)
+        return cell
 
 
 __all__ = [

@@ -24,16 +24,13 @@ from pydantic import Field
 
 from delible.api import resolve_method, unlearn
 from delible.bench.prepare import learned
-from delible.bench.stages import spaced
+from delible.bench.stages import mean, spaced
 from delible.bench.suite import Benchmark, Chart, Curve, Experiment, Findings, Setting, Task
 from delible.component import build
-from delible.errors import DelibleError
-from delible.files import read_json, write_json
 from delible.lm.lm import LM
 from delible.measure.evaluate import bootstrap_interval, evaluate
 from delible.records import Record
 from delible.registry import register
-from delible.rundir import identity
 from delible.train.recipe import Recipe
 from delible.train.slots import Finish, FinishContext
 
@@ -109,15 +106,16 @@ class Calibrated(Experiment):
         ends: dict[str, Cell] = {}
         for name, folder in (("original", models.start), ("reference", models.reference)):
             setting.progress(name, done, total)
-            ends[name] = self._kept(setting, name, 0, {}, lambda at=folder: self.ends(at, task))
+            ends[name] = self.kept(setting, name, {}, lambda at=folder: self.ends(at, task))
             done += 1
         found: dict[str, list[Cell]] = {name: [] for name in methods}
         for seed in range(setting.seeds):
             for name, method in chosen.items():
                 setting.progress(f"{name}, seed {seed}", done, total)
                 found[name].append(
-                    self._kept(
-                        setting, name, seed, method.spec(),
+                    self.kept(
+                        setting, f"{Path(name).stem}-{seed}",
+                        {"method": method.spec(), "seed": seed},
                         lambda m=method, s=seed: self.cell(m, models.start, task, s, setting),
                     )
                 )  # fmt: skip
@@ -137,22 +135,6 @@ class Calibrated(Experiment):
             for title, records in (("target", task.learn), ("reference", task.relearned))
         )  # fmt: skip
         return Models(start, reference)
-
-    def _kept(
-        self, setting: Setting, name: str, seed: int, method: Mapping[str, Any], work: Any
-    ) -> Cell:
-        """A cell from the folder, or made now; failures are told, and tried again next time."""
-        described = {"experiment": self.spec(), "model": setting.model, "method": dict(method)}
-        key = f"{Path(name).stem}-{seed}-{identity(described)[:8]}"
-        file = setting.folder / "cells" / f"{key}.json"
-        if file.exists():
-            return dict(read_json(file))
-        try:
-            cell = dict(work())
-        except DelibleError as error:  # one method that cannot do it must not end the others'
-            return {"failed": str(error)}
-        write_json(file, cell)
-        return cell
 
     def values(self, lm: LM, task: Task) -> dict[str, list[float]]:
         """Extraction strength of the forget and of the retain records."""
@@ -229,7 +211,7 @@ def findings(ends: Mapping[str, Cell], found: Mapping[str, Sequence[Cell]]) -> F
         low, high = bootstrap_interval(pooled, 0)
         row: dict[str, Any] = {
             "method": name,
-            "alpha": _mean([cell["alpha"] for cell in cells]),
+            "alpha": mean([cell["alpha"] for cell in cells]),
             "retain, as trained": _mean_of(cells, "trained", "retain"),
             "forget, as trained": _mean_of(cells, "trained", "forget"),
             "retain, calibrated": _mean_of(cells, "calibrated", "retain"),
@@ -278,9 +260,4 @@ def _notes(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[Cell]
 
 
 def _mean_of(cells: Sequence[Cell], stage: str, split: str) -> float | None:
-    return _mean([value for cell in cells for value in cell[stage][split]])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean([value for cell in cells for value in cell[stage][split]])

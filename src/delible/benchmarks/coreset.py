@@ -26,6 +26,7 @@ from pydantic import Field
 
 from delible.bench.coreset import CONNECTED, CoresetRow, run, share_of_effect
 from delible.bench.prepare import learned
+from delible.bench.stages import mean
 from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
 from delible.component import build
 from delible.records import QA, ForgetRequest, Record
@@ -167,13 +168,13 @@ def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
     groups: dict[tuple[str, float], list[CoresetRow]] = {}
     for row in rows:
         groups.setdefault((row.selector, row.fraction), []).append(row)
-    start = _mean([row.forget_probability for row in groups["start", 0.0]])
-    full = _mean([row.forget_probability for row in groups["all", 1.0]])
+    start = mean([row.forget_probability for row in groups["start", 0.0]])
+    full = mean([row.forget_probability for row in groups["all", 1.0]])
     made: list[Row] = []
     for (selector, fraction), group in groups.items():
         line: Row = {"selection": selector, "share": fraction}
         for title, field in COLUMNS.items():
-            line[title] = _mean([getattr(row, field) for row in group])
+            line[title] = mean([getattr(row, field) for row in group])
         if selector == "start":  # nothing was chosen yet
             line |= dict.fromkeys(("of chosen rows", "of other rows"))
             line |= dict.fromkeys(("extraction, chosen", "extraction, others"))
@@ -182,9 +183,7 @@ def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
         line["share of effect"] = share_of_effect(start, full, part) if known else None  # type: ignore[arg-type]
         if connect:
             for split in ("forget", "retain"):
-                line[f"barrier, {split}"] = _mean(
-                    [(row.barriers or {}).get(split) for row in group]
-                )
+                line[f"barrier, {split}"] = mean([(row.barriers or {}).get(split) for row in group])
         made.append(line)
     return made
 
@@ -250,8 +249,3 @@ def _notes(lines: Sequence[Row]) -> list[str]:
 
 def _said(value: float | None) -> str:
     return "an unknown part" if value is None else f"{value:.3g}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

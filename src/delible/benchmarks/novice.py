@@ -26,17 +26,16 @@ from pydantic import Field
 
 from delible.api import resolve_method, unlearn
 from delible.bench.prepare import learned
-from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
+from delible.bench.stages import mean
+from delible.bench.suite import Benchmark, Chart, Curve, Experiment, Findings, Setting
 from delible.component import build
-from delible.errors import DelibleError, RecipeError
-from delible.files import read_json, write_json
+from delible.errors import RecipeError
 from delible.generation.writing import filled
 from delible.lm.lm import LM
 from delible.measure.evaluate import Rewrite, evaluate
 from delible.measure.requests import Prompt
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
 from delible.registry import register
-from delible.rundir import identity
 from delible.train.recipe import Recipe
 from delible.world import World
 from delible.world.common import unrelated
@@ -189,12 +188,6 @@ class NoviceStudents(Experiment):
             {name: part for name, part in rows.items() if name not in names},
         )
 
-    def learning(self, model: str) -> dict[str, Any]:
-        """How the model learns the people first: options of the method ``finetune``."""
-        if model == "tiny":
-            return {"learning_rate": 1e-3, "epochs": 24, "batch_size": 8, "schedule": "cosine"}
-        return {"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"}
-
     def method(self, name: str, model: str) -> Recipe:
         """The recipe with the experiment's level and learning rate.
 
@@ -217,19 +210,20 @@ class NoviceStudents(Experiment):
         methods = {name: self.method(name, setting.model) for name in setting.methods or METHODS}
         total = 2 + len(methods) * setting.seeds
         setting.progress("learning the people", 0, total)
+        learning = cast(Benchmark, build("benchmark", "world")).learning(setting.model)
         start = learned(
-            setting.model, (*people.kept_rows, *people.forget_rows),
-            options=self.learning(setting.model), title="class", say=setting.say,
+            setting.model, (*people.kept_rows, *people.forget_rows), options=learning.options,
+            slots=learning.slots, title="class", say=setting.say,
         )  # fmt: skip
         setting.progress(PROMPTED, 1, total)
-        told = self._kept(setting, PROMPTED, {}, lambda: self._prompted(start, people, setting))
+        told = self.kept(setting, PROMPTED, {}, lambda: self._prompted(start, people, setting))
         found: dict[str, list[Cell]] = {PROMPTED: [told]}
         done = 2
         for name, recipe in methods.items():
             for seed in range(setting.seeds):
                 setting.progress(f"{name}, seed {seed}", done, total)
                 described = {"method": recipe.spec(), "seed": seed}
-                cell = self._kept(
+                cell = self.kept(
                     setting, f"{Path(name).stem}-{seed}", described,
                     lambda r=recipe, s=seed: self._unlearned(start, people, r, s, setting),
                 )  # fmt: skip
@@ -237,19 +231,6 @@ class NoviceStudents(Experiment):
                 done += 1
         setting.progress("done", total, total)
         return findings(found)
-
-    def _kept(self, setting: Setting, name: str, described: Mapping[str, Any], work: Any) -> Cell:
-        """A cell from the folder, or made now; failures are told, and tried again next time."""
-        key = identity({"experiment": self.spec(), "model": setting.model, **described})[:8]
-        file = setting.folder / "cells" / f"{name.replace(' ', '-')}-{key}.json"
-        if file.exists():
-            return dict(read_json(file))
-        try:
-            cell = dict(work())
-        except DelibleError as error:  # one method that cannot do it must not end the others'
-            return {"failed": str(error)}
-        write_json(file, cell)
-        return cell
 
     def _prompted(self, start: Path, people: Class, setting: Setting) -> Cell:
         lm = LM.load(str(start))
@@ -346,24 +327,24 @@ def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:
 
 
 def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    def mean(*path: str) -> float | None:
-        return _mean([_at(cell, path) for cell in cells])
+    def average(*path: str) -> float | None:
+        return mean([_at(cell, path) for cell in cells])
 
     return {
         "student": name,
         "lesson": kind,
-        "forget accuracy": mean("taught", kind, "forget"),
-        "before the lesson": mean("taught", "none", "forget"),
-        "original": mean("original", "forget"),
-        "recovery": _mean(
+        "forget accuracy": average("taught", kind, "forget"),
+        "before the lesson": average("taught", "none", "forget"),
+        "original": average("original", "forget"),
+        "recovery": mean(
             [
                 recovery(cell["original"]["forget"], cell["taught"]["none"]["forget"],
                          cell["taught"][kind]["forget"])
                 for cell in cells
             ]
         ) if kind != "none" else None,
-        "retain accuracy": mean("taught", kind, "retain"),
-        "retain, original": mean("original", "retain"),
+        "retain accuracy": average("taught", kind, "retain"),
+        "retain, original": average("original", "retain"),
     }  # fmt: skip
 
 
@@ -395,11 +376,6 @@ def _at(cell: Mapping[str, Any], path: Sequence[str]) -> float | None:
 
 def _said(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 __all__ = ["NoviceStudents", "findings", "lesson", "other_lesson", "recovery"]
