@@ -46,7 +46,12 @@ def test_values_are_those_of_plain_rows(family: str) -> None:
             for owner in range(len(prompts))
             for other in range(3)
         ]
-        found = tree_values(lm, Prefix.of(prompts), prompts, answers, target_logprobs)
+        prefix = Prefix.of(prompts)
+        trees = [
+            Tree.grow(prompt[len(prefix.ids) :], [one for at, one in answers if at == owner])
+            for owner, prompt in enumerate(prompts)
+        ]
+        found = tree_values(lm, prefix, trees, target_logprobs)
         expected = []
         with torch.inference_mode():
             for owner, answer in answers:

@@ -59,13 +59,14 @@ def settled(
     lm: LM, *, tokens: int = 2048, rows: int = 192, sharing: bool = True, chunk: int = 256
 ) -> Iterator[None]:
     """One way to carry a measurement out."""
-    before, size = lm.shares_prefix, engine.CHUNK
+    before, trees, size = lm.shares_prefix, lm.grows_trees, engine.CHUNK
     lm.__dict__["budget"] = Budget(tokens, tokens, rows)
     lm.shares_prefix, engine.CHUNK = sharing and before, chunk
+    lm.grows_trees = sharing and trees
     try:
         yield
     finally:
-        lm.shares_prefix, engine.CHUNK = before, size
+        lm.shares_prefix, lm.grows_trees, engine.CHUNK = before, trees, size
         del lm.__dict__["budget"]
 
 

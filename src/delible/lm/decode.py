@@ -14,8 +14,8 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -88,6 +88,7 @@ def continue_rows(
     """
     padded, mask, shared = lm.padded(rows)
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    takes_positions = "position_ids" in signature(type(backbone).forward).parameters
     cache: Any = roomy_cache(lm)
     if shared:
         fill_prefix(lm, cache, padded[:, :shared])
@@ -96,9 +97,10 @@ def continue_rows(
     alive = list(range(len(rows)))
     done, broken = set[int](), set[int]()
     for step in range(decoding.max_new_tokens):
-        told: dict[str, Any] = {cache_argument(backbone): cache}
-        told |= _masked(backbone, mask, fed.shape[1])
-        states = backbone(input_ids=fed, use_cache=True, **told)
+        extra: dict[str, Any] = {cache_argument(backbone): cache}
+        if takes_positions:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        states = backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
         logits = lm.head(states.last_hidden_state[:, -1]).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
         tokens = _choose(logits, decoding, [draws[row] for row in alive])
@@ -125,16 +127,6 @@ def continue_rows(
     return [
         None if row in broken else _text(lm, ids, decoding.stop) for row, ids in enumerate(said)
     ]
-
-
-def _masked(
-    backbone: nn.Module, mask: Int[Tensor, "batch sequence"], fed: int
-) -> dict[str, Tensor]:
-    """What a model is told about padding: the mask, and positions of the last ``fed`` tokens."""
-    told = {"attention_mask": mask}
-    if "position_ids" in signature(type(backbone).forward).parameters:
-        told["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed:]
-    return told
 
 
 def _choose(

@@ -60,11 +60,6 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
 
 
-def _answer(row: Encoded) -> tuple[int, ...]:
-    """The tokens of a row that are scored."""
-    return tuple(row.ids[row.start :])
-
-
 def _scores_and_moments(logits: Tensor, targets: Tensor) -> Tensor:
     """As :func:`_scores`, with mean and variance of the log-probabilities, [tokens, 4]."""
     every = logits.log_softmax(dim=1)
@@ -257,9 +252,10 @@ class LM:
         self, requests: Sequence[Score], encoded: Sequence[Encoded]
     ) -> list[TokenScores | NoAnswer]:
         answers = Counter(row.ids[: row.start] for row in encoded)
+        window = attention_window(self) if self.grows_trees else 0
         several, alone = list[int](), list[int]()
         for index, row in enumerate(encoded):
-            fits = self.grows_trees and len(row.ids) <= attention_window(self)
+            fits = len(row.ids) <= window
             together = fits and answers[row.ids[: row.start]] > 1
             (several if together else alone).append(index)
         function = _scores_and_moments if any(one.moments for one in requests) else _scores
@@ -298,19 +294,17 @@ class LM:
         answers: dict[tuple[int, ...], list[int]] = {}
         for index in among:
             answers.setdefault(rows[index].ids[: rows[index].start], []).append(index)
-        prompts = list(answers)
-        prefix = Prefix.of(prompts)
-        sizes = [
-            len(Tree.grow(prompt, [_answer(rows[index]) for index in answers[prompt]]).ids)
-            - len(prefix.ids)
-            for prompt in prompts
+        prefix = Prefix.of(list(answers))
+        trees = [
+            Tree.grow(prompt[len(prefix.ids) :], [rows[index].ids[len(prompt) :] for index in mine])
+            for prompt, mine in answers.items()
         ]
-        order = sorted(range(len(prompts)), key=lambda place: sizes[place], reverse=True)
+        of_tree = list(answers.values())
+        sizes = [len(tree.ids) for tree in trees]
+        order = sorted(range(len(trees)), key=lambda place: sizes[place], reverse=True)
         for places in self.batches(order, sizes):
-            batch = [prompts[place] for place in places]
-            asked = [(at, index) for at, prompt in enumerate(batch) for index in answers[prompt]]
-            told = [(at, _answer(rows[index])) for at, index in asked]
-            yield [index for _, index in asked], tree_values(self, prefix, batch, told, function)
+            values = tree_values(self, prefix, [trees[place] for place in places], function)
+            yield [index for place in places for index in of_tree[place]], values
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:

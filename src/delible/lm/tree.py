@@ -46,11 +46,13 @@ class Tree:
         ids: Token of each node; parents stand before their children.
         parents: Index of each node's parent; -1 for the first.
         predicting: For each answer, the node whose hidden state predicts each of its tokens.
+        targets: For each answer, its tokens.
     """
 
     ids: list[int]
     parents: list[int]
     predicting: list[list[int]] = field(default_factory=list)
+    targets: list[Sequence[int]] = field(default_factory=list)
 
     @classmethod
     def grow(cls, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tree:
@@ -68,6 +70,7 @@ class Tree:
                 node = children[node, token]
                 path.append(node)
             tree.predicting.append(path)
+            tree.targets.append(answer)
         return tree
 
     def sees(self) -> Bool[np.ndarray, "nodes nodes"]:
@@ -164,32 +167,18 @@ def _mask(lm: LM, sees: Bool[Tensor, "trees 1 nodes all"]) -> Tensor:
 
 
 def tree_values(
-    lm: LM,
-    prefix: Prefix,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[tuple[int, Sequence[int]]],
-    function: TokenFunction,
+    lm: LM, prefix: Prefix, trees: Sequence[Tree], function: TokenFunction
 ) -> Float[Tensor, "tokens values"]:
-    """``function`` of the logits at every answer token, each beginning computed once.
-
-    Args:
-        prefix: What all prompts start with.
-        prompts: Token ids of different prompts.
-        answers: (index of the prompt, token ids) in the order of the result.
-    """
-    texts: list[list[Sequence[int]]] = [[] for _ in prompts]
-    for owner, answer in answers:
-        texts[owner].append(answer)
-    trees = [
-        Tree.grow(prompt[len(prefix.ids) :], of_prompt)
-        for prompt, of_prompt in zip(prompts, texts, strict=True)
-    ]
+    """``function`` of the logits at every answer token: tree by tree, answer by answer."""
     states = node_states(lm, prefix, trees)
-    paths = [iter(tree.predicting) for tree in trees]
-    nodes = np.concatenate(
-        [owner * states.shape[1] + np.asarray(next(paths[owner])) for owner, _ in answers]
-    )
-    targets = [token for _, answer in answers for token in answer]
+    width = states.shape[1]
+    nodes = [
+        row * width + node
+        for row, tree in enumerate(trees)
+        for path in tree.predicting
+        for node in path
+    ]
+    targets = [token for tree in trees for answer in tree.targets for token in answer]
     needed, places = np.unique(nodes, return_inverse=True)
     wanted = states.flatten(0, 1)[torch.from_numpy(needed).to(lm.device)]
     return _values(lm, wanted, torch.from_numpy(places), torch.tensor(targets), function)
