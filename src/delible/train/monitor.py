@@ -22,9 +22,7 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.generation import templates
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Score, TokenScores
 from delible.records import QA, Choice, RecordBase
 from delible.rundir import RunDirectory
 from delible.train import checkpoint
@@ -63,22 +61,18 @@ def knowledge_level(lm: LM, questions: Sequence[Choice]) -> float:
 
     Options are scored as answers (cloze), so that a lost habit of saying letters is no ignorance.
     """
-    metric = build("metric", {"name": "choice_accuracy", "form": "cloze"})
-    value = evaluate(lm, {"asked": questions}, [metric]).means["choice_accuracy"]["asked"]
-    return math.nan if value is None else value
+    return _mean(lm, questions, {"name": "choice_accuracy", "form": "cloze"})
 
 
 def answer_probability(lm: LM, records: Sequence[RecordBase]) -> float:
-    """Mean over records of the per-token geometric mean probability of the answer, in [0, 1]."""
-    asked = []
-    for record in records:
-        prompt = ask(record)
-        if prompt is not None:
-            asked.append(Score(prompt, answer_of(record)))
-    scores = [one for one in lm.score(asked) if isinstance(one, TokenScores)]
-    if not scores:  # nothing but NaN, or rows longer than the context
-        return math.nan
-    return sum(math.exp(float(score.logprobs.mean())) for score in scores) / len(scores)
+    """Mean answer probability of records, in [0, 1]; NaN if none can be scored."""
+    return _mean(lm, records, {"name": "answer_probability"})
+
+
+def _mean(lm: LM, records: Sequence[RecordBase], metric: dict[str, str]) -> float:
+    found = evaluate(lm, {"asked": records}, [build("metric", metric)])
+    value = found.means[metric["name"]]["asked"]
+    return math.nan if value is None else value
 
 
 class Monitor:
