@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from memory import forget_peak, peak_gib
+from common import forget_peak, peak_gib, write_between
 
 from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
@@ -418,10 +418,7 @@ def main() -> None:
     table = markdown(rows, (peak(arguments, "ours"), peak(arguments, "straight")))
     print(table)
     if arguments.markdown:
-        text = arguments.markdown.read_text()
-        start, end = "<!-- evaluation -->", "<!-- /evaluation -->"
-        head, tail = text.partition(start)[0], text.partition(end)[2]
-        arguments.markdown.write_text(f"{head}{start}\n{table}\n{end}{tail}")
+        write_between(arguments.markdown, "evaluation", table)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ model separately; logits are computed at every position; the default AdamW steps
 
 Run: python benchmarks/training.py [--steps 4] [--rows 16] [--markdown docs/performance.md]
 
-``--costs`` measures something else: what every method's optimiser step costs relative to plain
-fine-tuning on as many tokens, and what it does before its first step (attribution, masks,
-generated rows). Each method runs in a process of its own, so that its peak memory is its own.
+``--costs`` measures something else: see ``costs.py``.
 """
 
 from __future__ import annotations
@@ -21,50 +19,27 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from memory import forget_peak, peak_gib
+from common import FORGET, LEARNING_RATE, RETAIN, peak_gib, prepare, recipe, write_between
+from costs import costs
 from torch import Tensor
 
-from delible import registry
 from delible.lm.lm import LM
 from delible.lm.precision import matmul_rate
-from delible.records import QA
 from delible.train.engine import Plan, Trainer, make_plan
 from delible.train.estimate import body_parameters
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context
 from delible.train.step import Row
-from delible.world import World
 
 METHODS = {
     "npo": ("NPO + NLL", 1.5),
     "graddiff_kl": ("GradDiff + KL", 2.5),
     "rmu": ("RMU", 4.0),
 }
-LEARNING_RATE = 1e-5
-
-
-def data(rows: int) -> tuple[list[QA], list[QA]]:
-    """Forget and retain rows of mixed length from a world."""
-    world = World(people=40, seed=0, answers="sentence")
-    split = world.split(forget=4)
-    forget, retain = split.records("forget"), split.records("retain")
-    return list(forget[:rows]), list(retain[: 4 * rows])  # type: ignore[arg-type]
-
-
-def recipe(method: str, steps: int, rows: int) -> Recipe:
-    options = {
-        "learning_rate": LEARNING_RATE,
-        "epochs": steps,
-        "max_steps": steps,
-        "batch_size": rows,
-        "weight_decay": 0.0,
-    }
-    return Recipe.named(method).changed({}, {f"training.{k}": v for k, v in options.items()})
 
 
 # ---- the straightforward loop
@@ -164,14 +139,6 @@ def straightforward(
 # ---- both sides, timed
 
 
-FORGET: list[QA] = []
-RETAIN: list[QA] = []
-
-
-def prepare(rows: int) -> None:
-    FORGET[:], RETAIN[:] = data(rows)
-
-
 def ours(lm: LM, chosen: Recipe) -> tuple[list[float], float, dict[str, float]]:
     """Seconds per step, seconds before the first step, and counts."""
     times: list[float] = []
@@ -255,91 +222,6 @@ def run_for_memory(side: str, rows: int) -> None:
     print(json.dumps(peak_gib()))
 
 
-# ---- what each method costs
-
-
-def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) -> float:
-    """Tokens of the rows of one step, each counted once, mean over steps."""
-    total = 0
-    for step in plan.steps:
-        for forget, kept in step:
-            total += sum(len(rows[role][forget].encoded.ids) for role in chosen.objective.roles)
-            if kept is not None and chosen.keep.card.name != "none":
-                total += len(rows["retain"][kept].encoded.ids)
-    return total / len(plan.steps)
-
-
-def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
-    """Prints seconds before the first step, of a later step, its tokens, and memory in GiB."""
-    lm = LM.load(model)
-    loaded = forget_peak()
-    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**30
-    chosen = recipe(method, steps, 2 * rows if method == "finetune" else rows)
-    times: list[float] = []
-    seen: list[Mapping[str, Sequence[Row]]] = []
-    last = time.perf_counter()
-
-    def progress(step: int, total: int, numbers: object) -> None:
-        nonlocal last
-        times.append(time.perf_counter() - last)
-        last = time.perf_counter()
-
-    trainer = Trainer(
-        lm, chosen, {"forget": FORGET, "retain": RETAIN}, progress=progress,
-        start=lambda: LM.load(model),
-    )  # fmt: skip
-    make = trainer.rows
-
-    def rows_once() -> Context:
-        context = make()
-        seen.append(context.rows)
-        return context
-
-    trainer.rows = rows_once  # type: ignore[method-assign]
-    trainer.train()
-    plan = make_plan(chosen, seen[0]["forget"], seen[0]["retain"], 0)
-    step = sorted(times[1:])[len(times[1:]) // 2]
-    tokens = row_tokens(chosen, plan, seen[0])
-    print(json.dumps({
-        "setup": times[0] - step, "step": step, "tokens": tokens,
-        "memory": (peak_gib() - loaded + weights) / weights,
-    }))  # fmt: skip
-
-
-def costs(methods: Sequence[str], arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
-    """The table of all methods' costs, relative to fine-tuning."""
-    found: dict[str, dict[str, float]] = {}
-    for method in ("finetune", *methods):
-        command = [
-            sys.executable, __file__, "--cost", method, "--model", arguments.model,
-            "--rows", str(arguments.rows), "--steps", str(arguments.steps),
-        ]  # fmt: skip
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            say(f"{method} failed: {answer.stderr.strip().splitlines()[-1]}")
-            continue
-        found[method] = json.loads(answer.stdout.strip().splitlines()[-1])
-        say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
-    each = found["finetune"]["step"] / found["finetune"]["tokens"]
-    lines = [
-        "| method | before the first step | a step | relative to fine-tuning | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {method} | {n['setup']:.1f} s | {n['step']:.2f} s | "
-        f"{n['step'] / n['tokens'] / each:.2f}x | {n['memory']:.1f}x |"
-        for method, n in sorted(found.items(), key=lambda one: one[1]["step"] / one[1]["tokens"])
-    ]
-    return "\n".join(lines)
-
-
-def write_between(page: Path, name: str, text: str) -> None:
-    """Replaces the measured table of that name in a page."""
-    start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    head, _, rest = page.read_text(encoding="utf-8").partition(start)
-    page.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def table(found: dict[str, dict[str, float]], memory: dict[str, float]) -> str:
     lines = [
         "| what | straightforward | delible | ratio | goal |",
@@ -372,7 +254,6 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     parser.add_argument("--methods", help="names with commas; by default all that are compared")
     parser.add_argument("--model", default="default", help="of --costs")
     parser.add_argument("--costs", action="store_true", help="what each method's step costs")
-    parser.add_argument("--cost", help=argparse.SUPPRESS)
     parser.add_argument("--markdown", type=Path, help="replace the measured table in this page")
     parser.add_argument("--memory", choices=["ours", "straightforward"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -380,13 +261,10 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     if arguments.memory:
         run_for_memory(arguments.memory, arguments.rows)
         return
-    if arguments.cost:
-        run_for_cost(arguments.cost, arguments.model, arguments.steps, arguments.rows)
-        return
     asked = arguments.methods.split(",") if arguments.methods else []
     if arguments.costs:
-        every = [card.name for card in registry.cards("recipe") if card.name != "finetune"]
-        name, text = "costs", costs(asked or every, arguments, say)
+        text = costs(asked, arguments.model, arguments.steps, arguments.rows, say)
+        name = "costs"
     else:
         found = {}
         for method in asked or METHODS:
