@@ -41,7 +41,9 @@ def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
     lm = LM.load(model)
     loaded = forget_peak()
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**30
-    chosen = recipe(method, steps, 2 * rows if method == "finetune" else rows)
+    plain = method == "finetune"  # trains on the retain rows as well, so on as many tokens
+    chosen = recipe(method, steps, 2 * rows if plain else rows)
+    forget = [*FORGET, *RETAIN[:rows]] if plain else FORGET
     times: list[float] = []
     seen: list[Mapping[str, Sequence[Row]]] = []
     last = time.perf_counter()
@@ -52,7 +54,7 @@ def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
         last = time.perf_counter()
 
     trainer = Trainer(
-        lm, chosen, {"forget": FORGET, "retain": RETAIN}, progress=progress,
+        lm, chosen, {"forget": forget, "retain": RETAIN}, progress=progress,
         start=lambda: LM.load(model),
     )  # fmt: skip
     make = trainer.rows
