@@ -291,9 +291,13 @@ def _chains(
     common: Manifest,
     options: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[Chain]:
-    """Cells of every method and seed; successive tasks are in one chain."""
-    for method in methods:
-        for seed in range(seeds):
+    """Cells of every method and seed; successive tasks are in one chain.
+
+    All methods have their first run before any has its second: a search that the seeds of a
+    method share keeps no other process waiting, and a half-finished table has every row.
+    """
+    for seed in range(seeds):
+        for method in methods:
             chains: list[list[Manifest]] = []
             for task, paths in zip(tasks, ready, strict=True):
                 cell = {

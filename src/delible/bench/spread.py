@@ -44,12 +44,21 @@ def spread(
     elif jobs > 1:
         # "spawn": a forked process would inherit torch's threads and CUDA's state
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            jobs, mp_context=context, initializer=_share_cores, initargs=(jobs,)
+        ) as pool:
             for done in as_completed([pool.submit(run_chain, work, chain) for chain in chains]):
                 yield done.result()
     else:
         for chain in chains:
             yield run_chain(work, chain)
+
+
+def _share_cores(jobs: int) -> None:
+    """Gives this process its share of the threads; more threads than cores wait for each other."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
 def _on_ray(work: Work, chains: Sequence[Chain]) -> Iterator[list[Manifest]]:

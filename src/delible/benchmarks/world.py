@@ -41,8 +41,8 @@ GENERATED = {"max_new_tokens": 16}
     needs=("forget", "retain"),
     capability="score",
     misleads="Short answers in few wordings: a small world is easier to forget, and easier to "
-    "relearn, than what a model read a thousand times. Model utility is 0 as soon as one part is, "
-    "as general truth ratios are for a small model that has just learned a world.",
+    "relearn, than what a model read a thousand times. Model utility is over retained and "
+    "neighbouring people only: read the general questions beside it.",
 )
 class WorldBenchmark(Benchmark):
     """One world, one set of people to forget; target and reference are cached."""
@@ -95,7 +95,8 @@ class WorldBenchmark(Benchmark):
             Ask(build("metric", "loss_attack"), ("forget", "holdout")),
             Ask(build("metric", {"name": "membership", "attacks": ("loss_attack", "min_k")})),
             Ask(build("metric", "forget_quality")),
-            Ask(build("metric", "model_utility")),
+            # without the general truth ratios, of which a model of a small world has none below 1
+            Ask(build("metric", {"name": "model_utility", "splits": ("retain", "neighbours")})),
             Ask(build("metric", "outcome_shares")),
         ]
 
@@ -115,6 +116,7 @@ class WorldBenchmark(Benchmark):
             Column("membership (min-k)", "membership/min_k/auc", "reference"),
             Column("retain probability", "answer_probability/retain", "higher"),
             Column("neighbour probability", "answer_probability/neighbours", "higher"),
+            Column("general probability", "answer_probability/general", "higher"),
             Column("garbage", "outcome_shares/forget/garbage", "lower"),
         ]
 
@@ -124,3 +126,8 @@ class WorldBenchmark(Benchmark):
                 {"learning_rate": 1e-3, "epochs": 24, "batch_size": 8, "schedule": "cosine"}
             )
         return Learning({"learning_rate": 3e-4, "epochs": 6, "batch_size": 8, "schedule": "cosine"})
+
+    def budget(self, model: str) -> dict[str, object]:
+        # Two people are some ten rows, one step an epoch: recipes made for thousands of rows
+        # would end before they began. A small model learns, and forgets, at a higher rate.
+        return {"learning_rate": 2e-4 if model == "tiny" else 5e-5, "max_steps": 20}
