@@ -356,8 +356,9 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     head["options"] = dict(manifest.get("options", {}))
     result: Manifest
     try:
+        options, notes = _options(benchmark, manifest, task, earlier)
         with Cost() as cost:
-            system, notes = _system(benchmark, manifest, task, earlier, watcher)
+            system, ended = _system(manifest, options, task, earlier, watcher)
         values = _measured(benchmark, task, system, watcher)
         reference = _reference_values(manifest, task, values)
         numbers = _numbers(benchmark.asks(), values, reference)
@@ -370,7 +371,7 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
             "skipped": dict(values.skipped),
             "seconds": round(cost.seconds, 1),
             "peak_bytes": cost.peak_bytes,
-            "notes": notes,
+            "notes": {**notes, **ended},
             "values": values.as_json(),
         }
         del system
@@ -431,10 +432,56 @@ def _model_folder(manifest: Manifest, task: str) -> Path:
     return Path(manifest["folder"]) / "models" / name.replace("/", "-").replace(" ", "-")
 
 
+def _options(
+    benchmark: Benchmark, manifest: Manifest, task: Task, earlier: Sequence[Task]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's options, searched first if that is asked for, and what is to be noted of them.
+
+    Raises:
+        DelibleError: The search failed, or the result that it starts from is not there.
+    """
+    method = str(manifest["method"])
+    given = dict(manifest.get("options", {}))
+    kinds = {card.kind for card in registry.cards("guard", "editor") if card.name == method}
+    if method in (ORIGINAL, REFERENCE) or "guard" in kinds:
+        return given, {}
+    budget = {} if "editor" in kinds else benchmark.budget(str(manifest["model"]))
+    options = {**budget, **given}
+    if not manifest["tune"]:
+        return options, {}
+    from delible.tune import tuned_options
+
+    start = _start(manifest, earlier)
+    options = tuned_options(start, task.request, method, manifest["tune"], options)
+    return options, {"tuned": options}
+
+
+def _start(manifest: Manifest, earlier: Sequence[Task]) -> str:
+    """The model that a method starts from: the task's own, or the result of the task before.
+
+    Raises:
+        RunError: That result is not there.
+    """
+    if not earlier:
+        return str(manifest["start"])
+    before = _model_folder(manifest, earlier[0].name)
+    if not before.is_dir():
+        raise RunError(
+            f"the result of the task before, '{earlier[0].name}', is not there.",
+            where=str(before),
+            hint="It failed (its own message says why), or was deleted: then give a new --out.",
+        )
+    return str(before)
+
+
 def _system(
-    benchmark: Benchmark, manifest: Manifest, task: Task, earlier: Sequence[Task], watch: Watcher
+    manifest: Manifest,
+    options: Mapping[str, Any],
+    task: Task,
+    earlier: Sequence[Task],
+    watch: Watcher,
 ) -> tuple[System, dict[str, Any]]:
-    """The system that a cell measures.
+    """The system that a cell measures, and how its training ended.
 
     Raises:
         DelibleError: The method cannot do it, or the result that it goes on from is not there.
@@ -444,34 +491,16 @@ def _system(
         return LM.load(str(manifest["start"])), {}
     if method == REFERENCE:
         return LM.load(str(manifest["reference"])), {}
-    start = str(manifest["start"])
     if any(card.name == method for card in registry.cards("guard")):
         # a guard changes no weights: it guards the first model against all requests so far
         asked = _so_far(task, earlier)
-        return guard(LM.load(start), asked, method, **manifest["options"]), {}
-    if earlier:
-        before = _model_folder(manifest, earlier[0].name)
-        if not before.is_dir():
-            raise RunError(
-                f"the result of the task before, '{earlier[0].name}', is not there.",
-                where=str(before),
-                hint="It failed (its own message says why), or was deleted: then give a new --out.",
-            )
-        start = str(before)
-    recipe = not any(card.name == method for card in registry.cards("editor"))
-    budget = benchmark.budget(str(manifest["model"])) if recipe else {}
-    options, notes = {**budget, **manifest["options"]}, {}
-    if manifest["tune"]:
-        from delible.tune import tuned_options
-
-        options = tuned_options(start, task.request, method, manifest["tune"], options)
-        notes["tuned"] = options
-    folder = _model_folder(manifest, task.name)
+        return guard(LM.load(str(manifest["start"])), asked, method, **options), {}
     result = unlearn(
-        start, task.request, method=method, seed=manifest["seed"], out=folder, shown=0,
+        _start(manifest, earlier), task.request, method=method, seed=manifest["seed"],
+        out=_model_folder(manifest, task.name), shown=0,
         progress=watch.progress(f"{method}, seed {manifest['seed']}"), **options,
     )  # fmt: skip
-    return result.model, {**notes, "stopped": result.stopped}
+    return result.model, {"stopped": result.stopped}
 
 
 def _measured(benchmark: Benchmark, task: Task, system: System, watch: Watcher) -> SystemValues:
