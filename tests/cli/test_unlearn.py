@@ -165,6 +165,20 @@ def test_a_bar_on_a_terminal_shows_losses_speed_and_steps() -> None:
     assert reporter._bar is None
 
 
+def test_without_a_terminal_a_long_measurement_is_told_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(output.time, "monotonic", lambda: float(next(clock)))
+    reporter = output.Reporter()
+    for done in range(9):
+        reporter.stage("measuring", done, 8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "  measuring"
+    assert 2 <= len(lines) <= 4
+    assert all("/8  " in line and line.endswith("left") for line in lines[1:])
+
+
 def test_without_a_terminal_long_runs_are_told_in_few_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -27,6 +27,8 @@ class Training(Protocol):
 
 #: Where there is no terminal, progress is told in about so many lines.
 LINES_WITHOUT_TERMINAL = 10
+#: There, a stage that takes long is told again no sooner than this.
+SECONDS_BETWEEN_LINES = 60.0
 #: Characters of a shown answer.
 ANSWER_CHARACTERS = 240
 #: Columns whose words are names to be typed: never broken.
@@ -82,6 +84,7 @@ class Reporter:
         self.console = console(error)
         self._bar: Progress | None = None
         self._stage = ""
+        self._stage_began, self._stage_told = (0.0, 0), 0.0  # (time, what was done then), time
 
     def __enter__(self) -> Reporter:
         return self
@@ -120,12 +123,24 @@ class Reporter:
         if self._stage != title:
             self.finish_bar()
             self._stage = title
+            self._stage_began, self._stage_told = (time.monotonic(), done), time.monotonic()
             if not self.console.is_terminal:
                 self.say(f"  {title}")
+        elif not self.console.is_terminal:
+            self._tell_stage(title, done, total)
         if self.console.is_terminal:
             self._draw(f"  {title}", done, total, "")
             if done >= total:
                 self.finish_bar()
+
+    def _tell_stage(self, title: str, done: int, total: int) -> None:
+        """A line for a stage that goes on, not more often than every so many seconds."""
+        now, (began, first) = time.monotonic(), self._stage_began
+        if now - self._stage_told < SECONDS_BETWEEN_LINES or not first < done < total:
+            return
+        self._stage_told = now
+        left = duration((now - began) / (done - first) * (total - done))
+        self.say(f"  {title}  {done:,}/{total:,}  {left} left")
 
     def _draw(self, title: str, done: int, total: int, numbers: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
