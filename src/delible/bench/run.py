@@ -552,7 +552,10 @@ def _missing(values: SystemValues) -> dict[str, int]:
 def _attacked(
     system: System, attack: ModelAttack, task: Task, manifest: Manifest
 ) -> dict[str, float | None]:
-    """Knowledge scores of the attacked model, on records that the attack did not train on."""
+    """Knowledge scores of the attacked model, on records that the attack did not train on.
+
+    ``recovered`` is the answer probability after the attack less that before, on these records.
+    """
     title = f"{attack.card.name} {attack.variant_title()}".strip()
     if not isinstance(system, LM) or not task.splits.get("forget"):
         return {}
@@ -567,9 +570,14 @@ def _attacked(
         say=_quiet,
     )
     held: Sequence[RecordBase] = attack.held_out(context)
-    attacked = attack.apply(system, context)
-    found = evaluate(attacked, {"forget": held}, [build("metric", name) for name in LEAKS])
-    return {f"attack: {title}/{name}": found.means[name]["forget"] for name in LEAKS}
+    before, after = (
+        evaluate(one, {"forget": held}, [build("metric", name) for name in LEAKS]).means
+        for one in (system, attack.apply(system, context))
+    )
+    found = {f"attack: {title}/{name}": after[name]["forget"] for name in LEAKS}
+    had, has = (means["answer_probability"]["forget"] for means in (before, after))
+    found[f"attack: {title}/recovered"] = None if had is None or has is None else has - had
+    return found
 
 
 # ---- what is left on disk

@@ -90,7 +90,10 @@ def tabulate(benchmark: Benchmark, cells: Sequence[Mapping[str, Any]]) -> Table:
     })  # fmt: skip
     columns = (
         *benchmark.columns(),
-        *(Column(_attack_title(key), key, "reference") for key in attacked),
+        *(
+            Column(_attack_title(key), key, "lower" if key.endswith("/recovered") else "reference")
+            for key in attacked
+        ),
         *COST,
     )
     methods = list(dict.fromkeys(str(cell["method"]) for cell in cells))

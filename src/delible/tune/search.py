@@ -4,7 +4,9 @@
 
 The budget is a constraint of the sampler, so a trial that breaks it is known to be worse than any
 that keeps it, whatever its leak. The first trial is the method as it is, so the winner is never
-worse (on the records that decide). A trial that fails (training collapsed, memory) is recorded
+worse (on the records that decide). The next ones move the learning rate alone, which says most:
+up while the budget is kept, down while it is broken, then between the two; then the sampler moves
+everything. A trial that fails (training collapsed, memory) is recorded
 with its reason and the search goes on. Trials are kept in a journal: a killed search goes on with
 the trials that are finished, and proposes what it would have proposed, because each proposal
 depends on the seed, its number and the finished trials only.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 import shlex
 import time
@@ -46,8 +49,11 @@ from delible.tune.space import Value, rounded, space, value_of
 Say = Callable[[str], None]
 #: Called with (what is being done, done, total).
 Progress = Callable[[str, int, int], None]
-#: Trials before the sampler learns from them: the method as it is, and random ones.
+#: Trials before the sampler learns from them: the method as it is, and other learning rates (random
+#: ones where the learning rate is held).
 STARTUP = 4
+#: Between two learning rates, while all of them keep the budget or all break it.
+STRIDE = 10**0.5
 JOURNAL = "trials.journal"
 PAGE = "tune.html"
 TABLE = "trials.json"
@@ -434,19 +440,20 @@ class _Search:
         self, study: Any, index: int, total: int, parts: Parts, start: Means, done: list[Trial]
     ) -> Trial:
         own = {name: value_of(self.method, name) for name in self.space}
+        given = own if index == 0 else self._along_rate(own, done) if index < STARTUP else None
         study.sampler = self.optuna.samplers.TPESampler(
             n_startup_trials=STARTUP,
             seed=int(identity({"seed": self.seed, "trial": index})[:8], 16),
         )
         waiting = (self.optuna.trial.TrialState.WAITING,)
-        if index == 0 and not study.get_trials(deepcopy=False, states=waiting):
-            study.enqueue_trial(own)
+        if given is not None and not study.get_trials(deepcopy=False, states=waiting):
+            study.enqueue_trial(given)
         asked = study.ask({
             name: self._distribution(bounds, own[name]) for name, bounds in self.space.items()
         })  # fmt: skip
-        options = own if index == 0 else {
+        options = given or {
             name: rounded(asked.params[name], self.space[name]) for name in self.space
-        }  # fmt: skip
+        }
         trial = self._tried(index, total, options, parts, start)
         asked.set_user_attr("result", asdict(trial))
         states = self.optuna.trial.TrialState
@@ -458,6 +465,24 @@ class _Search:
             study.tell(asked, state=states.FAIL)
         self._tell(trial, total, [*done, trial])
         return trial
+
+    def _along_rate(
+        self, own: Mapping[str, Value], done: Sequence[Trial]
+    ) -> dict[str, Value] | None:
+        """The method as it is with the next learning rate; None if there is none to try."""
+        name = next((key for key in own if key.rpartition(".")[2] == "learning_rate"), None)
+        if name is None:
+            return None
+        kept = [float(one.options[name]) for one in done if one.keeps(self.budget)]
+        broken = [float(one.options[name]) for one in done if not one.keeps(self.budget)]
+        if not kept:
+            rate = min(broken) / STRIDE
+        else:
+            above = [rate for rate in broken if rate > max(kept)]
+            rate = math.sqrt(max(kept) * min(above)) if above else max(kept) * STRIDE
+        bounds = self.space[name]
+        rate = rounded(min(max(rate, bounds.low), bounds.high), bounds)
+        return None if rate in (*kept, *broken) else {**own, name: rate}
 
     def _distribution(self, bounds: Range, value: Value) -> Any:
         made = self.optuna.distributions
