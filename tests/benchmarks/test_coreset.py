@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ from delible.api import unlearn
 from delible.bench import coreset
 from delible.bench.coreset import (
     CONNECTED,
+    CoresetRow,
     barrier,
+    epochs_grid,
     interpolated,
     keyword_records,
     linear_connectivity,
     run,
     share_of_effect,
+    shortest,
 )
 from delible.component import build
 from delible.errors import RecipeError, RunError
+from delible.files import read_json
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.records import QA, Choice, ForgetRequest, Passage
@@ -163,6 +169,10 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
         ({"fractions": (0.5, 1.5)}, "1.5 is not in"),
         ({"fractions": (0.0,)}, "0.0 is not in"),
         ({"selectors": ("random_corset",), "fractions": (0.5,)}, "random_coreset"),
+        ({"length": "longest"}, "equal updates or shortest"),
+        ({"length": "shortest", "grid": 1}, "grid 1 is below 2"),
+        ({"length": "shortest", "least_effect": 0.0}, "least_effect 0.0 is not in"),
+        ({"length": "shortest", "least_effect": 1.1}, "least_effect 1.1 is not in"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], match: str) -> None:
@@ -179,6 +189,175 @@ def test_steps_that_are_not_full_still_count_the_same() -> None:
         selectors=("random_coreset",), **{**OPTIONS, "batch_size": 3},
     )  # fmt: skip
     assert [(row.rows, row.steps) for row in rows[1:]] == [(8, 6), (1, 6), (3, 6)]
+
+
+# ---- training until it forgets as much
+
+
+@pytest.mark.parametrize(
+    ("full", "share", "points", "epochs"),
+    [
+        (5, 0.05, 4, [5, 14, 37, 100]),  # a ratio of 20 ** (1 / 3)
+        (5, 0.05, 2, [5, 100]),
+        (3, 0.1, 3, [3, 9, 30]),
+        (21, 0.7, 2, [21, 30]),  # 21 / 0.7 is a little more than 30 in floats
+        (2, 0.3, 4, [2, 3, 5, 7]),  # 20 / 3 is rounded up
+        (2, 0.9, 4, [2, 3]),
+        (1.5, 0.5, 4, [2, 3]),  # a full set that stops in its second pass
+        (0.25, 0.25, 4, [1]),
+    ],
+)
+def test_the_grid_goes_from_the_full_sets_epochs_to_as_many_updates(
+    full: float, share: float, points: int, epochs: list[int]
+) -> None:
+    assert epochs_grid(full, share, points) == epochs
+
+
+def made_row(probability: float | None, epochs: float = 0.0) -> CoresetRow:
+    return CoresetRow(
+        "grand", 0.5, 0, 1, 1, epochs, 1, 0.0, 0.0, probability, None, None, None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "made", "taken", "reached"),
+    [
+        ([0.1, 0.05], 1, 0, True),
+        ([0.5, 0.13, 0.1], 2, 1, True),  # 0.9625 of the effect
+        ([0.5, 0.15, 0.1], 3, 2, True),  # 0.9375 is not enough
+        ([0.5, 0.2, 0.3], 3, 1, False),  # longer is not always more
+        ([None, math.nan, 0.95], 3, 2, False),  # even less than nothing is known
+    ],
+)
+def test_the_first_run_that_forgets_enough_is_the_last_one_made(
+    probabilities: list[float | None], made: int, taken: int, reached: bool
+) -> None:
+    count = 0
+
+    def runs() -> Iterator[CoresetRow]:
+        nonlocal count
+        for place, value in enumerate(probabilities):
+            count += 1
+            yield made_row(value, epochs=place)
+
+    row = shortest(runs(), made_row(0.9), made_row(0.1), 0.95)
+    assert (count, row.epochs, row.reached) == (made, taken, reached)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.5), (0.5, 0.6), (None, 0.1), (0.5, None)])
+def test_without_an_effect_there_is_nothing_to_reach(
+    before: float | None, after: float | None
+) -> None:
+    runs = iter([made_row(0.4, epochs=1), made_row(0.1, epochs=2)])
+    row = shortest(runs, made_row(before), made_row(after), 0.95)
+    assert (row.epochs, row.reached) == (1, None)
+    assert len(list(runs)) == 1
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(forget records, epochs) of every run that was started."""
+    calls: list[tuple[int, int]] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append((len(arguments[1].forget), options["method"].training.epochs))
+        return unlearn(*arguments, **options)
+
+    monkeypatch.setattr(coreset, "unlearn", counted)
+    return calls
+
+
+SEARCH: dict[str, Any] = {
+    "method": "gradient_ascent", "fractions": (0.25,), "selectors": ("random_coreset",),
+    "seeds": (0,), "length": "shortest", "grid": 3, **OPTIONS,
+}  # fmt: skip
+
+
+def effects(folder: Path, rows: Sequence[CoresetRow]) -> dict[int, float]:
+    """Share of effect by epochs, of the rows that were kept."""
+    found: dict[int, float] = {}
+    before, after = (row.forget_probability for row in rows[:2])
+    assert before is not None
+    assert after is not None
+    for path in (folder / "rows").glob("random_coreset-*-epochs*.json"):
+        row = read_json(path)
+        share = share_of_effect(before, after, row["forget_probability"])
+        assert share is not None
+        found[int(row["epochs"])] = share
+    return dict(sorted(found.items()))
+
+
+def test_a_coreset_trains_no_longer_than_it_takes(
+    tmp_path: Path, trained: list[tuple[int, int]]
+) -> None:
+    # never: two records of eight at a rate at which they do not reach the others
+    rows = run(make_lm(), REQUEST, out=tmp_path / "never", **SEARCH, least_effect=1.0)
+    assert trained == [(8, 2), (2, 2), (2, 4), (2, 8)]
+    shares = effects(tmp_path / "never", rows)
+    assert 0 < shares[2] < shares[4] < shares[8] < 1
+    last = rows[-1]
+    assert (last.reached, last.epochs, last.steps, last.rows) == (False, 8, 8, 2)
+    assert [row.reached for row in rows[:2]] == [None, None]
+
+    for epochs, runs in ((2, 1), (4, 2), (8, 3)):
+        trained.clear()
+        out = tmp_path / f"at {epochs}"
+        *_, found = run(make_lm(), REQUEST, out=out, **SEARCH, least_effect=shares[epochs])
+        assert trained == [(8, 2), (2, 2), (2, 4), (2, 8)][: 1 + runs]
+        assert (found.reached, found.epochs, found.steps) == (True, epochs, epochs)
+        kept = read_json(tmp_path / "never" / f"rows/random_coreset-0.25-seed0-epochs{epochs}.json")
+        varies = {"reached": None, "seconds": 0, "selection_seconds": 0}
+        assert {**asdict(found), **varies} == {**kept, **varies}
+
+
+def test_the_rows_of_all_records_decide_not_those_that_were_chosen() -> None:
+    _, full, part = run(make_lm(), REQUEST, **SEARCH, least_effect=1.0)
+    assert full.forget_probability is not None
+    assert part.selected_probability is not None
+    assert part.selected_probability < full.forget_probability  # of these alone it were enough
+    assert part.reached is False
+
+
+def test_a_search_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        calls.append((len(arguments[1].forget), options["method"].training.epochs))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return unlearn(*arguments, **options)
+
+    monkeypatch.setattr(coreset, "unlearn", killed)
+    settings = {**SEARCH, "out": tmp_path / "out", "least_effect": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        run(make_lm(), REQUEST, **settings)
+    rows = run(make_lm(), REQUEST, **settings)
+    assert calls == [(8, 2), (2, 2), (2, 4), (2, 4), (2, 8)]
+    assert run(make_lm(), REQUEST, **settings) == rows
+    assert len(calls) == 5
+    # another grid and another threshold use what is there
+    enough = effects(tmp_path / "out", rows)[2]
+    *_, first = run(make_lm(), REQUEST, **{**settings, "grid": 2, "least_effect": enough})
+    assert (first.epochs, first.reached) == (2, True)
+    equal = run(make_lm(), REQUEST, **{**settings, "length": "equal updates"})
+    assert (equal[-1].steps, equal[-1].reached) == (8, None)
+    assert calls[5:] == [(2, 8)]
+    assert not list((tmp_path / "out").glob("runs/*/model"))
+
+
+def test_a_full_set_that_stops_in_a_pass_counts_as_that_part_of_it(
+    trained: list[tuple[int, int]],
+) -> None:
+    rows = run(
+        make_lm(), REQUEST, **{**SEARCH, "epochs": 9, "max_steps": 6, "least_effect": 1.0},
+        analyses=("random_words",), keywords=0.5,
+    )  # fmt: skip
+    # 1.5 passes of 4 updates: 2 to 6 epochs of the part; the analysis at equal updates
+    assert [epochs for _, epochs in trained[1:-1]] == [2, 3, 6]
+    assert [row.steps for row in rows[1:]] == [6, 6, 6]
+    assert rows[-1].reached is None
 
 
 # ---- the line between two models

@@ -110,6 +110,27 @@ def test_charts_and_notes() -> None:
     assert any("10 % by grand: 0.5 of the effect" in note for note in found.notes)
 
 
+def test_the_search_for_the_length_has_a_column_and_a_sentence() -> None:
+    runs = [
+        row("start", 0.0, 0.9), row("all", 1.0, 0.1), row("all", 1.0, 0.1, seed=1),
+        row("grand", 0.05, 0.1, reached=True), row("grand", 0.05, 0.1, reached=True, seed=1),
+        row("grand", 0.1, 0.5, reached=True), row("grand", 0.1, 0.6, reached=False, seed=1,
+            epochs=40.0),
+        row("min_k", 0.1, 0.6, reached=False, epochs=50.0), row("moderate", 0.1, 0.8),
+    ]  # fmt: skip
+    found = findings({("one theme", "npo"): runs}, length="shortest")
+    reached = [line["full effect reached"] for line in found.rows]
+    assert reached == [None, None, 1.0, 0.5, 0.0, None]
+    always, half, never, none = found.notes[1:]
+    assert always.endswith(" The full set's effect is reached in 2 epochs.")
+    assert half.endswith("reached with 50 % of the seeds; 21 epochs on average.")
+    assert never.endswith(" The full set's effect is never reached; most of it in 50 epochs.")
+    assert none.endswith("there was no effect to reach.")
+    found = findings({("one theme", "npo"): runs})
+    assert not any("full effect reached" in line for line in found.rows)
+    assert not any("reach" in note for note in found.notes)
+
+
 # ---- the whole way
 
 
@@ -132,9 +153,29 @@ def test_it_runs_and_resumes(model: str, tmp_path: Path) -> None:
     assert experiment.run(setting) == found
 
 
+def test_it_trains_until_as_much_is_forgotten(model: str, tmp_path: Path) -> None:
+    experiment = build(
+        "benchmark",
+        {"name": "coreset", "rows": 8, "fractions": ("0.25",), "selectors": ("random_coreset",),
+         "data": ("independent facts",), "epochs": 1, "batch_size": 4, "learning_rate": 1e-3,
+         "length": "shortest", "grid": 2, "least_effect": 1.0},
+    )  # fmt: skip
+    setting = Setting(model=model, methods=("gradient_ascent",), seeds=1, folder=tmp_path)
+    found = experiment.run(setting)
+    kept = tmp_path / "independent-facts" / "gradient_ascent" / "rows"
+    names = sorted(path.name for path in kept.glob("random_coreset-*-epochs*.json"))
+    assert names == [f"random_coreset-0.25-seed0-epochs{epochs}.json" for epochs in (1, 4)]
+    part = found.rows[-1]
+    assert part["full effect reached"] == (part["share of effect"] >= 1)
+    assert (part["updates"], part["epochs"]) == (4, 4)
+    assert experiment.run(setting) == found
+
+
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
     setting = Setting(model="no such model", methods=(), seeds=1, folder=tmp_path)
     with pytest.raises(RecipeError, match="random_coreset"):
         CoresetEffect(selectors=("random_corset",)).run(setting)
     with pytest.raises(RecipeError, match="data"):
         build("benchmark", {"name": "coreset", "data": ("one topic",)})
+    with pytest.raises(RecipeError, match="length"):
+        build("benchmark", {"name": "coreset", "length": "longest"})

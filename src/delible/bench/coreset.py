@@ -5,6 +5,13 @@ twentieth of the rows trains twenty times the epochs; with equal epochs a corese
 and with unlimited ones it ruins the model). Measures the probability of all forget answers, of
 those that were chosen and, the honest test, of those that were not.
 
+Or, as in the paper, a coreset **trains until it forgets as much** as the full set did
+(``length="shortest"``): with E epochs for the full set and a share p, separate runs of E to
+ceil(E / p) epochs on a geometric grid, from short to long, until one has enough of the full set's
+effect on *all* forget rows. One long run that is measured on its way would be cheaper, and the
+same only where no learning rate schedule spans the run. With few rows (steps that are not full)
+ceil(E / p) epochs are more updates than the full set gets: compare the updates too.
+
 Paper: arXiv 2504.10185. What its effect may also mean: the benchmark repeats itself. On facts
 that do not depend on each other (one author each) rows that were not chosen stay known.
 
@@ -19,10 +26,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +57,8 @@ METRIC, VERBATIM = "answer_probability", "extraction_strength"
 ARTEFACTS = ("model", "adapter")
 #: Two models are connected when no point between them is this much worse (ours).
 CONNECTED = 0.02
+#: How long a coreset trains.
+Length = Literal["equal updates", "shortest"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ class CoresetRow:
         barriers: With ``connect``: per split the largest dip between this model and the one
             from all rows; at most 0.02 = connected. The forget value that may not dip is
             1 - probability.
+        reached: With the length ``shortest``: whether the run has enough of the full set's
+            effect. If not, it is that with most of it. None: not asked, or the full set had no
+            effect. The shorter runs before it count in no number of this row.
     """
 
     selector: str
@@ -96,6 +108,7 @@ class CoresetRow:
     selected_extraction: float | None = None
     unselected_extraction: float | None = None
     chosen: list[int] = field(default_factory=list)
+    reached: bool | None = None
 
 
 def run(
@@ -110,6 +123,9 @@ def run(
     evaluation: Mapping[str, Sequence[RecordBase]] | None = None,
     analyses: Sequence[Variant] = (),
     keywords: float = 0.1,
+    length: Length = "equal updates",
+    grid: int = 4,
+    least_effect: float = 0.95,
     connect: bool = False,
     keep_models: bool = False,
     say: Say = lambda _: None,
@@ -130,6 +146,10 @@ def run(
         evaluation: Further records to measure, by name (questions on the topic, say).
         analyses: Variants of the keyword analysis to run too, on all records.
         keywords: Share of the different words of the forget records that are keywords.
+        length: How long a coreset trains: as many updates as the full set, or the shortest on a
+            grid that forgets as much. The keyword analysis always gets equal updates.
+        grid: With ``shortest``: numbers of epochs to try, at most.
+        least_effect: With ``shortest``: share of the full set's effect that is enough, in (0, 1].
         connect: Also measure the line between each model and the one from all rows.
         keep_models: Leave every unlearned model in its run directory.
         options: Options of the host by name, such as ``epochs=5``.
@@ -138,7 +158,7 @@ def run(
         The start model's row, then per seed the full set's, the selectors' and the analyses'.
 
     Raises:
-        RecipeError: An editor as host, a fraction out of range, or no forget records.
+        RecipeError: An editor as host, a setting out of range, or no forget records.
         RunError: ``out`` holds the experiment on other data or with another method.
     """
     host = resolve_method(method, options=options)
@@ -148,6 +168,16 @@ def run(
     wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
     if wrong:
         raise RecipeError(f"fraction {wrong[0]} is not in (0, 1].", where="coreset experiment")
+    if length not in get_args(Length):
+        raise RecipeError(
+            f"unknown length '{length}'.", hint=f"Choose {' or '.join(get_args(Length))}."
+        )
+    if grid < 2:
+        raise RecipeError(f"grid {grid} is below 2: its ends.", where="coreset experiment")
+    if not 0 < least_effect <= 1:
+        raise RecipeError(
+            f"least_effect {least_effect} is not in (0, 1].", where="coreset experiment"
+        )
     if not request.forget:
         raise RecipeError("there are no forget records.", hint="Add --forget FILE.")
     lm = model if isinstance(model, LM) else LM.load(model, say=say)
@@ -161,13 +191,19 @@ def run(
     )  # fmt: skip
     experiment.begin()
     every = list(range(len(request.forget)))
-    rows = [experiment.start()]
+    start = experiment.start()
+    rows = [start]
     for seed in seeds:
-        rows.append(experiment.row("all", 1.0, seed, every))
-        for fraction in dict.fromkeys(fractions):
-            if fraction < 1:
-                for selector in selectors:
-                    rows.append(experiment.selected(selector, fraction, seed))
+        full = experiment.row("all", 1.0, seed, every)
+        rows.append(full)
+        epochs = experiment.full_epochs(seed) if length == "shortest" else None
+        for fraction in [fraction for fraction in dict.fromkeys(fractions) if fraction < 1]:
+            lengths = [None] if epochs is None else epochs_grid(epochs, fraction, grid)
+            for selector in selectors:
+                tried = experiment.selected(selector, fraction, seed, lengths)
+                rows.append(
+                    next(tried) if epochs is None else shortest(tried, start, full, least_effect)
+                )
         rows += [experiment.analysed(variant, keywords, seed) for variant in analyses]
     experiment.finish(rows)
     return rows
@@ -218,24 +254,35 @@ class _Experiment:
             self._write("start", known)
         return known
 
-    def selected(self, selector: str | dict[str, Any], fraction: float, seed: int) -> CoresetRow:
+    def selected(
+        self,
+        selector: str | dict[str, Any],
+        fraction: float,
+        seed: int,
+        lengths: Sequence[int | None],
+    ) -> Iterator[CoresetRow]:
+        """The same rows unlearned for each number of epochs, when asked for it."""
         spec = {"name": selector} if isinstance(selector, str) else dict(selector)
         title = "-".join([spec["name"], *(f"{k}={v}" for k, v in spec.items() if k != "name")])
-        key = _key(title, fraction, seed)
-        known = self._known(key)
-        if known is not None:
-            return known
-        chosen = self.out / "rows" / f"{key}.chosen.json" if self.out is not None else None
-        if chosen is not None and chosen.exists():
-            found = json.loads(chosen.read_text(encoding="utf-8"))
-            return self.row(title, fraction, seed, found["rows"], found["seconds"])
+        indices, seconds = self.choice(spec, _key(title, fraction, seed), fraction, seed)
+        for epochs in lengths:
+            yield self.row(title, fraction, seed, indices, seconds, epochs=epochs)
+
+    def choice(
+        self, spec: Mapping[str, Any], key: str, fraction: float, seed: int
+    ) -> tuple[list[int], float]:
+        """Which records a selector takes and the seconds that took; chosen once."""
+        kept = self.out / "rows" / f"{key}.chosen.json" if self.out is not None else None
+        if kept is not None and kept.exists():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            return found["rows"], found["seconds"]
         began = time.perf_counter()
         recipe = self.host.changed({"select": {**spec, "share": fraction}}, {})
         indices = [row.index for row in self._rows(recipe, seed)[0]]
         seconds = time.perf_counter() - began
-        if chosen is not None:
-            write_json(chosen, {"rows": indices, "seconds": seconds})
-        return self.row(title, fraction, seed, indices, seconds)
+        if kept is not None:
+            write_json(kept, {"rows": indices, "seconds": seconds})
+        return indices, seconds
 
     def analysed(self, variant: Variant, share: float, seed: int) -> CoresetRow:
         records = keyword_records(self.request.forget, self.kept, variant, share, seed)
@@ -250,17 +297,27 @@ class _Experiment:
         indices: Sequence[int],
         selection_seconds: float = 0.0,
         records: Sequence[RecordBase] | None = None,
+        epochs: int | None = None,
     ) -> CoresetRow:
-        """Unlearns on some records at the full set's number of updates, and measures."""
-        key = _key(selector, fraction, seed)
+        """Unlearns on some records and measures.
+
+        Args:
+            epochs: How often they are seen; None: at the full set's number of updates.
+        """
+        key = _key(selector, fraction, seed) + (f"-epochs{epochs}" if epochs is not None else "")
         known = self._known(key)
         if known is not None:
             return known
         trained = records or [self.request.forget[index] for index in indices]
         request = self.request.model_copy(update={"forget": tuple(trained)})
-        recipe = self.extended(request, seed)
+        recipe = (
+            self.extended(request, seed)
+            if epochs is None
+            else self.host.changed({}, {"training.epochs": epochs, "training.max_steps": None})
+        )
         folder = self.out / "runs" / key if self.out is not None else None
-        self.say(f"coreset: {selector}, {len(trained)} records, seed {seed}")
+        length = f", {epochs} epochs" if epochs is not None else ""
+        self.say(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
         began = time.perf_counter()
         result = unlearn(
             self.lm.copy(), request, method=recipe, out=folder, seed=seed, shown=0, say=self.say
@@ -288,6 +345,13 @@ class _Experiment:
         per_epoch = len(make_plan(once, part, retain, seed).steps)
         epochs = math.ceil(wanted / max(1, per_epoch))
         return self.host.changed({}, {"training.epochs": epochs, "training.max_steps": wanted})
+
+    def full_epochs(self, seed: int) -> float:
+        """Passes over the full set; not a whole number where ``max_steps`` ends one early."""
+        if self.host.training.max_steps is None:
+            return self.host.training.epochs
+        plan = make_plan(self.host, *self._rows(self.host, seed), seed)
+        return len(plan.steps) / plan.steps_per_epoch
 
     def _rows(self, recipe: Recipe, seed: int) -> tuple[list[Row], list[Row]]:
         """Forget rows that a recipe chooses and retain rows, tokenized as training will."""
@@ -391,6 +455,45 @@ def share_of_effect(start: float, full: float, part: float) -> float | None:
     return (start - part) / (start - full) if start != full else None
 
 
+def epochs_grid(full: float, share: float, points: int) -> list[int]:
+    """Numbers of epochs from the full set's to that divided by the share, equal ratios apart.
+
+    Args:
+        full: Epochs of the full set.
+        share: Of the rows, in (0, 1].
+        points: At least 2, the ends; equal whole numbers count once.
+    """
+    low, high = (math.ceil(round(value, 6)) for value in (full, full / share))
+    ratio = high / low
+    return sorted({round(low * ratio ** (point / (points - 1))) for point in range(points)})
+
+
+def shortest(
+    runs: Iterable[CoresetRow], start: CoresetRow, full: CoresetRow, least_effect: float
+) -> CoresetRow:
+    """The first run with enough of the full set's effect; without one, that with most of it.
+
+    Args:
+        runs: From short to long, not empty; made one by one, and none after the one that is
+            enough.
+        start, full: The rows before, and after the full set. If that forgot nothing there is no
+            effect to reach, and the first run is taken.
+    """
+    before, after = start.forget_probability, full.forget_probability
+    runs = iter(runs)
+    if before is None or after is None or not after < before:
+        return next(runs)
+    tried: list[tuple[float, CoresetRow]] = []
+    for row in runs:
+        part = row.forget_probability
+        effect = share_of_effect(before, after, part) if part is not None else None
+        effect = -math.inf if effect is None or math.isnan(effect) else effect
+        if effect >= least_effect:
+            return replace(row, reached=True)
+        tried.append((effect, row))
+    return replace(max(tried, key=lambda pair: pair[0])[1], reached=False)
+
+
 def interpolated(first: LM, second: LM, share: float) -> LM:
     """(1 - share) first + share second, weight by weight, in fp32; both stay as they are.
 
@@ -452,10 +555,13 @@ def _key(selector: str, fraction: float, seed: int) -> str:
 __all__ = [
     "CONNECTED",
     "CoresetRow",
+    "Length",
     "barrier",
+    "epochs_grid",
     "interpolated",
     "keyword_records",
     "linear_connectivity",
     "run",
     "share_of_effect",
+    "shortest",
 ]

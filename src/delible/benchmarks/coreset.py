@@ -1,9 +1,10 @@
 """Coreset effect: does a small part of the forget set do what all of it does?
 
-Unlearns with each selection at each share of the forget rows, at equal optimiser updates, on two
-kinds of data side by side: *one theme* (the same facts in many wordings, as in corpora on a
-topic), where a few rows stand for all, and *independent facts* (each told once), where they
-cannot. The honest column is what remains of the rows that were not chosen.
+Unlearns with each selection at each share of the forget rows, at equal optimiser updates or for
+the shortest time that forgets as much as the full set (``length``), on two kinds of data side by
+side: *one theme* (the same facts in many wordings, as in corpora on a topic), where a few rows
+stand for all, and *independent facts* (each told once), where they cannot. The honest column is
+what remains of the rows that were not chosen.
 
     share of effect = (p_start - p) / (p_start - p_full)
 
@@ -11,8 +12,10 @@ for the mean answer probability p of all forget rows: 1 = as much forgotten as w
 The runs are those of :mod:`delible.bench.coreset`.
 
 Paper: arXiv 2504.10185. Reference code: OPTML-Group/MU-Coreset.
-Deviations: made-up people instead of WMDP and MUSE; the number of updates is fixed to that of
-the full set, where the paper trains a coreset longer until it forgets.
+Deviations: made-up people instead of WMDP and MUSE; by default the number of updates is that of
+the full set, where the paper trains a coreset longer until it forgets. ``length="shortest"`` does
+that; the paper does not say by which rule it chooses the length. Here: E to ceil(E / share)
+epochs, a few of them at equal ratios, and the first that has 95 % of the full set's effect.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from delible.bench.coreset import CONNECTED, CoresetRow, run, share_of_effect
+from delible.bench.coreset import CONNECTED, CoresetRow, Length, run, share_of_effect
 from delible.bench.prepare import learned
 from delible.bench.stages import mean
 from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
@@ -51,6 +54,8 @@ COLUMNS = {
     "extraction, others": "unselected_extraction",
     "retain probability": "retain_probability",
 }
+#: Title of the share of seeds that forgot as much as with the full set.
+REACHED = "full effect reached"
 Row = dict[str, Any]
 
 
@@ -86,7 +91,8 @@ def wordings(record: QA) -> list[QA]:
     misleads="An effect can also say that the rows repeat each other, or that the measure is too "
     "easy: look at the rows that were not chosen. With few rows a share of them is one or two.",
     badges=("variant",),
-    variant="Made-up people; the updates of the full set instead of training until it forgets.",
+    variant="Made-up people; the updates of the full set, unless length is 'shortest': then the "
+    "first length of a grid with 95 % of its effect (the paper tells no rule).",
 )
 class CoresetEffect(Experiment):
     """Both kinds of data, every share and selection; finished runs are kept under the folder."""
@@ -105,6 +111,15 @@ class CoresetEffect(Experiment):
     )
     connect: bool = Field(
         False, description="Also measure the straight line of weights to the full set's model."
+    )
+    length: Length = Field(
+        "equal updates",
+        description="How long a part trains: 'equal updates', as many as the full set; 'shortest', "
+        "the first length of a grid that forgets as much.",
+    )
+    grid: int = Field(4, ge=2, description="Lengths to try with 'shortest', at most.")
+    least_effect: float = Field(
+        0.95, gt=0, le=1, description="Share of the full set's effect that ends 'shortest'."
     )
     epochs: int = Field(5, ge=1, description="Of unlearning with the full set.")
     batch_size: int = Field(8, ge=1, description="Forget rows per step.")
@@ -156,15 +171,22 @@ class CoresetEffect(Experiment):
                 found[kind, method] = run(
                     str(start), material.request, method=method, fractions=self.fractions,
                     selectors=self.selectors, seeds=range(setting.seeds), analyses=self.analyses,
-                    connect=self.connect, say=setting.say, **options,
+                    connect=self.connect, length=self.length, grid=self.grid,
+                    least_effect=self.least_effect, say=setting.say, **options,
                     out=setting.folder / kind.replace(" ", "-") / Path(method).stem,
                 )  # fmt: skip
         setting.progress("done", total, total)
-        return findings(found, connect=self.connect)
+        return findings(found, connect=self.connect, length=self.length)
 
 
-def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
-    """One row per selection and share, each number the mean over seeds."""
+def table(
+    rows: Sequence[CoresetRow], *, connect: bool, length: Length = "equal updates"
+) -> list[Row]:
+    """One row per selection and share, each number the mean over seeds.
+
+    With the length ``shortest`` there is also the share of seeds that reached the full effect;
+    None where there was none to reach.
+    """
     groups: dict[tuple[str, float], list[CoresetRow]] = {}
     for row in rows:
         groups.setdefault((row.selector, row.fraction), []).append(row)
@@ -181,6 +203,8 @@ def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
         part = line["forget probability"]
         known = None not in (start, full, part)
         line["share of effect"] = share_of_effect(start, full, part) if known else None  # type: ignore[arg-type]
+        if length == "shortest":
+            line[REACHED] = mean([row.reached for row in group])
         if connect:
             for split in ("forget", "retain"):
                 line[f"barrier, {split}"] = mean([(row.barriers or {}).get(split) for row in group])
@@ -189,7 +213,10 @@ def table(rows: Sequence[CoresetRow], *, connect: bool) -> list[Row]:
 
 
 def findings(
-    found: Mapping[tuple[str, str], Sequence[CoresetRow]], *, connect: bool = False
+    found: Mapping[tuple[str, str], Sequence[CoresetRow]],
+    *,
+    connect: bool = False,
+    length: Length = "equal updates",
 ) -> Findings:
     """Table, charts and notes of all runs.
 
@@ -200,7 +227,7 @@ def findings(
     charts: list[Chart] = []
     notes: list[str] = []
     for (kind, method), runs in found.items():
-        lines = table(runs, connect=connect)
+        lines = table(runs, connect=connect, length=length)
         rows += [{"data": kind, "method": method, **line} for line in lines]
         for title in ("forget probability", "of other rows"):
             charts.append(
@@ -236,6 +263,7 @@ def _notes(lines: Sequence[Row]) -> list[str]:
             f"{100 * line['share']:g} % by {line['selection']}: "
             f"{_said(line['share of effect'])} of the effect; "
             f"rows not chosen are left at {_said(line['of other rows'])}."
+            f"{_length(line)}"
         )
     return told + [
         f"{line['selection']} at {100 * line['share']:g} % is "
@@ -245,6 +273,23 @@ def _notes(lines: Sequence[Row]) -> list[str]:
         if (barriers := [line[key] for key in line if key.startswith("barrier") and line[key] is
                          not None])
     ]  # fmt: skip
+
+
+def _length(line: Row) -> str:
+    """What the search for the shortest length found, if there was one."""
+    if REACHED not in line:
+        return ""
+    reached, spent = line[REACHED], f"{_said(line['epochs'])} epochs"
+    if reached is None:
+        return " All rows forgot nothing that was measured: there was no effect to reach."
+    if reached == 1:
+        return f" The full set's effect is reached in {spent}."
+    if reached == 0:
+        return f" The full set's effect is never reached; most of it in {spent}."
+    return (
+        f" The full set's effect is reached with {100 * reached:.0f} % of the seeds; "
+        f"{spent} on average."
+    )
 
 
 def _said(value: float | None) -> str:
