@@ -30,11 +30,14 @@ from delible.train.recipe import Recipe
 from delible.train.slots import Context, Editor, Objective, Patch, Place, Placement
 from delible.train.step import Step
 
-#: Options without which a component asks for what is not here (an encoder) or for a larger model.
+#: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
+#: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
+    ("metric", "unlearning_quality"): {"judge": "stub"},
+    ("metric", "retention_quality"): {"judge": "stub"},
 }
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -52,6 +55,7 @@ RECIPES = [card.name for card in registry.cards("recipe")]
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
+@pytest.mark.usefixtures("stub_judge")
 def test_component(card: Card) -> None:
     key = (card.kind, card.name)
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})

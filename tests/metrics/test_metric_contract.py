@@ -34,8 +34,19 @@ EXPECTED = {
     "reference_attack", "rouge_l_f1", "verbatim_memorisation", "knowledge_memorisation",
     "ngram_entropy", "rwku_recall", "token_f1", "chain_exact_match", "truthful_choice",
     "choice_accuracy", "letter_mass", "forget_degree", "retain_utility", "refusal_stability",
-    "honesty",
+    "honesty", "unlearning_quality", "retention_quality",
 }  # fmt: skip
+#: What has no default.
+OPTIONS = {"unlearning_quality": {"judge": "stub"}, "retention_quality": {"judge": "stub"}}
+
+pytestmark = pytest.mark.usefixtures("stub_judge")
+
+
+def made(name: str) -> ItemMetric | SummaryMetric:
+    metric = build("metric", {"name": name, **OPTIONS.get(name, {})})
+    assert isinstance(metric, ItemMetric | SummaryMetric)
+    return metric
+
 
 RECORDS: list[RecordBase] = [
     QA(question="Where?", answer="In Rome", paraphrased_answers=("Rome it is",),
@@ -93,17 +104,16 @@ def test_the_card_says_what_a_reader_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_described_and_come_back_from_their_spec(name: str) -> None:
-    metric = build("metric", name)
-    assert isinstance(metric, ItemMetric | SummaryMetric)
+    metric = made(name)
     assert build("metric", metric.spec()) == metric
     assert metric.spec()["name"] == name
     with pytest.raises(RecipeError, match="unknown option 'surely_unknown'"):
-        build("metric", {"name": name, "surely_unknown": 1})
+        build("metric", {**metric.spec(), "surely_unknown": 1})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_summaries_read_item_metrics_only(name: str) -> None:
-    metric = build("metric", name)
+    metric = made(name)
     if not isinstance(metric, SummaryMetric):
         assert isinstance(metric, ItemMetric)
         return
@@ -114,7 +124,7 @@ def test_summaries_read_item_metrics_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> None:
-    metric = build("metric", name)
+    metric = made(name)
     values = evaluate(Fake(), {"forget": RECORDS, "retain": RECORDS[1:]}, [metric])
     assert not values.skipped
     for used, by_split in values.items.items():
@@ -124,7 +134,10 @@ def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> N
             assert all(item.reason for item in items if item.value is None)
             open_ended = any(word in str(card_range(used)) for word in ("inf", "1e10"))
             signed = "-inf" in str(card_range(used))
-            assert all((value >= 0 or signed) and (value <= 1 or open_ended) for value in valued)
+            highest = 10 if card_range(used) == "[0, 10]" else 1
+            assert all(
+                (value >= 0 or signed) and (value <= highest or open_ended) for value in valued
+            )
             mean = values.means[used][split]
             # Items without a value are never averaged.
             assert mean is None if not valued else mean == pytest.approx(np.mean(valued))
@@ -136,7 +149,7 @@ def test_every_kind_of_record_gives_a_value_in_range_or_a_reason(name: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_metric_asks_only_for_its_capability(name: str) -> None:
-    metric = build("metric", name)
+    metric = made(name)
     if isinstance(metric, SummaryMetric):
         needed = {build("metric", used).card.capability for used in metric.uses()}
         assert metric.card.capability in needed
