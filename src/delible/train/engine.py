@@ -45,6 +45,8 @@ from delible.train.step import Reads, Row
 
 #: Nats by which the retain loss may exceed its start before the run counts as collapsed.
 COLLAPSE_NATS = 5.0
+#: Where forget rows that were weighed anew keep their weights.
+WEIGHTS = "weigh.weights"
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
 
@@ -461,6 +463,7 @@ class _Loop:
 
     def _step(self, step: int, total: int) -> None:
         began = time.perf_counter()
+        self._weigh_anew(step)
         rate = self.training.learning_rate * learning_rate_factor(
             self.training.schedule, step, total, self.training.warmup_steps
         )
@@ -499,6 +502,13 @@ class _Loop:
                 self._collapse(
                     step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}"
                 )
+
+    def _weigh_anew(self, step: int) -> None:
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        weigh = self.trainer.recipe.weigh
+        if epoch and not within and weigh.due(epoch):
+            self.weights = weigh.weights(self.context)
+            self.memory[WEIGHTS] = [self.weights]
 
     def _gradient(self, step: int) -> Passes:
         """The step's gradient; micro-batches are halved until they fit the memory."""
@@ -689,6 +699,8 @@ class _Loop:
             )
         checkpoint.restore(self.folder / "last", self.placement.parameters, self.optimizer)
         self.memory = checkpoint.read_memory(self.folder / "last", self.trainer.lm.device)
+        if WEIGHTS in self.memory:
+            self.weights = self.memory[WEIGHTS][0].cpu()
         self.state = dict(found["balance"])
         self.history, self.first_keep = found["history"], found["first_keep"]
         self.tokens, self.padding = found["tokens"], found["padding"]

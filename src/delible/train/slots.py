@@ -135,6 +135,12 @@ class Weigh(Component):
         """One weight per forget row, with mean 1."""
         raise NotImplementedError
 
+    def due(self, epoch: int) -> bool:
+        """Whether the rows are weighed anew, at the model as it is then, before ``epoch``
+        (from 1; the first epoch is 0).
+        """
+        return False
+
 
 @dataclass
 class Placement:

@@ -5,7 +5,8 @@
 
 An ascent step of size eta on row i raises the mean retain loss by eta a_i (to first order), so
 rows with a large a_i get a small weight. Weights have mean 1: the total pressure stays, it is
-only shared out anew. They are made once and kept.
+only shared out anew. They are made once and kept; ``refresh_every`` (ours) makes them anew
+after so many epochs, at the model as it is then.
 
 Paper: arXiv 2506.10946; no public code. The paper fixes that weights fall with the score, not
 their form: the softmax and its temperature are ours (at 2, two standard deviations on each side
@@ -117,6 +118,13 @@ class Attribution(Weigh):
     layers: tuple[int, ...] = Field(
         (-1,), min_length=1, description="Blocks for space: layers; negative from the end."
     )
+
+    refresh_every: int = Field(
+        0, ge=0, description="Epochs after which the rows are weighed anew; 0: only at the start."
+    )
+
+    def due(self, epoch: int) -> bool:
+        return self.refresh_every > 0 and epoch % self.refresh_every == 0
 
     def weights(self, context: Context) -> Float[Tensor, " rows"]:
         forget, retain = context.rows["forget"], self._retain(context)
