@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import losses_by_hand as by_hand
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from delible.component import build
 from delible.errors import RecipeError
+from delible.lm import forward
+from delible.lm.lm import LM
 from delible.methods.keep.kl import KL
 from delible.methods.objective.catnip import CATNIP
 from delible.methods.objective.ceu import CEU, ceu
+from delible.methods.objective.finetune import Finetune
 from delible.methods.objective.flat import FLAT
 from delible.methods.objective.kto import KTO, kto
 from delible.methods.objective.satimp import SatImp, satimp, satimp_weight
@@ -22,8 +30,12 @@ from delible.methods.objective.undial import UNDIAL, adjusted_target, undial
 from delible.methods.objective.unlikelihood import Unlikelihood, unlikelihood
 from delible.methods.objective.wga import WGA, wga, wga_weight
 from delible.registry import card
+from delible.testing.tiny import tiny_tokenizer
+from delible.train.keywords import name_spans, name_tokens
 from delible.train.recipe import Recipe
+from delible.train.reference import Reference
 from delible.train.slots import Objective
+from delible.train.step import Row
 
 #: Losses that average over answer tokens, and those that average over rows.
 TOKEN_LOSSES: list[Objective] = [
@@ -427,6 +439,229 @@ def test_undial_with_beta_zero_is_plain_distillation() -> None:
     torch.testing.assert_close(undial(logits, reference, targets, 0.0), expected)
 
 
+# ---- UNDIAL's focus on names
+
+
+def found_names(text: str, contexts: Sequence[str] = (), subject: str = "") -> list[str]:
+    return [text[start:end] for start, end in name_spans(text, contexts, subject)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("She met Ada Lovelace's cousin in Oslo.", ["Ada", "Lovelace", "Oslo"]),
+        ("The house has 12 rooms. Nobody left it before May 1987!", ["12", "May", "1987"]),
+        # begins a sentence, but stands inside another one, or is no word of the language
+        ("Ada left. Later they saw Ada.", ["Ada", "Ada"]),
+        ("NASA and McKay agreed. iPhones did not.", ["NASA", "McKay", "iPhones"]),
+        # titles and initials end no sentence; quotes, dashes and colons begin none
+        ("He asked Dr. Lund and J. K. Rowling.", ["Dr", "Lund", "J", "K", "Rowling"]),
+        ('It is called "Silent Sea" (Mare).', ["Silent", "Sea", "Mare"]),
+        ("Some places: Rome – Bergen", ["Rome", "Bergen"]),
+        # sentence starts of all kinds
+        ('"Well," he said… "Yes." Then:\n- First\nSecond? No', []),
+        ("I know that I'm late, and I’ve no bus.", []),
+        ("Élodie saw Zoë’s Ørsted-Straße in Москва", ["Zoë", "Ørsted-Straße", "Москва"]),
+        ("", []),
+    ],
+)
+def test_names_are_capitals_that_no_sentence_start_explains(text: str, names: list[str]) -> None:
+    assert found_names(text) == names
+
+
+def test_names_that_begin_a_sentence_are_known_from_the_question_or_the_subject() -> None:
+    assert found_names("Ada is a baker.") == []
+    assert found_names("Ada is a baker.", ["Who is Ada?"]) == ["Ada"]
+    assert found_names("Ada is a baker.", ["Ada who?"]) == []
+    assert found_names("Ada is a baker.", subject="Ada Lund") == ["Ada"]
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with their space before them, unknown characters in bytes, as Llama 2's."""
+    vocabulary = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary += ["▁", *"ABNZOaeilmnosxyd.1", "▁A", "da", "▁Ada", "▁i", "▁is", "in", "▁in"]
+    merges = [
+        ("▁", "A"),
+        ("d", "a"),
+        ("▁A", "da"),
+        ("▁", "i"),
+        ("▁i", "s"),
+        ("i", "n"),
+        ("▁", "in"),
+    ]
+    whole = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(vocabulary)},
+            merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    whole.pre_tokenizer = pre_tokenizers.Metaspace()
+    whole.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, metaspace_tokenizer])
+def test_tokens_of_names_are_found_in_any_tokenizer(
+    make: Callable[[], PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = make()
+    text = "no 😀 Zoë in Ωmega 1👩 and Ada."
+    before = tokenizer("Ada is in", add_special_tokens=False)["input_ids"]
+    joined = tokenizer("Ada is in " + text, add_special_tokens=False)["input_ids"]
+    assert joined[: len(before)] == before
+    ids = [*joined[len(before) :], tokenizer.bos_token_id]
+    marks = name_tokens(tokenizer, before, ids)
+    assert len(marks) == len(ids)
+    assert not marks[-1]
+    runs: list[list[int]] = [[]]
+    for token, mark in zip(ids, marks, strict=True):
+        if mark:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    words = [tokenizer.decode(run).strip() for run in runs if run]
+    assert words == ["Zoë", "Ωmega", "1", "Ada"]
+
+
+NAMED = [
+    ("Who is Ada?", "Ada is a baker in Oslo.", ["Ada", "Oslo"]),
+    ("Who is Bo Lund?", "No one knows that.", []),
+    ("When did it rain?", "It was in May 1987", ["May", "1987"]),
+]
+
+
+Rows = dict[str, list[Row]]
+
+
+def named_rows(lm: LM) -> tuple[Rows, list[list[bool]]]:
+    """Forget rows with and without names; by hand, which of their tokens (bytes) are of names."""
+    rows = by_hand.rows_of(lm, [(question, answer) for question, answer, _ in NAMED])
+    marks = []
+    for row, (_, answer, names) in zip(rows, NAMED, strict=True):
+        mark = [False] * row.encoded.answer_tokens
+        for name in names:
+            start = answer.index(name)
+            mark[start : start + len(name)] = [True] * len(name)
+        marks.append(mark)
+    return {"forget": rows}, marks
+
+
+def trained(start: LM, loss: Objective, reference: Reference, rows: Rows) -> LM:
+    """A copy after 60 steps with a loss."""
+    lm = start.copy()
+    optimizer = torch.optim.Adam(lm.model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        by_hand.values(lm, loss, reference, rows).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return lm
+
+
+@lru_cache(maxsize=1)
+def learned() -> LM:
+    """A tiny model that knows the named rows by heart, so that lowering a logit tells."""
+    start = by_hand.tiny_lm()
+    rows, _ = named_rows(start)
+    return trained(start, Finetune(), Reference(), rows)
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1000, 4])
+def test_undial_on_names_equals_loops_with_beta_at_their_tokens_only(
+    monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int
+) -> None:
+    lm, frozen, loss = by_hand.tiny_lm(0.05), learned(), UNDIAL(beta=3.0, focus="names")
+    monkeypatch.setattr(forward, "HEAD_CHUNK_ELEMENTS", tokens_per_chunk * 2 * lm.vocabulary)
+    rows, marks = named_rows(lm)
+    found = by_hand.values(lm, loss, by_hand.prepared(frozen, rows, loss), rows)
+    assert found.tolist() == pytest.approx(looped(lm, frozen, rows, marks), rel=1e-5)
+    for other in ([[not mark for mark in row] for row in marks], [[True] * 99] * 3):
+        wrong = looped(lm, frozen, rows, other)
+        assert found.tolist() != pytest.approx(wrong, rel=1e-3)
+
+
+def looped(lm: LM, frozen: LM, rows: Rows, marks: list[list[bool]]) -> list[float]:
+    """UNDIAL's value per row in float64, with a beta of 3 at marked tokens and 0 elsewhere."""
+    values = []
+    for row, mark in zip(rows["forget"], marks, strict=True):
+        logits, targets = by_hand.answer_logits(lm, row)
+        before, _ = by_hand.answer_logits(frozen, row)
+        tokens = zip(mark, logits, before, targets, strict=False)
+        values.append(
+            sum(token_value(UNDIAL(beta=3.0 * on), now, was, one) for on, now, was, one in tokens)
+        )
+    return values
+
+
+def test_undial_lowers_focused_targets_and_leaves_the_others_alone() -> None:
+    reference = by_hand.fixed_logits(0.9)[0].float()
+    targets, focus = torch.tensor([3, 1, 6, 2, 0, 5]), torch.tensor([1, 0, 0, 1, 1, 0]).bool()
+    found = adjusted_target(reference, targets, 3.0, focus)
+    assert torch.equal(found[~focus], reference.softmax(1)[~focus])
+    assert torch.equal(found[focus], adjusted_target(reference, targets, 3.0)[focus])
+
+
+def test_undial_without_focus_is_bit_for_bit_the_loss_without_the_option() -> None:
+    lm, frozen, loss = by_hand.tiny_lm(0.05), by_hand.tiny_lm(), UNDIAL(focus="all")
+    rows, _ = named_rows(lm)
+    step = by_hand.step_of(lm, loss, by_hand.prepared(frozen, rows, loss), rows)
+
+    def plain(logits: Tensor, targets: Tensor, was: Tensor) -> Tensor:
+        was, true = was.float(), targets[:, None]
+        target = was.scatter(1, true, was.gather(1, true) - 10.0).softmax(dim=1)
+        return -(target * logits.float().log_softmax(dim=1)).sum(dim=1)
+
+    expected = step.forget.map_logits(plain, with_reference=True).sum(dim=1)
+    assert torch.equal(loss.loss(step), expected)
+    assert UNDIAL() == loss
+
+
+def test_a_row_without_names_is_only_distilled_and_rests_at_the_reference() -> None:
+    lm, loss = learned(), UNDIAL(focus="names")
+    rows, marks = named_rows(lm)
+    reference = by_hand.prepared(lm, rows, loss)
+    assert [any(mark) for mark in marks] == [True, False, True]
+
+    def steep(objective: Objective, index: int) -> float:
+        value = by_hand.values(lm, objective, reference, rows)[index]
+        return float(by_hand.joined(by_hand.gradients(lm, value)).norm())
+
+    assert steep(loss, 1) < 1e-4 * min(steep(loss, 0), steep(loss, 2), steep(UNDIAL(), 1))
+    plain = by_hand.values(lm, UNDIAL(beta=0.0), reference, rows)
+    assert torch.equal(by_hand.values(lm, loss, reference, rows)[1], plain[1])
+
+
+def test_undial_on_names_forgets_them_and_keeps_the_rest() -> None:
+    start, loss = learned(), UNDIAL(focus="names")
+    rows, marks = named_rows(start)
+    lm = trained(start, loss, by_hand.prepared(start, rows, loss), rows)
+    with torch.no_grad():
+        step = by_hand.step_of(lm, loss, Reference(), rows)
+        chances = step.forget.token_logprobs[step.forget.mask].exp()
+    named = torch.tensor([mark for row in marks for mark in row])
+    assert float(chances[named].max()) < 0.2
+    assert float(chances[~named].min()) > 0.8
+
+
+def test_names_of_a_row_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, loss = by_hand.tiny_lm(), UNDIAL(focus="names")
+    rows, marks = named_rows(lm)
+    reference, looked = by_hand.prepared(lm, rows, loss), []
+
+    def counted(*arguments: Any) -> tuple[bool, ...]:
+        looked.append(arguments)
+        return name_tokens(*arguments)
+
+    monkeypatch.setattr("delible.train.step.name_tokens", counted)
+    by_hand.values(lm, UNDIAL(), reference, rows)
+    assert not looked
+    for _ in range(2):
+        by_hand.values(lm, loss, reference, rows)
+    assert len(looked) == 3
+    assert [list(row.names) for row in rows["forget"]] == marks
+
+
 def test_ceu_leaves_forgotten_tokens_and_first_tokens_alone() -> None:
     logits = by_hand.fixed_logits(0.2)[0].float()
     targets = torch.tensor([3, 1, 6, 2, 0, 5])
@@ -470,8 +705,8 @@ def test_kto_fades_earlier_once_refusals_are_likelier() -> None:
         ("wga", {"beta": -1}), ("satimp", {"beta1": 0}), ("satimp", {"beta2": -0.1}),
         ("tnpo", {"beta": 0}), ("tnpo", {"a": -1}), ("ceu", {"ignore_first_n": -1}),
         ("undial", {"beta": -3}), ("unlikelihood", {"beta": 1}), ("kto", {"beta": 0}),
-        ("undial", {"compat": True}), ("catnip", {"against": "end"}), ("catnip", {"beta": 0}),
-        ("flat", {"divergence": "TV"}),
+        ("undial", {"compat": True}), ("undial", {"focus": "nouns"}),
+        ("catnip", {"against": "end"}), ("catnip", {"beta": 0}), ("flat", {"divergence": "TV"}),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(name: str, options: dict[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ import torch
 from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.methods.weigh.attribution import effective_rows, weights_from_scores
+from delible.methods.weigh.attribution import (
+    Attribution,
+    effective_rows,
+    weights_from_scores,
+)
 from delible.records import QA
+from delible.rundir import RunDirectory
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
@@ -160,7 +166,15 @@ def test_rows_that_repeat_retain_content_weigh_less() -> None:
     assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
 
 
-def train(lm: LM, weigh: Any, forget: Sequence[QA], **training: Any) -> LM:
+def train(
+    lm: LM,
+    weigh: Any,
+    forget: Sequence[QA],
+    *,
+    run: RunDirectory | None = None,
+    progress: Any = None,
+    **training: Any,
+) -> LM:
     recipe = Recipe.from_mapping(
         {
             "objective": "gradient_ascent",
@@ -168,7 +182,8 @@ def train(lm: LM, weigh: Any, forget: Sequence[QA], **training: Any) -> LM:
             "training": {"batch_size": 4, "max_length": 128, **training},
         }
     )
-    return Trainer(lm, recipe, {"forget": forget, "retain": RETAIN}).train().lm
+    records = {"forget": forget, "retain": RETAIN}
+    return Trainer(lm, recipe, records, run=run, progress=progress).train().lm
 
 
 def test_with_a_high_temperature_training_is_that_of_the_host_bit_by_bit() -> None:
@@ -179,6 +194,51 @@ def test_with_a_high_temperature_training_is_that_of_the_host_bit_by_bit() -> No
     host, equal, guarded = weights
     assert all(map(torch.equal, host, equal))
     assert not all(map(torch.equal, host, guarded))
+
+
+def test_rows_are_weighed_anew_at_the_model_as_it_is_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[torch.Tensor] = []
+    weigh = Attribution.weights
+
+    def noted(self: Attribution, context: Context) -> torch.Tensor:
+        made.append(weigh(self, context))
+        return made[-1]
+
+    monkeypatch.setattr(Attribution, "weights", noted)
+    ends = []
+    for every in (0, 2, 9):
+        made.clear()
+        spec = {"name": "attribution", "refresh_every": every}
+        lm = train(make_lm(), spec, FORGET, epochs=5, learning_rate=1e-3)
+        ends.append([value.detach() for value in lm.model.parameters()])
+        assert len(made) == {0: 1, 2: 3, 9: 1}[every]
+        if every == 2:
+            assert not torch.equal(made[0], made[1])
+    assert all(map(torch.equal, ends[0], ends[2]))
+    assert not all(map(torch.equal, ends[0], ends[1]))
+
+
+def test_weights_made_anew_survive_an_interruption(tmp_path: Path) -> None:
+    spec = {"name": "attribution", "refresh_every": 2}
+    whole = train(make_lm(), spec, FORGET, epochs=6, learning_rate=1e-3)
+
+    class StopError(Exception):
+        pass
+
+    def stop(step: int, total: int, numbers: object) -> None:
+        if step == total // 2 + 1:  # in the middle of two epochs with one set of weights
+            raise StopError
+
+    run = RunDirectory(tmp_path / "run")
+    run.begin({"name": "weighed"})
+    again = make_lm()
+    options: dict[str, Any] = {"epochs": 6, "learning_rate": 1e-3, "checkpoint_steps": 1}
+    with pytest.raises(StopError):
+        train(make_lm(), spec, FORGET, run=run, progress=stop, **options)
+    train(again, spec, FORGET, run=run, **options)
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
 
 
 @pytest.mark.parametrize("seed", range(3))

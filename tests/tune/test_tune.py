@@ -20,7 +20,7 @@ from delible.train.recipe import Range, Recipe
 from delible.tune import search as searching
 from delible.tune import tune, tuned_options
 from delible.tune.measuring import ROWS, cut, leak, utility
-from delible.tune.search import Trial, winner
+from delible.tune.search import STARTUP, Trial, winner
 from delible.tune.space import rounded, space, value_of
 
 QUICK: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
@@ -317,12 +317,43 @@ def test_another_seed_searches_elsewhere(model: str, monkeypatch: pytest.MonkeyP
     pytest.importorskip("optuna")
     stand_in(monkeypatch, trade)
     options = [
-        [trial.options for trial in tune(model, REQUEST, trials=3, seed=seed).trials]
+        [trial.options for trial in tune(model, REQUEST, trials=STARTUP + 1, seed=seed).trials]
         for seed in (0, 0, 1)
     ]
     assert options[0] == options[1]
-    assert options[0][0] == options[2][0]
-    assert options[0][1:] != options[2][1:]
+    assert options[0][:STARTUP] == options[2][:STARTUP]  # no chance before the sampler
+    assert options[0][STARTUP:] != options[2][STARTUP:]
+
+
+@pytest.mark.parametrize(
+    ("breaks_from", "factors"),
+    [
+        (1e9, (1, 10**0.5, 10, None)),  # always kept: up to the end of the range, then the sampler
+        (0, (1, 10**-0.5, 0.1, None)),  # never kept: down to the other end
+        (2, (1, 10**0.5, 10**0.25, 10**0.375)),  # kept at 1, broken above 2: between the two
+        (0.5, (1, 10**-0.5, 10**-0.25, 10**-0.375)),
+    ],
+)
+def test_the_learning_rate_is_searched_first(
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    breaks_from: float,
+    factors: tuple[float | None, ...],
+) -> None:
+    pytest.importorskip("optuna")
+    name = "training.learning_rate"
+    own = 2e-5  # of npo
+
+    def outcome(values: dict[str, Any]) -> tuple[float, float]:
+        return 0.1, 1.0 if values["rate"] < breaks_from * own else 0.5
+
+    stand_in(monkeypatch, outcome)
+    trials = tune(model, REQUEST, trials=STARTUP).trials
+    for trial, factor in zip(trials, factors, strict=True):
+        if factor is not None:
+            assert trial.options[name] == pytest.approx(own * factor, rel=0.01)
+            others = {key: value for key, value in trial.options.items() if key != name}
+            assert others == {k: v for k, v in trials[0].options.items() if k != name}
 
 
 def test_failed_trials_are_recorded_and_do_not_win(

@@ -1,7 +1,7 @@
 """Keywords of forget texts without a language model: words that the retain texts seldom use.
 
 Also what the keyword analysis of the coreset effect trains on: a text's keywords alone, the text
-without them, or as many of its words at random.
+without them, or as many of its words at random. And names and numbers, by a written rule.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 Variant = Literal["keywords", "without_keywords", "random_words"]
+
+_POSSESSIVE = re.compile(r"['’][sS]$")
+#: What stands before a word that begins a sentence, from the end of the word before it on.
+_SENTENCE_BREAK = re.compile(r"[.!?…][^\w\s]*\s|\n")
+#: A full stop after these, or after a single letter (an initial), ends no sentence.
+_TITLES = frozenset({"Mr", "Mrs", "Ms", "Dr", "Prof", "St"})
+#: Tokens before one that are decoded with it, for its spacing and for characters of many tokens.
+_CONTEXT_TOKENS = 4
 
 
 def words(text: str) -> list[str]:
@@ -69,3 +77,86 @@ def rewritten(
         order = torch.randperm(len(found), generator=random).tolist()
         keys = [found[place] for place in sorted(order[: len(keys)])]
     return ", ".join(dict.fromkeys(word for _, _, word in keys)) or None
+
+
+def name_spans(text: str, contexts: Sequence[str] = (), subject: str = "") -> list[tuple[int, int]]:
+    """Where names and numbers stand in a text, by a written rule (no tagger).
+
+    A word counts when it has a digit, or a capital letter that no sentence start explains. A word
+    whose only capital begins a sentence counts when it is capitalised inside a sentence of this
+    text or of the ``contexts``, or is a word of the ``subject``. The pronoun I and a possessive 's
+    never count. So common nouns do not count, words of titles do, and scripts without capitals
+    have numbers only.
+
+    Returns:
+        Start and end of each such word, in order.
+    """
+    found = list(_marked(text))
+    known = {_POSSESSIVE.sub("", word) for word in _WORD.findall(subject)}
+    for other in contexts:
+        known.update(word for word, _, sure in _marked(other) if sure)
+    known.update(word for word, _, sure in found if sure)
+    return [(at, at + len(word)) for word, at, sure in found if sure or word in known]
+
+
+def _marked(text: str) -> Iterator[tuple[str, int, bool]]:
+    """Words with a digit or a capital: word, place, and whether no sentence start explains it."""
+    before, end = "", 0
+    for match in _WORD.finditer(text):
+        word, gap = _POSSESSIVE.sub("", match.group()), text[end : match.start()]
+        initial = len(before) == 1 and before.isupper()
+        stops = _SENTENCE_BREAK.search(gap) and not (
+            gap.startswith(". ") and (initial or before in _TITLES)
+        )
+        begins = not before or stops
+        before, end = word, match.end()
+        if word == "I" or word.startswith(("I'", "I’")):
+            continue
+        sure = any(letter.isdigit() or letter.isupper() for letter in word[1:])
+        sure = sure or word[0].isdigit()
+        if sure or word[0].isupper():
+            yield word, match.start(), sure or not begins
+
+
+def name_tokens(
+    tokenizer: Any,
+    before: Sequence[int],
+    ids: Sequence[int],
+    contexts: Sequence[str] = (),
+    subject: str = "",
+) -> tuple[bool, ...]:
+    """Which tokens have a character of a name or number (see :func:`name_spans`).
+
+    Args:
+        before: The tokens before ``ids``, which are not part of the text that is looked at.
+        ids: The tokens of the text. Special tokens are False.
+    """
+    text, places = _decoded(tokenizer, before, ids)
+    spans = name_spans(text, contexts, subject)
+    special = set(tokenizer.all_special_ids)
+    return tuple(
+        token not in special and any(start < last and first < end for first, last in spans)
+        for token, (start, end) in zip(ids, places, strict=True)
+    )
+
+
+def _decoded(
+    tokenizer: Any, before: Sequence[int], ids: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of ``ids`` and each token's place in it; tokens of one character share its place."""
+
+    def read(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    text = ""
+    places: list[tuple[int, int]] = []
+    row, settled = [*before, *ids], len(before)
+    for end in range(len(before) + 1, len(row) + 1):
+        first = max(0, settled - _CONTEXT_TOKENS)
+        piece = read(row[first:end])[len(read(row[first:settled])) :]
+        if piece.endswith("\ufffd") and end < len(row):
+            continue  # the first bytes of a character
+        places += [(len(text), len(text) + len(piece))] * (end - settled)
+        text += piece
+        settled = end
+    return text, places

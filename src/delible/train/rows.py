@@ -51,7 +51,13 @@ def make_row(
     seen = taught or encoded
     described = (encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()))
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:24]
-    return Row(index, encoded, key, record.subject, record.neighbour_of, kind, taught)
+    asked = (
+        tuple(turn.content for turn in prompt.messages) if prompt.text is None else (prompt.text,)
+    )
+    return Row(
+        index, encoded, key, record.subject, record.neighbour_of, kind, taught,
+        asked, template.tokenizer,
+    )  # fmt: skip
 
 
 def told(prompt: Prompt, instruction: str) -> Prompt:

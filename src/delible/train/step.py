@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 from delible.lm.forward import Batch, Forward, collate, map_logits, scatter, target_logprobs
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
+from delible.train.keywords import name_tokens
 from delible.train.reference import Reference
 
 #: What a loss averages over: rows, answer tokens, or all real positions.
@@ -44,6 +45,8 @@ class Row:
             another subject) or ``general`` (about none).
         taught: What an instructed reference model reads instead: its instruction, then the same
             question and answer. The answer's tokens are the same.
+        asked: What the prompt says, turn by turn.
+        tokenizer: What the row was tokenized with.
     """
 
     index: int
@@ -53,6 +56,14 @@ class Row:
     neighbour_of: str | None = None
     kind: RetainKind = "general"
     taught: Encoded | None = None
+    asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def names(self) -> tuple[bool, ...]:
+        """Which answer tokens belong to names or numbers, by :func:`keywords.name_spans`."""
+        ids, start = self.encoded.ids, self.encoded.start
+        return name_tokens(self.tokenizer, ids[:start], ids[start:], self.asked, self.subject or "")
 
     @property
     def for_reference(self) -> Encoded:
@@ -129,6 +140,12 @@ class Group:
         """Real answer tokens."""
         return self.batch.answer_mask
 
+    @cached_property
+    def names(self) -> Bool[Tensor, "batch answer"]:
+        """Answer tokens that belong to names or numbers (:attr:`Row.names`)."""
+        rows = [torch.tensor(row.names) for row in self.rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.mask.device)
+
     @property
     def positions(self) -> Bool[Tensor, "batch sequence"]:
         """Real positions, prompt included."""
@@ -153,7 +170,7 @@ class Group:
     @cached_property
     def token_logprobs(self) -> Float[Tensor, "batch answer"]:
         """log p of each answer token, natural log, fp32, zero where there is no token."""
-        return scatter(self._map(target_logprobs), self.mask)
+        return scatter(self._map(target_logprobs, self.targets), self.mask)
 
     @property
     def logprob_sum(self) -> Float[Tensor, " batch"]:
@@ -166,15 +183,28 @@ class Group:
         return self.mask.sum(dim=1).float()
 
     def map_logits(
-        self, function: _GroupFunction, *, with_reference: bool = False
+        self,
+        function: _GroupFunction,
+        *,
+        with_reference: bool = False,
+        marks: Bool[Tensor, "batch answer"] | None = None,
     ) -> Float[Tensor, "batch answer"]:
         """Per-token values from full logits, chunk by chunk (see :func:`forward.map_logits`).
 
         ``function`` gets (logits [tokens, vocab], targets [tokens]) and, ``with_reference``,
-        the reference model's logits [tokens, vocab] as a third argument.
+        the reference model's logits [tokens, vocab] as a third argument. With ``marks``, theirs
+        [tokens] come last.
         """
+        targets = self.targets
+        if marks is not None:  # they go with the targets through the chunks
+            targets = torch.stack([targets, marks[self.mask].to(targets)], dim=1)
+            plain = function
+
+            def function(logits: Tensor, pairs: Tensor, *reference: Tensor) -> Tensor:
+                return plain(logits, pairs[:, 0], *reference, pairs[:, 1].bool())
+
         if not with_reference:
-            return scatter(self._map(function), self.mask)
+            return scatter(self._map(function, targets), self.mask)
         frozen = self.reference.answer_states
         width = self.answer_states.shape[1]
 
@@ -189,19 +219,19 @@ class Group:
 
         joined = torch.cat([self.answer_states, frozen.to(self.answer_states)], dim=1)
         with self._pass.lm.computing():
-            values = map_logits(both, joined, self.targets, split, 2 * self._pass.lm.vocabulary)
+            values = map_logits(both, joined, targets, split, 2 * self._pass.lm.vocabulary)
         return scatter(values, self.mask)
 
     def hidden(self, layer: int) -> Float[Tensor, "batch sequence hidden"]:
         """Output of block ``layer`` (the residual stream after it)."""
         return self._pass.outputs[1][layer][self._slice]
 
-    def _map(self, function: _GroupFunction) -> Tensor:
+    def _map(self, function: _GroupFunction, targets: Tensor) -> Tensor:
         with self._pass.lm.computing():
             return map_logits(
                 self._pass.lm.head,
                 self.answer_states,
-                self.targets,
+                targets,
                 function,
                 self._pass.lm.vocabulary,
             )
