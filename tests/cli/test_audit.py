@@ -82,6 +82,21 @@ def test_what_is_handed_on_and_shown(run: Any, audits: Any) -> None:
     assert "removed" not in done.out.lower()
 
 
+def test_metrics_and_attacks_take_options(run: Any, audits: Any) -> None:
+    words = ["audit", "m", "--forget", "forget.jsonl"]
+    judged, bits = "{name: unlearning_quality, judge: default}", "{name: quantize, bits: 8}"
+    asked = ["--metrics", judged, "--metrics", "truth_ratio", "--attacks", bits]
+    assert run(*words, *asked).code == 0
+    ((_, _, options),) = audits
+    judge = {"name": "unlearning_quality", "judge": "default"}
+    assert options["metrics"] == [judge, "truth_ratio"]
+    assert options["attacks"] == [{"name": "quantize", "bits": 8}]
+    refused = run(*words, "--metrics", "unlearning_quality")
+    assert refused.code == 2
+    assert "judge" in refused.err
+    assert len(audits) == 1
+
+
 def test_a_run_directory_brings_its_data_and_its_start(run: Any, here: Path, audits: Any) -> None:
     folder = here / "mine"
     (folder / "data").mkdir(parents=True)

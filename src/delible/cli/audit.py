@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from delible.cli import flags, output
-from delible.cli.unlearn import read_request
+from delible.cli.unlearn import components, read_request
 from delible.errors import (
     EXIT_DONE,
     EXIT_THRESHOLD_FAILED,
@@ -26,6 +26,7 @@ from delible.errors import (
 
 if TYPE_CHECKING:
     from delible.audit.result import AuditResult, Measurement
+    from delible.cards import Kind
 
 
 SPLITS = ("forget", "retain", "neighbours", "holdout")
@@ -98,9 +99,11 @@ def audit(
     reference
         The model retrained without the forget records. Without it the verdict says less.
     metrics
-        Names of metrics, separated by commas ('delible list metrics'). Default: all that fit.
+        Names of metrics, separated by commas ('delible list metrics'); with options as
+        '{name: unlearning_quality, judge: default}'. Default: all that fit.
     attacks
-        Names of attacks, separated by commas ('delible list attacks'), or none. Default: all.
+        Names of attacks, separated by commas ('delible list attacks'), or none; with options as
+        '{name: quantize, bits: 4}'. Default: all.
     guard
         Put this guard before the model ('delible list guards').
     max_forget_probability
@@ -115,8 +118,8 @@ def audit(
     seed
         Of every random choice.
     """
-    asked_metrics = _names(metrics, "metric")
-    asked_attacks = _names(attacks, "attack")
+    asked_metrics = _components(metrics, "metric")
+    asked_attacks = _components(attacks, "attack")
     thresholds = [
         *_shorthand("forget.answer_probability>", max_forget_probability),
         *_shorthand("retain.answer_probability<", min_retain_probability),
@@ -167,18 +170,18 @@ def audit(
         return _judge(reporter, result, thresholds)
 
 
-def _names(given: Sequence[str] | None, kind: Any) -> list[str] | None:
-    """Names of components, checked before any work; ``none`` is an empty list."""
+def _components(given: Sequence[str] | None, kind: Kind) -> list[Any] | None:
+    """Components by name or mapping, checked before any work; ``none`` is an empty list."""
     if given is None:
         return None
-    from delible import registry
+    from delible.component import build
 
-    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
-    if names == ["none"]:
+    found = components(given)
+    if found == ["none"]:
         return []
-    for name in names:
-        registry.card(kind, name)
-    return names
+    for one in found:
+        build(kind, one)
+    return found
 
 
 def _of_run(run: Path, before: str | None, told: bool) -> tuple[dict[str, str], str | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from delible.cli import flags, output
-from delible.cli.unlearn import component, option_name, option_value
+from delible.cli.unlearn import components, names_in, option_name, option_value
 from delible.errors import EXIT_DONE, RecipeError, nearest
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def bench(
     chosen = kind.build(f"benchmark '{suite}'", **{
         key: _listed(kind.model_fields[key].annotation, value) for key, value in given.items()
     })  # fmt: skip
-    names = _names(methods)
+    names = names_in(methods)
     from delible.bench.suite import Experiment
 
     with output.Reporter() as reporter:
         if isinstance(chosen, Experiment):
             return _experiment(reporter, chosen, names, model, seeds, data, out)
         return _benchmark(
-            reporter, chosen, names, model, seeds, data, _attacks(attacks), tune, jobs, ray,
+            reporter, chosen, names, model, seeds, data, components(attacks), tune, jobs, ray,
             prepare, keep_models, out,
         )  # fmt: skip
 
@@ -166,19 +166,6 @@ def _experiment(
     page = write_findings(folder, experiment, found, described)
     reporter.field("page", str(page.resolve()))
     return EXIT_DONE
-
-
-def _names(given: Sequence[str] | None) -> list[str]:
-    return [name.strip() for text in given or () for name in text.split(",") if name.strip()]
-
-
-def _attacks(given: Sequence[str] | None) -> list[Any]:
-    """Names separated by commas, and mappings whole."""
-    found: list[Any] = []
-    for text in given or ():
-        mapping = text.lstrip().startswith("{")
-        found += [component(text)] if mapping else _names([text])
-    return found
 
 
 def _listed(annotation: Any, value: Any) -> Any:

@@ -307,6 +307,19 @@ def component(text: str) -> Any:
     return value if isinstance(value, dict) else text
 
 
+def names_in(given: Sequence[str] | None) -> list[str]:
+    """Names separated by commas, of a flag that may be repeated."""
+    return [name.strip() for text in given or () for name in text.split(",") if name.strip()]
+
+
+def components(given: Sequence[str] | None) -> list[Any]:
+    """Components of a flag that may be repeated: names separated by commas, or a mapping each."""
+    found: list[Any] = []
+    for text in given or ():
+        found += [component(text)] if text.lstrip().startswith("{") else names_in([text])
+    return found
+
+
 def _check_options(base: Recipe | Editor, given: Mapping[str, Any]) -> None:
     """Offers the nearest flag, whether it is the method's or the command's."""
     from inspect import signature
