@@ -19,7 +19,6 @@ options that were found there; learning rates are scaled by the ratio of the two
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +139,26 @@ def holds(claim: Claim, mine: Number, theirs: Number) -> str:
     return "shows" if better > 0 else "**does not show**"
 
 
+def earned(found: Mapping[str, Any]) -> list[str]:
+    """The methods of a JSON file's content that earn the badge *effect*."""
+    benchmark = build("benchmark", found["benchmark"])
+    assert isinstance(benchmark, Benchmark)
+    rows = {row.method: row for row in tabulate(benchmark, found["cells"]).rows}
+    original, reference = rows[ORIGINAL], rows[REFERENCE]
+    return [
+        name
+        for name, row in rows.items()
+        if name not in (ORIGINAL, REFERENCE) and verdict(row, original, reference)[0]
+    ]
+
+
 # ---- the page
 
 
-def page(title: str, described: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
-    benchmark = build("benchmark", described["benchmark"])
+def page(found: Mapping[str, Any]) -> str:
+    """The Markdown page of a JSON file's content."""
+    cells = found["cells"]
+    benchmark = build("benchmark", found["benchmark"])
     assert isinstance(benchmark, Benchmark)
     table = tabulate(benchmark, cells)
     by_name = {row.method: row for row in table.rows}
@@ -152,9 +166,24 @@ def page(title: str, described: Mapping[str, Any], cells: Sequence[Mapping[str, 
     first = [REFERENCE, ORIGINAL]
     order = first + sorted(name for name in by_name if name not in first)
     sorted_table = Table(table.columns, tuple(by_name[name] for name in order))
+    machine = found["hardware"]
+    seeds = 1 + max(int(cell["seed"]) for cell in cells)
     parts = [
-        f"# {title}\n",
-        *described["text"],
+        f"# Optimisation-based methods on `world`, model `{found['model']}`\n",
+        f"Benchmark `world` with its defaults, {seeds} seed{'s' if seeds > 1 else ''}, "
+        + (
+            f"a search of {found['tune']} trials for every method, seed by seed the same options.\n"
+            if found["tune"]
+            else "with the options that a search found for another model (see below).\n"
+        ),
+        f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
+        f"thread(s) per process, {machine['accelerator'] or 'no accelerator'}. *Seconds* are those "
+        "of unlearning, without the search; *peak memory* is that of the whole process, which has "
+        "run other methods before.\n",
+        "Means over seeds, with half the width of the 95 % interval where there are several. "
+        "After an attack, records are asked that the attack did not train on; *recovered* is the "
+        "difference to the same records before it. Made by `benchmarks/effects.py`, whose head "
+        "has the commands.\n",
         as_markdown(sorted_table),
         "## Who shows an effect\n",
         f"The badge *effect* is for a method whose mean forget probability is at least "
@@ -244,24 +273,12 @@ def main() -> None:
     if numbers.exists():
         there = {cell["method"] for cell in cells}
         cells += [cell for cell in read_json(numbers)["cells"] if cell["method"] not in there]
-    kept = {
+    found = {
         **{key: described[key] for key in ("benchmark", "model", "tune", "versions", "hardware")},
         "cells": sorted(cells, key=lambda cell: (cell["method"], cell["seed"])),
     }
-    write_json(numbers, kept)
-    seeds = 1 + max(int(cell["seed"]) for cell in cells)
-    hardware = described["hardware"]
-    text = [
-        f"Model `{described['model']}`, benchmark `world` with its defaults, {seeds} seed(s), "
-        f"searches of {described['tune']} trials per method (kept options: see below).",
-        f"Measured on: {json.dumps(hardware)}. *Seconds* are those of unlearning, without the "
-        "search; *peak memory* is that of the whole process.\n",
-        "Values are means over seeds with half the width of the 95 % interval. After an attack, "
-        "the records that the attack did not train on are asked. Made by "
-        "`benchmarks/effects.py`, whose head has the commands.\n",
-    ]
-    title = f"Optimisation-based methods on `world`, model `{described['model']}`"
-    given.page.write_text(page(title, {**kept, "text": text}, kept["cells"]), encoding="utf-8")
+    write_json(numbers, found)
+    given.page.write_text(page(found), encoding="utf-8")
     print(given.page)
 
 

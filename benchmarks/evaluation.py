@@ -22,18 +22,23 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from common import forget_peak, peak_gib, write_between
+from torch import Tensor
 
 from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
+from delible.lm.forward import TokenFunction
 from delible.lm.lm import LM
+from delible.lm.template import Encoded
+from delible.lm.tree import Prefix, Tree
 from delible.measure.asking import ask
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
@@ -342,7 +347,35 @@ class Counting(Straight):
         return [Tokens(one, one > 0, one) for _ in rows]
 
 
-def computed_positions(lm: LM, splits: Splits) -> int:
+class Weightless(LM):
+    """Counts the positions that would be computed on our side, padding included."""
+
+    positions = 0
+
+    def _by_length(
+        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
+        for indices in self.batches(order, [len(row.ids) for row in rows]):
+            self.positions += len(indices) * len(rows[indices[0]].ids)
+            yield indices, torch.zeros(sum(rows[index].answer_tokens for index in indices), 4)
+
+    def _by_prompt(
+        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        prefixes: set[int] = set()
+
+        def values(lm: LM, prefix: Prefix, trees: Sequence[Tree], _: TokenFunction) -> Tensor:
+            self.positions += len(trees) * max(len(tree.ids) for tree in trees)
+            self.positions += 0 if id(prefix) in prefixes else len(prefix.ids)
+            prefixes.add(id(prefix))
+            return torch.zeros(sum(len(one) for tree in trees for one in tree.targets), 4)
+
+        with mock.patch("delible.lm.lm.tree_values", values):
+            yield from super()._by_prompt(rows, among, function)
+
+
+def computed_positions(model: str, splits: Splits) -> int:
     """Positions that go through the model's body for the teacher-forced work, on our side."""
     requests = [
         request
@@ -351,18 +384,9 @@ def computed_positions(lm: LM, splits: Splits) -> int:
         for record in splits[name]
         for request in one.metric.requests(record, one.metric.prompt(record))  # type: ignore[union-attr,arg-type]
     ]
-    sizes: list[int] = []
-    backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    blocks = lm.core.get_submodule(lm.anatomy.blocks)
-    hook = backbone.register_forward_hook(
-        lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
-        with_kwargs=True,
-    )
-    for block in blocks[1:]:  # the count needs no values, only a cache that grows
-        block.mlp.forward = lambda states: states
-    measure(lm, requests)
-    hook.remove()
-    return sum(sizes)
+    counting = Weightless.load(model)
+    measure(counting, requests)
+    return counting.positions
 
 
 def counted(arguments: argparse.Namespace) -> str:
@@ -372,7 +396,7 @@ def counted(arguments: argparse.Namespace) -> str:
         lm, splits = load(argparse.Namespace(**{**vars(arguments), "split": split, "rows": None}))
         straight = Counting(lm)
         straight.run("teacher-forced", splits)
-        ours = computed_positions(lm, splits)
+        ours = computed_positions(arguments.model, splits)
         lines.append(
             f"{split}: {straight.positions:,} positions straightforward, {ours:,} here, "
             f"{straight.positions / ours:.1f}x"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, REFERENCE, bench, method_names
@@ -55,10 +56,24 @@ def test_every_row_is_there_and_measured(finished: runner.BenchResult) -> None:
     attacked = [column.key for column in finished.table.columns if "attack" in column.key]
     assert attacked
     assert all(rows["gradient_ascent"].numbers[key].mean is not None for key in attacked)
+    ((recovered,),) = [[key for key in attacked if key.endswith("/recovered")]]
+    after = recovered.replace("/recovered", "/answer_probability")
+    for cell in finished.cells:  # quantization trains on no rows, so all are asked again
+        if recovered in cell["numbers"]:
+            numbers = cell["numbers"]
+            apart = numbers[after] - numbers["answer_probability/forget"]
+            assert numbers[recovered] == pytest.approx(apart, abs=1e-6)
     # behind a guard there are no scores, and no weights to attack
     assert rows["target_detector"].numbers["answer_probability/forget"].mean is None
     assert rows["target_detector"].numbers["rouge_l_recall/forget"].mean is not None
     assert rows["target_detector"].failed is None
+
+
+def test_all_methods_have_their_first_run_before_any_has_its_second(
+    finished: runner.BenchResult,
+) -> None:
+    seeds = [cell["seed"] for cell in finished.cells]
+    assert seeds == sorted(seeds)
 
 
 def test_the_reference_is_what_methods_are_compared_with(finished: runner.BenchResult) -> None:
@@ -138,6 +153,16 @@ def test_chains_run_here_and_in_processes(jobs: int) -> None:
     chains = [[{"value": 1}, {"value": 2}], [{"value": 3}]]
     found = sorted(map(json.dumps, spread(twice, chains, jobs=jobs)))
     assert found == ['[{"value": 2}, {"value": 4}]', '[{"value": 6}]']
+
+
+def threads(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {"threads": torch.get_num_threads()}
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what each process would take
+    ((found,),) = spread(threads, [[{}]], jobs=2)
+    assert found == {"threads": 1}
 
 
 def test_ray_gets_the_same_manifests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,9 @@ def methods() -> str:
         "# Methods and components\n",
         "`delible show NAME` tells the options of each and their defaults. Badges are earned by "
         "tests: *parity* with numbers derived by brute force or from the authors' code, *effect* "
-        "shown end to end, *variant* where it differs from the paper on purpose.\n",
+        "where a sweep of all methods with equal budgets shows that it forgets and keeps "
+        "([results](results/optimisation-tiny.md)), *variant* where it differs from the paper on "
+        "purpose.\n",
     ]
     for title, kinds in TABLES:
         cards = registry.cards(*kinds)  # type: ignore[arg-type]
