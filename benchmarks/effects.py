@@ -94,12 +94,20 @@ CLAIMS = (
 # ---- numbers of one table
 
 
-def slim(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Cells without the values of single records."""
-    kept = ("task", "method", "seed", "model", "numbers", "seconds", "peak_bytes", "notes")
+def slim(benchmark: Benchmark, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cells with the numbers of the table alone, to six digits."""
+    kept = ("task", "method", "seed", "model", "seconds", "peak_bytes", "notes", "failed")
+    keys = [column.key for column in tabulate(benchmark, cells).columns]
     return [
-        {key: cell[key] for key in (*kept, "failed") if key in cell}
-        for cell in sorted(cells, key=lambda cell: (str(cell["method"]), int(cell["seed"])))
+        {
+            **{key: cell[key] for key in kept if key in cell},
+            "numbers": {
+                key: None if (value := cell["numbers"][key]) is None else float(f"{value:.6g}")
+                for key in keys
+                if key in cell["numbers"]
+            },
+        }
+        for cell in cells
     ]
 
 
@@ -268,7 +276,8 @@ def main() -> None:
             options=shaped(given.shapes, given.model, methods), out=given.run, say=print,
         )  # fmt: skip
     described = read_json(given.run / "bench.json")
-    cells = slim([read_json(path) for path in sorted((given.run / "cells").glob("*.json"))])
+    benchmark = build("benchmark", described["benchmark"])
+    cells = slim(benchmark, [read_json(path) for path in (given.run / "cells").glob("*.json")])
     numbers = given.page.with_suffix(".json")
     if numbers.exists():
         there = {cell["method"] for cell in cells}
