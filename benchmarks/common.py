@@ -25,8 +25,10 @@ def data(rows: int) -> tuple[list[QA], list[QA]]:
     """Forget and retain rows of mixed length from a world."""
     world = World(people=40, seed=0, answers="sentence")
     split = world.split(forget=4)
-    forget, retain = split.records("forget"), split.records("retain")
-    return list(forget[:rows]), list(retain[: 4 * rows])  # type: ignore[arg-type]
+    forget, retain = split.records("forget")[:rows], list(split.records("retain")[: 4 * rows])
+    for place, record in enumerate(forget):  # some methods pair forget rows with neighbours
+        retain[place] = retain[place].model_copy(update={"neighbour_of": record.subject})
+    return list(forget), retain  # type: ignore[arg-type]
 
 
 def recipe(method: str, steps: int, rows: int) -> Recipe:
