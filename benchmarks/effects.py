@@ -96,7 +96,9 @@ CLAIMS = (
 
 def slim(benchmark: Benchmark, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Cells with the numbers of the table alone, to six digits."""
-    kept = ("task", "method", "seed", "model", "seconds", "peak_bytes", "notes", "failed")
+    kept = (
+        "task", "method", "seed", "model", "options", "seconds", "peak_bytes", "notes", "failed",
+    )  # fmt: skip
     keys = [column.key for column in tabulate(benchmark, cells).columns]
     return [
         {
@@ -147,17 +149,20 @@ def holds(claim: Claim, mine: Number, theirs: Number) -> str:
     return "shows" if better > 0 else "**does not show**"
 
 
-def earned(found: Mapping[str, Any]) -> list[str]:
-    """The methods of a JSON file's content that earn the badge *effect*."""
+def summary(found: Mapping[str, Any]) -> Table:
+    """The table of a JSON file's content: reference, original, then methods by name."""
     benchmark = build("benchmark", found["benchmark"])
     assert isinstance(benchmark, Benchmark)
-    rows = {row.method: row for row in tabulate(benchmark, found["cells"]).rows}
-    original, reference = rows[ORIGINAL], rows[REFERENCE]
-    return [
-        name
-        for name, row in rows.items()
-        if name not in (ORIGINAL, REFERENCE) and verdict(row, original, reference)[0]
-    ]
+    table = tabulate(benchmark, found["cells"])
+    first = {REFERENCE: 0, ORIGINAL: 1}
+    rows = sorted(table.rows, key=lambda row: (first.get(row.method, 2), row.method))
+    return Table(table.columns, tuple(rows))
+
+
+def earned(found: Mapping[str, Any]) -> set[str]:
+    """The methods of a JSON file's content that earn the badge *effect*."""
+    reference, original, *rows = summary(found).rows
+    return {row.method for row in rows if verdict(row, original, reference)[0]}
 
 
 # ---- the page
@@ -165,15 +170,8 @@ def earned(found: Mapping[str, Any]) -> list[str]:
 
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
-    cells = found["cells"]
-    benchmark = build("benchmark", found["benchmark"])
-    assert isinstance(benchmark, Benchmark)
-    table = tabulate(benchmark, cells)
-    by_name = {row.method: row for row in table.rows}
-    original, reference = by_name[ORIGINAL], by_name[REFERENCE]
-    first = [REFERENCE, ORIGINAL]
-    order = first + sorted(name for name in by_name if name not in first)
-    sorted_table = Table(table.columns, tuple(by_name[name] for name in order))
+    cells, table = found["cells"], summary(found)
+    reference, original, *rows = table.rows
     machine = found["hardware"]
     seeds = 1 + max(int(cell["seed"]) for cell in cells)
     parts = [
@@ -192,24 +190,22 @@ def page(found: Mapping[str, Any]) -> str:
         "After an attack, records are asked that the attack did not train on; *recovered* is the "
         "difference to the same records before it. Made by `benchmarks/effects.py`, whose head "
         "has the commands.\n",
-        as_markdown(sorted_table),
+        as_markdown(table),
         "## Who shows an effect\n",
         f"The badge *effect* is for a method whose mean forget probability is at least "
         f"{100 * GAP:.0f} % of the way from the original to the retrained reference (over 100 %: "
         f"below a model that never knew), that keeps at least {100 * KEPT:.0f} % of the "
         f"probability of retained and of neighbouring answers, and that answers at most "
         f"{100 * BROKEN:.0f} % of the forgotten questions with garbage.\n",
-        "| method | effect | numbers | options that the search found |",
+        "| method | effect | numbers | options |",
         "|---|---|---|---|",
     ]
-    for name in order[2:]:
-        earned, words = verdict(by_name[name], original, reference)
-        tuned = next(
-            (cell["notes"]["tuned"] for cell in cells
-             if cell["method"] == name and cell.get("notes", {}).get("tuned")), {}
-        )  # fmt: skip
-        found = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in tuned.items())
-        parts.append(f"| {name} | {'yes' if earned else 'no'} | {words} | {found} |")
+    for row in rows:
+        shows, words = verdict(row, original, reference)
+        cell = next(one for one in cells if one["method"] == row.method)
+        options = cell.get("notes", {}).get("tuned") or cell.get("options", {})
+        told = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in options.items())
+        parts.append(f"| {row.method} | {'yes' if shows else 'no'} | {words} | {told} |")
     parts += [
         "",
         "## Claims of papers, at this scale\n",
@@ -281,7 +277,11 @@ def main() -> None:
     numbers = given.page.with_suffix(".json")
     if numbers.exists():
         there = {cell["method"] for cell in cells}
-        cells += [cell for cell in read_json(numbers)["cells"] if cell["method"] not in there]
+        before = read_json(numbers)
+        for key in ("benchmark", "model", "tune"):
+            if before[key] != described[key]:
+                raise SystemExit(f"{numbers} is of another {key}: {before[key]}.")
+        cells += [cell for cell in before["cells"] if cell["method"] not in there]
     found = {
         **{key: described[key] for key in ("benchmark", "model", "tune", "versions", "hardware")},
         "cells": sorted(cells, key=lambda cell: (cell["method"], cell["seed"])),

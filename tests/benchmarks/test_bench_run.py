@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from delible.bench import cell as one_cell
 from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, REFERENCE, bench, method_names
 from delible.bench.spread import spread
@@ -100,7 +101,7 @@ def test_a_second_run_only_reads(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(runner, "_system", never)
+    monkeypatch.setattr(one_cell, "_system", never)
     again = bench(
         WORLD, methods=("gradient_ascent",), model=model, seeds=2, attacks=(QUANTIZE,),
         out=finished.folder, options={"gradient_ascent": {"max_steps": 2, "batch_size": 4}},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from delible.bench import cell as one_cell
 from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, bench
 from delible.bench.suite import Benchmark, Data
@@ -232,7 +233,7 @@ def test_every_request_starts_from_the_result_before(
     data = two_requests(tmp_path)
     starts: list[str] = []
     results: list[str] = []
-    unlearn = runner.unlearn
+    unlearn = one_cell.unlearn
 
     def recorded(start: str, *args: Any, **options: Any) -> Any:
         starts.append(str(LM.load(start).fingerprint))
@@ -240,7 +241,7 @@ def test_every_request_starts_from_the_result_before(
         results.append(str(result.model.fingerprint))
         return result
 
-    monkeypatch.setattr(runner, "unlearn", recorded)
+    monkeypatch.setattr(one_cell, "unlearn", recorded)
     found = sustained(model, data, tmp_path / "out")
     assert starts == [LM.load(model).fingerprint, *results[:-1]]
     assert len(set(results)) == 2

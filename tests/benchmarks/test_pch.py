@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from delible.bench import run as runner
+from delible.bench import cell as one_cell
 from delible.bench.run import ORIGINAL, REFERENCE, bench
 from delible.bench.suite import Benchmark, Data, Learning, Task
 from delible.benchmarks.pch import KINDS, PCH, items
@@ -104,7 +104,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def ran(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Three requests, the second one not measured; what every method was given."""
     asked: dict[str, Any] = {"unlearned": [], "guarded": []}
-    unlearn, guard = runner.unlearn, runner.guard
+    unlearn, guard = one_cell.unlearn, one_cell.guard
 
     def unlearned(start: str, request: Any, **options: Any) -> Any:
         result = unlearn(start, request, **options)
@@ -118,9 +118,9 @@ def ran(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # three requests, two checkpoints: after the second (2 of 3, rounded) and the third
     chosen = QuickPCH(forget=3, retain=2, requests=3, checkpoints=2, limit=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "unlearn", unlearned)
-        patch.setattr(runner, "guard", guarded)
-        patch.setattr(runner, "build", lambda kind, spec: _quick(chosen, kind, spec))
+        patch.setattr(one_cell, "unlearn", unlearned)
+        patch.setattr(one_cell, "guard", guarded)
+        patch.setattr(one_cell, "build", lambda kind, spec: _quick(chosen, kind, spec))
         asked["result"] = bench(
             chosen, methods=("gradient_ascent", "target_detector"), model=model,
             out=tmp_path_factory.mktemp("out"),
