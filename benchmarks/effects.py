@@ -183,7 +183,8 @@ def page(found: Mapping[str, Any]) -> str:
             else "with the options that a search found for another model (see below).\n"
         ),
         f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
-        f"thread(s) per process, {machine['accelerator'] or 'no accelerator'}. *Seconds* are those "
+        f"thread(s) per process, {machine['accelerator'] or 'no accelerator'}, products in "
+        f"{machine['precision']}. *Seconds* are those "
         "of unlearning, without the search; *peak memory* is that of the whole process, which has "
         "run other methods before.\n",
         "Means over seeds, with half the width of the 95 % interval where there are several. "

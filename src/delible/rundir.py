@@ -173,9 +173,11 @@ def git_revision() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator of this machine."""
+    """Processor, cores, memory and accelerator of this machine, and what it computes in unasked."""
     import psutil
     import torch
+
+    from delible.lm.precision import resolve
 
     return {
         "machine": platform.machine(),
@@ -184,4 +186,5 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "precision": resolve("auto", "cuda" if torch.cuda.is_available() else "cpu"),
     }

@@ -237,7 +237,8 @@ def test_it_is_audited_by_name(
     )
     metrics = ["answer_probability", "min_k_plus_plus"]
     found = audit(
-        f"vllm:{folder}", request, before=str(folder), reference=f"vllm:{folder}",
+        f"vllm:{folder}", request, reference=f"vllm:{folder}",
+        before=LM.load(str(folder), precision="float32"),  # what the stand-in computes in
         metrics=metrics, attacks=["prefix", {"name": "quantize", "bits": 4, "group": 0}], rows=4,
     )  # fmt: skip
     values = {

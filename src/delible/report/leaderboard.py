@@ -508,6 +508,8 @@ def _hardware(found: Any) -> str:
             words.append(f"{found[key]:g} {key.removesuffix('s') if found[key] == 1 else key}")
     if charts.finite(found.get("memory_gib")):
         words.append(f"{found['memory_gib']:g} GiB memory")
+    if found.get("precision"):
+        words.append(f"products in {found['precision']}")
     return ", ".join(words)
 
 
