@@ -433,7 +433,7 @@ def test_a_finished_benchmark_is_not_run_again(
 ) -> None:
     from delible.bench import run as runner
 
-    monkeypatch.setattr(runner, "_system", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(one_cell, "_system", lambda *_: pytest.fail("measured again"))
     again = bench(
         {"name": "rwku", "limit": 1, "passages": 2, "passage_tokens": 8},
         methods=("gradient_ascent",),
