@@ -431,7 +431,7 @@ def test_methods_run_through_the_benchmark(finished: BenchResult) -> None:
 def test_a_finished_benchmark_is_not_run_again(
     finished: BenchResult, model: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from delible.bench import run as runner
+    from delible.bench import cell as one_cell
 
     monkeypatch.setattr(one_cell, "_system", lambda *_: pytest.fail("measured again"))
     again = bench(
