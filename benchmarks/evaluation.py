@@ -35,7 +35,7 @@ from torch import Tensor
 from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
-from delible.lm.forward import TokenFunction
+from delible.lm.forward import TokenFunction, shared_prefix
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
 from delible.lm.tree import Prefix, Tree
@@ -357,11 +357,13 @@ class Weightless(LM):
     ) -> Iterator[tuple[list[int], Tensor]]:
         order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
         for indices in self.batches(order, [len(row.ids) for row in rows]):
-            self.positions += len(indices) * len(rows[indices[0]].ids)
+            longest = len(rows[indices[0]].ids)
+            shared = shared_prefix([rows[index].ids[: rows[index].start] for index in indices])
+            self.positions += shared + len(indices) * (longest - shared)
             yield indices, torch.zeros(sum(rows[index].answer_tokens for index in indices), 4)
 
     def _by_prompt(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: TokenFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
         prefixes: set[int] = set()
 
@@ -372,7 +374,7 @@ class Weightless(LM):
             return torch.zeros(sum(len(one) for tree in trees for one in tree.targets), 4)
 
         with mock.patch("delible.lm.lm.tree_values", values):
-            yield from super()._by_prompt(rows, among, function)
+            yield from super()._by_prompt(rows, groups, function)
 
 
 def computed_positions(model: str, splits: Splits) -> int:

@@ -8,7 +8,8 @@ import torch
 
 from delible.lm.forward import target_logprobs
 from delible.lm.lm import LM
-from delible.lm.tree import Prefix, Tree, tree_values
+from delible.lm.tree import Prefix, Tree, node_states, rows_of, shared_by, tree_values
+from delible.measure.requests import Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
@@ -27,6 +28,61 @@ def test_a_node_sees_its_ancestors_only() -> None:
     assert [list(np.flatnonzero(row)) for row in tree.sees()] == [
         [0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4],
     ]  # fmt: skip
+
+
+def test_trees_beside_each_other_do_not_see_each_other() -> None:
+    trees = [Tree.grow([1], [[5, 6, 0], [7, 0]]), Tree.grow([2, 3], [[8, 0]])]
+    row = Tree.beside(trees)
+    assert row.ids == [1, 5, 6, 7, 2, 3, 8]
+    assert row.depths() == [*trees[0].depths(), *trees[1].depths()]
+    sees, size = row.sees(), len(trees[0].ids)
+    assert not sees[:size, size:].any()
+    assert not sees[size:, :size].any()
+    assert np.array_equal(sees[:size, :size], trees[0].sees())
+    assert np.array_equal(sees[size:, size:], trees[1].sees())
+    assert row.targets == [*trees[0].targets, *trees[1].targets]
+    assert [row.ids[node] for node in row.predicting[2]] == [3, 8]
+
+
+@pytest.mark.parametrize(
+    ("question", "answers", "groups"),
+    [
+        (20, [10, 10, 10], [[0, 1, 2]]),  # a question longer than its answers: one tree
+        (1, [200, 200], [[0], [1]]),  # passages after nothing: nothing to share
+        (4, [30, 30, 30], [[0, 1], [2]]),  # 30 · 34 <= 3 · 100 · 4 < 30 · 64
+    ],
+)
+def test_a_question_is_shared_while_it_pays(
+    question: int, answers: list[int], groups: list[list[int]]
+) -> None:
+    assert shared_by(question, answers, width=100) == groups
+
+
+def test_rows_hold_every_tree_once_and_are_filled() -> None:
+    sizes = np.random.default_rng(0).integers(3, 80, 200).tolist()
+    rows = rows_of(sizes, width=120)
+    assert sorted(place for row in rows for place in row) == list(range(200))
+    filled = [sum(sizes[place] for place in row) for row in rows]
+    assert filled == sorted(filled, reverse=True)
+    assert all(total <= 60 or len(row) == 1 for total, row in zip(filled, rows, strict=True))
+    alone = sum(size >= 58 for size in sizes)  # nothing fits beside these: trees have 3 nodes
+    assert len(rows) <= alone + 1.1 * sum(size for size in sizes if size < 58) / 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passages_do_not_become_one_tree(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM(tiny_model(family), tiny_tokenizer(), precision="float32")
+    widths = list[int]()
+
+    def watched(lm: LM, prefix: Prefix, trees: list[Tree]) -> torch.Tensor:
+        widths.append(max(len(tree.ids) for tree in trees))
+        return node_states(lm, prefix, trees)
+
+    monkeypatch.setattr("delible.lm.tree.node_states", watched)
+    passages = [f"Passage {number}: " + "and so it went on. " * 8 for number in range(12)]
+    longest = max(len(lm.template.encode(Prompt(text=""), one).ids) for one in passages)
+    lm.score([Score(Prompt(text=""), one) for one in passages])
+    assert all(width <= longest for width in widths)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,6 +108,8 @@ def test_values_are_those_of_plain_rows(family: str) -> None:
             for owner, prompt in enumerate(prompts)
         ]
         found = tree_values(lm, prefix, trees, target_logprobs)
+        beside = tree_values(lm, prefix, [Tree.beside(trees)], target_logprobs)
+        assert beside.tolist() == pytest.approx(found.tolist(), abs=1e-5)
         expected = []
         with torch.inference_mode():
             for owner, answer in answers:

@@ -63,9 +63,9 @@ def scores_of(request: Score) -> TokenScores:
     seed = int(request_key(request)[:8], 16)
     generator = np.random.default_rng(seed)
     size = len(request.answer.split()) + 1
-    return TokenScores(
-        -generator.random(size).astype(np.float32), generator.random(size) < 0.5, has_end=True
-    )
+    logprobs, hits = -generator.random(size).astype(np.float32), generator.random(size) < 0.5
+    moments = (logprobs - 1, logprobs + 2) if request.moments else ()
+    return TokenScores(logprobs, hits, True, *moments)
 
 
 def same(left: object, right: object) -> bool:
@@ -139,6 +139,24 @@ def test_the_order_of_requests_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert first.score_calls == second.score_calls
     assert first.generate_calls == second.generate_calls
     assert all(same(answers[request], others[request]) for request in requests)
+
+
+def test_answers_to_one_question_share_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    first, second, third = (Prompt.ask(text) for text in ("One?", "Two?", "Three?"))
+    requests = [
+        *(Score(prompt, "so " * size) for size in (1, 9, 5) for prompt in (first, second, third)),
+        Score(second, "so it is", moments=True),
+    ]
+    system = ScriptedSystem(capabilities=("score", "distribution"))
+    measure(system, requests)
+    assert [{request.prompt for request in call} for call in system.score_calls] == [
+        {third}, {first}, {second},
+    ]  # fmt: skip
+    assert [len(call) for call in system.score_calls] == [3, 3, 4]  # the one with moments last
+    many = ScriptedSystem()
+    measure(many, [Score(Prompt(text=""), f"passage {number}") for number in range(10)])
+    assert [len(call) for call in many.score_calls] == [4, 4, 2]
 
 
 def test_a_second_run_asks_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -33,7 +32,15 @@ from delible.lm.inspection import inspect
 from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
-from delible.lm.tree import Prefix, Tree, attention_window, node_states, tree_values
+from delible.lm.tree import (
+    Prefix,
+    Tree,
+    attention_window,
+    node_states,
+    rows_of,
+    shared_by,
+    tree_values,
+)
 from delible.measure.requests import (
     Array,
     Decoding,
@@ -251,13 +258,9 @@ class LM:
     def _score(
         self, requests: Sequence[Score], encoded: Sequence[Encoded]
     ) -> list[TokenScores | NoAnswer]:
-        answers = Counter(row.ids[: row.start] for row in encoded)
-        window = attention_window(self) if self.grows_trees else 0
-        several, alone = list[int](), list[int]()
-        for index, row in enumerate(encoded):
-            fits = len(row.ids) <= window
-            together = fits and answers[row.ids[: row.start]] > 1
-            (several if together else alone).append(index)
+        together = self._sharing(encoded)
+        several = [group for group in together if len(group) > 1]
+        alone = [group[0] for group in together if len(group) == 1]
         function = _scores_and_moments if any(one.moments for one in requests) else _scores
         results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
         for indices, values in chain(
@@ -287,24 +290,36 @@ class LM:
                 map_logits(self.head, states, batch.targets, function, self.vocabulary).cpu(),
             )
 
+    def _sharing(self, rows: Sequence[Encoded]) -> list[list[int]]:
+        """Places of rows, in groups that share the computation of their question."""
+        window = attention_window(self) if self.grows_trees else 0
+        groups, questions = list[list[int]](), dict[tuple[int, ...], list[int]]()
+        for index, row in enumerate(rows):
+            if len(row.ids) > window:  # a tree would let a token see what its layer forgets
+                groups.append([index])
+            else:
+                questions.setdefault(row.ids[: row.start], []).append(index)
+        for question, mine in questions.items():
+            lengths = [rows[index].answer_tokens for index in mine]
+            for places in shared_by(len(question), lengths, self.anatomy.hidden_size):
+                groups.append([mine[place] for place in places])
+        return groups
+
     def _by_prompt(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: TokenFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches of questions, each with all of its answers as a tree."""
-        answers: dict[tuple[int, ...], list[int]] = {}
-        for index in among:
-            answers.setdefault(rows[index].ids[: rows[index].start], []).append(index)
-        prefix = Prefix.of(list(answers))
+        """Batches of trees, each of a question with a group of its answers."""
+        prompts = [rows[group[0]].ids[: rows[group[0]].start] for group in groups]
+        prefix = Prefix.of(prompts)
         trees = [
             Tree.grow(prompt[len(prefix.ids) :], [rows[index].ids[len(prompt) :] for index in mine])
-            for prompt, mine in answers.items()
+            for prompt, mine in zip(prompts, groups, strict=True)
         ]
-        of_tree = list(answers.values())
-        sizes = [len(tree.ids) for tree in trees]
-        order = sorted(range(len(trees)), key=lambda place: sizes[place], reverse=True)
-        for places in self.batches(order, sizes):
-            values = tree_values(self, prefix, [trees[place] for place in places], function)
-            yield [index for place in places for index in of_tree[place]], values
+        beside = rows_of([len(tree.ids) for tree in trees], self.anatomy.hidden_size)
+        packed = [Tree.beside([trees[place] for place in places]) for places in beside]
+        for batch in self.batches(range(len(packed)), [len(row.ids) for row in packed]):
+            values = tree_values(self, prefix, [packed[row] for row in batch], function)
+            yield [index for row in batch for place in beside[row] for index in groups[place]], values
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:

@@ -84,10 +84,10 @@ def _length(request: Request) -> int:
     return length + (0 if isinstance(request, Generate) else len(request.answer))
 
 
-def _sorted(requests: Iterable[Request]) -> list[Request]:
+def _rank(request: Request) -> tuple[int, str]:
     # Longest first: a batch that does not fit into memory fails at once, not after an hour.
     # Ties are broken by content, so that batches are the same whatever order requests came in.
-    return sorted(requests, key=lambda request: (-_length(request), request_key(request)))
+    return -_length(request), request_key(request)
 
 
 def _kind(request: Request) -> tuple[object, ...]:
@@ -95,21 +95,36 @@ def _kind(request: Request) -> tuple[object, ...]:
     if isinstance(request, Generate):
         return (2, *asdict(request.decoding).values())
     if isinstance(request, Score):
-        return (1, request.moments)
+        return (1,)
     if isinstance(request, Hidden):
         return (3, request.layer)
     return (4, request.order) if isinstance(request, GradientNorm) else (5,)
 
 
 def _chunks(requests: Sequence[Request]) -> list[list[Request]]:
-    """Length-sorted chunks of one kind each."""
-    groups: dict[tuple[object, ...], list[Request]] = {}
+    """Length-sorted chunks of one kind each; what is asked about one prompt stays together.
+
+    A system computes a question once for all answers to it that are in one chunk. Questions of
+    which some answer needs the vocabulary's moments have chunks of their own: they cost more.
+    """
+    about: dict[tuple[tuple[object, ...], Prompt], list[Request]] = {}
     for request in requests:
-        groups.setdefault(_kind(request), []).append(request)
-    chunks = []
-    for kind in sorted(groups, key=repr):
-        ordered = _sorted(groups[kind])
-        chunks += [ordered[start : start + CHUNK] for start in range(0, len(ordered), CHUNK)]
+        about.setdefault((_kind(request), request.prompt), []).append(request)
+    kinds: dict[tuple[object, ...], list[list[Request]]] = {}
+    for (kind, _), mine in about.items():
+        moments = any(isinstance(one, Score) and one.moments for one in mine)
+        kinds.setdefault((*kind, moments), []).append(sorted(mine, key=_rank))
+    chunks: list[list[Request]] = []
+    for kind in sorted(kinds, key=repr):
+        chunk: list[Request] = []
+        for mine in sorted(kinds[kind], key=lambda mine: _rank(mine[0])):
+            for start in range(0, len(mine), CHUNK):
+                part = mine[start : start + CHUNK]
+                if len(chunk) + len(part) > CHUNK:
+                    chunks.append(chunk)
+                    chunk = []
+                chunk += part
+        chunks.append(chunk)
     return chunks
 
 
