@@ -141,6 +141,15 @@ def test_the_order_of_requests_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert all(same(answers[request], others[request]) for request in requests)
 
 
+def test_long_texts_are_stored_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    sizes = {256: [8, 2], 1024: [2, 2, 2, 2, 2]}
+    for limit, expected in sizes.items():
+        system = ScriptedSystem()
+        measure(system, [Generate(Prompt.ask(f"{n}?"), Decoding(limit)) for n in range(10)])
+        assert [len(prompts) for prompts, _ in system.generate_calls] == expected
+
+
 def test_answers_to_one_question_share_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "CHUNK", 4)
     first, second, third = (Prompt.ask(text) for text in ("One?", "Two?", "Three?"))

@@ -225,6 +225,16 @@ def test_all_records_are_judged_in_one_call(install: Callable[[Scripted], Script
     assert judge.calls == [(3, Decoding(99))]
 
 
+def test_how_far_the_judge_is_is_told(install: Callable[[Scripted], Scripted]) -> None:
+    judge = install(Scripted(lambda text, before: GOOD))
+    told = list[tuple[int, int, int]]()
+    evaluate(
+        Audited(), {"forget": RECORDS}, [metric()],
+        progress=lambda done, total: told.append((len(judge.asked), done, total)),
+    )  # fmt: skip
+    assert told[-2:] == [(0, 0, 3), (3, 3, 3)]  # after those of the audited system
+
+
 def test_unreadable_replies_are_drawn_again_and_only_those(
     install: Callable[[Scripted], Scripted],
 ) -> None:

@@ -319,7 +319,8 @@ class LM:
         packed = [Tree.beside([trees[place] for place in places]) for places in beside]
         for batch in self.batches(range(len(packed)), [len(row.ids) for row in packed]):
             values = tree_values(self, prefix, [packed[row] for row in batch], function)
-            yield [index for row in batch for place in beside[row] for index in groups[place]], values
+            places = [place for row in batch for place in beside[row]]
+            yield [index for place in places for index in groups[place]], values
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:

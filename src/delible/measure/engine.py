@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 
 #: Requests per call of the system and per part of the cache: at most this much work is lost.
 CHUNK = 256
+#: Generated tokens above which a chunk is a quarter of that: a judge writes for minutes.
+LONG_TEXT = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def _kind(request: Request) -> tuple[object, ...]:
     return (4, request.order) if isinstance(request, GradientNorm) else (5,)
 
 
+def _chunk_size(request: Request) -> int:
+    long = isinstance(request, Generate) and request.decoding.max_new_tokens > LONG_TEXT
+    return max(1, CHUNK // 4) if long else CHUNK
+
+
 def _chunks(requests: Sequence[Request]) -> list[list[Request]]:
     """Length-sorted chunks of one kind each; what is asked about one prompt stays together.
 
@@ -116,11 +123,12 @@ def _chunks(requests: Sequence[Request]) -> list[list[Request]]:
         kinds.setdefault((*kind, moments), []).append(sorted(mine, key=_rank))
     chunks: list[list[Request]] = []
     for kind in sorted(kinds, key=repr):
-        chunk: list[Request] = []
-        for mine in sorted(kinds[kind], key=lambda mine: _rank(mine[0])):
-            for start in range(0, len(mine), CHUNK):
-                part = mine[start : start + CHUNK]
-                if len(chunk) + len(part) > CHUNK:
+        questions, chunk = sorted(kinds[kind], key=lambda mine: _rank(mine[0])), list[Request]()
+        size = _chunk_size(questions[0][0])
+        for mine in questions:
+            for start in range(0, len(mine), size):
+                part = mine[start : start + size]
+                if len(chunk) + len(part) > size:
                     chunks.append(chunk)
                     chunk = []
                 chunk += part

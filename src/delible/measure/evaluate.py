@@ -227,6 +227,8 @@ def evaluate(
         found = measure(system, more, cache=cache, progress=progress)
         answers.update(found)
         counts = {name: count + found.report.counts()[name] for name, count in counts.items()}
+    for name in cells:
+        cast(ItemMetric, known[name].metric).settle(progress)
 
     items = {
         name: {split: [cell.item(answers) for cell in row] for split, row in by_split.items()}

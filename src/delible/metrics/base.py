@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delible.component import Component
+from delible.measure.engine import Progress
 from delible.measure.requests import Answer, Prompt, Request
 from delible.records import RecordBase
 
@@ -44,6 +45,12 @@ class ItemMetric(Component):
         Asked again after every round, until it names nothing that is not answered.
         """
         return ()
+
+    def settle(self, progress: Progress | None = None) -> None:
+        """What is done once for all records between the last answer and the first value.
+
+        Nothing, unless somebody else is asked (a judge).
+        """
 
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
         """The value, from the answers to :meth:`requests` and :meth:`follow_up`.

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from delible.lm.embedded import cache_folder
 from delible.measure.asking import ask
 from delible.measure.cache import Cache
-from delible.measure.engine import measure
+from delible.measure.engine import Progress, measure
 from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, Request, System
 from delible.measure.systems import open_system
 from delible.metrics.base import Answers, Item, ItemMetric
@@ -120,7 +120,7 @@ def exchange(prompt: Prompt, text: str) -> str:
 class Judge:
     """A system that grades, asked about many replies at once.
 
-    What will have to be graded is noted first; the first grades that are wanted bring all of them.
+    What will have to be graded is noted first; then all of it is asked at once.
 
     Args:
         system: The judge.
@@ -151,21 +151,25 @@ class Judge:
     def grades(self, prompt: Prompt) -> dict[str, Grade] | str:
         """The grades by criterion, or why there are none."""
         self.note(prompt)
-        if self._noted:
-            self._ask(list(self._noted))
-            self._noted.clear()
+        self.ask_noted()
         return self._graded[prompt]
+
+    def ask_noted(self, progress: Progress | None = None) -> None:
+        """Asks about everything noted; ``progress`` as in :func:`measure`, attempt by attempt."""
+        if self._noted:
+            self._ask(list(self._noted), progress)
+            self._noted.clear()
 
     def _decoding(self, attempt: int) -> Decoding:
         if attempt == 0:
             return Decoding(self.max_new_tokens)
         return Decoding(self.max_new_tokens, temperature=RETRY_TEMPERATURE, seed=attempt)
 
-    def _ask(self, prompts: Sequence[Prompt]) -> None:
+    def _ask(self, prompts: Sequence[Prompt], progress: Progress | None) -> None:
         unread = list(prompts)
         for attempt in range(self.attempts):
             requests = {prompt: Generate(prompt, self._decoding(attempt)) for prompt in unread}
-            replies = measure(self.system, requests.values(), cache=self.cache)
+            replies = measure(self.system, requests.values(), cache=self.cache, progress=progress)
             unread = []
             for prompt, request in requests.items():
                 reply = replies[request]
@@ -249,9 +253,12 @@ class JudgedMetric(ItemMetric):
         return [self._request(prompt)]
 
     def follow_up(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Iterable[Request]:
-        # Nothing more for this system; but so score() can ask the judge about all records at once.
+        # Nothing more for this system; but so settle() can ask about all records at once.
         self.grader.note(self._question(prompt, answers))
         return ()
+
+    def settle(self, progress: Progress | None = None) -> None:
+        self.grader.ask_noted(progress)
 
     def score(self, record: RecordBase, prompt: Prompt, answers: Answers) -> Item:
         return graded_item(self.grader.grades(self._question(prompt, answers)))
