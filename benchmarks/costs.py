@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from common import FORGET, RETAIN, forget_peak, peak_gib, prepare, recipe
 
 from delible import registry
@@ -27,7 +28,7 @@ from delible.records import QA
 from delible.train.engine import Plan, Trainer, make_plan
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import Context, Placement
 from delible.train.step import Row
 
 
@@ -44,10 +45,14 @@ def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) ->
 
 @dataclass
 class Timed:
-    """One short training: seconds of each step, tokens of a step, peak memory in weights."""
+    """One short training: seconds of each step, tokens of a step, peak memory in weights.
+
+    ``before``: the peak until there is an optimiser, so of masks, attribution and rows alone.
+    """
 
     seconds: list[float]
     tokens: float
+    before: float
     memory: float
 
     @property
@@ -59,7 +64,7 @@ def timed(chosen: Recipe, model: str, records: Mapping[str, Sequence[QA]]) -> Ti
     lm = LM.load(model)
     loaded = forget_peak()
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**30
-    found = Timed([], 0.0, 0.0)
+    found = Timed([], 0.0, 0.0, 0.0)
     seen: list[Mapping[str, Sequence[Row]]] = []
     last = time.perf_counter()
 
@@ -69,19 +74,27 @@ def timed(chosen: Recipe, model: str, records: Mapping[str, Sequence[QA]]) -> Ti
         last = time.perf_counter()
 
     trainer = Trainer(lm, chosen, records, progress=progress, start=lambda: LM.load(model))
-    make = trainer.rows
+    make, optimizer = trainer.rows, trainer._optimizer
+
+    def peak() -> float:
+        return (peak_gib() - loaded + weights) / weights
 
     def rows_once() -> Context:
         context = make()
         seen.append(context.rows)
         return context
 
+    def optimizer_after(placement: Placement) -> torch.optim.Optimizer:
+        found.before = peak()
+        return optimizer(placement)
+
     trainer.rows = rows_once  # type: ignore[method-assign]
+    trainer._optimizer = optimizer_after  # type: ignore[method-assign]
     last = time.perf_counter()
     trainer.train()
     plan = make_plan(chosen, seen[0]["forget"], seen[0]["retain"], 0)
     found.tokens = row_tokens(chosen, plan, seen[0])
-    found.memory = (peak_gib() - loaded + weights) / weights
+    found.memory = peak()
     return found
 
 
@@ -97,7 +110,7 @@ def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
     )
     print(json.dumps({
         "setup": max(0.0, mine.seconds[0] - mine.step), "step": mine.step, "tokens": mine.tokens,
-        "memory": mine.memory, "plain": plain.step, "plain tokens": plain.tokens,
+        "before": mine.before, "memory": mine.memory, "plain": plain.step, "plain tokens": plain.tokens,
     }))  # fmt: skip
 
 
@@ -116,12 +129,12 @@ def costs(
         found[method] = json.loads(answer.stdout.strip().splitlines()[-1])
         say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
     lines = [
-        "| method | before the first step | a step | tokens | fine-tuning (tokens) | ratio "
-        "| memory |",
-        "|---|---|---|---|---|---|---|",
+        "| method | before the first step | its memory | a step | tokens | fine-tuning (tokens) "
+        "| ratio | memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {method} | {n['setup']:.1f} s | {n['step']:.2f} s | {n['tokens']:.0f} | "
+        f"| {method} | {n['setup']:.1f} s | {n['before']:.1f}x | {n['step']:.2f} s | {n['tokens']:.0f} | "
         f"{n['plain']:.2f} s ({n['plain tokens']:.0f}) | {n['step'] / n['plain']:.2f}x | "
         f"{n['memory']:.1f}x |"
         for method, n in sorted(found.items(), key=lambda one: one[1]["step"] / one[1]["plain"])

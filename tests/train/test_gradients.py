@@ -383,8 +383,9 @@ def test_descent_heeds_weights_and_anchors() -> None:
 
 
 def test_what_is_set_aside_comes_back_once() -> None:
-    values = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16()}
-    expected = {name: value.float().clone() for name, value in values.items()}
+    values = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(2).double()}
+    expected = {name: value.clone() for name, value in values.items()}
+    expected["b"] = expected["b"].float()
     aside = SetAside(values)
     assert values == {}
     for name, value in expected.items():

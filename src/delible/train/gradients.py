@@ -194,6 +194,10 @@ class Gradients:
         Args:
             weights: What each row counts; None: 1 each.
         """
+        return self._sum([(self.loss, rows, [1.0] * len(rows) if weights is None else weights)])
+
+    def _sum(self, parts: Sequence[tuple[RowLoss, Sequence[Row], Sequence[float]]]) -> Vector:
+        """Gradient of a weighted sum of several losses, each over rows of its own."""
         parameters = self.parameters()
         sums: Vector = {}
         with self._ready(parameters), ExitStack() as stack:
@@ -201,11 +205,11 @@ class Gradients:
                 if value.dtype not in (torch.float32, torch.float64):  # too coarse to sum in
                     hook = value.register_post_accumulate_grad_hook(_summing(sums, name))
                     stack.callback(hook.remove)
-            for part in self._batches(rows, self.backward_budget):
-                values = self.loss(self.lm, [rows[place] for place in part])
-                if weights is not None:
-                    values = values * values.new_tensor([weights[place] for place in part])
-                _backward(values.sum())
+            for loss, rows, weights in parts:
+                for batch in self._batches(rows, self.backward_budget):
+                    values = loss(self.lm, [rows[place] for place in batch])
+                    values = values * values.new_tensor([weights[place] for place in batch])
+                    _backward(values.sum())
             for name, value in parameters.items():
                 if name not in sums:
                     empty = value.grad is None
@@ -296,13 +300,13 @@ class Gradients:
     def borrowed(self) -> Iterator[None]:
         """Inside, the parameters may be moved; afterwards they are as before, bit by bit."""
         parameters = self.parameters()
-        kept = {name: value.detach().clone() for name, value in parameters.items()}
+        kept = SetAside({name: value.detach() for name, value in parameters.items()})
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in parameters.items():
-                    value.copy_(kept[name])
+                    value.copy_(kept.pop(name, value.device))
 
     def descend(
         self,
@@ -324,21 +328,21 @@ class Gradients:
                 as there are ``rows`` in it, with weight ``anchor_weight``.
         """
         parameters = self.parameters()
-        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=learning_rate, weight_decay=0.0, fused=True
+        )
         order = torch.randperm(len(rows), generator=random).tolist()
         held = torch.randperm(len(anchors), generator=random).tolist() if anchors else []
-        answers = self.of(answer_loss)
         for begin in range(0, len(order), batch_size):
             part = order[begin : begin + batch_size]
             mine = [(weights[place] if weights else 1.0) / len(part) for place in part]
-            gradient = self.total([rows[place] for place in part], mine)
+            parts = [(self.loss, [rows[place] for place in part], mine)]
             if held:
                 drawn = [anchors[held[(begin + i) % len(held)]] for i in range(len(part))]
-                share = [anchor_weight / len(drawn)] * len(drawn)
-                for name, value in answers.total(drawn, share).items():
-                    gradient[name].add_(value)
+                parts.append((answer_loss, drawn, [anchor_weight / len(drawn)] * len(drawn)))
+            gradient = self._sum(parts)
             for name, parameter in parameters.items():
-                parameter.grad = gradient[name].to(parameter.dtype)
+                parameter.grad = gradient.pop(name).to(parameter.dtype)
             torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -546,16 +550,18 @@ def conjugate_gradient(
 class SetAside:
     """Tensors out of the way: on disk (CPU) or in main memory (accelerator), one read at a time.
 
-    For a sum over a model that must wait while another of the same size is made.
+    For a sum over a model that must wait while another of the same size is made, or for weights
+    that come back later.
     """
 
     def __init__(self, values: Vector) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="delible-")
-        self._shapes = {}
+        self._shapes: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
         self._moved: Vector = {}
         for place, name in enumerate(list(values)):
-            value = values.pop(name).float()
-            self._shapes[name] = (place, value.shape)
+            value = values.pop(name)
+            value = value if value.dtype == torch.float64 else value.float()
+            self._shapes[name] = (place, value.shape, value.dtype)
             if value.device.type == "cpu":
                 with explain_disk(self._path(place)):
                     value.contiguous().numpy().tofile(self._path(place))
@@ -566,12 +572,12 @@ class SetAside:
         return Path(self._folder.name) / f"{place}.bin"
 
     def pop(self, name: str, device: torch.device) -> Tensor:
-        """One of the tensors, fp32; it is gone afterwards."""
-        place, shape = self._shapes.pop(name)
+        """One of the tensors, fp32 (or fp64 if it was); it is gone afterwards."""
+        place, shape, dtype = self._shapes.pop(name)
         if name in self._moved:
             return self._moved.pop(name).to(device)
         path = self._path(place)
-        found = torch.from_file(str(path), size=math.prod(shape), dtype=torch.float32).clone()
+        found = torch.from_file(str(path), size=math.prod(shape), dtype=dtype).clone()
         path.unlink()
         if not self._shapes:
             self._folder.cleanup()
