@@ -110,7 +110,8 @@ def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
     )
     print(json.dumps({
         "setup": max(0.0, mine.seconds[0] - mine.step), "step": mine.step, "tokens": mine.tokens,
-        "before": mine.before, "memory": mine.memory, "plain": plain.step, "plain tokens": plain.tokens,
+        "before": mine.before, "memory": mine.memory, "plain": plain.step,
+        "plain tokens": plain.tokens,
     }))  # fmt: skip
 
 
@@ -134,9 +135,9 @@ def costs(
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {method} | {n['setup']:.1f} s | {n['before']:.1f}x | {n['step']:.2f} s | {n['tokens']:.0f} | "
-        f"{n['plain']:.2f} s ({n['plain tokens']:.0f}) | {n['step'] / n['plain']:.2f}x | "
-        f"{n['memory']:.1f}x |"
+        f"| {method} | {n['setup']:.1f} s | {n['before']:.1f}x | {n['step']:.2f} s | "
+        f"{n['tokens']:.0f} | {n['plain']:.2f} s ({n['plain tokens']:.0f}) | "
+        f"{n['step'] / n['plain']:.2f}x | {n['memory']:.1f}x |"
         for method, n in sorted(found.items(), key=lambda one: one[1]["step"] / one[1]["plain"])
     ]
     return "\n".join(lines)

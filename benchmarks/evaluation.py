@@ -275,17 +275,33 @@ def differences(ours: dict[str, list[float]], theirs: dict[str, list[float]]) ->
     }
 
 
+class Positions:
+    """Token positions that went through a model's body: whichever side asked, counted alike."""
+
+    def __init__(self, lm: LM) -> None:
+        self._count = 0
+        backbone = lm.core.get_submodule(lm.anatomy.backbone)
+        backbone.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def _seen(self, module: object, arguments: object, named: dict[str, Tensor]) -> None:
+        self._count += named["input_ids"].numel()
+
+    def since_last(self) -> int:
+        count, self._count = self._count, 0
+        return count
+
+
 def compare(arguments: argparse.Namespace) -> list[dict[str, object]]:
     lm, splits = load(arguments)
-    straight, rows = Straight(lm), []
+    straight, rows, positions = Straight(lm), [], Positions(lm)
     with tempfile.TemporaryDirectory() as folder:
         for part, wanted in asks().items():
             began = time.perf_counter()
             values = evaluate(lm, splits, wanted, cache=Cache(folder))
-            ours_seconds = time.perf_counter() - began
+            ours_seconds, ours_positions = time.perf_counter() - began, positions.since_last()
             began = time.perf_counter()
             theirs = straight.run(part, splits)
-            theirs_seconds = time.perf_counter() - began
+            theirs_seconds, theirs_positions = time.perf_counter() - began, positions.since_last()
             ours = {
                 f"{metric}/{split}": [float(item.value or 0.0) for item in items]
                 for metric, by_split in values.items.items()
@@ -294,7 +310,8 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, object]]:
             apart = differences(ours, theirs)
             rows.append({
                 "part": part, "ours": ours_seconds, "straight": theirs_seconds,
-                "ratio": theirs_seconds / ours_seconds, "apart": max(apart.values()),
+                "ratio": theirs_seconds / ours_seconds,
+                "positions": (theirs_positions, ours_positions), "apart": max(apart.values()),
                 "worst": max(apart, key=apart.__getitem__), "unique": values.measured["unique"],
                 "asked": values.measured["asked"],
             })  # fmt: skip
@@ -408,18 +425,20 @@ def counted(arguments: argparse.Namespace) -> str:
 
 def markdown(rows: list[dict[str, object]], memory: tuple[float, float]) -> str:
     lines = [
-        "| part | straightforward | delible | ratio | goal | largest difference |",
-        "|---|---|---|---|---|---|",
+        "| part | straightforward | delible | ratio | goal | positions | largest difference |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        goal = GOALS.get(str(row["part"]))
+        goal, counted = GOALS.get(str(row["part"])), row.get("positions")
+        through = "{:,} / {:,}".format(*counted) if isinstance(counted, tuple) else "–"
         lines.append(
             f"| {row['part']} | {row['straight']:.1f} s | {row['ours']:.1f} s | "
-            f"{row['ratio']:.1f}x | {f'{goal:g}x' if goal else '–'} | {row['apart']:.0e} |"
+            f"{row['ratio']:.1f}x | {f'{goal:g}x' if goal else '–'} | {through} | "
+            f"{row['apart']:.0e} |"
         )
     lines.append(
         f"| memory of one teacher-forced metric | {memory[1]:.2f} GiB | {memory[0]:.2f} GiB | "
-        f"{memory[1] / max(memory[0], 1e-6):.1f}x | – | |"
+        f"{memory[1] / max(memory[0], 1e-6):.1f}x | – | – | |"
     )
     return "\n".join(lines)
 
