@@ -100,6 +100,13 @@ class LowerForgets(Example):
         ]
 
 
+class InOrder(Example):
+    """One request after the other."""
+
+    def along(self) -> str:
+        return "requests, one after the other"
+
+
 def common(**changed: Any) -> dict[str, Any]:
     return {
         "benchmark": {"name": "example"},
@@ -166,6 +173,15 @@ def cells(methods: Sequence[str] = tuple(METHODS), seeds: int = 3) -> list[dict[
         cell(REFERENCE, 0),
         cell(ORIGINAL, 0),
         *(cell(method, seed) for method in methods for seed in range(seeds)),
+    ]
+
+
+def cells_in_order(methods: Sequence[str] = ("npo", "rmu"), steps: int = 4) -> list[dict[str, Any]]:
+    return [
+        cell(method, seed, f"request{10 * step:03d}")
+        for method in (REFERENCE, ORIGINAL, *methods)
+        for seed in range(2)
+        for step in range(1, steps + 1)
     ]
 
 

@@ -13,7 +13,7 @@ from delible.bench.suite import Chart, Curve, Findings
 from delible.bench.table import Number, Table, TableRow, tabulate
 from delible.cli import output
 from delible.errors import RunError
-from delible.report import charts, ranking
+from delible.report import charts, html, ranking
 from delible.report.leaderboard import (
     render_findings,
     render_page,
@@ -128,7 +128,28 @@ def test_the_front_holds_whom_nobody_beats_in_both() -> None:
 # --- the leaderboard -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Example", "HigherForgets", "LowerForgets"])
+def test_tasks_in_order_become_curves(text: str) -> None:
+    assert "From task to task" not in text
+    cells = EXAMPLE["cells_in_order"]()
+    ordered = page("InOrder", cells)
+    said = words(ordered[ordered.index('id="along"') : ordered.index('id="table"')])
+    assert "over requests, one after the other; means over seeds" in said
+    mean = (
+        sum(
+            cell["numbers"]["model_utility"]
+            for cell in cells
+            if (cell["method"], cell["task"]) == ("rmu", "request020")
+        )
+        / 2
+    )
+    rows = said[said.rindex("The numbers of this chart") :]
+    assert " 10 " in rows
+    assert " 40 " in rows
+    assert html.number(mean) in rows
+    assert "From task to task" not in page("InOrder", EXAMPLE["cells"](["npo"], 1))
+
+
+@pytest.mark.parametrize("kind", ["Example", "HigherForgets", "LowerForgets", "InOrder"])
 def test_pages_are_well_formed_self_contained_and_deterministic(kind: str) -> None:
     text = page(kind)
     checker = CHECKS["check"](text)

@@ -156,6 +156,13 @@ class Benchmark(Component):
         """The table, in order. Exactly one column has the axis ``forget``, one ``utility``."""
         raise NotImplementedError
 
+    def along(self) -> str | None:
+        """What grows from task to task, for curves over the numbers at the ends of their names.
+
+        ``None``: the tasks have no order.
+        """
+        return None
+
     def corpus(self, lm: LM, task: Task, data: Data) -> ForgetRequest:
         """The request of an unwritten task, with forget records that the model writes itself.
 

@@ -41,6 +41,8 @@ COLUMNS = {
 }
 #: Setting -> the part that holds its forget sets, forget_1, forget_2, …
 FOLDS = {"scalability": "scal", "sustainability": "sust"}
+#: Setting -> what its tasks count.
+COUNTED = {"scalability": "forget sets at once", "sustainability": "requests, one after the other"}
 #: Published forget sets of these settings.
 FOLD_COUNT = 4
 TRACES = ("forget", "holdout")
@@ -169,6 +171,9 @@ class MUSE(Benchmark):
     words: int = Field(1200, ge=8, description="Longer texts are cut into rows of this length.")
 
     # ---- what is forgotten
+
+    def along(self) -> str | None:
+        return COUNTED.get(self.setting)
 
     def tasks(self, data: Data) -> list[Task]:
         files = Files(self.domain, data)

@@ -176,6 +176,9 @@ class PCH(Benchmark):
             raise ValueError("give no more checkpoints than requests, no more requests than items")
         return self
 
+    def along(self) -> str | None:
+        return "requests, one after the other"
+
     def tasks(self, data: Data) -> list[Task]:
         made = items(self.forget + self.retain, self.items_seed)
         gone, kept = made[: self.forget], made[self.forget :]

@@ -8,6 +8,7 @@ method is best in ``ranking.py``; this file turns cells and tables into what the
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delible import registry
-from delible.bench.suite import Benchmark, Chart, Column, Experiment, Findings
+from delible.bench.suite import Benchmark, Chart, Column, Curve, Experiment, Findings
 from delible.bench.table import ORIGINAL, REFERENCE, Number, Table, TableRow, shown, value_of
 from delible.component import Component
 from delible.measure.evaluate import Ask
@@ -107,6 +108,8 @@ def render_page(
         finished=len(cells),
         has_reference=row_of(table, REFERENCE) is not None,
         chart=_chart(table),
+        panels=_panels(_curves(benchmark, table, cells)),
+        along=benchmark.along(),
         board=_board(table, cells, marks),
         levels="level" in marks.values(),
         unranked=_unranked(table),
@@ -132,12 +135,12 @@ def render_findings(
     experiment: Experiment, findings: Findings, described: Mapping[str, Any]
 ) -> str:
     """The page of an experiment as HTML text."""
-    panels = [_panel(index, chart) for index, chart in enumerate(findings.charts)]
+    panels = _panels(findings.charts)
     wide = any(len(chart.curves) > LOOKS for chart in findings.charts)
     return html.environment().get_template("findings.html.j2").render(
         card=experiment.card,
         notes=findings.notes,
-        panels=[panel for panel in panels if panel is not None],
+        panels=panels,
         wide=wide or len(panels) == 1,
         table=_findings_table(findings.rows),
         options=_options(experiment),
@@ -247,6 +250,34 @@ def _chart(table: Table) -> dict[str, Any] | None:
         "missing": [_named(name) for name in missing],
         "front": [_named(name) for name in front(table)],
     }
+
+
+def _curves(benchmark: Benchmark, table: Table, cells: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Both axes over tasks that have an order: per method the mean over seeds at each task."""
+    label = benchmark.along()
+    found: list[Chart] = []
+    for column in _axes(table) if label is not None else ():
+        if column is None:
+            continue
+        curves = []
+        for row in table.rows:
+            values: dict[int, list[float]] = {}
+            for cell in cells:
+                number, value = _last_number(str(cell["task"])), value_of(cell, column.key)
+                if cell["method"] == row.method and number is not None and value is not None:
+                    scaled = 100 * value if column.percent else value
+                    values.setdefault(number, []).append(scaled)
+            points = [(float(at), sum(here) / len(here)) for at, here in sorted(values.items())]
+            curves.append(Curve(_named(row.method), points))
+        title = f"{column.title}{', %' if column.percent else ''}"
+        if any(len(curve.points) > 1 for curve in curves):
+            found.append(Chart(title, str(label), title, curves))
+    return found
+
+
+def _last_number(name: str) -> int | None:
+    found = re.search(r"(\d+)$", name)
+    return None if found is None else int(found[1])
 
 
 def _digits(column: Column) -> int:
@@ -560,13 +591,18 @@ def _experiment_command(experiment: Experiment, described: Mapping[str, Any]) ->
 # --- findings ------------------------------------------------------------------------------
 
 
+def _panels(found: Sequence[Chart]) -> list[dict[str, Any]]:
+    panels = [_panel(index, chart) for index, chart in enumerate(found)]
+    return [panel for panel in panels if panel is not None]
+
+
 def _panel(index: int, chart: Chart) -> dict[str, Any] | None:
     """A chart and the numbers in it; ``None`` when nothing can be drawn."""
     series = []
     for place, curve in enumerate(chart.curves):
         kind = f"series{place % LOOKS} dash{place // LOOKS % 3}"
-        if curve.name in ("original", "reference"):
-            kind = curve.name
+        if curve.name in ("original", "reference", *BASELINES):
+            kind = "original" if curve.name == ORIGINAL else "reference"
         points = sorted((float(x), y) for x, y in curve.points if charts.finite(x))
         series.append(charts.Line(curve.name, kind, [x for x, _ in points], [y for _, y in points]))
     svg = charts.lines(
