@@ -25,7 +25,8 @@ from common import FORGET, RETAIN, forget_peak, peak_gib, prepare, recipe
 from delible import registry
 from delible.lm.lm import LM
 from delible.records import QA
-from delible.train.engine import Plan, Trainer, make_plan
+from delible.train.engine import Trainer
+from delible.train.plan import Plan, make_plan
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
 from delible.train.slots import Context, Placement

@@ -19,9 +19,10 @@ from delible.measure.requests import Decoding, Prompt, System
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
 from delible.train import generated as generated_rows
-from delible.train.engine import Progress, Trainer, check_needs, make_plan
+from delible.train.engine import Progress, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
+from delible.train.plan import make_plan
 from delible.train.recipe import Recipe, Strength, read_yaml
 from delible.train.slots import Editor, Patch
 

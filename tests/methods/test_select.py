@@ -13,7 +13,8 @@ from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
-from delible.train.engine import Trainer, make_plan
+from delible.train.engine import Trainer
+from delible.train.plan import make_plan
 from delible.train.recipe import Recipe
 from delible.train.slots import Context
 

@@ -17,9 +17,9 @@ from tiny_runs import make  # type: ignore[import-not-found]
 from delible.errors import RecipeError, RunError
 from delible.records import QA
 from delible.rundir import RunDirectory
-from delible.train import engine as engine_module
-from delible.train.engine import Trainer, make_plan
-from delible.train.passes import split
+from delible.train.engine import Trainer
+from delible.train.passes import Passes, split
+from delible.train.plan import make_plan
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
 
@@ -238,7 +238,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(
     trainer = Trainer(
         lm, recipe(micro_batch_tokens=4096), {"forget": forget, "retain": retain}, say=told.append
     )
-    original = engine_module.Passes._run
+    original = Passes._run
     failures = iter([True, True])
 
     def failing(self: object, **which: bool) -> None:
@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         original(self, **which)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine_module.Passes, "_run", failing)
+    monkeypatch.setattr(Passes, "_run", failing)
     result = trainer.train()
     assert [line for line in told if "1024 tokens" in line]
     assert result.steps == 4

@@ -45,8 +45,9 @@ from delible.measure.asking import answer_of
 from delible.measure.evaluate import evaluate
 from delible.records import QA, ForgetRequest, Passage, RecordBase, digest
 from delible.rundir import RunDirectory
-from delible.train.engine import Trainer, make_plan
+from delible.train.engine import Trainer
 from delible.train.keywords import Variant, keywords_of, rewritten
+from delible.train.plan import make_plan
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.step import Row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from delible.lm.lm import LM
 from delible.lm.precision import matmul_rate
-from delible.train.engine import Plan
+from delible.train.plan import Plan
 from delible.train.recipe import Recipe
 from delible.train.slots import Placement
 from delible.train.step import Row

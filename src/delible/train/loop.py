@@ -1,0 +1,391 @@
+"""The steps of one training run: gradient, clipping, masks, update, and what follows each step.
+
+It keeps exact checkpoints, stops early, notices a collapse, and checks after the first steps that
+what should move did, and the rest did not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from delible.errors import RunError
+from delible.lm.precision import is_out_of_memory
+from delible.train import checkpoint
+from delible.train.monitor import Monitor
+from delible.train.passes import MicroBatch, Passes, split, units_of
+from delible.train.plan import Plan
+from delible.train.reference import Reference
+from delible.train.schedule import learning_rate_factor
+from delible.train.slots import Context, Memory, Placement, State
+from delible.train.step import Reads
+
+if TYPE_CHECKING:
+    from delible.train.engine import Trainer
+
+#: Nats by which the retain loss may exceed its start before the run counts as collapsed.
+COLLAPSE_NATS = 5.0
+#: Where forget rows that were weighed anew keep their weights.
+WEIGHTS = "weigh.weights"
+
+
+class Loop:
+    """The steps of one run."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        accelerator: Accelerator,
+        context: Context,
+        placement: Placement,
+        plan: Plan,
+        weights: Tensor,
+        reference: Reference,
+        forward: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.trainer, self.accelerator, self.context = trainer, accelerator, context
+        self.placement, self.plan = placement, plan
+        self.weights, self.reference = weights, reference
+        self.forward, self.optimizer = forward, optimizer
+        self.training = trainer.recipe.training
+        self.state: State = trainer.recipe.balance.start()
+        self.memory: Memory = {}
+        self.masks = placement.masks
+        self.history: list[dict[str, float]] = []
+        self.stopped: str | None = None
+        self.notes: dict[str, Any] = {}
+        self.tokens, self.padding = 0, list[float]()
+        self.first_keep: float | None = None
+        self.folder = trainer.run.path / "checkpoint" if trainer.run else None
+        self.last_saved = time.monotonic()
+        self.monitor = Monitor(
+            trainer.lm, self.training, trainer.records, placement.parameters, trainer.run,
+            trainer.say, trainer.seed,
+        )  # fmt: skip
+        objective = trainer.recipe.objective
+        self.reads: dict[str, Sequence[Reads]] = {
+            role: objective.reads(trainer.lm) for role in objective.roles
+        }
+        if trainer.keep is not None:
+            self.reads["retain"] = trainer.keep.reads(trainer.lm)
+
+    def run(self) -> None:
+        begin = self._resume()
+        total = len(self.plan.steps)
+        before = self._fingerprints() if begin == 0 else None
+        try:
+            for step in range(begin, total):
+                if self.stopped:
+                    break
+                self._step(step, total)
+                if before is not None and step - begin == min(2, total - 1):
+                    self._check_moves(before)
+                self._after(step, total)
+        except KeyboardInterrupt:
+            self._save(len(self.history))
+            raise
+        if (self.stopped and self.monitor.restores) or self.monitor.asked:
+            self.accelerator.wait_for_everyone()
+            self.monitor.restore()
+        self.notes["parameters"] = sum(v.numel() for v in self.placement.parameters.values())
+
+    def _step(self, step: int, total: int) -> None:
+        began = time.perf_counter()
+        self._weigh_anew(step)
+        rate = self.training.learning_rate * learning_rate_factor(
+            self.training.schedule, step, total, self.training.warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        passes = self._gradient(step)
+        norm = self._clip()
+        forget, keep = self._losses(passes)
+        if not math.isfinite(norm) or not math.isfinite(forget):
+            self._collapse(step, "the loss or its gradient is not finite")
+        self._mask_gradients()
+        with self._held_outside_masks():
+            self.optimizer.step()
+            self._decay_masked(rate)
+        for parameter in self.placement.parameters.values():
+            parameter.grad = None
+        epoch = step / self.plan.steps_per_epoch
+        self.trainer.recipe.balance.observe(forget, keep, epoch, self.state)
+        seconds = time.perf_counter() - began
+        tokens = passes.totals.tokens * self.accelerator.num_processes
+        numbers = {
+            "step": step + 1,
+            "forget_loss": forget,
+            **({"keep_loss": keep} if keep is not None else {}),
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": tokens / seconds,
+            **self.state,
+        }
+        self.tokens += tokens
+        self.padding += passes.totals.padding
+        self.history.append(numbers)
+        if keep is not None:
+            self.first_keep = keep if self.first_keep is None else self.first_keep
+            if keep > self.first_keep + COLLAPSE_NATS and self.trainer.keep.unit != "position":  # type: ignore[union-attr]
+                self._collapse(
+                    step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}"
+                )
+
+    def _weigh_anew(self, step: int) -> None:
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        weigh = self.trainer.recipe.weigh
+        if epoch and not within and weigh.due(epoch):
+            self.weights = weigh.weights(self.context)
+            self.memory[WEIGHTS] = [self.weights]
+
+    def _gradient(self, step: int) -> Passes:
+        """The step's gradient; micro-batches are halved until they fit the memory."""
+        while True:
+            passes = self._passes(step)
+            try:
+                if self.placement.each_step is not None:
+                    self.masks = self.placement.each_step(passes)
+                self.trainer.recipe.balance.gradient(passes, self.trainer.recipe.harden)
+                return passes
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.trainer.budget <= 16:
+                    raise
+                passes.clear()
+                self.trainer.budget //= 2
+                self.trainer.say(
+                    f"Out of memory: continuing with {self.trainer.budget} tokens per pass."
+                )
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _passes(self, step: int) -> Passes:
+        pairs = self.plan.steps[step]
+        recipe, rows = self.trainer.recipe, self.context.rows
+        forget = [index for index, _ in pairs]
+        retain = [index for _, index in pairs if index is not None] if self.trainer.keep else []
+        roles = recipe.objective.roles
+        units = sum(rows[roles[0]][i].units(recipe.objective.unit) for i in forget)
+        keep_units = 1
+        if self.trainer.keep is not None:
+            keep_units = sum(rows["retain"][i].units(self.trainer.keep.unit) for i in retain)
+        return Passes(
+            lm=self.trainer.lm,
+            forward=self.forward,
+            objective=recipe.objective,
+            keep_loss=self.trainer.keep,
+            reads=self.reads,
+            reference=self.reference,
+            micro_batches=self._micro_batches(forget, retain),
+            parameters=list(self.placement.parameters.values()),
+            weights=recipe.balance.weights(self.state),
+            forget_units=units,
+            retain_units=keep_units,
+            world=self.accelerator.num_processes,
+            accumulating=self._accumulating,
+            backward=self.accelerator.backward,
+            memory=self.memory,
+            seed=self.trainer.seed,
+            step=step,
+            units=units_of({role: [rows[role][i] for i in forget] for role in roles}),
+        )
+
+    def _micro_batches(self, forget: list[int], retain: list[int]) -> list[MicroBatch]:
+        """This process's share of a step; missing rows are filled up with weight 0."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows, roles = self.context.rows, self.trainer.recipe.objective.roles
+
+        def share(of: int) -> list[MicroBatch]:
+            def part(indices: list[int]) -> tuple[list[int], list[float]]:
+                filled = indices + indices[:1] * (-len(indices) % world)
+                weights = [1.0] * len(indices) + [0.0] * (len(filled) - len(indices))
+                return filled[of::world], weights[of::world]
+
+            mine, mine_weights = part(forget)
+            kept, kept_weights = part(retain)
+            return split(
+                {role: [rows[role][i] for i in mine] for role in roles},
+                [rows["retain"][i] for i in kept],
+                [
+                    weight * float(self.weights[i])
+                    for weight, i in zip(mine_weights, mine, strict=True)
+                ],
+                kept_weights,
+                self.trainer.budget,
+                at_least=count,
+                at_most=limit,
+            )
+
+        count = 1
+        limit = None
+        if world > 1:  # all processes need the same number of micro-batches
+            limit = -(-len(forget) // world)
+            count = max(len(share(other)) for other in range(world))
+        return share(rank)
+
+    @contextmanager
+    def _accumulating(self, more: bool) -> Iterator[None]:
+        if more and self.accelerator.num_processes > 1:
+            with self.accelerator.no_sync(self.forward):
+                yield
+        else:
+            yield
+
+    def _losses(self, passes: Passes) -> tuple[float, float | None]:
+        both = torch.tensor([passes.totals.forget, passes.totals.keep], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            both = self.accelerator.reduce(both.float().to(self.accelerator.device), "sum").double()
+        keep = float(both[1]) if self.trainer.keep is not None else None
+        return float(both[0]), keep
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.placement.parameters.values() if p.grad is not None]
+        limit = self.training.max_gradient_norm
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, math.inf if limit is None else limit, foreach=True
+        )
+        return float(norm)
+
+    def _mask_gradients(self) -> None:
+        if self.masks:
+            for name, mask in self.masks.items():
+                gradient = self.placement.parameters[name].grad
+                if gradient is not None:
+                    gradient.mul_(mask)
+
+    @contextmanager
+    def _held_outside_masks(self) -> Iterator[None]:
+        """Where masks change from step to step, the optimiser's momentum does not see them."""
+        held = self.masks if self.placement.each_step is not None and self.masks else {}
+        with torch.no_grad():
+            kept = {name: self.placement.parameters[name].detach().clone() for name in held}
+            yield
+            for name, mask in held.items():
+                parameter = self.placement.parameters[name]
+                parameter.copy_(torch.where(mask, parameter, kept[name]))
+
+    @torch.no_grad()
+    def _decay_masked(self, rate: float) -> None:
+        if self.masks and self.placement.masked_decay and self.training.weight_decay:
+            for name, mask in self.masks.items():
+                parameter = self.placement.parameters[name]
+                if parameter.ndim >= 2:
+                    parameter.mul_(1 - rate * self.training.weight_decay * mask)
+
+    # ---- after a step
+
+    def _after(self, step: int, total: int) -> None:
+        numbers = self.history[-1]
+        if self.trainer.progress is not None:
+            self.trainer.progress(step + 1, total, numbers)
+        if self.trainer.run is not None:
+            self.trainer.run.event("step", **numbers)
+        done = step + 1
+        self.stopped = self.monitor.after(done, last=done == total)
+        if not self.stopped:
+            self.trainer.recipe.finish.observe(
+                done, total, list(self.placement.parameters.values()), self.memory
+            )
+        due = (
+            done % self.training.checkpoint_steps == 0
+            if self.training.checkpoint_steps
+            else time.monotonic() - self.last_saved > self.training.checkpoint_seconds
+        )
+        if due and done < total:
+            self._save(done)
+
+    # ---- keeping and restoring
+
+    def _save(self, step: int) -> None:
+        if self.folder is None or self.trainer.run is None or not self.trainer.run.writes:
+            return
+        state = {
+            "step": step,
+            "identity": self.trainer.run.manifest.get("identity") if self.trainer.run else None,
+            "balance": self.state,
+            "history": self.history,
+            "first_keep": self.first_keep,
+            "monitor": self.monitor.state(),
+            "tokens": self.tokens,
+            "padding": self.padding,
+        }
+        checkpoint.save(
+            self.folder / "last", self.placement.parameters, self.optimizer, state, self.memory
+        )
+        self.last_saved = time.monotonic()
+
+    def _resume(self) -> int:
+        found = checkpoint.read_state(self.folder / "last") if self.folder else None
+        if found is None or self.folder is None:
+            self.monitor.begin(None)
+            return 0
+        mine = self.trainer.run.manifest.get("identity") if self.trainer.run else None
+        if found["identity"] != mine:
+            raise RunError(
+                "the checkpoint belongs to another run.",
+                where=str(self.folder),
+                hint="Choose another --out folder, or delete this one.",
+            )
+        checkpoint.restore(self.folder / "last", self.placement.parameters, self.optimizer)
+        self.memory = checkpoint.read_memory(self.folder / "last", self.trainer.lm.device)
+        if WEIGHTS in self.memory:
+            self.weights = self.memory[WEIGHTS][0].cpu()
+        self.state = dict(found["balance"])
+        self.history, self.first_keep = found["history"], found["first_keep"]
+        self.tokens, self.padding = found["tokens"], found["padding"]
+        self.monitor.begin(found["monitor"])
+        self.trainer.say(f"Resuming after step {found['step']}.")
+        return int(found["step"])
+
+    def _collapse(self, step: int, reason: str) -> None:
+        kept = ""
+        if self.folder is not None and (self.folder / "last").exists():
+            kept = f" The last good checkpoint is in {self.folder / 'last'}."
+        raise RunError(
+            f"training collapsed at step {step + 1}: {reason}.{kept}",
+            where=f"method '{self.trainer.recipe.name}'",
+            hint="Lower --learning-rate, or use --strength gentle.",
+        )
+
+    # ---- precision guard
+
+    @torch.no_grad()
+    def _fingerprints(self) -> dict[str, Tensor]:
+        return {
+            name: self._sample(name, value).clone()
+            for name, value in self.trainer.lm.model.named_parameters()
+        }
+
+    def _sample(self, name: str, value: Tensor) -> Tensor:
+        """A few entries of a parameter: among those that may move, if it is masked."""
+        mask = (self.placement.masks or {}).get(name)
+        flat = value.detach().flatten()
+        if self.placement.each_step is not None:  # which rows will move is not known yet
+            return flat[:: max(1, len(flat) // 256)]
+        if mask is None:
+            return flat[:256]
+        return flat[mask.flatten().nonzero()[:256, 0]]
+
+    @torch.no_grad()
+    def _check_moves(self, before: Mapping[str, Tensor]) -> None:
+        """After the first steps: what should move did, and the rest did not."""
+        own = {id(value): name for name, value in self.placement.parameters.items()}
+        moved = 0
+        for name, value in self.trainer.lm.model.named_parameters():
+            same = torch.equal(self._sample(name, value), before[name])
+            if id(value) not in own and not same:
+                raise RunError(f"the frozen parameter {name} moved; this is a bug.")
+            moved += not same
+        if not moved:
+            raise RunError(
+                "nothing moved in the first steps.",
+                where=f"place '{self.trainer.recipe.place.card.name}'",
+                hint="Raise --learning-rate, or check that the forget loss is not 0.",
+            )

@@ -1,0 +1,46 @@
+"""Which forget row meets which retain row in which step: made once, from the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from delible.train.randomness import generator
+from delible.train.recipe import Recipe
+from delible.train.step import Row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run.
+
+    Attributes:
+        steps: For each optimiser step its pairs of a forget row and a retain row, as places in
+            the lists of rows; ``None``: no retain row.
+        steps_per_epoch: How many of them one pass over the forget rows takes.
+    """
+
+    steps: tuple[tuple[tuple[int, int | None], ...], ...]
+    steps_per_epoch: int
+
+    @property
+    def retain_indices(self) -> set[int]:
+        return {kept for step in self.steps for _, kept in step if kept is not None}
+
+
+def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Plan:
+    """The plan of a run."""
+    training = recipe.training
+    steps: list[tuple[tuple[int, int | None], ...]] = []
+    per_epoch = 1
+    for epoch in range(training.epochs):
+        random = generator(seed, "sample", epoch)
+        pairs = recipe.sample.epoch(forget, retain, epoch, random)
+        size = training.batch_size
+        chunks = [tuple(pairs[at : at + size]) for at in range(0, len(pairs), size)]
+        per_epoch = len(chunks)
+        steps += chunks
+        if training.max_steps is not None and len(steps) >= training.max_steps:
+            steps = steps[: training.max_steps]
+            break
+    return Plan(tuple(steps), per_epoch)
