@@ -125,6 +125,8 @@ def shares(row: TableRow, original: TableRow, reference: TableRow) -> tuple[floa
 
 def verdict(row: TableRow, original: TableRow, reference: TableRow) -> tuple[bool, str]:
     """Whether a row earns the badge *effect*, and why or why not."""
+    if row.failed is not None:
+        return False, f"failed: {row.failed}"
     found = shares(row, original, reference)
     if found is None:
         return False, "no numbers"
@@ -268,13 +270,16 @@ def main() -> None:
     given = parser.parse_args()
     if given.shapes is not None:
         methods = method_names(given.methods.split(","))
-        bench(
+        # what failed has no file, so that the next run tries again, but it has its row here
+        run = bench(
             "world", methods=methods, model=given.model, attacks=["relearn", "quantize"],
             options=shaped(given.shapes, given.model, methods), out=given.run, say=print,
-        )  # fmt: skip
+        ).cells  # fmt: skip
+    else:
+        run = [read_json(path) for path in (given.run / "cells").glob("*.json")]
     described = read_json(given.run / "bench.json")
     benchmark = build("benchmark", described["benchmark"])
-    cells = slim(benchmark, [read_json(path) for path in (given.run / "cells").glob("*.json")])
+    cells = slim(benchmark, run)
     numbers = given.page.with_suffix(".json")
     if numbers.exists():
         there = {cell["method"] for cell in cells}

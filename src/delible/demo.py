@@ -35,7 +35,7 @@ LEARNING: Settings = {
 #: How the demo's model unlearns: NPO on 10 rows (the recipe's own numbers are for larger sets).
 UNLEARNING: Settings = {
     "default": {
-        "learning_rate": 4e-5, "epochs": 5, "batch_size": 5, "beta": 0.2, "retain_weight": 2.0,
+        "learning_rate": 2e-5, "epochs": 8, "batch_size": 5, "beta": 0.5, "retain_weight": 2.0,
     },
     "tiny": {
         "learning_rate": 3e-4, "epochs": 14, "batch_size": 5, "beta": 0.5, "retain_weight": 10.0,

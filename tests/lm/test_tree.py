@@ -8,7 +8,15 @@ import torch
 
 from delible.lm.forward import target_logprobs
 from delible.lm.lm import LM
-from delible.lm.tree import Prefix, Tree, node_states, rows_of, shared_by, tree_values
+from delible.lm.tree import (
+    Prefix,
+    Tree,
+    _turns,
+    node_states,
+    rows_of,
+    shared_by,
+    tree_values,
+)
 from delible.measure.requests import Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -67,6 +75,21 @@ def test_rows_hold_every_tree_once_and_are_filled() -> None:
     assert all(total <= 60 or len(row) == 1 for total, row in zip(filled, rows, strict=True))
     alone = sum(size >= 58 for size in sizes)  # nothing fits beside these: trees have 3 nodes
     assert len(rows) <= alone + 1.1 * sum(size for size in sizes if size < 58) / 60
+
+
+def test_tokens_of_one_node_take_turns() -> None:
+    assert _turns(torch.tensor([2, 0, 2, 1, 2, 0])).tolist() == [0, 0, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("elements", [1, 3, 1000])
+def test_the_head_may_come_in_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    tree = Tree.grow([1, 2], [[5, 6, 7], [5, 6, 9, 9], [8], [5, 6, 7]])
+    whole = tree_values(lm, Prefix([]), [tree], target_logprobs)
+    monkeypatch.setattr("delible.lm.tree.HEAD_CHUNK_ELEMENTS", elements * lm.vocabulary)
+    assert tree_values(lm, Prefix([]), [tree], target_logprobs).tolist() == pytest.approx(
+        whole.tolist(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -76,9 +76,10 @@ def methods() -> str:
         "# Methods and components\n",
         "`delible show NAME` tells the options of each and their defaults. Badges are earned by "
         "tests: *parity* with numbers derived by brute force or from the authors' code, *effect* "
-        "where a sweep of all methods with equal budgets shows that it forgets and keeps "
-        "([results](results/optimisation-tiny.md)), *variant* where it differs from the paper on "
-        "purpose.\n",
+        "where a sweep of all methods with equal budgets shows that it forgets and keeps, on the "
+        "[tiny](results/optimisation-tiny.md) or the "
+        "[default model](results/optimisation-default.md), *variant* where it differs from the "
+        "paper on purpose.\n",
     ]
     for title, kinds in TABLES:
         cards = registry.cards(*kinds)  # type: ignore[arg-type]

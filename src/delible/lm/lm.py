@@ -69,12 +69,14 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _scores_and_moments(logits: Tensor, targets: Tensor) -> Tensor:
     """As :func:`_scores`, with mean and variance of the log-probabilities, [tokens, 4]."""
-    every = logits.log_softmax(dim=1)
-    shares = every.exp()
-    means = (shares * every).sum(dim=1)
-    variances = (shares * (every - means[:, None]).square()).sum(dim=1)
     hits = (logits.argmax(dim=1) == targets).float()
-    return torch.stack([every.gather(1, targets[:, None])[:, 0], hits, means, variances], dim=1)
+    every = logits.log_softmax(dim=1)
+    own = every.gather(1, targets[:, None])[:, 0]
+    shares = every.exp()
+    means = torch.einsum("tv,tv->t", shares, every)
+    centred = every.sub_(means[:, None])  # in place: another [tokens, vocab] costs as much time
+    variances = torch.einsum("tv,tv->t", shares, centred.square_())
+    return torch.stack([own, hits, means, variances], dim=1)
 
 
 class LM:

@@ -255,17 +255,34 @@ def _values(
     targets: Int[Tensor, " tokens"],
     function: TokenFunction,
 ) -> Float[Tensor, "tokens values"]:
-    """The function per token; a node's logits are computed once for all tokens after it."""
+    """The function per token; a node's logits are computed once for all tokens after it.
+
+    Tokens take turns, one per node at a time: the first turn has every node, and needs no copy.
+    """
+    turns = _turns(places)
     found: Tensor | None = None
     size = max(1, HEAD_CHUNK_ELEMENTS // lm.vocabulary)
     for start in range(0, len(states), size):
         logits = lm.head(states[start : start + size]).float()
-        mine = ((places >= start) & (places < start + size)).nonzero()[:, 0]
-        for part in mine.split(size):
-            rows = logits[(places[part] - start).to(lm.device)]
-            values = function(rows, targets[part].to(lm.device)).cpu()
+        here = (places >= start) & (places < start + size)
+        for turn in range(int(turns[here].max()) + 1):
+            mine = (here & (turns == turn)).nonzero()[:, 0]
+            mine = mine[places[mine].argsort()]
+            nodes = (places[mine] - start).to(lm.device)
+            rows = logits if len(nodes) == len(logits) else logits[nodes]
+            values = function(rows, targets[mine].to(lm.device)).cpu()
             found = values.new_empty(len(places), *values.shape[1:]) if found is None else found
-            found[part] = values
+            found[mine] = values
     if found is None:
         raise ValueError("no answer tokens")
     return found
+
+
+def _turns(places: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+    """How many tokens before each one have the same place."""
+    order = places.argsort(stable=True)
+    ordered = places[order]
+    firsts = torch.searchsorted(ordered, ordered)
+    turns = torch.empty_like(places)
+    turns[order] = torch.arange(len(places)) - firsts
+    return turns
