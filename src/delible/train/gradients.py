@@ -194,9 +194,17 @@ class Gradients:
         Args:
             weights: What each row counts; None: 1 each.
         """
-        return self._sum([(self.loss, rows, [1.0] * len(rows) if weights is None else weights)])
+        parts = [(self.loss, rows, [1.0] * len(rows) if weights is None else weights)]
+        if self.lm.device.type != "cpu":
+            return self._sum(parts, self.backward_budget)
+        # Little memory: no copies of the weights in bf16, and no second gradient of the
+        # embedding, as for a prefix that rows share.
+        with self._exact():
+            return self._sum(parts, 1)
 
-    def _sum(self, parts: Sequence[tuple[RowLoss, Sequence[Row], Sequence[float]]]) -> Vector:
+    def _sum(
+        self, parts: Sequence[tuple[RowLoss, Sequence[Row], Sequence[float]]], budget: int
+    ) -> Vector:
         """Gradient of a weighted sum of several losses, each over rows of its own."""
         parameters = self.parameters()
         sums: Vector = {}
@@ -206,7 +214,7 @@ class Gradients:
                     hook = value.register_post_accumulate_grad_hook(_summing(sums, name))
                     stack.callback(hook.remove)
             for loss, rows, weights in parts:
-                for batch in self._batches(rows, self.backward_budget):
+                for batch in self._batches(rows, budget):
                     values = loss(self.lm, [rows[place] for place in batch])
                     values = values * values.new_tensor([weights[place] for place in batch])
                     _backward(values.sum())
@@ -340,7 +348,7 @@ class Gradients:
             if held:
                 drawn = [anchors[held[(begin + i) % len(held)]] for i in range(len(part))]
                 parts.append((answer_loss, drawn, [anchor_weight / len(drawn)] * len(drawn)))
-            gradient = self._sum(parts)
+            gradient = self._sum(parts, self.backward_budget)
             for name, parameter in parameters.items():
                 parameter.grad = gradient.pop(name).to(parameter.dtype)
             torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
