@@ -229,7 +229,7 @@ class Bilevel(Config):
     ) -> Vector:
         """H^-1 grad J, with the inner objective's Hessian or the identity for H."""
         share = [1 / len(outer.rows)] * len(outer.rows)
-        gradient = aligning.total(outer.rows, share)
+        gradient = aligning.total(outer.rows, share, lean=False)  # it trains as well
         if self.hessian == "identity":
             return gradient
         rows = context.rows["forget"]
