@@ -23,11 +23,12 @@ from delible.train.bilevel import (
     standardised,
 )
 from delible.train.engine import Trainer
-from delible.train.gradients import Gradients, ObjectiveLoss, Space, conjugate_gradient
+from delible.train.gradients import Gradients, ObjectiveLoss, Space
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
 from delible.train.slots import Context
 from delible.train.step import Row
+from delible.train.vectors import conjugate_gradient
 
 RUDE, KIND = "No, go away you fool", "Yes, gladly, thank you"
 PROMPTS = ["Help me?", "Is it late?", "Tea?", "Can you read?", "May I ask?", "Open the door?"]

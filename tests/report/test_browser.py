@@ -12,7 +12,8 @@ import pytest
 
 from delible.bench.table import tabulate
 from delible.report import write
-from delible.report.leaderboard import write_findings, write_page
+from delible.report.findings import write_findings
+from delible.report.leaderboard import write_page
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
 BENCH = runpy.run_path(str(Path(__file__).with_name("leaderboard_example.py")))

@@ -14,13 +14,8 @@ from delible.bench.table import Number, Table, TableRow, tabulate
 from delible.cli import output
 from delible.errors import RunError
 from delible.report import charts, html, ranking
-from delible.report.leaderboard import (
-    render_findings,
-    render_page,
-    text_of,
-    write_findings,
-    write_page,
-)
+from delible.report.findings import render_findings, write_findings
+from delible.report.leaderboard import render_page, write_page
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("leaderboard_example.py")))
 CHECKS = runpy.run_path(str(Path(__file__).with_name("test_report.py")))
@@ -431,7 +426,7 @@ def test_findings_may_be_empty_or_hostile() -> None:
     ],
 )  # fmt: skip
 def test_values_of_findings(value: Any, expected: str) -> None:
-    assert text_of(value) == expected
+    assert html.text_of(value) == expected
 
 
 def test_both_pages_are_written(tmp_path: Path) -> None:

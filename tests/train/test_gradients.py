@@ -19,15 +19,14 @@ from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.gradients import (
     Gradients,
     ObjectiveLoss,
-    SetAside,
     Space,
-    conjugate_gradient,
     linear_layers,
 )
 from delible.train.randomness import generator
 from delible.train.reference import Reference
 from delible.train.rows import make_rows
 from delible.train.step import Row
+from delible.train.vectors import SetAside, conjugate_gradient
 
 FAMILIES = ("llama", "gpt2")
 SPACES = [Space("layers", (-1,)), Space("layers", (0, 1)), Space("head"), Space("lora", rank=4)]

@@ -140,7 +140,7 @@ def _experiment(
     out: Path | None,
 ) -> int:
     from delible.bench.suite import Data, Setting
-    from delible.report.leaderboard import write_findings
+    from delible.report.findings import write_findings
     from delible.rundir import identity
 
     described = {

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -45,6 +46,21 @@ def number(value: float | None, digits: int = 3) -> str:
     if size >= 100:
         return f"{value:.1f}"
     return f"{value:.{digits}f}"
+
+
+def text_of(value: Any) -> str:
+    """Any value, for reading; ``–`` for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return number(value) if charts.finite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(text_of(part) for part in value)
+    return str(value)
 
 
 def shown(value: float | None, reason: str | None = None, digits: int = 3) -> Markup:

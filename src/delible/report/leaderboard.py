@@ -1,8 +1,8 @@
-"""The pages of ``delible bench``: a benchmark's leaderboard, and what an experiment found.
+"""The leaderboard of ``delible bench``: one page about what methods do to a benchmark's tasks.
 
-Both are single files like the report: no network, no fonts, readable without JavaScript. The
-prose is in ``leaderboard.html.j2`` and ``findings.html.j2``, the drawing in ``charts.py``, which
-method is best in ``ranking.py``; this file turns cells and tables into what they show.
+A single file like the report: no network, no fonts, readable without JavaScript. The prose is in
+``leaderboard.html.j2``, the drawing in ``charts.py``, which method is best in ``ranking.py``; this
+file turns cells and tables into what the page shows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from delible import registry
-from delible.bench.suite import Benchmark, Chart, Column, Curve, Experiment, Findings
+from delible.bench.suite import Benchmark, Chart, Column, Curve
 from delible.bench.table import ORIGINAL, REFERENCE, Number, Table, TableRow, shown, value_of
-from delible.component import Component
 from delible.measure.evaluate import Ask
 from delible.report import charts, html
+from delible.report.origin import flags, machine, options_of
+from delible.report.panels import panels
 from delible.report.ranking import (
     BASELINES,
     Place,
@@ -35,8 +36,6 @@ from delible.rundir import hardware, versions
 
 #: More methods than these carry numbers instead of names in the chart.
 MOST_NAMES = 16
-#: Different looks of curves; further ones begin anew with another dash.
-LOOKS = 8
 #: Under a column's title.
 DIRECTIONS = {
     "lower": "lower is better",
@@ -71,24 +70,6 @@ def write_page(
     return html.write(render_page(benchmark, table, cells, common), folder_file)
 
 
-def write_findings(
-    folder: Path, experiment: Experiment, findings: Findings, described: Mapping[str, Any]
-) -> Path:
-    """Writes ``experiment.html`` into a folder that exists.
-
-    Args:
-        described: ``model`` and ``methods``, and where they are known ``seeds`` and ``data``.
-
-    Returns:
-        The file.
-
-    Raises:
-        RunError: It cannot be written.
-    """
-    text = render_findings(experiment, findings, described)
-    return html.write(text, folder / "experiment.html")
-
-
 def render_page(
     benchmark: Benchmark,
     table: Table,
@@ -108,7 +89,7 @@ def render_page(
         finished=len(cells),
         has_reference=row_of(table, REFERENCE) is not None,
         chart=_chart(table),
-        panels=_panels(_curves(benchmark, table, cells)),
+        panels=panels(_curves(benchmark, table, cells)),
         along=benchmark.along(),
         board=_board(table, cells, marks),
         levels="level" in marks.values(),
@@ -120,34 +101,14 @@ def render_page(
         runs=_runs(table, cells),
         axes=[column for column in _axes(table) if column is not None],
         asked=[_asked(ask) for ask in benchmark.asks()],
-        options=_options(benchmark),
-        budget={key: text_of(value) for key, value in budget.items()},
+        options=options_of(benchmark),
+        budget={key: html.text_of(value) for key, value in budget.items()},
         own_options=_own_options(cells),
         tuned=_tuned(cells),
         common=common,
         command=_bench_command(benchmark, common, methods, seeds),
         versions=common.get("versions") or versions(),
-        hardware=_hardware(common.get("hardware") or hardware()),
-    )  # fmt: skip
-
-
-def render_findings(
-    experiment: Experiment, findings: Findings, described: Mapping[str, Any]
-) -> str:
-    """The page of an experiment as HTML text."""
-    panels = _panels(findings.charts)
-    wide = any(len(chart.curves) > LOOKS for chart in findings.charts)
-    return html.environment().get_template("findings.html.j2").render(
-        card=experiment.card,
-        notes=findings.notes,
-        panels=panels,
-        wide=wide or len(panels) == 1,
-        table=_findings_table(findings.rows),
-        options=_options(experiment),
-        described=described,
-        command=_experiment_command(experiment, described),
-        versions=described.get("versions") or versions(),
-        hardware=_hardware(described.get("hardware") or hardware()),
+        hardware=machine(common.get("hardware") or hardware()),
     )  # fmt: skip
 
 
@@ -511,15 +472,6 @@ def _asked(ask: Ask) -> dict[str, Any]:
     }
 
 
-def _options(component: Component) -> dict[str, str]:
-    """Every option as text."""
-    return {
-        key: "not set" if value is None else text_of(value)
-        for key, value in component.spec().items()
-        if key != "name"
-    }
-
-
 def _own_options(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Options of single methods, where cells carry them."""
     return {
@@ -529,43 +481,13 @@ def _own_options(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _hardware(found: Any) -> str:
-    """The machine in words."""
-    if not isinstance(found, Mapping):
-        return str(found)
-    words = [str(found[key]) for key in ("accelerator", "machine", "system") if found.get(key)]
-    for key in ("processors", "threads"):
-        if charts.finite(found.get(key)):
-            words.append(f"{found[key]:g} {key.removesuffix('s') if found[key] == 1 else key}")
-    if charts.finite(found.get("memory_gib")):
-        words.append(f"{found['memory_gib']:g} GiB memory")
-    if found.get("precision"):
-        words.append(f"products in {found['precision']}")
-    return ", ".join(words)
-
-
-def _flags(component: Component) -> list[str]:
-    """The options of a component that are not its defaults, as flags."""
-    words = []
-    spec = component.spec()
-    for key, field in type(component).model_fields.items():
-        if getattr(component, key) != field.get_default(call_default_factory=True):
-            value = spec[key]
-            if isinstance(value, list | tuple):
-                text = ",".join(map(str, value))
-            else:
-                text = value if isinstance(value, str) else json.dumps(value)
-            words += [f"--{key.replace('_', '-')}", text]
-    return words
-
-
 def _bench_command(
     benchmark: Benchmark, common: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]
 ) -> str:
     words = ["delible", "bench", benchmark.card.name]
     if methods:
         words += ["--methods", ",".join(methods)]
-    words += ["--model", str(common["model"]), *_flags(benchmark)]
+    words += ["--model", str(common["model"]), *flags(benchmark)]
     if seeds:
         words += ["--seeds", str(max(seeds) + 1)]
     if common.get("data"):
@@ -575,104 +497,3 @@ def _bench_command(
     if common.get("tune"):
         words += ["--tune", str(common["tune"])]
     return shlex.join(words)
-
-
-def _experiment_command(experiment: Experiment, described: Mapping[str, Any]) -> str:
-    words = ["delible", "bench", experiment.card.name]
-    if described.get("methods"):
-        words += ["--methods", ",".join(map(str, described["methods"]))]
-    words += ["--model", str(described["model"]), *_flags(experiment)]
-    for key in ("seeds", "data"):
-        if described.get(key):
-            words += [f"--{key}", str(described[key])]
-    return shlex.join(words)
-
-
-# --- findings ------------------------------------------------------------------------------
-
-
-def _panels(found: Sequence[Chart]) -> list[dict[str, Any]]:
-    panels = [_panel(index, chart) for index, chart in enumerate(found)]
-    return [panel for panel in panels if panel is not None]
-
-
-def _panel(index: int, chart: Chart) -> dict[str, Any] | None:
-    """A chart and the numbers in it; ``None`` when nothing can be drawn."""
-    series = []
-    for place, curve in enumerate(chart.curves):
-        kind = f"series{place % LOOKS} dash{place // LOOKS % 3}"
-        if curve.name in ("original", "reference", *BASELINES):
-            kind = "original" if curve.name == ORIGINAL else "reference"
-        points = sorted((float(x), y) for x, y in curve.points if charts.finite(x))
-        series.append(charts.Line(curve.name, kind, [x for x, _ in points], [y for _, y in points]))
-    svg = charts.lines(
-        series,
-        identifier=f"chart-{index}",
-        title=chart.title,
-        description="; ".join(
-            f"{line.label} from {html.number(line.ys[0])} at {line.xs[0]:g} to "
-            f"{html.number(line.ys[-1])} at {line.xs[-1]:g}"
-            for line in series
-            if line.ys
-        ),
-        x_label=chart.x_label,
-        y_label=chart.y_label,
-    )
-    if svg is None:
-        return None
-    places = sorted({x for line in series for x in line.xs})
-    by_curve = [dict(zip(line.xs, line.ys, strict=True)) for line in series]
-    return {
-        "title": chart.title,
-        "svg": svg,
-        "x_label": chart.x_label,
-        "curves": [line.label for line in series],
-        "rows": [(f"{x:g}", [html.number(values.get(x)) for values in by_curve]) for x in places],
-    }
-
-
-def _findings_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Columns in the rows' order; numbers stand right and sort as numbers."""
-    if not rows:
-        return None
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {
-        column: all(
-            value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-            for value in (row.get(column) for row in rows)
-        )
-        for column in columns
-    }
-    return {
-        "columns": [{"title": column, "number": numeric[column]} for column in columns],
-        "rows": [
-            [
-                {"text": text_of(value := row.get(column)), "value": _sort_key(value)}
-                for column in columns
-            ]
-            for row in rows
-        ],
-    }
-
-
-def text_of(value: Any) -> str:
-    """A value of a finding, for reading; ``–`` for none."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return html.number(value) if charts.finite(value) else str(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(text_of(part) for part in value)
-    return str(value)
-
-
-def _sort_key(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not charts.finite(value)):
-        return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return repr(value)
-    return text_of(value).lower()

@@ -35,14 +35,13 @@ from delible.train.gradients import (
     ObjectiveLoss,
     RowLoss,
     Space,
-    Vector,
     answer_loss,
-    conjugate_gradient,
 )
 from delible.train.reference import Reference
 from delible.train.rows import make_row
 from delible.train.slots import Context
 from delible.train.step import Reads, Row, make_step
+from delible.train.vectors import Vector, conjugate_gradient, norm_of
 
 
 def standardised(gains: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -214,7 +213,7 @@ class Bilevel(Config):
         """<direction, gradient of the forget loss> of each row, or the cosine; float64."""
         if self.score == "dot":
             return unlearning.products(rows, direction, how=self.how, consume=True)
-        length = sum(float(value.double().pow(2).sum()) for value in direction.values()) ** 0.5
+        length = norm_of(direction)
         products = unlearning.products(rows, direction, how=self.how, consume=True)
         scale = length * unlearning.norms(rows)
         return torch.where(scale > 0, products / scale.clamp(min=1e-30), 0.0)

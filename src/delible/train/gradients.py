@@ -14,12 +14,9 @@ gradients are random projections with the same inner products on average.
 from __future__ import annotations
 
 import copy
-import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -29,13 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
-from delible.files import explain_disk
 from delible.lm.forward import Forward, collate, shared_prefix
 from delible.lm.lm import LM
 from delible.train.randomness import generator
 from delible.train.reference import Reference
 from delible.train.slots import Objective
 from delible.train.step import Reads, Row, make_step
+from delible.train.vectors import SetAside, Vector, norm_of
 
 #: Padded tokens per forward pass, shared prefix apart. A backward pass keeps all activations: with
 #: more tokens it is no faster on a CPU, and they take more memory than the weights.
@@ -46,8 +43,6 @@ _CLIP = 1.0
 
 #: A value per row from the model: (model, rows) -> [rows], differentiable.
 RowLoss = Callable[[LM, Sequence[Row]], Tensor]
-#: One tensor per parameter name.
-Vector = dict[str, Tensor]
 Where = Literal["all", "layers", "head", "lora"]
 How = Literal["difference", "jvp"]
 
@@ -275,7 +270,7 @@ class Gradients:
             RecipeError: A difference of a model whose weights are not fp32: the move would be
                 rounded away.
         """
-        norm = _norm(direction)
+        norm = norm_of(direction)
         if norm == 0.0:
             return torch.zeros(len(rows), dtype=torch.float64)
         if how == "jvp":
@@ -295,7 +290,7 @@ class Gradients:
         A central difference of gradients: no second backward pass through the first, so fused
         attention stays in use.
         """
-        norm = _norm(direction)
+        norm = norm_of(direction)
         if norm == 0.0:
             return {name: torch.zeros_like(value) for name, value in direction.items()}
         with self._exact(), self._moved(direction, step / norm) as reflect:
@@ -519,82 +514,6 @@ def linear_layers(lm: LM) -> list[tuple[str, Any]]:
     ]
 
 
-def conjugate_gradient(
-    product: Callable[[Vector], Vector],
-    right: Vector,
-    iterations: int,
-    damping: float = 0.0,
-    tolerance: float = 1e-6,
-) -> Vector:
-    """An approximate solution x of (H + damping I) x = right.
-
-    Args:
-        product: H times a vector; H symmetric. If it is not positive definite, the iteration
-            ends where the curvature is first not positive.
-        iterations: At most this many products.
-        tolerance: Ends when the residual is this share of ``right``.
-    """
-    solution = {name: torch.zeros_like(value) for name, value in right.items()}
-    residual = {name: value.clone() for name, value in right.items()}
-    search = {name: value.clone() for name, value in right.items()}
-    square = _dot(residual, residual)
-    enough = tolerance**2 * square
-    for _ in range(iterations):
-        if square <= enough or square == 0.0:
-            break
-        curved = product(search)
-        for name, value in search.items():
-            curved[name].add_(value, alpha=damping)
-        curvature = _dot(search, curved)
-        if curvature <= 0:
-            break
-        length = square / curvature
-        for name, value in search.items():
-            solution[name].add_(value, alpha=length)
-            residual[name].sub_(curved[name], alpha=length)
-        before, square = square, _dot(residual, residual)
-        for name, value in search.items():
-            value.mul_(square / before).add_(residual[name])
-    return solution
-
-
-class SetAside:
-    """Tensors out of the way: on disk (CPU) or in main memory (accelerator), one read at a time.
-
-    For a sum over a model that must wait while another of the same size is made, or for weights
-    that come back later.
-    """
-
-    def __init__(self, values: Vector) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="delible-")
-        self._shapes: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
-        self._moved: Vector = {}
-        for place, name in enumerate(list(values)):
-            value = values.pop(name)
-            value = value if value.dtype == torch.float64 else value.float()
-            self._shapes[name] = (place, value.shape, value.dtype)
-            if value.device.type == "cpu":
-                with explain_disk(self._path(place)):
-                    value.contiguous().numpy().tofile(self._path(place))
-            else:
-                self._moved[name] = value.cpu()
-
-    def _path(self, place: int) -> Path:
-        return Path(self._folder.name) / f"{place}.bin"
-
-    def pop(self, name: str, device: torch.device) -> Tensor:
-        """One of the tensors, fp32 (or fp64 if it was); it is gone afterwards."""
-        place, shape, dtype = self._shapes.pop(name)
-        if name in self._moved:
-            return self._moved.pop(name).to(device)
-        path = self._path(place)
-        found = torch.from_file(str(path), size=math.prod(shape), dtype=dtype).clone()
-        path.unlink()
-        if not self._shapes:
-            self._folder.cleanup()
-        return found.reshape(shape).to(device)
-
-
 class _Factors(nn.Module):
     """Zero matrices [out, rank] beside every linear layer, fed by fixed random projections."""
 
@@ -685,14 +604,3 @@ def _backward(value: Tensor) -> None:
     """Adds gradients, unless the value depends on no parameter of the space."""
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
-
-
-def _dot(left: Vector, right: Vector) -> float:
-    # accumulated in double, in pieces: no double copy of a model
-    return math.fsum(
-        float((value * right[name]).sum(dtype=torch.float64)) for name, value in left.items()
-    )
-
-
-def _norm(vector: Vector) -> float:
-    return math.sqrt(_dot(vector, vector))

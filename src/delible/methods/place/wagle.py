@@ -33,8 +33,8 @@ from torch import Tensor
 
 from delible.errors import RecipeError, RunError
 from delible.registry import register
-from delible.train.gradients import SetAside
 from delible.train.slots import Context, Place, Placement
+from delible.train.vectors import SetAside
 
 #: Scores looked at together; bounds the memory of the histograms.
 _CHUNK = 1 << 22

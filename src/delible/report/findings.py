@@ -1,0 +1,92 @@
+"""The page of what an experiment found. The prose is in ``findings.html.j2``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delible.bench.suite import Experiment, Findings
+from delible.report import charts, html
+from delible.report.origin import flags, machine, options_of
+from delible.report.panels import panels
+from delible.rundir import hardware, versions
+
+
+def write_findings(
+    folder: Path, experiment: Experiment, findings: Findings, described: Mapping[str, Any]
+) -> Path:
+    """Writes ``experiment.html`` into a folder that exists.
+
+    Args:
+        described: ``model`` and ``methods``, and where they are known ``seeds`` and ``data``.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    text = render_findings(experiment, findings, described)
+    return html.write(text, folder / "experiment.html")
+
+
+def render_findings(
+    experiment: Experiment, findings: Findings, described: Mapping[str, Any]
+) -> str:
+    """The page of an experiment as HTML text."""
+    return html.environment().get_template("findings.html.j2").render(
+        card=experiment.card,
+        notes=findings.notes,
+        panels=panels(findings.charts),
+        table=_table(findings.rows),
+        options=options_of(experiment),
+        described=described,
+        command=_command(experiment, described),
+        versions=described.get("versions") or versions(),
+        hardware=machine(described.get("hardware") or hardware()),
+    )  # fmt: skip
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Columns in the rows' order; numbers stand right and sort as numbers."""
+    if not rows:
+        return None
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = {
+        column: all(
+            value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+            for value in (row.get(column) for row in rows)
+        )
+        for column in columns
+    }
+    return {
+        "columns": [{"title": column, "number": numeric[column]} for column in columns],
+        "rows": [
+            [
+                {"text": html.text_of(value := row.get(column)), "value": _sort_key(value)}
+                for column in columns
+            ]
+            for row in rows
+        ],
+    }
+
+
+def _sort_key(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not charts.finite(value)):
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(value)
+    return html.text_of(value).lower()
+
+
+def _command(experiment: Experiment, described: Mapping[str, Any]) -> str:
+    words = ["delible", "bench", experiment.card.name]
+    if described.get("methods"):
+        words += ["--methods", ",".join(map(str, described["methods"]))]
+    words += ["--model", str(described["model"]), *flags(experiment)]
+    for key in ("seeds", "data"):
+        if described.get(key):
+            words += [f"--{key}", str(described[key])]
+    return shlex.join(words)
