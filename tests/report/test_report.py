@@ -314,6 +314,17 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     assert charts.ticks(low, high) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("step", "halves"), [(1.0, False), (1.5, True)])
+def test_what_is_counted_has_whole_ticks(step: float, halves: bool) -> None:
+    line = charts.Line("npo", "series0", [1.0, 1 + step, 4.0], [0.2, 0.3, 0.4])
+    drawn = charts.lines(
+        [line], identifier="c", title="t", description="d", x_label="requests", y_label="y"
+    )
+    assert drawn is not None
+    assert (">1.5<" in drawn) is halves
+    assert ">3<" in drawn
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

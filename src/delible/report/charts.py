@@ -184,7 +184,8 @@ class _Frame:
         low, high = self.y_range
         return self.bottom - (value - low) / ((high - low) or 1.0) * (self.bottom - self.top)
 
-    def axes(self, x_label: str, y_label: str) -> str:
+    def axes(self, x_label: str, y_label: str, *, counted: bool = False) -> str:
+        """The axes; with ``counted`` the horizontal one has marks at whole numbers only."""
         parts: list[str] = []
         for value in ticks(*self.y_range):
             y = self.y(value)
@@ -194,6 +195,8 @@ class _Frame:
                 f"{_short(value)}</text>"
             )
         for value in ticks(*self.x_range):
+            if counted and value != round(value):
+                continue
             x = self.x(value)
             parts.append(
                 f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.bottom}" '
@@ -562,7 +565,7 @@ def lines(
         (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1),
         domain(ys, from_zero=from_zero),
     )
-    parts = [frame.axes(x_label, y_label)]
+    parts = [frame.axes(x_label, y_label, counted=all(x == round(x) for x in xs))]
     ends: list[tuple[float, float, Line]] = []
     for line in kept:
         stroke, last = "", (0.0, 0.0)
