@@ -34,10 +34,10 @@ from torch import Tensor
 from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
-from delible.lm.forward import TokenFunction, shared_prefix
+from delible.lm.forward import shared_prefix
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
-from delible.lm.tree import Prefix, Tree
+from delible.lm.tree import NodeFunction, Prefix, Tree
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import Ask, evaluate
@@ -187,7 +187,7 @@ class Weightless(LM):
     positions = 0
 
     def _by_length(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+        self, rows: Sequence[Encoded], among: Sequence[int], function: NodeFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
         order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
         for indices in self.batches(order, [len(row.ids) for row in rows]):
@@ -197,12 +197,12 @@ class Weightless(LM):
             yield indices, torch.zeros(sum(rows[index].answer_tokens for index in indices), 4)
 
     def _by_prompt(
-        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: TokenFunction
+        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: NodeFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
         prefixes: set[int] = set()
 
-        def values(lm: LM, prefix: Prefix, trees: Sequence[Tree], _: TokenFunction) -> Tensor:
-            self.positions += len(trees) * max(len(tree.ids) for tree in trees)
+        def values(lm: LM, prefix: Prefix, trees: Sequence[Tree], _: NodeFunction) -> Tensor:
+            self.positions += sum(len(tree.ids) for tree in trees)
             self.positions += 0 if id(prefix) in prefixes else len(prefix.ids)
             prefixes.add(id(prefix))
             return torch.zeros(sum(len(one) for tree in trees for one in tree.targets), 4)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm import decode
-from delible.lm.decode import RoomyLayer
+from delible.lm.decode import RoomyLayer, _closed_up
 from delible.lm.lm import LM
 from delible.measure.requests import (
     Decoding,
@@ -56,6 +56,12 @@ def test_greedy_answers_are_those_of_the_plain_model(family: str) -> None:
         for prompt, text in zip(PROMPTS, found, strict=True):
             expected = lm.tokenizer.decode(greedy_by_hand(lm, prompt, 12), skip_special_tokens=True)
             assert text == expected.strip()
+
+
+def test_the_last_rows_take_the_places_of_those_that_leave() -> None:
+    assert _closed_up([True, False, True, False, True, True]) == [0, 5, 2, 4]
+    assert _closed_up([True, True, False]) == [0, 1]
+    assert _closed_up([False, False]) == []
 
 
 def test_rows_that_end_leave_the_batch_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +211,13 @@ def test_the_cache_has_room_and_is_rarely_copied(monkeypatch: pytest.MonkeyPatch
     roomy, plain = RoomyLayer(), DynamicLayer()
     places = set()
     for step in range(12):
-        if step == 6:  # a row leaves
+        if step == 6:  # two rows leave, and the last takes the place of the second
             for layer in (roomy, plain):
-                layer.batch_select_indices(torch.tensor([0, 2]))
-        rows = 3 if step < 6 else 2
+                layer.batch_select_indices(torch.tensor([0, 3]))
+        if step == 10:
+            for layer in (roomy, plain):
+                layer.batch_repeat_interleave(2)
+        rows = 4 if step < 6 else 2 if step < 10 else 4
         new = [torch.randn(rows, 2, 3 if step == 0 else 1, 5) for _ in range(2)]
         found, expected = roomy.update(*new), plain.update(*new)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from delible.lm.forward import target_logprobs
+from delible.lm.attention import attention_window
 from delible.lm.lm import LM
-from delible.lm.tree import (
-    Prefix,
-    Tree,
-    _turns,
-    node_states,
-    rows_of,
-    shared_by,
-    tree_values,
-)
+from delible.lm.tree import Prefix, Tree, node_states, shared_by, tree_values
 from delible.measure.requests import Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -38,18 +30,10 @@ def test_a_node_sees_its_ancestors_only() -> None:
     ]  # fmt: skip
 
 
-def test_trees_beside_each_other_do_not_see_each_other() -> None:
-    trees = [Tree.grow([1], [[5, 6, 0], [7, 0]]), Tree.grow([2, 3], [[8, 0]])]
-    row = Tree.beside(trees)
-    assert row.ids == [1, 5, 6, 7, 2, 3, 8]
-    assert row.depths() == [*trees[0].depths(), *trees[1].depths()]
-    sees, size = row.sees(), len(trees[0].ids)
-    assert not sees[:size, size:].any()
-    assert not sees[size:, :size].any()
-    assert np.array_equal(sees[:size, :size], trees[0].sees())
-    assert np.array_equal(sees[size:, size:], trees[1].sees())
-    assert row.targets == [*trees[0].targets, *trees[1].targets]
-    assert [row.ids[node] for node in row.predicting[2]] == [3, 8]
+def test_all_nodes_see_what_stands_before() -> None:
+    tree = Tree.grow([1], [[5, 0], [7, 0]])
+    assert tree.sees(2)[:, :2].all()
+    assert np.array_equal(tree.sees(2)[:, 2:], tree.sees())
 
 
 @pytest.mark.parametrize(
@@ -66,28 +50,17 @@ def test_a_question_is_shared_while_it_pays(
     assert shared_by(question, answers, width=100) == groups
 
 
-def test_rows_hold_every_tree_once_and_are_filled() -> None:
-    sizes = np.random.default_rng(0).integers(3, 80, 200).tolist()
-    rows = rows_of(sizes, width=120)
-    assert sorted(place for row in rows for place in row) == list(range(200))
-    filled = [sum(sizes[place] for place in row) for row in rows]
-    assert filled == sorted(filled, reverse=True)
-    assert all(total <= 60 or len(row) == 1 for total, row in zip(filled, rows, strict=True))
-    alone = sum(size >= 58 for size in sizes)  # nothing fits beside these: trees have 3 nodes
-    assert len(rows) <= alone + 1.1 * sum(size for size in sizes if size < 58) / 60
-
-
-def test_tokens_of_one_node_take_turns() -> None:
-    assert _turns(torch.tensor([2, 0, 2, 1, 2, 0])).tolist() == [0, 0, 1, 0, 2, 1]
+def logprobs(logits: torch.Tensor, nodes: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(dim=1)[nodes, targets]
 
 
 @pytest.mark.parametrize("elements", [1, 3, 1000])
 def test_the_head_may_come_in_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
     tree = Tree.grow([1, 2], [[5, 6, 7], [5, 6, 9, 9], [8], [5, 6, 7]])
-    whole = tree_values(lm, Prefix([]), [tree], target_logprobs)
+    whole = tree_values(lm, Prefix([]), [tree], logprobs)
     monkeypatch.setattr("delible.lm.tree.HEAD_CHUNK_ELEMENTS", elements * lm.vocabulary)
-    assert tree_values(lm, Prefix([]), [tree], target_logprobs).tolist() == pytest.approx(
+    assert tree_values(lm, Prefix([]), [tree], logprobs).tolist() == pytest.approx(
         whole.tolist(), abs=1e-6
     )
 
@@ -98,13 +71,15 @@ def test_passages_do_not_become_one_tree(family: str, monkeypatch: pytest.Monkey
     widths = list[int]()
 
     def watched(lm: LM, prefix: Prefix, trees: list[Tree]) -> torch.Tensor:
-        widths.append(max(len(tree.ids) for tree in trees))
+        widths.extend(len(tree.ids) for tree in trees)
         return node_states(lm, prefix, trees)
 
     monkeypatch.setattr("delible.lm.tree.node_states", watched)
     passages = [f"Passage {number}: " + "and so it went on. " * 8 for number in range(12)]
     longest = max(len(lm.template.encode(Prompt(text=""), one).ids) for one in passages)
     lm.score([Score(Prompt(text=""), one) for one in passages])
+    # longer than a sliding window: plain rows
+    assert len(widths) == (len(passages) if longest <= attention_window(lm) else 0)
     assert all(width <= longest for width in widths)
 
 
@@ -130,9 +105,7 @@ def test_values_are_those_of_plain_rows(family: str) -> None:
             Tree.grow(prompt[len(prefix.ids) :], [one for at, one in answers if at == owner])
             for owner, prompt in enumerate(prompts)
         ]
-        found = tree_values(lm, prefix, trees, target_logprobs)
-        beside = tree_values(lm, prefix, [Tree.beside(trees)], target_logprobs)
-        assert beside.tolist() == pytest.approx(found.tolist(), abs=1e-5)
+        found = tree_values(lm, prefix, trees, logprobs)
         expected = []
         with torch.inference_mode():
             for owner, answer in answers:
@@ -151,3 +124,21 @@ def test_a_model_without_positions_is_scored_row_by_row() -> None:
     assert lm.grows_trees
     assert not plain.grows_trees
     assert plain.shares_prefix
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_models_own_attention_is_used_and_put_back(attention: str) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention)
+    lm = LM(model, tiny_tokenizer(), precision="float32")
+    assert lm.grows_trees
+    tree = Tree.grow([1, 2], [[5, 6, 7], [8, 9]])
+    states = node_states(lm, Prefix([]), [tree])
+    assert model.config._attn_implementation == attention
+    with torch.inference_mode():
+        plain = lm.core.get_submodule(lm.anatomy.backbone)(torch.tensor([[1, 2, 5, 6]]))
+    assert torch.allclose(states[:4], plain.last_hidden_state[0], atol=1e-5)
+    wrong = Tree(ids=[300], parents=[-1])  # no such token
+    with pytest.raises(IndexError):
+        node_states(lm, Prefix([]), [wrong])
+    assert model.config._attn_implementation == attention

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from delible.lm.lm import LM
 
 #: Padded tokens per forward pass beyond which a device gets no faster.
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 32768}
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 #: Rows that generate together at most (each step reads all weights once for all of them).
 ENOUGH_ROWS = {"cpu": 192, "cuda": 1024}
 #: Share of the free memory that a batch may take.

@@ -105,7 +105,8 @@ def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
 def prefix_cache(lm: LM, ids: Int[Tensor, "batch prefix"]) -> Any:
     """The key-value cache of a prefix that all rows share, computed once, for every row."""
     cache: Any = DynamicCache(config=lm.core.config.get_text_config())
-    fill_prefix(lm, cache, ids)
+    if ids.numel():
+        fill_prefix(lm, cache, ids)
     return cache
 
 

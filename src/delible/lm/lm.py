@@ -17,30 +17,21 @@ from torch import Tensor
 
 from delible.errors import ModelError, RunError
 from delible.lm.anatomy import Anatomy, derive
+from delible.lm.attention import attention_window
 from delible.lm.budget import Budget, measure_budget
 from delible.lm.decode import continue_rows
 from delible.lm.forward import (
     Batch,
     Forward,
-    TokenFunction,
     collate,
     map_logits,
     shared_prefix,
-    target_logprobs,
 )
 from delible.lm.inspection import inspect
 from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
-from delible.lm.tree import (
-    Prefix,
-    Tree,
-    attention_window,
-    node_states,
-    rows_of,
-    shared_by,
-    tree_values,
-)
+from delible.lm.tree import NodeFunction, Prefix, Tree, node_states, shared_by, tree_values
 from delible.measure.requests import (
     Array,
     Decoding,
@@ -61,22 +52,23 @@ def _quiet(_: str) -> None:
     """Says nothing."""
 
 
-def _scores(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) and whether it is the argmax, shape [tokens, 2]."""
-    hits = logits.argmax(dim=1) == targets
-    return torch.stack([target_logprobs(logits, targets), hits.float()], dim=1)
+def _scores(logits: Tensor, nodes: Tensor, targets: Tensor, moments: bool = False) -> Tensor:
+    """log p(target) and whether it is the argmax, [tokens, 2]; overwrites the logits.
 
-
-def _scores_and_moments(logits: Tensor, targets: Tensor) -> Tensor:
-    """As :func:`_scores`, with mean and variance of the log-probabilities, [tokens, 4]."""
-    hits = (logits.argmax(dim=1) == targets).float()
-    every = logits.log_softmax(dim=1)
-    own = every.gather(1, targets[:, None])[:, 0]
-    shares = every.exp()
-    means = (shares * every).sum(dim=1)
-    # in place: another [tokens, vocab] in memory costs as much time as the arithmetic
-    variances = every.sub_(means[:, None]).square_().mul_(shares).sum(dim=1)
-    return torch.stack([own, hits, means, variances], dim=1)
+    With ``moments`` also mean and variance of the vocabulary's log-probabilities, [tokens, 4].
+    In place: another [nodes, vocab] in memory costs more time than the arithmetic.
+    """
+    own = logits[nodes, targets]
+    tops, best = logits.max(dim=1)
+    logits.sub_(tops[:, None])
+    shares = logits.exp() if moments else logits.exp_()
+    sums = shares.sum(dim=1)
+    found = [own - (tops + sums.log())[nodes], (best[nodes] == targets).float()]
+    if moments:
+        means = torch.linalg.vecdot(shares, logits) / sums
+        variances = logits.sub_(means[:, None]).square_().mul_(shares).sum(dim=1) / sums
+        found += [(means - sums.log())[nodes], variances[nodes]]
+    return torch.stack(found, dim=1)
 
 
 class LM:
@@ -260,13 +252,11 @@ class LM:
     def _score(
         self, requests: Sequence[Score], encoded: Sequence[Encoded]
     ) -> list[TokenScores | NoAnswer]:
-        together = self._sharing(encoded)
-        several = [group for group in together if len(group) > 1]
-        alone = [group[0] for group in together if len(group) == 1]
-        function = _scores_and_moments if any(one.moments for one in requests) else _scores
+        trees, alone = self._sharing(encoded)
+        function = partial(_scores, moments=any(one.moments for one in requests))
         results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
         for indices, values in chain(
-            self._by_prompt(encoded, several, function), self._by_length(encoded, alone, function)
+            self._by_prompt(encoded, trees, function), self._by_length(encoded, alone, function)
         ):
             parts = values.split([encoded[index].answer_tokens for index in indices])
             for index, part in zip(indices, parts, strict=True):
@@ -279,49 +269,51 @@ class LM:
         return results
 
     def _by_length(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: TokenFunction
+        self, rows: Sequence[Encoded], among: Sequence[int], function: NodeFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of rows of like length; values [tokens, …] of the answers' tokens."""
         forward = Forward(self)
+
+        def each(logits: Tensor, targets: Tensor) -> Tensor:
+            return function(logits, torch.arange(len(targets), device=targets.device), targets)
+
         order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
         for indices in self.batches(order, [len(row.ids) for row in rows]):
             batch = collate([rows[index] for index in indices], self.pad_id, self.device)
             states = forward(batch)[0]
             yield (
                 indices,
-                map_logits(self.head, states, batch.targets, function, self.vocabulary).cpu(),
+                map_logits(self.head, states, batch.targets, each, self.vocabulary).cpu(),
             )
 
-    def _sharing(self, rows: Sequence[Encoded]) -> list[list[int]]:
-        """Places of rows, in groups that share the computation of their question."""
+    def _sharing(self, rows: Sequence[Encoded]) -> tuple[list[list[int]], list[int]]:
+        """Places of rows: in groups that share a tree, and those that must stay plain rows."""
         window = attention_window(self) if self.grows_trees else 0
-        groups, questions = list[list[int]](), dict[tuple[int, ...], list[int]]()
+        groups, alone = list[list[int]](), list[int]()
+        questions: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(rows):
             if len(row.ids) > window:  # a tree would let a token see what its layer forgets
-                groups.append([index])
+                alone.append(index)
             else:
                 questions.setdefault(row.ids[: row.start], []).append(index)
         for question, mine in questions.items():
             lengths = [rows[index].answer_tokens for index in mine]
             for places in shared_by(len(question), lengths, self.anatomy.hidden_size):
                 groups.append([mine[place] for place in places])
-        return groups
+        return groups, alone
 
     def _by_prompt(
-        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: TokenFunction
+        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: NodeFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches of trees, each of a question with a group of its answers."""
+        """Rows of trees, each of a question with a group of its answers."""
         prompts = [rows[group[0]].ids[: rows[group[0]].start] for group in groups]
         prefix = Prefix.of(prompts)
         trees = [
             Tree.grow(prompt[len(prefix.ids) :], [rows[index].ids[len(prompt) :] for index in mine])
             for prompt, mine in zip(prompts, groups, strict=True)
         ]
-        beside = rows_of([len(tree.ids) for tree in trees], self.anatomy.hidden_size)
-        packed = [Tree.beside([trees[place] for place in places]) for places in beside]
-        for batch in self.batches(range(len(packed)), [len(row.ids) for row in packed]):
-            values = tree_values(self, prefix, [packed[row] for row in batch], function)
-            places = [place for row in batch for place in beside[row]]
+        for places in self.filled([len(tree.ids) for tree in trees]):
+            values = tree_values(self, prefix, [trees[place] for place in places], function)
             yield [index for place in places for index in groups[place]], values
 
     @torch.inference_mode()
@@ -397,6 +389,18 @@ class LM:
         if batch:
             yield batch
 
+    def filled(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+        """Places of texts that stand in one row: as many as fit the budget of tokens."""
+        places, total = list[int](), 0
+        for place, size in enumerate(sizes):
+            if places and total + size > self.budget.tokens:
+                yield places
+                places, total = [], 0
+            places.append(place)
+            total += size
+        if places:
+            yield places
+
     @torch.inference_mode()
     def _check_parts(self) -> None:
         """Checks the parts against the model's own logits, and what can be computed once."""
@@ -428,8 +432,8 @@ class LM:
                 trees = [Tree.grow(row[12:start], [row[start:], [7, *row[start:]]])
                          for row, start in zip(ids.tolist(), (13, 15), strict=True)]  # fmt: skip
                 states = node_states(self, Prefix(ids[0, :12].tolist()), trees)
-                self.grows_trees = self.shares_prefix and close(
-                    torch.cat([states[row, tree.predicting[0]] for row, tree in enumerate(trees)])
-                )
+                first = len(trees[0].ids)
+                paths = [*trees[0].predicting[0], *(first + one for one in trees[1].predicting[0])]
+                self.grows_trees = self.shares_prefix and close(states[paths])
             except Exception:  # attention that takes no mask of its own, or no positions
                 self.grows_trees = False

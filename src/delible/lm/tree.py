@@ -1,7 +1,7 @@
 """Several answers to one question as a tree of tokens, and several trees in one row.
 
 Answers to the same question often begin alike (a right one and its perturbed forms). Question and
-answers become one row in which every different beginning stands once:
+answers become one text in which every different beginning stands once:
 
     question --- The -- author -- is -- Ada
                                    \\-- Bo -- Lin
@@ -9,47 +9,45 @@ answers become one row in which every different beginning stands once:
 Each token sees itself and its ancestors only, and its position is its depth, so its hidden state
 is the one that it has in the plain row (as long as that is no longer than a sliding window). What
 all questions share (a system prompt) goes through the key-value cache before. Nothing is computed
-twice, neither in the body nor in the head. Small trees stand beside each other in one row, so
-that hardly any of it is padding.
+twice, neither in the body nor in the head, and trees stand one after the other in one row, each
+with its own attention: nothing is padding.
 
-Tokens of a row that do not see each other cost attention all the same. Per layer a token costs
-about 12 d^2 multiplications in the matrices and 2 d for each token of its row (d: the width of
-the hidden states); both limits below weigh the one against the other.
+Tokens of a tree that do not see each other cost attention all the same. Per layer a token costs
+about 12 d^2 multiplications in the matrices and 2 d for each token of its tree (d: the width of
+the hidden states); the limit below weighs the one against the other.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from delible.lm.forward import (
-    HEAD_CHUNK_ELEMENTS,
-    TokenFunction,
-    cache_argument,
-    prefix_cache,
-    shared_prefix,
-)
+from delible.lm.attention import text_by_text, texts_of
+from delible.lm.forward import HEAD_CHUNK_ELEMENTS, cache_argument, prefix_cache, shared_prefix
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
 
+#: Values of answer tokens from the logits that predict them: (logits [nodes, vocab] in fp32, which
+#: it may overwrite, the node before each token [tokens], targets [tokens]) -> [tokens, ...].
+NodeFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 @dataclass
 class Tree:
-    """A question and the beginnings of its answers, or several questions beside each other.
+    """A question and the beginnings of its answers.
 
     Attributes:
         ids: Token of each node; parents stand before their children.
-        parents: Index of each node's parent; -1 for the first of a question.
+        parents: Index of each node's parent; -1 for the first.
         predicting: For each answer, the node whose hidden state predicts each of its tokens.
         targets: For each answer, its tokens.
     """
@@ -78,25 +76,13 @@ class Tree:
             tree.targets.append(answer)
         return tree
 
-    @classmethod
-    def beside(cls, trees: Sequence[Tree]) -> Tree:
-        """One row of several trees, of which none sees another."""
-        row = cls([], [])
-        for tree in trees:
-            before = len(row.ids)
-            row.ids += tree.ids
-            row.parents += [parent + before if parent >= 0 else -1 for parent in tree.parents]
-            row.predicting += [[node + before for node in path] for path in tree.predicting]
-            row.targets += tree.targets
-        return row
-
-    def sees(self) -> Bool[np.ndarray, "nodes nodes"]:
-        """Which nodes each node attends to: itself and its ancestors."""
+    def sees(self, before: int = 0) -> Bool[np.ndarray, "nodes all"]:
+        """Which nodes each node attends to: itself, its ancestors, and all that stand before."""
         seen = np.eye(len(self.ids), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 seen[node] |= seen[parent]
-        return seen
+        return np.pad(seen, ((0, 0), (before, 0)), constant_values=True)
 
     def depths(self) -> list[int]:
         """Position of each node, from 0."""
@@ -129,30 +115,6 @@ def shared_by(question: int, answers: Sequence[int], width: int) -> list[list[in
     return groups
 
 
-def rows_of(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Which trees stand in one row: places in ``sizes``, row by row, the widest rows first.
-
-    First fit, largest first. A row takes d / 2 tokens, where attention costs a twelfth of the
-    matrices, or one tree that is wider.
-
-    Args:
-        sizes: Nodes of each tree.
-        width: Of the hidden states (d).
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        size = sizes[place]
-        fitting = next((row for row, left in enumerate(room) if left >= size), None)
-        if fitting is None:
-            fitting = len(rows)
-            rows.append([])
-            room.append(max(size, width // 2))
-        rows[fitting].append(place)
-        room[fitting] -= size
-    return sorted(rows, key=lambda row: -sum(sizes[place] for place in row))
-
-
 class Prefix:
     """Tokens before every tree, computed once for all batches of a call.
 
@@ -169,23 +131,24 @@ class Prefix:
         """What all prompts start with, if it is worth sharing."""
         return cls(prompts[0][: shared_prefix(prompts)] if prompts else ())
 
-    def cache(self, lm: LM, rows: int) -> Any:
-        """A key-value cache of its own for so many rows."""
+    def cache(self, lm: LM) -> Any:
+        """A key-value cache with the prefix in it, to be filled on."""
         if self._computed is None:
-            self._computed = prefix_cache(lm, torch.tensor([self.ids], device=lm.device))
-        found = copy.deepcopy(self._computed)
-        found.batch_repeat_interleave(rows)
-        return found
+            ids = torch.tensor([self.ids], dtype=torch.long, device=lm.device)
+            self._computed = prefix_cache(lm, ids)
+        return copy.deepcopy(self._computed)
 
 
 @torch.no_grad()
 def node_states(
-    lm: LM, prefix: Prefix, trees: Sequence[Tree]
-) -> Float[Tensor, "trees nodes hidden"]:
-    """Final hidden states of all nodes, shorter trees padded at the end.
+    lm: LM, prefix: Prefix, trees: Sequence[Tree], cache: Any = None
+) -> Float[Tensor, "nodes hidden"]:
+    """Final hidden states of all nodes, tree after tree.
 
     Args:
         prefix: What stands before every tree; may be empty.
+        cache: With the prefix in it, to be filled with the nodes' keys and values, tree after
+            tree; without one they are not kept.
 
     Raises:
         TypeError: The model cannot be told positions.
@@ -193,96 +156,48 @@ def node_states(
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
     if "position_ids" not in signature(type(backbone).forward).parameters:
         raise TypeError("the model takes no position_ids")
-    width, before = max(len(tree.ids) for tree in trees), len(prefix.ids)
-    ids = torch.full((len(trees), width), lm.pad_id)
-    positions = torch.zeros_like(ids)
-    sees = np.zeros((len(trees), 1, width, before + width), dtype=bool)
-    sees[..., before:] |= np.eye(width, dtype=bool)  # padding sees itself, or softmax has no sum
-    for row, tree in enumerate(trees):
-        size = len(tree.ids)
-        ids[row, :size] = torch.tensor(tree.ids)
-        positions[row, :size] = torch.tensor(tree.depths())
-        sees[row, 0, :size, :before] = True
-        sees[row, 0, :size, before : before + size] = tree.sees()
-    told = {cache_argument(backbone): prefix.cache(lm, len(trees))} if before else {}
-    return backbone(  # type: ignore[no-any-return]
-        input_ids=ids.to(lm.device),
-        attention_mask=_mask(lm, torch.from_numpy(sees)),
-        position_ids=(positions + before).to(lm.device),
-        use_cache=bool(before),
-        **told,
-    ).last_hidden_state
-
-
-def attention_window(lm: LM) -> float:
-    """The longest row of which every token sees all before it: no layer has forgotten any."""
-    config = lm.core.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=math.inf)
-
-
-def _mask(lm: LM, sees: Bool[Tensor, "trees 1 nodes all"]) -> Tensor:
-    """The mask in the form that the model's attention wants."""
-    sees = sees.to(lm.device)
-    if lm.core.config.get_text_config()._attn_implementation == "sdpa":
-        return sees
-    number = lm.core.dtype
-    return torch.where(sees, 0.0, torch.finfo(number).min).to(number)
+    before = len(prefix.ids)
+    ids = torch.tensor([[token for tree in trees for token in tree.ids]])
+    positions = torch.tensor([[depth for tree in trees for depth in tree.depths()]]) + before
+    if cache is None and before:
+        cache = prefix.cache(lm)
+    told = {} if cache is None else {cache_argument(backbone): cache}
+    texts = texts_of(lm, [torch.from_numpy(tree.sees(before)) for tree in trees])
+    with text_by_text(lm, texts) as attending:
+        return backbone(  # type: ignore[no-any-return]
+            input_ids=ids.to(lm.device),
+            position_ids=positions.to(lm.device),
+            use_cache=cache is not None,
+            **told,
+            **attending,
+        ).last_hidden_state[0]
 
 
 def tree_values(
-    lm: LM, prefix: Prefix, trees: Sequence[Tree], function: TokenFunction
+    lm: LM, prefix: Prefix, trees: Sequence[Tree], function: NodeFunction
 ) -> Float[Tensor, "tokens values"]:
-    """``function`` of the logits at every answer token: tree by tree, answer by answer."""
-    states = node_states(lm, prefix, trees)
-    width = states.shape[1]
-    nodes = [
-        row * width + node
-        for row, tree in enumerate(trees)
-        for path in tree.predicting
-        for node in path
-    ]
-    targets = [token for tree in trees for answer in tree.targets for token in answer]
-    needed, places = np.unique(nodes, return_inverse=True)
-    wanted = states.flatten(0, 1)[torch.from_numpy(needed).to(lm.device)]
-    return _values(lm, wanted, torch.from_numpy(places), torch.tensor(targets), function)
+    """``function`` of the logits at every answer token: tree by tree, answer by answer.
 
-
-def _values(
-    lm: LM,
-    states: Float[Tensor, "nodes hidden"],
-    places: Int[Tensor, " tokens"],
-    targets: Int[Tensor, " tokens"],
-    function: TokenFunction,
-) -> Float[Tensor, "tokens values"]:
-    """The function per token; a node's logits are computed once for all tokens after it.
-
-    Tokens take turns, one per node at a time: the first turn has every node, and needs no copy.
+    A node's logits are computed once for all tokens that follow it.
     """
-    turns = _turns(places)
+    states = node_states(lm, prefix, trees)
+    nodes, first = list[int](), 0
+    for tree in trees:
+        nodes += [first + node for path in tree.predicting for node in path]
+        first += len(tree.ids)
+    targets = torch.tensor([token for tree in trees for answer in tree.targets for token in answer])
+    needed, places = (torch.from_numpy(one) for one in np.unique(nodes, return_inverse=True))
+    states = states[needed.to(lm.device)]
     found: Tensor | None = None
     size = max(1, HEAD_CHUNK_ELEMENTS // lm.vocabulary)
     for start in range(0, len(states), size):
         logits = lm.head(states[start : start + size]).float()
-        here = (places >= start) & (places < start + size)
-        for turn in range(int(turns[here].max()) + 1):
-            mine = (here & (turns == turn)).nonzero()[:, 0]
-            mine = mine[places[mine].argsort()]
-            nodes = (places[mine] - start).to(lm.device)
-            rows = logits if len(nodes) == len(logits) else logits[nodes]
-            values = function(rows, targets[mine].to(lm.device)).cpu()
-            found = values.new_empty(len(places), *values.shape[1:]) if found is None else found
-            found[mine] = values
+        here = ((places >= start) & (places < start + size)).nonzero()[:, 0]
+        values = function(
+            logits, (places[here] - start).to(lm.device), targets[here].to(lm.device)
+        ).cpu()
+        found = values.new_empty(len(places), *values.shape[1:]) if found is None else found
+        found[here] = values
     if found is None:
         raise ValueError("no answer tokens")
     return found
-
-
-def _turns(places: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
-    """How many tokens before each one have the same place."""
-    order = places.argsort(stable=True)
-    ordered = places[order]
-    firsts = torch.searchsorted(ordered, ordered)
-    turns = torch.empty_like(places)
-    turns[order] = torch.arange(len(places)) - firsts
-    return turns
