@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from delible.lm import forward
 from delible.lm.lm import LM
 from delible.measure.requests import Decoding, Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -69,3 +70,18 @@ def test_fingerprint_follows_the_weights() -> None:
         next(lm.model.parameters()).add_(1e-3)
     lm.touch()
     assert lm.fingerprint != before
+
+
+def test_logits_of_few_tokens_in_pieces_are_those_of_the_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forward, "PIECE", 100)  # does not divide the vocabulary
+    head = torch.nn.Linear(8, 260, bias=False)
+    states = torch.randn(5, 8)
+    expected = head(states)
+    with torch.no_grad():
+        assert torch.allclose(forward.head_logits(head, states), expected, atol=1e-6)
+        hook = head.register_forward_hook(lambda module, args, out: out + 1)
+        assert torch.allclose(forward.head_logits(head, states), expected + 1, atol=1e-6)
+        hook.remove()
+    assert forward.head_logits(head, states).requires_grad

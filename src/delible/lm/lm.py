@@ -24,6 +24,7 @@ from delible.lm.forward import (
     Batch,
     Forward,
     collate,
+    head_logits,
     map_logits,
     shared_prefix,
 )
@@ -136,7 +137,7 @@ class LM:
 
     def head(self, states: Tensor) -> Tensor:
         """Logits of final hidden states: the head and whatever the model does after it."""
-        logits = self.core.get_output_embeddings()(states)
+        logits = head_logits(self.core.get_output_embeddings(), states)
         text_config = self.core.config.get_text_config()
         cap = getattr(text_config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits  # type: ignore[no-any-return]
