@@ -53,23 +53,34 @@ def _quiet(_: str) -> None:
     """Says nothing."""
 
 
+#: Logits whose statistics are taken at once: they stay in a processor's cache meanwhile.
+_AT_ONCE = 2 * 1024 * 1024
+
+
 def _scores(logits: Tensor, nodes: Tensor, targets: Tensor, moments: bool = False) -> Tensor:
     """log p(target) and whether it is the argmax, [tokens, 2]; overwrites the logits.
 
     With ``moments`` also mean and variance of the vocabulary's log-probabilities, [tokens, 4].
-    In place: another [nodes, vocab] in memory costs more time than the arithmetic.
     """
     own = logits[nodes, targets]
+    parts = logits.split(max(1, _AT_ONCE // logits.shape[1]))
+    columns = zip(*(_statistics(part, moments) for part in parts), strict=True)
+    best, sums, *others = (torch.cat(column)[nodes] for column in columns)
+    return torch.stack([own - sums, (best == targets).float(), *others], dim=1)
+
+
+def _statistics(logits: Tensor, moments: bool) -> list[Tensor]:
+    """Argmax, logsumexp, and mean and variance of the log-probabilities, each [nodes]."""
     tops, best = logits.max(dim=1)
     logits.sub_(tops[:, None])
     shares = logits.exp() if moments else logits.exp_()
     sums = shares.sum(dim=1)
-    found = [own - (tops + sums.log())[nodes], (best[nodes] == targets).float()]
-    if moments:
-        means = torch.linalg.vecdot(shares, logits) / sums
-        variances = logits.sub_(means[:, None]).square_().mul_(shares).sum(dim=1) / sums
-        found += [(means - sums.log())[nodes], variances[nodes]]
-    return torch.stack(found, dim=1)
+    if not moments:
+        return [best, tops + sums.log()]
+    with torch.autocast(logits.device.type, enabled=False):
+        means = torch.bmm(shares[:, None], logits[:, :, None])[:, 0, 0] / sums
+    variances = logits.sub_(means[:, None]).square_().mul_(shares).sum(dim=1) / sums
+    return [best, tops + sums.log(), means - sums.log(), variances]
 
 
 class LM:
