@@ -79,7 +79,7 @@ def test_logits_of_few_tokens_in_pieces_are_those_of_the_head(
     head = torch.nn.Linear(8, 260, bias=False)
     states = torch.randn(5, 8)
     expected = head(states)
-    with torch.no_grad():
+    with torch.inference_mode():
         assert torch.allclose(forward.head_logits(head, states), expected, atol=1e-6)
         hook = head.register_forward_hook(lambda module, args, out: out + 1)
         assert torch.allclose(forward.head_logits(head, states), expected + 1, atol=1e-6)

@@ -220,7 +220,8 @@ def head_logits(head: nn.Module, states: Float[Tensor, "tokens hidden"]) -> Tens
         type(head) is nn.Linear
         and head.bias is None
         and not (head._forward_hooks or head._forward_pre_hooks)
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and states.device.type == "cpu"
         and states.dtype == head.weight.dtype == torch.float32
         and states.ndim == 2
