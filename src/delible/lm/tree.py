@@ -20,6 +20,7 @@ the hidden states); the limit below weighs the one against the other.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -31,7 +32,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from delible.lm.attention import text_by_text, texts_of
-from delible.lm.forward import HEAD_CHUNK_ELEMENTS, cache_argument, prefix_cache, shared_prefix
+from delible.lm.forward import (
+    FEW_TOKENS,
+    HEAD_CHUNK_ELEMENTS,
+    cache_argument,
+    prefix_cache,
+    shared_prefix,
+)
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -188,16 +195,13 @@ def tree_values(
     targets = torch.tensor([token for tree in trees for answer in tree.targets for token in answer])
     needed, places = (torch.from_numpy(one) for one in np.unique(nodes, return_inverse=True))
     states = states[needed.to(lm.device)]
-    found: Tensor | None = None
-    size = max(1, HEAD_CHUNK_ELEMENTS // lm.vocabulary)
-    for start in range(0, len(states), size):
-        logits = lm.head(states[start : start + size]).float()
-        here = ((places >= start) & (places < start + size)).nonzero()[:, 0]
-        values = function(
-            logits, (places[here] - start).to(lm.device), targets[here].to(lm.device)
-        ).cpu()
-        found = values.new_empty(len(places), *values.shape[1:]) if found is None else found
-        found[here] = values
-    if found is None:
-        raise ValueError("no answer tokens")
-    return found
+    found, start = list[Tensor](), 0
+    order = places.argsort(stable=True)  # tokens of a piece of nodes stand together
+    size = max(1, min(FEW_TOKENS, HEAD_CHUNK_ELEMENTS // lm.vocabulary))
+    for part in states.tensor_split(math.ceil(len(states) / size)):  # pieces of like size
+        logits = lm.head(part).float()
+        here = order[(places[order] >= start) & (places[order] < start + len(part))]
+        nodes_here, targets_here = places[here] - start, targets[here]
+        found.append(function(logits, nodes_here.to(lm.device), targets_here.to(lm.device)).cpu())
+        start += len(part)
+    return torch.cat(found)[order.argsort()]
