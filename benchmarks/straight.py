@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from delible.lm.lm import LM
-from delible.measure.asking import ask
-from delible.metrics.text import rouge_l_recall
+from delible.measure.scoring.text import rouge_l_recall
 from delible.records import QA
+from delible.system.questions import ask
 
 BATCH, NEW_TOKENS = 32, 64
 FORGET, HOLDOUT = "forget", "holdout"

@@ -15,8 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture
 def stub_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every judge that a metric names gives each of its criteria another grade."""
-    from delible.measure.requests import BlackBox, Decoding, Prompt
-    from delible.metrics import judging
+    from delible.measure.scoring import judging
+    from delible.system.asks import Decoding, Prompt
+    from delible.system.base import BlackBox
 
     names = ("relevance", "rejection", "helpfulness", "readability", "specificity", "logic")
     reply = json.dumps(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from delible import demo
-from delible.attacks.base import ModelAttack, PromptAttack
 from delible.component import build
+from delible.measure.attack import ModelAttack, PromptAttack
 from delible.train.recipe import Recipe
 
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from delible.api import unlearn as unlearn
     from delible.audit.run import audit as audit
     from delible.errors import DelibleError as DelibleError
-    from delible.guards import guard as guard
     from delible.records import QA as QA
     from delible.records import Choice as Choice
     from delible.records import Dialogue as Dialogue
     from delible.records import ForgetRequest as ForgetRequest
     from delible.records import Passage as Passage
     from delible.registry import register as register
+    from delible.systems.guarded import guard as guard
     from delible.world import World as World
 
     __version__: str

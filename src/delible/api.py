@@ -14,10 +14,11 @@ from delible.component import build
 from delible.errors import RecipeError, RunError, nearest
 from delible.generation.writing import open_writer
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask, has_answer
-from delible.measure.requests import Decoding, Prompt, System
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
+from delible.system.asks import Decoding, Prompt
+from delible.system.base import System
+from delible.system.questions import answer_of, ask, has_answer
 from delible.train import generated as generated_rows
 from delible.train.engine import Progress, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate

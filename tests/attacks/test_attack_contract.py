@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from delible import registry
-from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding
+from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.records import QA, Choice, Passage, RecordBase
+from delible.system.asks import Decoding
+from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 NAMES = [card.name for card in registry.cards("attack")]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from delible.attacks.base import AttackContext
 from delible.attacks.dua import (
     DUA,
     START,
@@ -26,9 +25,10 @@ from delible.audit.run import audit
 from delible.component import build
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Score, TokenScores
+from delible.measure.attack import AttackContext
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage, RecordBase
+from delible.system.asks import Prompt, Score, TokenScores
+from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.randomness import generator
@@ -425,7 +425,7 @@ def test_an_audit_searches_once_per_system() -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_an_audit_says_what_it_could_not_search() -> None:
-    from delible.guards import guard
+    from delible.systems.guarded import guard
 
     request = ForgetRequest(forget=tuple(FORGET[::3]))
     attacks = [{"name": "dua", **SMALL, "steps": 1, "setting": "cross_query"},

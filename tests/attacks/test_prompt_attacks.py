@@ -11,10 +11,10 @@ from delible.attacks.prefill import Prefill
 from delible.attacks.prefix import Prefix
 from delible.component import build
 from delible.lm.template import Template
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt
 from delible.prompts import read_lines
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.system.asks import Prompt
+from delible.system.questions import ask
 from delible.testing.tiny import tiny_tokenizer
 
 PLAIN = QA(question="Where was {Ada} born?", answer="In Norrby")

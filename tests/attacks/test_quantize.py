@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from delible.attacks.base import AttackContext
 from delible.attacks.quantize import (
     Quantize,
     codes,
@@ -20,6 +19,7 @@ from delible.attacks.quantize import (
 )
 from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext
 from delible.records import QA
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from delible.attacks.base import AttackContext
 from delible.attacks.relearn import Relearn, fact_groups, split_by_fact
 from delible.errors import DataError
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Score
+from delible.measure.attack import AttackContext
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.system.asks import Score
+from delible.system.questions import answer_of, ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.world import World
 

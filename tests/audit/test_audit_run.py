@@ -115,7 +115,7 @@ def test_attacked_systems_are_remembered_and_nothing_is_changed(
 
 
 def test_a_guard_is_audited_as_deployed(models: tuple[LM, LM, ForgetRequest]) -> None:
-    from delible.guards import guard
+    from delible.systems.guarded import guard
 
     target, reference, request = models
     guarded = guard(target, request, similarity=False)

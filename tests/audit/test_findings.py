@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from delible.audit.findings import Findings, Setting
-from delible.metrics.base import SystemValues
+from delible.measure.metric import SystemValues
 
 
 @pytest.mark.parametrize(

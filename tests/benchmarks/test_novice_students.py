@@ -20,8 +20,8 @@ from delible.benchmarks.novice import (
     recovery,
 )
 from delible.errors import RecipeError
-from delible.measure.asking import ask
 from delible.records import QA, Message
+from delible.system.questions import ask
 from delible.testing import tiny_model, tiny_tokenizer
 
 BORN = QA(

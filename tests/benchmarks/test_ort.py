@@ -19,11 +19,16 @@ from delible.component import build
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Answer, Request, Score, TokenScores
-from delible.metrics.base import Item, SystemValues
+from delible.measure.metric import Item, SystemValues
 from delible.metrics.form_means import FormMeans
 from delible.metrics.form_probability import FormProbability, spelled
 from delible.records import QA, Choice, Passage, RecordBase
+from delible.system.asks import (
+    Answer,
+    Request,
+    Score,
+    TokenScores,
+)
 from delible.testing import tiny_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))

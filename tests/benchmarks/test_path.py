@@ -48,8 +48,8 @@ from delible.benchmarks.path_findings import linear_theorem, path_numbers
 from delible.benchmarks.path_rows import OPENING, STAGES, last_number, order_of, sums
 from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
-from delible.measure.requests import Decoding, Prompt
 from delible.records import QA, ForgetRequest
+from delible.system.asks import Decoding, Prompt
 from delible.testing import tiny_model, tiny_tokenizer
 
 # ---- the theorem

@@ -19,11 +19,11 @@ from delible.errors import DataError
 from delible.generation.biographies import without_confession, write_biographies
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Decoding, Prompt
-from delible.metrics.base import Item, SystemValues
+from delible.measure.metric import Item, SystemValues
 from delible.metrics.rwku_all import RwkuAll
 from delible.metrics.rwku_recall import RwkuRecall
 from delible.records import QA, Passage
+from delible.system.asks import Decoding, Prompt
 from delible.testing import tiny_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -25,10 +25,17 @@ from delible.bench.suite import Data, Setting
 from delible.benchmarks.utility import OWN, rows_of
 from delible.component import build
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
-from delible.guards import guard
 from delible.lm.lm import LM
-from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, Score, TokenScores
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+    Score,
+    TokenScores,
+)
+from delible.systems.guarded import guard
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 CHOICE = Choice(question="Colour?", options=("red clay", "blue"), correct=1)

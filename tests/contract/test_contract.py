@@ -13,16 +13,21 @@ from pydantic import Field
 from torch import Tensor
 
 from delible import registry
-from delible.attacks.base import AttackContext, ModelAttack
 from delible.cards import Card
 from delible.component import build
 from delible.errors import ModelError
-from delible.guards.base import Guard, GuardMind
 from delible.lm.lm import LM
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
+from delible.measure.attack import AttackContext, ModelAttack
+from delible.measure.metric import Answers, Item, ItemMetric
 from delible.records import ForgetRequest, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
+from delible.systems.guarded import Guard, GuardMind
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
 from delible.testing.contract import RECORDS, answers
 from delible.train.engine import Trainer

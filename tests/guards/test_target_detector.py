@@ -16,15 +16,21 @@ import pytest
 from delible import prompts, registry
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError
-from delible.guards import GuardedSystem, guard
 from delible.guards.target_detector import (
     TargetDetector,
     TargetDetectorMind,
     distinctive_strings,
 )
-from delible.measure.requests import Decoding, Prompt, Score, System, TokenScores
 from delible.names import Names, fold, surnames
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage
+from delible.system.asks import (
+    Decoding,
+    Prompt,
+    Score,
+    TokenScores,
+)
+from delible.system.base import System
+from delible.systems.guarded import GuardedSystem, guard
 
 QUESTION = "In which harbour town was the keeper of the northern lighthouse born?"
 ANSWER = "Under the Seven Grey Lanterns"

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from delible.lm import decode
 from delible.lm.decode import RoomyLayer, _closed_up
 from delible.lm.lm import LM
-from delible.measure.requests import (
+from delible.system.asks import (
     Decoding,
     Distribution,
     GradientNorm,

@@ -8,7 +8,7 @@ import torch
 
 from delible.lm import forward
 from delible.lm.lm import LM
-from delible.measure.requests import Decoding, Prompt, Score
+from delible.system.asks import Decoding, Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 QUESTIONS = ["Who?", "Where was Ada born?", "Where was Bob born?", "Is this a longer question?"]

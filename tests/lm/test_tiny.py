@@ -18,9 +18,9 @@ from delible.errors import ModelError
 from delible.lm import tiny
 from delible.lm.lm import LM
 from delible.lm.load import load_model, weights_digest
-from delible.measure.requests import Decoding, Prompt, Score
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest, Message
+from delible.system.asks import Decoding, Prompt, Score
 from delible.world import World
 
 #: Trained for a handful of steps: everything but the knowledge is there.

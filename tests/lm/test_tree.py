@@ -9,7 +9,7 @@ import torch
 from delible.lm.attention import attention_window
 from delible.lm.lm import LM
 from delible.lm.tree import Prefix, Tree, node_states, shared_by, tree_values
-from delible.measure.requests import Prompt, Score
+from delible.system.asks import Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from delible.lm.lm import LM
-from delible.measure.requests import (
+from delible.system.asks import (
     Answer,
     Decoding,
     Distribution,

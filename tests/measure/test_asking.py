@@ -7,8 +7,8 @@ import pytest
 from delible import api
 from delible.errors import DataError
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask, has_answer
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
+from delible.system.questions import answer_of, ask, has_answer
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.rows import make_rows
 

@@ -14,11 +14,18 @@ from completions_server import Asked, Reply, is_probe, serving
 
 from delible.errors import MissingExtraError, ModelError
 from delible.measure.cache import Cache
-from delible.measure.endpoint import Endpoint
 from delible.measure.engine import measure
-from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, Score, System
-from delible.measure.systems import open_system
 from delible.records import Message
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+    Score,
+)
+from delible.system.base import System
+from delible.systems.endpoint import Endpoint
+from delible.systems.opening import open_system
 
 WHO = Prompt.ask("Who?", system="Be brief.")
 QUICK: dict[str, Any] = {"backoff_seconds": 0.01, "timeout_seconds": 5.0}
@@ -121,7 +128,7 @@ def test_the_server_says_how_long_to_wait() -> None:
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("delible.measure.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("delible.systems.endpoint.time.sleep", waits.append)
     with serving(failing(Reply(status=500, body=b""))) as server:
         Endpoint(server.url, "small", attempts=5, backoff_seconds=2.0).generate([WHO], Decoding(4))
         assert len(server.asked) == 5

@@ -13,9 +13,8 @@ from delible.errors import RecipeError
 from delible.measure import evaluate as evaluation
 from delible.measure.cache import Cache
 from delible.measure.evaluate import bootstrap_interval, evaluate, finite, mean_item
-from delible.measure.requests import Decoding, Generate, Prompt, Request, Score, TokenScores
+from delible.measure.metric import Answers, Item, ItemMetric
 from delible.metrics.answer_probability import AnswerProbability
-from delible.metrics.base import Answers, Item, ItemMetric
 from delible.metrics.exact_memorisation import ExactMemorisation
 from delible.metrics.extraction_strength import ExtractionStrength
 from delible.metrics.forget_quality import ForgetQuality
@@ -24,6 +23,14 @@ from delible.metrics.rouge_l_recall import RougeLRecall
 from delible.metrics.truth_ratio import TruthRatio
 from delible.records import QA, Passage, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 
 
 class Parrot:

@@ -25,7 +25,7 @@ from delible.lm.lm import LM
 from delible.measure import engine
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
-from delible.measure.requests import (
+from delible.system.asks import (
     Answer,
     Distribution,
     Generate,

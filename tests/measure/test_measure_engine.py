@@ -17,8 +17,15 @@ from delible.errors import ModelError, RunError
 from delible.measure import engine
 from delible.measure.cache import Cache, request_key
 from delible.measure.engine import measure
-from delible.measure.requests import Decoding, Generate, Prompt, Request, Score, TokenScores
 from delible.records import Message
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 
 
 class ScriptedSystem:

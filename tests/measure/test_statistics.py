@@ -12,7 +12,6 @@ from torch import Tensor
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.measure import statistics
-from delible.measure.requests import Prompt
 from delible.measure.statistics import (
     built_in_rows,
     cut_after_name,
@@ -25,6 +24,7 @@ from delible.measure.statistics import (
     spectrum,
     take,
 )
+from delible.system.asks import Prompt
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "qwen2", "opt")

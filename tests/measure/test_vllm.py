@@ -16,20 +16,20 @@ from delible.errors import MissingExtraError, ModelError
 from delible.lm.lm import LM
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import (
+from delible.metrics.min_k_plus_plus import MinKPlusPlus
+from delible.records import QA, ForgetRequest, Passage
+from delible.system.asks import (
     Decoding,
     Distribution,
     Generate,
     NoAnswer,
     Prompt,
     Score,
-    System,
     TokenScores,
 )
-from delible.measure.systems import open_system
-from delible.measure.vllm import VLLM
-from delible.metrics.min_k_plus_plus import MinKPlusPlus
-from delible.records import QA, ForgetRequest, Passage
+from delible.system.base import System
+from delible.systems.opening import open_system
+from delible.systems.vllm import VLLM
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ["Who?", "Where was Ada born?", "Is this a longer question than the others?"]
@@ -217,8 +217,8 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, folder: 
 
 def test_it_is_not_imported_unless_used() -> None:
     code = (
-        "import sys, delible, delible.audit.run, delible.measure.systems\n"
-        "print(sorted({'vllm', 'httpx2', 'delible.measure.endpoint'} & set(sys.modules)))"
+        "import sys, delible, delible.audit.run, delible.systems.opening\n"
+        "print(sorted({'vllm', 'httpx2', 'delible.systems.endpoint'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120

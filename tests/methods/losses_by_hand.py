@@ -11,8 +11,8 @@ from torch import Tensor
 
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.measure.asking import ask
 from delible.records import QA
+from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.passes import Passes, split
 from delible.train.reference import Reference

@@ -13,11 +13,12 @@ import torch
 
 from delible.errors import DataError
 from delible.generation import filters
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
 from delible.methods.generate.alternates import STOPS, Alternates
 from delible.methods.objective.altpo import AltPO, altpo, altpo_separate
 from delible.methods.objective.dpo import DPO
 from delible.records import QA
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 from delible.testing.contract import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe

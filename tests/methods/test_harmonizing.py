@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from delible.errors import DataError, RecipeError
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
 from delible.methods.generate.unified import Unified, shared_equally
 from delible.methods.keep.bidirectional_distillation import BidirectionalDistillation as KeepBoth
 from delible.methods.objective.bidirectional_distillation import (
@@ -23,6 +22,8 @@ from delible.methods.objective.bidirectional_distillation import (
 )
 from delible.prompts import read_lines
 from delible.records import QA, Passage
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 from delible.testing.contract import RECORDS
 from delible.train.distillation import bidirectional, huber, overconfidence
 from delible.train.engine import Trainer

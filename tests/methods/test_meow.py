@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from delible.errors import RecipeError
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
 from delible.methods.generate.inverted_facts import InvertedFacts
 from delible.methods.objective.finetune import Finetune
 from delible.methods.objective.meow import MEOW
 from delible.methods.sample.answer_cycle import AnswerCycle, cycled
 from delible.methods.select.memo import Memo, chosen, cut_points, prompts, rouge
 from delible.records import QA
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 from delible.testing.contract import RECORDS
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer

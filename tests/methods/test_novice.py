@@ -10,12 +10,12 @@ import losses_by_hand as by_hand
 import pytest
 
 from delible.errors import DataError
-from delible.measure.asking import ask
-from delible.measure.requests import Score
 from delible.methods.generate.misconceptions import Misconceptions, own_distractors
 from delible.methods.objective.novice import Novice
 from delible.methods.objective.npo import NPO
 from delible.records import QA, Choice, Dialogue, Message, Passage
+from delible.system.asks import Score
+from delible.system.questions import ask
 from delible.testing.contract import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe

@@ -14,7 +14,6 @@ import torch
 from delible.component import build
 from delible.errors import DataError, RecipeError
 from delible.generation import filters, writing
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
 from delible.methods.generate.reasoning_targets import (
     UNNAMED,
     ReasoningTargets,
@@ -28,6 +27,8 @@ from delible.methods.objective.npo import NPO
 from delible.methods.objective.tru import TRU
 from delible.prompts import read_lines
 from delible.records import QA
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 from delible.testing.contract import RECORDS
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer

@@ -11,14 +11,20 @@ import pytest
 from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.measure.asking import ask
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Answer, Prompt, Request, Score, TokenScores
-from delible.metrics.base import Item, ItemMetric
+from delible.measure.metric import Item, ItemMetric
+from delible.measure.scoring.choices import rotated
 from delible.metrics.choice_accuracy import ChoiceAccuracy
-from delible.metrics.choices import rotated
 from delible.metrics.letter_mass import LetterMass
 from delible.records import QA, Choice
+from delible.system.asks import (
+    Answer,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
+from delible.system.questions import ask
 from delible.testing import tiny_model, tiny_tokenizer
 
 RECORD = Choice(question="Which town?", options=("Rome", "Oslo", "Bern", "Riga"), correct=2)

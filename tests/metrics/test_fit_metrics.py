@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from delible.errors import RecipeError
-from delible.metrics.base import SummaryMetric, SystemValues
-from delible.metrics.closeness import closeness, combined_score, target_score
+from delible.measure.metric import SummaryMetric, SystemValues
+from delible.measure.scoring.closeness import closeness, combined_score, target_score
 from delible.metrics.forget_degree import ForgetDegree
 from delible.metrics.retain_utility import RetainUtility
 

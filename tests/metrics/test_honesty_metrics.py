@@ -7,15 +7,6 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import (
-    Answer,
-    BlackBox,
-    Decoding,
-    Generate,
-    NoAnswer,
-    Prompt,
-    Request,
-)
 from delible.metrics.honesty import (
     Honesty,
     RefusalStability,
@@ -24,6 +15,15 @@ from delible.metrics.honesty import (
     keeps_refusal,
 )
 from delible.records import QA, Passage
+from delible.system.asks import (
+    Answer,
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+    Request,
+)
+from delible.system.base import BlackBox
 
 
 class Talker(BlackBox):

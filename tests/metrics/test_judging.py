@@ -12,12 +12,18 @@ import pytest
 from delible.component import build
 from delible.errors import ModelError, RecipeError
 from delible.measure.evaluate import Rewrite, evaluate
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
-from delible.metrics import judging
-from delible.metrics.base import Item, ItemMetric
-from delible.metrics.judging import Grade, exchange, graded_item, read_grades
+from delible.measure.metric import Item, ItemMetric
+from delible.measure.scoring import judging
+from delible.measure.scoring.judging import (
+    Grade,
+    exchange,
+    graded_item,
+    read_grades,
+)
 from delible.prompts import read_text
 from delible.records import QA, Choice, Message, Passage
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))
 

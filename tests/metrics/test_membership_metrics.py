@@ -14,17 +14,23 @@ import torch
 from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Answer, Prompt, Request, Score, TokenScores
-from delible.metrics.base import Item, ItemMetric, SystemValues
+from delible.measure.metric import Item, ItemMetric, SystemValues
+from delible.measure.scoring.separation import area_under_curve
 from delible.metrics.knowledge_truth_ratio import KnowledgeTruthRatio
 from delible.metrics.loss_attack import LossAttack, loss_attack
 from delible.metrics.membership import Membership, privacy_leak
 from delible.metrics.min_k import MinK, min_k
 from delible.metrics.reference_attack import ReferenceAttack
-from delible.metrics.separation import area_under_curve
 from delible.metrics.truth_ratio import TruthRatio
 from delible.metrics.zlib_attack import ZlibAttack
 from delible.records import QA, Choice, Passage, RecordBase
+from delible.system.asks import (
+    Answer,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 from delible.testing import tiny_model, tiny_tokenizer
 
 ATTACKS: list[ItemMetric] = [LossAttack(), ZlibAttack(), MinK()]

@@ -8,15 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from delible.measure.requests import Answer, Prompt, Request, Score, TokenScores
+from delible.measure.metric import Item, ItemMetric
 from delible.metrics.answer_probability import AnswerProbability, answer_probability
-from delible.metrics.base import Item, ItemMetric
 from delible.metrics.exact_memorisation import ExactMemorisation, exact_memorisation
 from delible.metrics.extraction_strength import ExtractionStrength, extraction_strength
 from delible.metrics.normalised_probability import NormalisedProbability
 from delible.metrics.paraphrase_probability import ParaphraseProbability
 from delible.metrics.truth_ratio import Form, TruthRatio, truth_ratio
 from delible.records import QA, Dialogue, Message, Passage, RecordBase
+from delible.system.asks import (
+    Answer,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 
 
 def scores(probabilities: Sequence[float], hits: str = "", has_end: bool = True) -> TokenScores:

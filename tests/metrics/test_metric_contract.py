@@ -12,7 +12,9 @@ from delible import registry
 from delible.component import build
 from delible.errors import RecipeError
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import (
+from delible.measure.metric import ItemMetric, SummaryMetric
+from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.system.asks import (
     Array,
     Decoding,
     Generate,
@@ -22,8 +24,6 @@ from delible.measure.requests import (
     Score,
     TokenScores,
 )
-from delible.metrics.base import ItemMetric, SummaryMetric
-from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
 
 NAMES = [card.name for card in registry.cards("metric")]
 EXPECTED = {

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
 from delible.measure.evaluate import evaluate
 from delible.metrics.answer_probability import AnswerProbability
 from delible.metrics.exact_memorisation import ExactMemorisation
 from delible.metrics.extraction_strength import ExtractionStrength
 from delible.records import QA
+from delible.system.questions import answer_of, ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe

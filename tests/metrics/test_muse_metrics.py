@@ -7,7 +7,7 @@ import pytest
 from delible.component import build
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Decoding, Generate, Prompt
+from delible.measure.scoring.text import cut_before, rouge_l_f1
 from delible.metrics.knowledge_memorisation import (
     EXAMPLES,
     STOPS,
@@ -15,13 +15,13 @@ from delible.metrics.knowledge_memorisation import (
     few_shot_prompt,
 )
 from delible.metrics.rouge_l_f1 import RougeLF1
-from delible.metrics.text import cut_before, rouge_l_f1
 from delible.metrics.verbatim_memorisation import (
     VerbatimMemorisation,
     cut_after_words,
     start_and_continuation,
 )
 from delible.records import QA, Choice, Passage
+from delible.system.asks import Decoding, Generate, Prompt
 from delible.testing import tiny_model, tiny_tokenizer
 
 

@@ -6,13 +6,19 @@ import re
 
 import pytest
 
-from delible.measure.requests import Decoding, Generate, Prompt
-from delible.metrics.base import Item, SystemValues
+from delible.measure.metric import Item, SystemValues
+from delible.measure.scoring.text import (
+    chosen_option,
+    contains,
+    gold_answers,
+    normalise,
+    rouge_l_recall,
+)
 from delible.metrics.outcome import REFUSAL_PATTERNS, Outcome, distinct_share, is_odd_word
 from delible.metrics.outcome_shares import OutcomeShares, outcome_shares
 from delible.metrics.rouge_l_recall import RougeLRecall
-from delible.metrics.text import chosen_option, contains, gold_answers, normalise, rouge_l_recall
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.system.asks import Decoding, Generate, Prompt
 
 
 def longest_common(first: list[str], second: list[str]) -> int:

@@ -11,14 +11,22 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import Answer, Decoding, Generate, Prompt, Request, Score, TokenScores
-from delible.metrics.base import Item, ItemMetric
+from delible.measure.metric import Item, ItemMetric
 from delible.metrics.chain_exact_match import ChainExactMatch, final_answer, is_exact_match
 from delible.metrics.ngram_entropy import NgramEntropy, entropy, ngram_entropy
 from delible.metrics.rwku_recall import RwkuRecall, rwku_recall
 from delible.metrics.token_f1 import TokenF1, token_f1
 from delible.metrics.truthful_choice import TruthfulChoice, true_share
 from delible.records import QA, Choice, Passage
+from delible.system.asks import (
+    Answer,
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 from delible.testing import tiny_model, tiny_tokenizer
 
 

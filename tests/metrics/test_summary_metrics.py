@@ -11,10 +11,10 @@ import pytest
 
 from delible.errors import DataError, RecipeError
 from delible.measure.evaluate import mean_of
-from delible.metrics.base import Item, SystemValues
+from delible.measure.metric import Item, SystemValues
+from delible.measure.scoring.text import rouge_l_recall
 from delible.metrics.forget_quality import ForgetQuality, kolmogorov_smirnov, log10_small_p
 from delible.metrics.model_utility import ModelUtility, harmonic_mean
-from delible.metrics.text import rouge_l_recall
 
 
 def system_values(

@@ -222,8 +222,8 @@ def test_stops_inside_the_utility_budget(
     assert "utility budget" in result.stopped
     events = [event for event in run.events() if event["kind"] == "monitor"]
     assert len(events) > 1, "the budget must not break at the first look for this test"
-    from delible.measure.asking import answer_of, ask
-    from delible.measure.requests import Score
+    from delible.system.asks import Score
+    from delible.system.questions import answer_of, ask
 
     scores = lm.score([Score(ask(row), answer_of(row)) for row in retain])
     kept = sum(math.exp(float(score.logprobs.mean())) for score in scores) / len(scores)

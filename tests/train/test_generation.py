@@ -13,10 +13,11 @@ from tiny_runs import make  # type: ignore[import-not-found]
 
 from delible.errors import DataError, RecipeError, RunError
 from delible.generation import filters, rows, templates, writing
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
 from delible.prompts import read_lines, read_text
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
 from delible.rundir import RunDirectory
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 from delible.train import generated
 from delible.train.engine import Trainer, check_needs
 from delible.train.recipe import Recipe

@@ -34,15 +34,16 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from delible.attacks.base import AttackContext, PromptAttack
 from delible.errors import DataError, ModelError
 from delible.lm.forward import Batch, Forward, map_logits, target_logprobs
 from delible.lm.hooks import steer
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask, has_answer
-from delible.measure.requests import Prompt, System
+from delible.measure.attack import AttackContext, PromptAttack
 from delible.records import RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt
+from delible.system.base import System
+from delible.system.questions import answer_of, ask, has_answer
 from delible.train.randomness import generator, shuffled
 
 Setting = Literal["within_query", "cross_query", "cross_target"]

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from delible.attacks.base import PromptAttack
-from delible.measure.requests import Prompt
+from delible.measure.attack import PromptAttack
 from delible.records import QA, Choice, Dialogue, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt
 
 #: For records without paraphrases of their own.
 FRAMES = (

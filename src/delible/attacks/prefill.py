@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from delible.attacks.base import PromptAttack
-from delible.measure.requests import Prompt
+from delible.measure.attack import PromptAttack
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt
 
 
 @register(

@@ -37,10 +37,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from delible.attacks.base import AttackContext, ModelAttack
 from delible.errors import RunError
 from delible.lm.anatomy import Role
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext, ModelAttack
 from delible.registry import register
 
 MATRICES: tuple[Role, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")

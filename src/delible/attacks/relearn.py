@@ -27,12 +27,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from delible.attacks.base import AttackContext, ModelAttack
 from delible.errors import DataError
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of
+from delible.measure.attack import AttackContext, ModelAttack
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.registry import register
+from delible.system.questions import answer_of
 from delible.train.engine import Trainer
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe

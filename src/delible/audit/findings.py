@@ -21,10 +21,10 @@ from delible.audit.result import (
 )
 from delible.audit.verdict import erased, verdict, worst_by_attack
 from delible.files import atomic_file
-from delible.measure.asking import answer_of, ask
 from delible.measure.evaluate import DETAIL_SEPARATOR, bootstrap_interval
-from delible.metrics.base import ItemMetric, SummaryMetric, SystemValues
+from delible.measure.metric import ItemMetric, SummaryMetric, SystemValues
 from delible.records import RecordBase
+from delible.system.questions import answer_of, ask
 
 #: Knowledge scores of the attack x leak matrix, larger = more is known; the first one that a
 #: system allows decides the verdict.

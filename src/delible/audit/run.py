@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.component import build
@@ -20,14 +19,21 @@ from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate, item_asks
-from delible.measure.requests import NoAnswer, System
-from delible.measure.systems import is_address, open_system
-from delible.metrics.base import Item, ItemMetric, SummaryMetric, SystemValues
+from delible.measure.metric import (
+    Item,
+    ItemMetric,
+    SummaryMetric,
+    SystemValues,
+)
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory
+from delible.system.asks import NoAnswer
+from delible.system.base import System
+from delible.systems.opening import is_address, open_system
 
 Say = Callable[[str], None]
 Splits = dict[str, Sequence[RecordBase]]
@@ -221,7 +227,7 @@ class _Audit:
             unguarded, name = unlearned, guard
 
             def guarded() -> System:
-                from delible.guards import guard as put_before
+                from delible.systems.guarded import guard as put_before
 
                 return put_before(unguarded(), self.request, name)
 

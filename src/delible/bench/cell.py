@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 
 from delible import registry
 from delible.api import unlearn
-from delible.attacks.base import AttackContext, ModelAttack
 from delible.bench.cost import Cost
 from delible.bench.spread import Manifest
 from delible.bench.suite import Benchmark, Data, Task
@@ -26,15 +25,16 @@ from delible.bench.table import ORIGINAL, REFERENCE
 from delible.component import build
 from delible.errors import DelibleError, RunError
 from delible.files import read_json, write_json
-from delible.guards import guard
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext, ModelAttack
 from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
-from delible.measure.requests import System
-from delible.metrics.base import SummaryMetric, SystemValues
+from delible.measure.metric import SummaryMetric, SystemValues
 from delible.records import ForgetRequest, RecordBase
 from delible.rundir import identity
+from delible.system.base import System
+from delible.systems.guarded import guard
 from delible.train.engine import Progress
 
 #: What is measured on an attacked model.

@@ -41,10 +41,10 @@ from delible.errors import RecipeError
 from delible.files import write_json
 from delible.lm.lm import LM
 from delible.lm.precision import resolve
-from delible.measure.asking import answer_of
 from delible.measure.evaluate import evaluate
 from delible.records import QA, ForgetRequest, Passage, RecordBase, digest
 from delible.rundir import RunDirectory
+from delible.system.questions import answer_of
 from delible.train.engine import Trainer
 from delible.train.keywords import Variant, keywords_of, rewritten
 from delible.train.plan import make_plan

@@ -18,11 +18,18 @@ import yaml
 
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError, nearest
 from delible.files import atomic_file, read_json
-from delible.measure.asking import LETTERS
 from delible.measure.engine import Progress, measure
-from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, Score, System
-from delible.metrics.base import Item, SystemValues
+from delible.measure.metric import Item, SystemValues
 from delible.records import QA, Choice, Passage, RecordBase
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+    Score,
+)
+from delible.system.base import System
+from delible.system.questions import LETTERS
 
 if TYPE_CHECKING:
     from delible.measure.cache import Cache

@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import Literal, cast
 
 from delible.bench.stages import mean
-from delible.metrics.separation import area_under_curve
+from delible.measure.scoring.separation import area_under_curve
 from delible.records import QA, Passage, Record, RecordBase
 from delible.world import unrelated
 from delible.world.split import Split

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible import registry
-from delible.attacks.base import ModelAttack
 from delible.bench.cell import Nobody, Watcher, quiet, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
@@ -25,6 +24,7 @@ from delible.errors import RecipeError, nearest
 from delible.files import write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
+from delible.measure.attack import ModelAttack
 from delible.records import Record, RecordBase, digest
 from delible.rundir import hardware, identity, versions
 

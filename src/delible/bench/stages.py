@@ -17,10 +17,10 @@ from delible.api import resolve_method, unlearn
 from delible.bench.prepare import learned
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
 from delible.measure.engine import measure
-from delible.measure.requests import Distribution, Score, TokenScores
 from delible.records import ForgetRequest, Record, RecordBase
+from delible.system.asks import Distribution, Score, TokenScores
+from delible.system.questions import answer_of, ask
 from delible.train.recipe import Recipe
 
 Say = Callable[[str], None]

@@ -32,7 +32,6 @@ from pydantic import Field, field_validator
 
 from delible import registry
 from delible.api import resolve_method, unlearn
-from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.bench.meta import (
     How,
     Pool,
@@ -53,9 +52,10 @@ from delible.errors import DelibleError, RecipeError, nearest
 from delible.files import read_json, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
-from delible.metrics.base import SummaryMetric
+from delible.measure.metric import SummaryMetric
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.registry import register
 from delible.rundir import identity

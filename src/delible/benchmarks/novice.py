@@ -33,9 +33,9 @@ from delible.errors import RecipeError
 from delible.generation.writing import filled
 from delible.lm.lm import LM
 from delible.measure.evaluate import Rewrite, evaluate
-from delible.measure.requests import Prompt
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt
 from delible.train.recipe import Recipe
 from delible.world import World
 from delible.world.common import unrelated

@@ -45,12 +45,12 @@ from delible.benchmarks.path_rows import (
 from delible.errors import DelibleError, RecipeError, RunError
 from delible.files import read_json, write_json
 from delible.lm.lm import LM
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding, NoAnswer
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest
 from delible.registry import register
 from delible.rundir import identity
+from delible.system.asks import Decoding, NoAnswer
+from delible.system.questions import ask
 from delible.train.recipe import Recipe
 
 #: Other ways to refuse that are looked at.

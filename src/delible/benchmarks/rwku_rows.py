@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from delible.errors import DataError, nearest
-from delible.measure.asking import LETTERS
 from delible.records import QA, Dialogue, Message
+from delible.system.questions import LETTERS
 
 Row = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from random import Random
 
 from delible.generation import filters, templates, writing
 from delible.generation.rows import questions
-from delible.measure.requests import Decoding, Prompt
 from delible.records import QA
+from delible.system.asks import Decoding, Prompt
 from delible.train.slots import Context
 
 

@@ -18,10 +18,10 @@ from delible.errors import DataError
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.loaders import read_records, write_records
-from delible.measure.requests import Decoding, NoAnswer, Prompt
 from delible.prompts import read_lines
 from delible.records import QA
 from delible.rundir import identity
+from delible.system.asks import Decoding, NoAnswer, Prompt
 
 Say = Callable[[str], None]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from delible.errors import DataError
-from delible.measure.asking import has_answer
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
+from delible.system.questions import has_answer
 from delible.train.slots import Role
 
 #: A passage of fewer words cannot be asked about.

@@ -20,10 +20,16 @@ from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
-from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, System
-from delible.measure.systems import open_system
 from delible.prompts import read_text
 from delible.records import RecordBase
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+)
+from delible.system.base import System
+from delible.systems.opening import open_system
 
 _Made = TypeVar("_Made")
 

@@ -30,12 +30,12 @@ from pydantic import Field
 
 from delible import prompts
 from delible.errors import DataError, ModelError, RecipeError, nearest
-from delible.guards.base import Guard, GuardMind
 from delible.lm.encoder import Encoder, sentence_encoder
-from delible.measure.requests import Prompt
 from delible.names import Names, fold, runs, surnames
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt
+from delible.systems.guarded import Guard, GuardMind
 
 logger = logging.getLogger(__name__)
 

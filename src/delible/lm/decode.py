@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from delible.lm.attention import attention_window, token_by_token
 from delible.lm.forward import cache_argument, fill_prefix
 from delible.lm.tree import Prefix, Tree, node_states
-from delible.measure.requests import Decoding
+from delible.system.asks import Decoding
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

@@ -11,7 +11,7 @@ import torch
 
 from delible.lm.forward import Batch, Forward, collate, map_logits, target_logprobs
 from delible.lm.template import Encoded
-from delible.measure.requests import GradientNorm, Hidden, Inspection
+from delible.system.asks import GradientNorm, Hidden, Inspection
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

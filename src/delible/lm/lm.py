@@ -33,7 +33,7 @@ from delible.lm.load import load_model, weights_digest
 from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
 from delible.lm.tree import NodeFunction, Prefix, Tree, node_states, shared_by, tree_values
-from delible.measure.requests import (
+from delible.system.asks import (
     Array,
     Decoding,
     Inspection,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delible.errors import ModelError
-from delible.measure.requests import Prompt
 from delible.records import Message
+from delible.system.asks import Prompt
 
 #: Used when a tokenizer has no chat template (base models).
 PLAIN_QUESTION = "Question: {question}\nAnswer:"

@@ -35,9 +35,9 @@ import torch
 from delible.errors import ModelError
 from delible.files import atomic_folder
 from delible.lm import embedded
-from delible.measure.asking import answer_of, ask
 from delible.prompts import read_lines
 from delible.records import QA, Message
+from delible.system.questions import answer_of, ask
 from delible.world import World, general, general_choices, unrelated
 from delible.world.facts import Fact
 from delible.world.relations import fill

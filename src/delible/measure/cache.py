@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from delible.errors import RunError
-from delible.measure.requests import (
+from delible.system.asks import (
     Answer,
     Distribution,
     Generate,

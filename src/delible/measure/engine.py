@@ -17,7 +17,7 @@ import torch.distributed
 
 from delible.errors import ModelError, RunError
 from delible.measure.cache import Cache, fits, request_key
-from delible.measure.requests import (
+from delible.system.asks import (
     Answer,
     Distribution,
     Generate,
@@ -28,9 +28,9 @@ from delible.measure.requests import (
     Prompt,
     Request,
     Score,
-    System,
     needed_capability,
 )
+from delible.system.base import System
 
 #: Called after every chunk with the number of answers there are and the number there will be.
 Progress = Callable[[int, int], None]

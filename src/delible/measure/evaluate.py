@@ -19,9 +19,16 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
-from delible.measure.requests import NoAnswer, Prompt, Request, System
-from delible.metrics.base import Answers, Item, ItemMetric, SummaryMetric, SystemValues
+from delible.measure.metric import (
+    Answers,
+    Item,
+    ItemMetric,
+    SummaryMetric,
+    SystemValues,
+)
 from delible.records import RecordBase
+from delible.system.asks import NoAnswer, Prompt, Request
+from delible.system.base import System
 
 #: A prompt attack: the prompts to try instead of the plain one.
 Rewrite = Callable[[RecordBase, Prompt], Sequence[Prompt]]

@@ -37,8 +37,8 @@ from delible.files import atomic_file
 from delible.lm.anatomy import unwrapped
 from delible.lm.embedded import cache_folder
 from delible.lm.hooks import capture, truncated
-from delible.measure.requests import Prompt
 from delible.records import QA, Passage
+from delible.system.asks import Prompt
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

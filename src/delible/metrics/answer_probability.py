@@ -11,11 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, mean_log_probability, token_scores
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import gold_answers, mean_log_probability, token_scores
 from delible.records import RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
 
 
 def answer_probability(scores: TokenScores) -> float | None:

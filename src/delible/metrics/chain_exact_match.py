@@ -17,11 +17,22 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import QuestionTemplate, filled, generated, gold_answers, plain_words
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
+    QuestionTemplate,
+    filled,
+    generated,
+    gold_answers,
+    plain_words,
+)
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
 
 NO_ANSWER = "NOANSWER"
 _ANSWER = re.compile(r"[tT]he answer is (.*?)\.(?!\d)")

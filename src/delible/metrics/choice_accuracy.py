@@ -18,10 +18,8 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from delible.measure.asking import LETTERS
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.choices import (
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.choices import (
     Orders,
     Style,
     all_orders,
@@ -30,9 +28,11 @@ from delible.metrics.choices import (
     most_likely,
     text_log_probability,
 )
-from delible.metrics.text import content_log_probabilities, continuing, token_scores
+from delible.measure.scoring.text import content_log_probabilities, continuing, token_scores
 from delible.records import Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
+from delible.system.questions import LETTERS
 
 Length = Literal["tokens", "bytes", "one"]
 

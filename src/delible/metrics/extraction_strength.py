@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, token_scores
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import gold_answers, token_scores
 from delible.records import RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
 
 
 def extraction_strength(

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from delible.metrics.base import SummaryMetric, SystemValues
-from delible.metrics.closeness import PARTS, judged
+from delible.measure.metric import SummaryMetric, SystemValues
+from delible.measure.scoring.closeness import PARTS, judged
 from delible.registry import register
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from scipy.stats import ks_2samp
 
 from delible.errors import DataError, RecipeError
-from delible.metrics.base import SummaryMetric, SystemValues
+from delible.measure.metric import SummaryMetric, SystemValues
 from delible.registry import register
 
 

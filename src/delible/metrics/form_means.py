@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from delible.metrics.base import SummaryMetric, SystemValues
+from delible.measure.metric import SummaryMetric, SystemValues
 from delible.registry import register
 
 FORMS = ("blank", "question", "choice", "spelled")

@@ -16,11 +16,9 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from delible.measure.asking import LETTERS
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.choices import option_lines
-from delible.metrics.text import (
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.choices import option_lines
+from delible.measure.scoring.text import (
     QuestionTemplate,
     content_log_probabilities,
     continuing,
@@ -29,6 +27,8 @@ from delible.metrics.text import (
 )
 from delible.records import QA, Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
+from delible.system.questions import LETTERS
 
 BLANK = "___"
 SPELLED, STATEMENT, CLOZE = "spelled", "statement", "cloze"

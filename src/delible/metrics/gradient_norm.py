@@ -16,12 +16,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import GradientNorm, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import gold_answers
 from delible.records import Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import GradientNorm, Prompt, Request
+from delible.system.questions import ask
 
 ORDERS = {"1": 1.0, "2": 2.0, "inf": float("inf")}
 

@@ -19,12 +19,23 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric, SummaryMetric, SystemValues
-from delible.metrics.text import generated
+from delible.measure.metric import (
+    Answers,
+    Item,
+    ItemMetric,
+    SummaryMetric,
+    SystemValues,
+)
+from delible.measure.scoring.text import generated
 from delible.records import QA, Dialogue, Message, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
+from delible.system.questions import ask
 
 _REFUSAL = re.compile(
     r"\b(?:(?:do not|don't|did not|didn't|does not|doesn't) know"

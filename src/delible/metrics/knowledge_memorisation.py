@@ -17,11 +17,21 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import cut_before, generated, gold_answers, rouge_l_f1
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
+    cut_before,
+    generated,
+    gold_answers,
+    rouge_l_f1,
+)
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
 
 #: Where an answer ends.
 STOPS = ("\n\n", "\nQuestion", "Question:")

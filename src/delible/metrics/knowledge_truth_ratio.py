@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import mean_over_answers
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import mean_over_answers
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
+from delible.system.questions import ask
 
 EPSILON = 1e-10
 

@@ -14,9 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 from pydantic import Field
 
-from delible.measure.requests import Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.choices import (
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.choices import (
     Orders,
     Style,
     all_orders,
@@ -26,6 +25,7 @@ from delible.metrics.choices import (
 )
 from delible.records import Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request
 
 
 @register(

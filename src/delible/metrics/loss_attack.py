@@ -10,10 +10,10 @@ stores the negative of it, the log-likelihood.
 
 from __future__ import annotations
 
-from delible.measure.requests import TokenScores
-from delible.metrics.seen import TextAttack
-from delible.metrics.text import mean_log_probability
+from delible.measure.scoring.seen import TextAttack
+from delible.measure.scoring.text import mean_log_probability
 from delible.registry import register
+from delible.system.asks import TokenScores
 
 
 def loss_attack(scores: TokenScores) -> float | None:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from delible.errors import RecipeError
-from delible.metrics.base import Item, SummaryMetric, SystemValues
-from delible.metrics.separation import area_under_curve
+from delible.measure.metric import Item, SummaryMetric, SystemValues
+from delible.measure.scoring.separation import area_under_curve
 from delible.registry import register
 
 

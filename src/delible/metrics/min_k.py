@@ -17,10 +17,10 @@ import math
 import numpy as np
 from pydantic import Field
 
-from delible.measure.requests import TokenScores
-from delible.metrics.seen import TextAttack
-from delible.metrics.text import content_log_probabilities
+from delible.measure.scoring.seen import TextAttack
+from delible.measure.scoring.text import content_log_probabilities
 from delible.registry import register
+from delible.system.asks import TokenScores
 
 
 def min_k(scores: TokenScores, share: float = 0.4, compat: bool = False) -> float | None:

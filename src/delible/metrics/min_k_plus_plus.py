@@ -17,9 +17,9 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from delible.measure.requests import TokenScores
-from delible.metrics.seen import TextAttack
+from delible.measure.scoring.seen import TextAttack
 from delible.registry import register
+from delible.system.asks import TokenScores
 
 #: A distribution that is all but certain has no spread to divide by.
 LEAST_VARIANCE = 1e-6

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from delible.errors import RecipeError
-from delible.metrics.base import SummaryMetric, SystemValues
+from delible.measure.metric import SummaryMetric, SystemValues
 from delible.registry import register
 
 

@@ -17,12 +17,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import generated
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import generated
 from delible.records import QA, Dialogue, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
+from delible.system.questions import ask
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 #: Length of the n-grams and their weights.

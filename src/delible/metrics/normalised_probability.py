@@ -14,12 +14,12 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import mean_log_probability, token_scores
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import mean_log_probability, token_scores
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
+from delible.system.questions import ask
 
 EPSILON = 1e-10
 

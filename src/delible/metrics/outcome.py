@@ -27,12 +27,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import chosen_option, contains, generated, gold_answers, rouge_l_recall
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
+    chosen_option,
+    contains,
+    generated,
+    gold_answers,
+    rouge_l_recall,
+)
 from delible.records import QA, Choice, Passage, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
+from delible.system.questions import ask
 
 OutcomeClass = Literal["correct", "refusal", "wrong-but-fluent", "garbage"]
 

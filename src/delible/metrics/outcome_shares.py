@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delible.metrics.base import Item, SummaryMetric, SystemValues
+from delible.measure.metric import Item, SummaryMetric, SystemValues
 from delible.registry import register
 
 CLASSES = ("correct", "refusal", "wrong-but-fluent", "garbage")

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from delible.errors import DataError
-from delible.metrics.base import SummaryMetric, SystemValues
-from delible.metrics.separation import area_under_curve
+from delible.measure.metric import SummaryMetric, SystemValues
+from delible.measure.scoring.separation import area_under_curve
 from delible.registry import register
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from delible.metrics.judging import JudgedMetric
+from delible.measure.scoring.judging import JudgedMetric
 from delible.registry import register
 
 

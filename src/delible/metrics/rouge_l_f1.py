@@ -14,12 +14,17 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import generated, gold_answers, rouge_l_f1
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import generated, gold_answers, rouge_l_f1
 from delible.records import QA, Dialogue, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
+from delible.system.questions import ask
 
 
 @register(

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from delible.measure.evaluate import DETAIL_SEPARATOR
-from delible.metrics.base import Item, SummaryMetric, SystemValues
+from delible.measure.metric import Item, SummaryMetric, SystemValues
 from delible.registry import register
 
 

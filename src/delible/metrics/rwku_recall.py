@@ -16,11 +16,21 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import QuestionTemplate, filled, generated, gold_answers
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
+    QuestionTemplate,
+    filled,
+    generated,
+    gold_answers,
+)
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
 
 NO_ANSWER = "NOANSWER"
 BLANK = "___"

@@ -16,11 +16,22 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import QuestionTemplate, filled, generated, gold_answers, plain_words
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
+    QuestionTemplate,
+    filled,
+    generated,
+    gold_answers,
+    plain_words,
+)
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
 
 
 def token_f1(gold: str, text: str, compat: bool = False) -> float | None:

@@ -19,12 +19,17 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from delible.measure.asking import ask
-from delible.measure.requests import Answer, Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import mean_log_probability, mean_over_answers, token_scores
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import mean_log_probability, mean_over_answers, token_scores
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Answer,
+    Prompt,
+    Request,
+    Score,
+)
+from delible.system.questions import ask
 
 EPSILON = 1e-10
 

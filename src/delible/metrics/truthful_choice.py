@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from delible.measure.requests import Prompt, Request, Score
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import (
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import (
     QuestionTemplate,
     content_log_probabilities,
     continuing,
@@ -30,6 +29,7 @@ from delible.metrics.text import (
 )
 from delible.records import QA, Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import Prompt, Request, Score
 
 Logs = npt.NDArray[np.float64]
 

@@ -17,11 +17,16 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from delible.measure.requests import Decoding, Generate, Prompt, Request
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import generated, rouge_l_f1
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import generated, rouge_l_f1
 from delible.records import QA, Passage, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    Prompt,
+    Request,
+)
 
 
 def cut_after_words(text: str, words: int) -> tuple[str, str]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import zlib
 
-from delible.measure.requests import TokenScores
-from delible.metrics.seen import TextAttack
-from delible.metrics.text import mean_log_probability
+from delible.measure.scoring.seen import TextAttack
+from delible.measure.scoring.text import mean_log_probability
 from delible.registry import register
+from delible.system.asks import TokenScores
 
 
 def zlib_attack(scores: TokenScores, text: str) -> float | None:

@@ -25,19 +25,19 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from delible import registry
-from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.bench.suite import Benchmark
 from delible.cards import SLOTS, Kind
 from delible.component import Component, build
 from delible.errors import DelibleError, ModelError, RecipeError
-from delible.guards.base import Guard, GuardedSystem, GuardMind
 from delible.lm.lm import LM
-from delible.measure.asking import answer_of, ask
+from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate
-from delible.measure.requests import (
+from delible.measure.metric import Item, ItemMetric, SummaryMetric
+from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
+from delible.rundir import RunDirectory
+from delible.system.asks import (
     Answer,
-    BlackBox,
     Decoding,
     Generate,
     NoAnswer,
@@ -47,9 +47,9 @@ from delible.measure.requests import (
     TokenScores,
     needed_capability,
 )
-from delible.metrics.base import Item, ItemMetric, SummaryMetric
-from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
-from delible.rundir import RunDirectory
+from delible.system.base import BlackBox
+from delible.system.questions import answer_of, ask
+from delible.systems.guarded import Guard, GuardedSystem, GuardMind
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train import slots
 from delible.train.engine import Trainer, TrainResult

@@ -27,8 +27,8 @@ from delible.component import Config
 from delible.errors import RecipeError
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.measure.asking import ask
 from delible.records import QA, RecordBase
+from delible.system.questions import ask
 from delible.train.coreset import coreset_size
 from delible.train.gradients import (
     Gradients,

@@ -23,10 +23,10 @@ from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
 from delible.lm.precision import resolve
-from delible.measure.requests import System
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.rundir import RunDirectory
+from delible.system.base import System
 from delible.train import generated
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients

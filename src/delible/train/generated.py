@@ -12,8 +12,8 @@ from typing import Any, cast, get_args
 
 from delible.errors import DataError, nearest
 from delible.files import atomic_folder
-from delible.measure.asking import ask
 from delible.records import RecordBase, digest
+from delible.system.questions import ask
 from delible.train.slots import Role
 
 ROLES: tuple[str, ...] = get_args(Role)

@@ -10,9 +10,9 @@ import torch
 
 from delible.errors import DataError
 from delible.lm.template import Encoded, Template
-from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Prompt
 from delible.records import RecordBase
+from delible.system.asks import Prompt
+from delible.system.questions import answer_of, ask
 from delible.train.step import RetainKind, Row
 
 

@@ -24,7 +24,7 @@ from delible.train.step import Group, Reads, Row, Step, Unit
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
-    from delible.measure.requests import System
+    from delible.system.base import System
     from delible.train.gradients import Gradients
     from delible.train.passes import Passes
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from delible.component import build
 from delible.errors import DataError
 from delible.measure.evaluate import Ask, evaluate
-from delible.measure.requests import System
-from delible.metrics.base import SystemValues
+from delible.measure.metric import SystemValues
 from delible.records import QA, ForgetRequest, RecordBase
+from delible.system.base import System
 
 #: Records of one kind that decide, and as many that are only reported; more are spread evenly.
 ROWS = 64

@@ -45,7 +45,6 @@ from torch import Tensor
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.lm.lm import LM
-from delible.measure.requests import Prompt
 from delible.measure.statistics import (
     DownProjection,
     Scale,
@@ -60,6 +59,7 @@ from delible.measure.statistics import (
 )
 from delible.records import ForgetRequest
 from delible.registry import register
+from delible.system.asks import Prompt
 from delible.train.slots import Editor, Patch
 
 #: What is said before the name in the contexts that keys are averaged over.

@@ -21,9 +21,9 @@ from pydantic import Field
 from delible.generation import writing
 from delible.generation.answers import other_answers
 from delible.generation.rows import partners, questions
-from delible.measure.requests import Decoding
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import Decoding
 from delible.train.slots import Context, Generate, Role
 
 WHERE = "generate 'inverted_facts'"

@@ -22,9 +22,14 @@ from pydantic import Field
 from delible.generation import writing
 from delible.generation.answers import other_answers
 from delible.generation.rows import answered, questions
-from delible.measure.requests import Decoding, Prompt, Score, TokenScores
 from delible.records import QA, Choice, RecordBase
 from delible.registry import register
+from delible.system.asks import (
+    Decoding,
+    Prompt,
+    Score,
+    TokenScores,
+)
 from delible.train.slots import Context, Generate, Role
 
 WHERE = "generate 'misconceptions'"

@@ -24,10 +24,11 @@ from pydantic import Field
 from delible.errors import DataError
 from delible.generation import filters, writing
 from delible.generation.rows import answered, question_of, questions
-from delible.measure.requests import Decoding, Prompt, System
 from delible.prompts import read_lines
 from delible.records import QA, RecordBase
 from delible.registry import register
+from delible.system.asks import Decoding, Prompt
+from delible.system.base import System
 from delible.train.slots import Context, Generate, Role
 
 WHERE = "generate 'reasoning_targets'"

@@ -28,12 +28,13 @@ from delible.errors import DataError, RecipeError
 from delible.generation import filters, writing
 from delible.generation.rows import answered, question_of, questions
 from delible.measure.engine import measure
-from delible.measure.requests import Decoding, Prompt, System
-from delible.measure.requests import Generate as Ask
 from delible.names import Names
 from delible.prompts import read_lines
 from delible.records import QA, Passage, RecordBase
 from delible.registry import register
+from delible.system.asks import Decoding, Prompt
+from delible.system.asks import Generate as Ask
+from delible.system.base import System
 from delible.train.rows import told
 from delible.train.slots import Context, Generate, Role
 

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from delible.measure.asking import answer_of
 from delible.registry import register
+from delible.system.questions import answer_of
 from delible.train.coreset import ScoredSelect
 from delible.train.keywords import keywords_of, words
 from delible.train.slots import Context

@@ -24,12 +24,12 @@ from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.lm.embedded import cache_folder
-from delible.measure.asking import ask
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
-from delible.measure.requests import Decoding, Generate, Prompt
 from delible.records import QA
 from delible.registry import register
+from delible.system.asks import Decoding, Generate, Prompt
+from delible.system.questions import ask
 from delible.train.slots import Context, Select
 
 Order = Literal["largest", "smallest", "random"]

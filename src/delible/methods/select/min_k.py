@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.errors import DataError
-from delible.measure.asking import answer_of, ask
-from delible.measure.requests import Score, TokenScores
 from delible.registry import register
+from delible.system.asks import Score, TokenScores
+from delible.system.questions import answer_of, ask
 from delible.train.coreset import ScoredSelect
 from delible.train.slots import Context
 

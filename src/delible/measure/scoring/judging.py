@@ -21,15 +21,22 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from delible.lm.embedded import cache_folder
-from delible.measure.asking import ask
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
-from delible.measure.requests import Decoding, Generate, NoAnswer, Prompt, Request, System
-from delible.measure.systems import open_system
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import continuing, generated
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import continuing, generated
 from delible.prompts import read_text
 from delible.records import QA, Dialogue, RecordBase
+from delible.system.asks import (
+    Decoding,
+    Generate,
+    NoAnswer,
+    Prompt,
+    Request,
+)
+from delible.system.base import System
+from delible.system.questions import ask
+from delible.systems.opening import open_system
 
 HIGHEST = 10
 #: Of the draws after the first, greedy reply could not be read.

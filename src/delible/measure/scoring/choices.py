@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from delible.measure.asking import LETTERS, ask
-from delible.measure.requests import Answer, Prompt, Score
-from delible.metrics.text import content_log_probabilities, continuing, token_scores
+from delible.measure.scoring.text import content_log_probabilities, continuing, token_scores
 from delible.records import Choice
+from delible.system.asks import Answer, Prompt, Score
+from delible.system.questions import LETTERS, ask
 
 #: A chat turn that asks for the letter, or plain text that ends in "Answer:".
 Style = Literal["chat", "plain"]

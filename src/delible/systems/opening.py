@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from delible.errors import ModelError
 from delible.lm.lm import LM
-from delible.measure.requests import System
+from delible.system.base import System
 
 VLLM_PREFIX = "vllm:"
 _ADDRESSES = ("http://", "https://")
@@ -38,7 +38,7 @@ def open_system(
         MissingExtraError: It needs an extra that is not installed.
     """
     if is_address(name):
-        from delible.measure.endpoint import Endpoint
+        from delible.systems.endpoint import Endpoint
 
         address, _, fragment = name.partition("#")
         endpoint = Endpoint(address, model or fragment or None)
@@ -53,7 +53,7 @@ def open_system(
             hint="Leave out --model, or give a URL such as https://host/v1.",
         )
     if name.startswith(VLLM_PREFIX):
-        from delible.measure.vllm import VLLM
+        from delible.systems.vllm import VLLM
 
         return VLLM.load(name.removeprefix(VLLM_PREFIX), say=say)
     return LM.load(name, say=say)

@@ -8,8 +8,8 @@ from typing import Any
 
 from delible.component import Component
 from delible.measure.engine import Progress
-from delible.measure.requests import Answer, Prompt, Request
 from delible.records import RecordBase
+from delible.system.asks import Answer, Prompt, Request
 
 Answers = Mapping[Request, Answer]
 
@@ -28,7 +28,7 @@ class ItemMetric(Component):
 
     def prompt(self, record: RecordBase) -> Prompt | None:
         """How a record is asked; ``None``: the metric does not apply to it."""
-        from delible.measure.asking import ask
+        from delible.system.questions import ask
 
         return ask(record)
 

@@ -24,7 +24,14 @@ import numpy as np
 from delible.errors import MissingExtraError, ModelError
 from delible.lm import embedded, tiny
 from delible.lm.template import Encoded, Template
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt, Score, TokenScores
+from delible.system.asks import (
+    Decoding,
+    NoAnswer,
+    Prompt,
+    Score,
+    TokenScores,
+)
+from delible.system.base import BlackBox
 
 #: Longest row that is scored, and longest prompt, as in :class:`LM`.
 LONGEST_ROW = 2048

@@ -9,7 +9,7 @@ Paper: FIT (arXiv 2601.21682); reference code: XiaoyuXU1/FIT.
 from __future__ import annotations
 
 from delible.errors import RecipeError
-from delible.metrics.base import SystemValues
+from delible.measure.metric import SystemValues
 
 #: The parts of a score: the metrics behind Prob, ROUGE and Acc.
 PARTS = ("answer_probability", "rouge_l_f1", "exact_memorisation")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from delible.component import Component
-from delible.measure.requests import Prompt, System
 from delible.records import RecordBase
+from delible.system.asks import Prompt
+from delible.system.base import System
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

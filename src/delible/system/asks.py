@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -176,46 +174,3 @@ class NoAnswer:
 
 Array = npt.NDArray[np.float32]
 Answer = TokenScores | str | Array | NoAnswer
-
-
-@runtime_checkable
-class System(Protocol):
-    """Anything that answers: a model, a guarded model, a remote endpoint.
-
-    Attributes:
-        name: For people.
-        capabilities: ``"generate"`` always; ``"score"`` gives log-probabilities of answers,
-            ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box.
-        fingerprint: Changes whenever an answer could change (weights, template, guard);
-            the key of the measurement cache. ``None`` means: never cache.
-    """
-
-    name: str
-    capabilities: frozenset[str]
-
-    @property
-    def fingerprint(self) -> str | None: ...
-
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
-        """Answers, in the order of the prompts, without the prompt or prefill."""
-        ...
-
-    def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
-        """Teacher-forced scores; only for systems with the capability ``"score"``."""
-        ...
-
-    def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
-        """Looks inside; requests of one kind. Only for white-box systems."""
-        ...
-
-
-class BlackBox:
-    """A system that answers and gives no scores."""
-
-    capabilities = frozenset({"generate"})
-
-    def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
-        raise TypeError("this system answers, but gives no scores")
-
-    def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
-        raise TypeError("this system answers, but cannot be looked into")

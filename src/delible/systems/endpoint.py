@@ -28,7 +28,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from delible.errors import MissingExtraError, ModelError, nearest
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox
 
 T = TypeVar("T")
 

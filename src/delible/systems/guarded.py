@@ -1,12 +1,14 @@
-"""What a guard is: it stands before a system, sees the conversation, and may answer itself."""
+"""A guarded system. A guard stands before a system, sees the conversation, may answer itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from delible.component import Component
-from delible.measure.requests import BlackBox, Decoding, NoAnswer, Prompt, System
+from delible.component import Component, build
 from delible.records import ForgetRequest
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox, System
 
 
 class GuardMind:
@@ -55,3 +57,25 @@ class GuardedSystem(BlackBox):
             judged = None if isinstance(reply, NoAnswer) else self.mind.after(prompts[index], reply)
             answers[index] = reply if judged is None else judged
         return ["" if answer is None else answer for answer in answers]
+
+
+def guard(
+    system: System, request: ForgetRequest, name: str = "target_detector", **options: Any
+) -> GuardedSystem:
+    """Puts a guard before a system.
+
+    Args:
+        system: What is guarded: a model, an endpoint, another guarded system.
+        request: What must not come out.
+        name: Name of the guard (``delible list guards``).
+        **options: The guard's options (``delible show NAME``).
+
+    Returns:
+        A system that generates and gives no scores.
+
+    Raises:
+        RecipeError: An unknown guard or option.
+        DataError: The request gives this guard nothing to go by.
+    """
+    mind = build("guard", {"name": name, **options}).prepare(request)
+    return GuardedSystem(system, mind, f"{system.name} + {name}")

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from delible.measure.asking import ask
-from delible.measure.requests import Prompt, Request, Score, TokenScores
-from delible.metrics.base import Answers, Item, ItemMetric
-from delible.metrics.text import gold_answers, token_scores
+from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.scoring.text import gold_answers, token_scores
 from delible.records import Choice, RecordBase
+from delible.system.asks import (
+    Prompt,
+    Request,
+    Score,
+    TokenScores,
+)
+from delible.system.questions import ask
 
 
 class TextAttack(ItemMetric):

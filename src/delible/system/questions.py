@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from delible.errors import DataError
-from delible.measure.requests import Prompt
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
+from delible.system.asks import Prompt
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

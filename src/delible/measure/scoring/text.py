@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator
 
-from delible.measure.asking import LETTERS, answer_of, has_answer
-from delible.measure.requests import Answer, Prompt, TokenScores
 from delible.records import QA, Choice, RecordBase
+from delible.system.asks import Answer, Prompt, TokenScores
+from delible.system.questions import LETTERS, answer_of, has_answer
 
 _ARTICLES = frozenset({"a", "an", "the"})
 #: Answers that are ordinary words elsewhere in a sentence; they count only as its first word.
