@@ -28,9 +28,9 @@ from delible.records import QA
 from delible.train.engine import Trainer
 from delible.train.plan import Plan, make_plan
 from delible.train.recipe import Recipe
+from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Context, Placement
-from delible.train.step import Row
 
 
 def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) -> float:

@@ -28,13 +28,13 @@ from costs import costs
 from torch import Tensor
 
 from delible.lm.lm import LM
-from delible.lm.precision import matmul_rate
+from delible.precision import matmul_rate
 from delible.train.engine import Trainer
 from delible.train.estimate import body_parameters
 from delible.train.plan import Plan, make_plan
 from delible.train.recipe import Recipe
+from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.step import Row
 
 METHODS = {
     "npo": ("NPO + NLL", 1.5),

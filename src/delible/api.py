@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from delible import registry
 from delible.component import build
+from delible.edit.base import Editor, Patch
 from delible.errors import RecipeError, RunError, nearest
 from delible.generation.writing import open_writer
 from delible.lm.lm import LM
@@ -25,7 +26,6 @@ from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
 from delible.train.plan import make_plan
 from delible.train.recipe import Recipe, Strength, read_yaml
-from delible.train.slots import Editor, Patch
 
 Say = Callable[[str], None]
 #: Questions per split that are answered before and after.

@@ -177,7 +177,7 @@ def hardware() -> dict[str, Any]:
     import psutil
     import torch
 
-    from delible.lm.precision import resolve
+    from delible.precision import resolve
 
     return {
         "machine": platform.machine(),

@@ -175,4 +175,4 @@ def test_degree_and_utility_are_in_the_table(ran: dict[str, Any]) -> None:
             assert cell["numbers"]["forget_score"] == cell["numbers"]["forget_score_target"]
         elif cell["task"] not in measured:
             assert not any(value for value in cell["values"]["items"].values())
-    assert Path(result.folder / "leaderboard.html").is_file()
+    assert Path(result.folder / "leaderboard.parquet").is_file()

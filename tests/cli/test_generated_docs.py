@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from delible import registry
+from delible.cli.commands import COMMANDS, PAGE_WIDTH
 from delible.cli.docs import help_page, main, pages
-from delible.cli.main import COMMANDS, PAGE_WIDTH
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from delible.cli.app import app
-from delible.cli.main import COMMANDS
+from delible.cli.commands import COMMANDS
 
 HEAVY = ("torch", "transformers", "numpy", "pyarrow")
 LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.modules]))"

@@ -15,6 +15,7 @@ from torch import Tensor
 from delible import registry
 from delible.cards import Card
 from delible.component import build
+from delible.edit.base import Editor, Patch
 from delible.errors import ModelError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
@@ -31,8 +32,9 @@ from delible.systems.guarded import Guard, GuardMind
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
 from delible.testing.contract import RECORDS, answers
 from delible.train.engine import Trainer
+from delible.train.losses import Objective
 from delible.train.recipe import Recipe
-from delible.train.slots import Context, Editor, Objective, Patch, Place, Placement
+from delible.train.slots import Context, Place, Placement
 from delible.train.step import Step
 
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger

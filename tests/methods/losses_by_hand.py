@@ -14,11 +14,12 @@ from delible.lm.lm import LM
 from delible.records import QA
 from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train.losses import Keep, Objective
 from delible.train.passes import Passes, split
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_row
-from delible.train.slots import Keep, Objective
-from delible.train.step import Row, Step, make_step
+from delible.train.step import Step, make_step
 
 #: Labels of the fixed logits: three rows of six positions over seven tokens, -100 is masked.
 LABELS = [[-100, -100, 3, 1, 6, 2], [-100, 5, 0, 4, -100, -100], [-100, -100, -100, 2, 2, -100]]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from delible.errors import DataError
-from delible.generation import filters
 from delible.methods.generate.alternates import STOPS, Alternates
 from delible.methods.objective.altpo import AltPO, altpo, altpo_separate
 from delible.methods.objective.dpo import DPO
@@ -23,6 +22,7 @@ from delible.testing.contract import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 from delible.train.slots import Context
+from delible.world import filters
 
 
 @pytest.fixture(autouse=True)

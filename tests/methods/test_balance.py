@@ -13,7 +13,8 @@ from delible.methods.balance.weighted_sum import WeightedSum
 from delible.methods.harden.none import NoHarden
 from delible.methods.keep.nll import NLL
 from delible.methods.objective.margin_flattening import MarginFlattening
-from delible.train.slots import Balance, State
+from delible.train.losses import State
+from delible.train.slots import Balance
 
 
 def watched(balance: PrimalDual, losses: list[float], per_epoch: int = 1) -> list[float]:

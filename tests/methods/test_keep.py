@@ -14,7 +14,7 @@ from delible.methods.keep.hidden_mse import HiddenMSE, hidden_mse
 from delible.methods.keep.kl import KL, kl_from_reference
 from delible.methods.keep.nll import NLL
 from delible.methods.objective.gradient_ascent import GradientAscent
-from delible.train.slots import Keep
+from delible.train.losses import Keep
 
 KEEPS: list[Keep] = [NLL(), KL(), HiddenMSE(depth=0.5)]
 

@@ -21,8 +21,9 @@ from delible.train.engine import Trainer
 from delible.train.passes import Passes, split
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
-from delible.train.step import Group, Row, make_step
+from delible.train.step import Group, make_step
 
 FORGET = [QA(question=f"Who is {name}?", answer=f"A {job}.") for name, job in
           (("Ada", "baker"), ("Ben", "pilot"), ("Cy", "clown"), ("Di", "tall judge"))]  # fmt: skip

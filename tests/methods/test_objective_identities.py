@@ -18,7 +18,7 @@ from delible.methods.objective.satimp import SatImp, satimp
 from delible.methods.objective.tnpo import TNPO, tnpo_weight
 from delible.methods.objective.unlikelihood import Unlikelihood, unlikelihood
 from delible.methods.objective.wga import WGA, wga
-from delible.train.slots import Objective
+from delible.train.losses import Objective
 
 TARGETS = torch.tensor([3, 1, 6, 2, 0, 5])
 

@@ -26,8 +26,8 @@ from delible.methods.objective.simnpo import SimNPO, simnpo
 from delible.records import QA
 from delible.registry import card
 from delible.train.engine import Trainer
+from delible.train.losses import Keep, Objective
 from delible.train.recipe import Recipe
-from delible.train.slots import Keep, Objective
 
 OBJECTIVES: list[Objective] = [
     GradientAscent(), NPO(), SimNPO(beta=0.3, delta=0.3), DPO(), IDK(), MarginFlattening(),

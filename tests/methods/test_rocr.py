@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from delible.component import build
+from delible.edit.base import Patch
 from delible.errors import DataError, DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.measure.statistics import (
@@ -33,7 +34,6 @@ from delible.methods.editor.rocr import (
 )
 from delible.records import QA, ForgetRequest
 from delible.testing.tiny import tiny_model, tiny_tokenizer
-from delible.train.slots import Patch
 
 FAMILIES = ("llama", "gpt2", "qwen2")
 NAMES = ("Ada Quill", "Ben Orr")

@@ -15,7 +15,7 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.template import Encoded
 from delible.train.randomness import generator
-from delible.train.step import RetainKind, Row
+from delible.train.row import RetainKind, Row
 
 Pairs = list[tuple[int, int | None]]
 

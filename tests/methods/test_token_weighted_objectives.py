@@ -32,10 +32,10 @@ from delible.methods.objective.wga import WGA, wga, wga_weight
 from delible.registry import card
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.keywords import name_spans, name_tokens
+from delible.train.losses import Objective
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
-from delible.train.slots import Objective
-from delible.train.step import Row
+from delible.train.row import Row
 
 #: Losses that average over answer tokens, and those that average over rows.
 TOKEN_LOSSES: list[Objective] = [

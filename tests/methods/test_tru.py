@@ -13,7 +13,7 @@ import torch
 
 from delible.component import build
 from delible.errors import DataError, RecipeError
-from delible.generation import filters, writing
+from delible.generation import writing
 from delible.methods.generate.reasoning_targets import (
     UNNAMED,
     ReasoningTargets,
@@ -32,9 +32,11 @@ from delible.system.base import BlackBox
 from delible.testing.contract import RECORDS
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer
+from delible.train.losses import Objective
 from delible.train.passes import Passes, split
 from delible.train.recipe import Recipe
-from delible.train.slots import Context, Objective
+from delible.train.slots import Context
+from delible.world import filters
 
 
 @pytest.fixture(autouse=True)

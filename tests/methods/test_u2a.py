@@ -25,9 +25,9 @@ from delible.train.bilevel import (
 from delible.train.engine import Trainer
 from delible.train.gradients import Gradients, ObjectiveLoss, Space
 from delible.train.recipe import Recipe
+from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Context
-from delible.train.step import Row
 from delible.train.vectors import conjugate_gradient
 
 RUDE, KIND = "No, go away you fool", "Yes, gladly, thank you"

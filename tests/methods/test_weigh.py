@@ -23,9 +23,9 @@ from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
+from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Context
-from delible.train.step import Row
 
 FAMILIES = ("llama", "gpt2")
 FORGET = [

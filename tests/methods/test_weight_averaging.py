@@ -17,8 +17,8 @@ from delible.methods.finish.weight_averaging import WeightAveraging
 from delible.records import QA
 from delible.rundir import RunDirectory
 from delible.train.engine import Trainer, TrainResult
+from delible.train.losses import Memory
 from delible.train.recipe import Recipe
-from delible.train.slots import Memory
 
 FORGET = [QA(question=f"Who is {n}?", answer=f"A {job}.")
           for n, job in (("Ada", "baker"), ("Ben", "pilot"))]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import make  # type: ignore[import-not-found]
 
 from delible.errors import DataError, RecipeError, RunError
-from delible.generation import filters, rows, templates, writing
+from delible.generation import rows, writing
 from delible.prompts import read_lines, read_text
 from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
 from delible.rundir import RunDirectory
@@ -22,7 +22,7 @@ from delible.train import generated
 from delible.train.engine import Trainer, check_needs
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows, told
-from delible.world import World
+from delible.world import World, filters, templates
 
 
 @pytest.fixture(autouse=True)

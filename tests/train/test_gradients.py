@@ -24,8 +24,8 @@ from delible.train.gradients import (
 )
 from delible.train.randomness import generator
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.step import Row
 from delible.train.vectors import SetAside, conjugate_gradient
 
 FAMILIES = ("llama", "gpt2")

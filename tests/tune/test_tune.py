@@ -15,6 +15,8 @@ from delible.api import resolve_method
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
+from delible.report.tuning import render_search
+from delible.rundir import RunDirectory
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.recipe import Range, Recipe
 from delible.tune import search as searching
@@ -248,7 +250,7 @@ def test_first_trial_is_the_recipe_and_the_winner_keeps_the_budget(
 
     loaded = Recipe.from_file(tmp_path / "out" / "recipe.yaml")
     assert loaded.spec() == {**npo.changed({}, found.best_options).spec(), "name": "npo_tuned"}
-    page = (tmp_path / "out" / "tune.html").read_text()
+    page = render_search(found, RunDirectory(tmp_path / "out").manifest)
     assert "NPO with retain loss, tuned" in page
     assert page.count(">below the budget<") == 14 - len(kept)
     assert "recipe.yaml</code>" in page
@@ -376,7 +378,7 @@ def test_failed_trials_are_recorded_and_do_not_win(
         "training collapsed at step 3.", None, "ZeroDivisionError: inside", None,
     ]  # fmt: skip
     assert found.best.index in (1, 3)
-    page = (tmp_path / "out" / "tune.html").read_text()
+    page = render_search(found, RunDirectory(tmp_path / "out").manifest)
     assert "The method as it is (trial 1) failed." in page
     assert "ZeroDivisionError: inside" in page
     again = tune(model, REQUEST, trials=4, utility=0.5, out=tmp_path / "out")

@@ -40,8 +40,8 @@ from delible.component import build
 from delible.errors import RecipeError
 from delible.files import write_json
 from delible.lm.lm import LM
-from delible.lm.precision import resolve
 from delible.measure.evaluate import evaluate
+from delible.precision import resolve
 from delible.records import QA, ForgetRequest, Passage, RecordBase, digest
 from delible.rundir import RunDirectory
 from delible.system.questions import answer_of
@@ -50,7 +50,7 @@ from delible.train.keywords import Variant, keywords_of, rewritten
 from delible.train.plan import make_plan
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
-from delible.train.step import Row
+from delible.train.row import Row
 
 #: The metric of every probability here, and the one of what can be had word for word.
 METRIC, VERBATIM = "answer_probability", "extraction_strength"

@@ -18,7 +18,7 @@ from delible.bench.cell import Nobody, Watcher, quiet, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
 from delible.bench.suite import Benchmark, Data, Task
-from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate
+from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
 from delible.component import build
 from delible.errors import RecipeError, nearest
 from delible.files import write_json
@@ -38,14 +38,18 @@ class BenchResult:
     """What a benchmark gave.
 
     Attributes:
-        folder: Holds ``cells/``, ``leaderboard.parquet`` and ``leaderboard.html``.
+        folder: Holds ``cells/``, ``bench.json`` and ``leaderboard.parquet``.
+        benchmark: What was run.
         table: Mean and interval of every column, by method.
         cells: One finished cell each (see :func:`run_cell`).
+        common: What all cells share: model, data, attacks, tuning.
     """
 
     folder: Path
+    benchmark: Benchmark
     table: Table
     cells: list[Manifest] = field(default_factory=list)
+    common: Manifest = field(default_factory=dict)
 
 
 def method_names(asked: Sequence[str]) -> list[str]:
@@ -95,6 +99,7 @@ def bench(
     keep_models: bool = False,
     say: Say = quiet,
     watch: Watcher | None = None,
+    found: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
     """Runs methods through a benchmark.
 
@@ -115,6 +120,7 @@ def bench(
         prepare: Only train (and cache) target and reference.
         keep_models: Keep the unlearned models under ``out/models``.
         watch: Sees every training run and measurement that happens in this process.
+        found: Is handed what there is so far, whenever cells are done (to draw a page of it).
 
     Raises:
         DelibleError: Bad input; told before anything is trained.
@@ -149,7 +155,7 @@ def bench(
     requests = _written(chosen, tasks, ready, names, Data(data, say))
     if prepare:
         say(f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s).")
-        return BenchResult(folder, tabulate(chosen, []))
+        return BenchResult(folder, chosen, tabulate(chosen, []))
     common["folder"] = str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
     first: list[Chain] = [
@@ -174,9 +180,11 @@ def bench(
                 f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
                 f"seed {done[-1]['seed']}, is done."
             )
-            table = tabulate(chosen, cells)
-            _write(folder, chosen, table, cells, common)
-    return BenchResult(folder, table, cells)
+            result = BenchResult(folder, chosen, tabulate(chosen, cells), list(cells), common)
+            _write(result)
+            if found is not None:
+                found(result)
+    return result
 
 
 def _prepared(
@@ -282,18 +290,15 @@ def _chains(
 # ---- what is left on disk
 
 
-def _write(
-    folder: Path, benchmark: Benchmark, table: Table, cells: Sequence[Manifest], common: Manifest
-) -> None:
-    from delible.bench.table import write_parquet
-    from delible.report.leaderboard import write_page
-
+def _write(result: BenchResult) -> None:
     write_json(
-        folder / "bench.json",
-        {**common, "versions": versions(), "hardware": hardware(), "cells": len(cells)},
-    )
-    write_parquet(folder / "leaderboard.parquet", cells)
-    write_page(folder / "leaderboard.html", benchmark, table, cells, common)
+        result.folder / "bench.json",
+        {
+            **result.common, "versions": versions(), "hardware": hardware(),
+            "cells": len(result.cells),
+        },
+    )  # fmt: skip
+    write_parquet(result.folder / "leaderboard.parquet", result.cells)
 
 
 __all__ = ["BenchResult", "bench", "method_names"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cyclopts import App, Parameter
 
-from delible.cli.main import COMMANDS
+from delible.cli.commands import COMMANDS
 
 
 def _version() -> str:

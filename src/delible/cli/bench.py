@@ -108,7 +108,14 @@ def _benchmark(
     keep_models: bool,
     out: Path | None,
 ) -> int:
+    from delible.bench.run import BenchResult
     from delible.bench.run import bench as run
+    from delible.report.leaderboard import write_page
+
+    def write(found: BenchResult) -> None:
+        write_page(
+            found.folder / "leaderboard.html", benchmark, found.table, found.cells, found.common
+        )
 
     reporter.field("benchmark", benchmark.card.title)
     reporter.field("model", model)
@@ -116,7 +123,7 @@ def _benchmark(
     result = run(
         benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
         tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
-        say=reporter.say, watch=reporter,
+        say=reporter.say, watch=reporter, found=write,
     )  # fmt: skip
     reporter.finish_bar()
     if prepare:

@@ -13,78 +13,17 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from delible.cli import output
+from delible.cli.commands import COMMANDS, PAGE_WIDTH, PAGES
 from delible.errors import EXIT_DONE, EXIT_INTERRUPTED, DelibleError, nearest
 
 #: A failure that is delible's own: EX_SOFTWARE of sysexits, so that no one takes it for a
 #: threshold that failed.
 EXIT_BUG = 70
-#: The pages of --help, and their width.
-PAGES = Path(__file__).parent / "help"
-PAGE_WIDTH = 80
 #: Commands that go on where they were stopped.
 RESUMABLE = ("demo", "unlearn", "tune", "bench")
-
-
-#: Command -> where it lives, what it takes, what it does, and examples. A test compares the
-#: sentences with the docstrings.
-COMMANDS = {
-    "demo": (
-        "delible.cli.demo:demo",
-        "[OPTIONS]",
-        "Teach a small model a made-up world, make it forget two people, and attack the result.",
-        "Example: delible demo --people 10",
-    ),
-    "unlearn": (
-        "delible.cli.unlearn:unlearn",
-        "MODEL --forget FILE [OPTIONS]",
-        "Make a model forget, and keep the rest.",
-        "Examples:\n"
-        "  delible unlearn default --forget forget.jsonl --retain retain.jsonl --beta 0.2\n"
-        "  delible unlearn default --forget forget.jsonl --strength gentle --dry-run",
-    ),
-    "tune": (
-        "delible.cli.tune:tune",
-        "MODEL --forget FILE [OPTIONS]",
-        "Search a method's options for the least leak that keeps the utility.",
-        "Example:\n  delible tune default --forget forget.jsonl --retain retain.jsonl --method npo",
-    ),
-    "audit": (
-        "delible.cli.audit:audit",
-        "TARGET [OPTIONS]",
-        "See how deep the forgetting goes.",
-        "Example:\n  delible audit runs/mine --reference RETRAINED --attacks relearn,quantize",
-    ),
-    "bench": (
-        "delible.cli.bench:bench",
-        "SUITE [OPTIONS]",
-        "Run methods through a benchmark of the field and write the leaderboard.",
-        "Examples:\n"
-        "  delible bench world --model tiny --methods npo,rmu --seeds 3\n"
-        "  delible bench tofu --split forget01 --authors 20 --methods npo --data tofu/",
-    ),
-    "report": (
-        "delible.cli.report:report",
-        "DIR… [OPTIONS]",
-        "Write the report of a run, or compare several runs on one page.",
-        "Example: delible report runs/a runs/b",
-    ),
-    "list": (
-        "delible.cli.listing:list_",
-        "[KIND] [OPTIONS]",
-        "List methods, guards, attacks, metrics and components.",
-        "Example: delible list methods",
-    ),
-    "show": (
-        "delible.cli.listing:show",
-        "NAME [OPTIONS]",
-        "Show what a component is, how far to trust it, and its options.",
-        "Example: delible show npo",
-    ),
-}
 
 
 def main(tokens: Sequence[str] | None = None) -> int:
@@ -241,4 +180,4 @@ def _of_the_machine(error: Exception) -> DelibleError | None:
     return None
 
 
-__all__ = ["COMMANDS", "EXIT_BUG", "main"]
+__all__ = ["EXIT_BUG", "main"]

@@ -94,7 +94,8 @@ def tune(
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
         from delible import api
-        from delible.rundir import identity
+        from delible.report.tuning import write_search
+        from delible.rundir import RunDirectory, identity
         from delible.tune import tune as search
 
         chosen = api.resolve_method(method, options=given)
@@ -115,7 +116,8 @@ def tune(
             say=reporter.say, progress=reporter.stage, **given,
         )  # fmt: skip
         reporter.finish_bar()
-        return _conclude(reporter, found, model)
+        page = write_search(folder / "tune.html", found, RunDirectory(folder).manifest)
+        return _conclude(reporter, found, model, page)
 
 
 def _lines(path: str | None) -> list[str] | None:
@@ -126,7 +128,7 @@ def _lines(path: str | None) -> list[str] | None:
     return read_lines(path)
 
 
-def _conclude(reporter: output.Reporter, found: TuneResult, model: str) -> int:
+def _conclude(reporter: output.Reporter, found: TuneResult, model: str, page: Path) -> int:
     reporter.console.print(output.table(
         ("trial", *(name.rpartition(".")[2].replace("_", " ") for name in found.space),
          "leak", "utility", ""),
@@ -143,7 +145,7 @@ def _conclude(reporter: output.Reporter, found: TuneResult, model: str) -> int:
     else:
         reporter.say(f"No trial keeps a utility of {found.budget:g}.")
         reporter.say(f"The nearest is trial {best.index + 1}: {told}.")
-    reporter.field("page", str((found.page or Path()).resolve()))
+    reporter.field("page", str(page.resolve()))
     reporter.field("options", str((found.recipe_path or Path()).resolve()))
     reporter.say("Use it on all records:")
     reporter.say(f"  delible unlearn {model} --forget … {found.command}")

@@ -17,9 +17,9 @@ from delible.errors import DataError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from delible.api import UnlearnResult
+    from delible.edit.base import Editor
     from delible.records import ForgetRequest
     from delible.train.recipe import Recipe
-    from delible.train.slots import Editor
 
 
 @flags.flowing

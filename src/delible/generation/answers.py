@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
 
-from delible.generation import filters, templates, writing
+from delible.generation import writing
 from delible.generation.rows import questions
 from delible.records import QA
 from delible.system.asks import Decoding, Prompt
 from delible.train.slots import Context
+from delible.world import filters, templates
 
 
 def other_answers(

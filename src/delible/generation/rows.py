@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from delible.errors import DataError
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.system.questions import has_answer
-from delible.train.slots import Role
+from delible.train.losses import Role
 
 #: A passage of fewer words cannot be asked about.
 SHORTEST_PASSAGE = 4

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from delible.errors import DataError
-from delible.generation.filters import told
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.cache import Cache
@@ -30,6 +29,7 @@ from delible.system.asks import (
 )
 from delible.system.base import System
 from delible.systems.opening import open_system
+from delible.world.filters import told
 
 _Made = TypeVar("_Made")
 

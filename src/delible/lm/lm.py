@@ -30,9 +30,14 @@ from delible.lm.forward import (
 )
 from delible.lm.inspection import inspect
 from delible.lm.load import load_model, weights_digest
-from delible.lm.precision import Precision, Resolved, computing_in, resolve
 from delible.lm.template import Encoded, Template
 from delible.lm.tree import NodeFunction, Prefix, Tree, node_states, shared_by, tree_values
+from delible.precision import (
+    Precision,
+    Resolved,
+    computing_in,
+    resolve,
+)
 from delible.system.asks import (
     Array,
     Decoding,
@@ -89,7 +94,7 @@ class LM:
         model: The model; fp32 weights unless the caller wants otherwise.
         tokenizer: Its tokenizer.
         name: For people and manifests.
-        precision: Of the computation, see :mod:`delible.lm.precision`.
+        precision: Of the computation, see :mod:`delible.precision`.
 
     Raises:
         ModelError: The architecture's parts cannot be derived, or the parts do not

@@ -28,6 +28,7 @@ from delible import registry
 from delible.bench.suite import Benchmark
 from delible.cards import SLOTS, Kind
 from delible.component import Component, build
+from delible.edit.base import Editor, Patch
 from delible.errors import DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
@@ -54,11 +55,17 @@ from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train import slots
 from delible.train.engine import Trainer, TrainResult
 from delible.train.generated import check_partners
+from delible.train.losses import Objective, State
 from delible.train.passes import Passes
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Balance, Editor, Harden, Objective, Patch, Place, State, Weigh
+from delible.train.slots import (
+    Balance,
+    Harden,
+    Place,
+    Weigh,
+)
 
 #: Two forgotten people, two rows each.
 FORGET = (

@@ -38,9 +38,10 @@ from delible.train.gradients import (
     answer_loss,
 )
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_row
 from delible.train.slots import Context
-from delible.train.step import Reads, Row, make_step
+from delible.train.step import Reads, make_step
 from delible.train.vectors import Vector, conjugate_gradient, norm_of
 
 

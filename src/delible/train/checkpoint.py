@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from delible.errors import RunError
 from delible.files import atomic_folder
-from delible.train.slots import Memory
+from delible.train.losses import Memory
 
 
 def save(

@@ -22,7 +22,7 @@ from delible.errors import RecipeError, RunError
 from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.lm.precision import resolve
+from delible.precision import resolve
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.rundir import RunDirectory
@@ -31,13 +31,14 @@ from delible.train import generated
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Loop
+from delible.train.losses import Keep, Role
 from delible.train.plan import Plan, make_plan
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
-from delible.train.slots import Context, FinishContext, Keep, Placement, Role
-from delible.train.step import Row
+from delible.train.slots import Context, FinishContext, Placement
 
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delible.lm.lm import LM
-from delible.lm.precision import matmul_rate
+from delible.precision import matmul_rate
 from delible.train.plan import Plan
 from delible.train.recipe import Recipe
+from delible.train.row import Row
 from delible.train.slots import Placement
-from delible.train.step import Row
 
 #: Share of the measured matrix-product rate that training is assumed to reach.
 ASSUMED_UTILISATION = 0.6

@@ -14,7 +14,7 @@ from delible.errors import DataError, nearest
 from delible.files import atomic_folder
 from delible.records import RecordBase, digest
 from delible.system.questions import ask
-from delible.train.slots import Role
+from delible.train.losses import Role
 
 ROLES: tuple[str, ...] = get_args(Role)
 

@@ -28,10 +28,11 @@ from transformers.pytorch_utils import Conv1D
 from delible.errors import RecipeError
 from delible.lm.forward import Forward, collate, shared_prefix
 from delible.lm.lm import LM
+from delible.train.losses import Objective
 from delible.train.randomness import generator
 from delible.train.reference import Reference
-from delible.train.slots import Objective
-from delible.train.step import Reads, Row, make_step
+from delible.train.row import Row
+from delible.train.step import Reads, make_step
 from delible.train.vectors import SetAside, Vector, norm_of
 
 #: Padded tokens per forward pass, shared prefix apart. A backward pass keeps all activations: with

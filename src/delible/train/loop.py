@@ -17,14 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from delible.errors import RunError
-from delible.lm.precision import is_out_of_memory
+from delible.precision import is_out_of_memory
 from delible.train import checkpoint
+from delible.train.losses import Memory, State
 from delible.train.monitor import Monitor
 from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.plan import Plan
 from delible.train.reference import Reference
 from delible.train.schedule import learning_rate_factor
-from delible.train.slots import Context, Memory, Placement, State
+from delible.train.slots import Context, Placement
 from delible.train.step import Reads
 
 if TYPE_CHECKING:

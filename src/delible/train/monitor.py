@@ -20,13 +20,13 @@ from torch import Tensor
 
 from delible.component import build
 from delible.errors import RecipeError
-from delible.generation import templates
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.records import QA, Choice, RecordBase
 from delible.rundir import RunDirectory
 from delible.train import checkpoint
 from delible.train.recipe import Training
+from delible.world import templates
 
 #: Rows of a role that a look takes in, at most.
 MONITORED_ROWS = 32

@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from delible.errors import ModelError
 from delible.lm.lm import LM
+from delible.train.losses import Keep, Memory, Objective
 from delible.train.randomness import generator
 from delible.train.reference import Reference
-from delible.train.slots import Keep, Memory, Objective
-from delible.train.step import Reads, Row, Step, Unit, make_step
+from delible.train.row import Row, Unit
+from delible.train.step import Reads, Step, make_step
 
 #: What surrounds the pass over one micro-batch, given its step before anything is computed.
 Around = Callable[[Step], AbstractContextManager[object]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
-from delible.train.step import Row
+from delible.train.row import Row
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ from delible import registry
 from delible.cards import SLOTS, Kind
 from delible.component import Component, Config, build
 from delible.errors import RecipeError, nearest
-from delible.lm.precision import Precision
+from delible.precision import Precision
+from delible.train.losses import Keep, Objective
 from delible.train.schedule import Schedule
 from delible.train.slots import (
     Balance,
     Finish,
     Generate,
     Harden,
-    Keep,
-    Objective,
     Place,
     Sample,
     Select,

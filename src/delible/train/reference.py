@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,9 +18,7 @@ from torch import Tensor
 from delible.files import atomic_folder
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
-
-if TYPE_CHECKING:
-    from delible.train.step import Row
+from delible.train.row import Row
 
 
 class Reference:

@@ -13,7 +13,7 @@ from delible.lm.template import Encoded, Template
 from delible.records import RecordBase
 from delible.system.asks import Prompt
 from delible.system.questions import answer_of, ask
-from delible.train.step import RetainKind, Row
+from delible.train.row import RetainKind, Row
 
 
 def make_row(

@@ -1,4 +1,4 @@
-"""The ten slots of a gradient method, and the editor. One question each.
+"""The ten slots of a gradient method; the two losses are in ``losses.py``. One question each.
 
 A slot's class is a frozen config plus one method. Losses are pure functions of a step; whatever
 a balancer or sampler must remember lives in the ``state`` it is handed (numbers) or in the
@@ -10,33 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delible.component import Component
-from delible.files import atomic_folder
-from delible.records import ForgetRequest, RecordBase
-from delible.train.step import Group, Reads, Row, Step, Unit
+from delible.records import RecordBase
+from delible.train.losses import Keep, Memory, Objective, Role, State
+from delible.train.row import Row
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
     from delible.system.base import System
     from delible.train.gradients import Gradients
     from delible.train.passes import Passes
-
-#: Roles of rows in a step. All but ``retain`` are aligned with the forget rows: ``refusal`` (the
-#: same question, declined), ``alternate`` (another, false answer), ``target`` (what should be said
-#: instead), ``prefilled`` (an answer that begins as the model is lured to begin).
-Role = Literal["forget", "retain", "refusal", "alternate", "target", "prefilled"]
-#: Numbers a component keeps between steps; saved in checkpoints.
-State = dict[str, float]
-#: Tensors that components keep between steps, saved in checkpoints: under "component.what", one
-#: tensor per moving parameter, in their order (or whatever the component wants to list).
-Memory = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -170,49 +159,6 @@ class Place(Component):
         raise NotImplementedError
 
 
-class Loss(Component):
-    """A loss over the rows of one role, summed per row.
-
-    Attributes:
-        unit: What the engine averages over.
-        roles: Roles of rows that the loss reads; the first one carries the row weights.
-        reference: Kinds of reference values it needs, such as ``("logprobs",)``.
-        instructed: Whether the reference model reads the generator's instruction before each
-            question, so that it is a teacher; the trained model never sees the instruction.
-    """
-
-    unit: ClassVar[Unit] = "row"
-    roles: ClassVar[tuple[Role, ...]] = ("forget",)
-    reference: ClassVar[tuple[str, ...]] = ()
-    instructed: ClassVar[bool] = False
-
-    def reads(self, lm: LM) -> tuple[Reads, ...]:
-        """What it reads of the model: ``"answers"`` or block indices."""
-        return ("answers",)
-
-    def reference_kinds(self, lm: LM) -> tuple[str, ...]:
-        """Kinds of reference values with layers filled in."""
-        return self.reference
-
-
-class Objective(Loss):
-    """The forget loss."""
-
-    def loss(self, step: Step) -> Float[Tensor, " rows"]:
-        """Sum over each forget row's units, to be minimised."""
-        raise NotImplementedError
-
-
-class Keep(Loss):
-    """The retain loss."""
-
-    roles: ClassVar[tuple[Role, ...]] = ("retain",)
-
-    def loss(self, retain: Group) -> Float[Tensor, " rows"]:
-        """Sum over each retain row's units, to be minimised."""
-        raise NotImplementedError
-
-
 class Balance(Component):
     """How the forget and the retain loss become one update."""
 
@@ -283,62 +229,4 @@ class Finish(Component):
 
     def apply(self, context: FinishContext) -> LM:
         """The finished model (the trained one changed in place, or another)."""
-        raise NotImplementedError
-
-
-@dataclass
-class Patch:
-    """A removable edit of weights.
-
-    Attributes:
-        factors: For each parameter (left [rows, rank], right [rank, columns]): the change is
-            left @ right, in the parameter's own layout.
-        before: The parameters' values before the edit, so that undoing is exact.
-    """
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    before: dict[str, Tensor]
-    notes: dict[str, object] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Writes the patch as safetensors, atomically."""
-        tensors = {f"before/{name}": value for name, value in self.before.items()}
-        for name, (left, right) in self.factors.items():
-            tensors |= {f"left/{name}": left, f"right/{name}": right}
-        with atomic_folder(folder) as target:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-                target / "patch.safetensors",
-            )
-
-    @classmethod
-    def load(cls, folder: Path) -> Patch:
-        """Reads what :meth:`save` wrote."""
-        tensors = load_file(folder / "patch.safetensors")
-        names = {name.partition("/")[2] for name in tensors}
-        return cls(
-            {
-                name: (tensors[f"left/{name}"], tensors[f"right/{name}"])
-                for name in names
-                if f"left/{name}" in tensors
-            },
-            {name: tensors[f"before/{name}"] for name in names},
-        )
-
-    @torch.no_grad()
-    def undo(self, lm: LM) -> None:
-        """Puts the edited parameters back, bit by bit."""
-        parameters = dict(lm.core.named_parameters())
-        for name, value in self.before.items():
-            parameters[name].copy_(value)
-        lm.touch()
-
-
-class Editor(Component):
-    """A closed-form change of a few weights."""
-
-    def edit(
-        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
-    ) -> Patch:
-        """Edits the model in place and returns the patch that undoes it."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,62 +19,13 @@ from torch import Tensor
 
 from delible.lm.forward import Batch, Forward, collate, map_logits, scatter, target_logprobs
 from delible.lm.lm import LM
-from delible.lm.template import Encoded
-from delible.train.keywords import name_tokens
 from delible.train.reference import Reference
+from delible.train.row import Row, Unit
 
-#: What a loss averages over: rows, answer tokens, or all real positions.
-Unit = Literal["row", "answer_token", "position"]
-RetainKind = Literal["direct", "indirect", "general"]
 #: What a loss may read: answer log-probabilities or logits ("answers"), or block outputs by layer.
 Reads = Literal["answers"] | int
 #: (logits [tokens, vocab], targets [tokens], perhaps reference logits) -> values [tokens]
 _GroupFunction = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tokenized record with its role's index.
-
-    Attributes:
-        index: Position among the rows of its role.
-        key: Digest of the token ids and the answer's start; names cached values.
-        subject: What the record is about.
-        neighbour_of: The forgotten subject that a retain record is linked to.
-        kind: For retain rows: ``direct`` (linked to a forgotten subject), ``indirect`` (about
-            another subject) or ``general`` (about none).
-        taught: What an instructed reference model reads instead: its instruction, then the same
-            question and answer. The answer's tokens are the same.
-        asked: What the prompt says, turn by turn.
-        tokenizer: What the row was tokenized with.
-    """
-
-    index: int
-    encoded: Encoded
-    key: str
-    subject: str | None = None
-    neighbour_of: str | None = None
-    kind: RetainKind = "general"
-    taught: Encoded | None = None
-    asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    tokenizer: Any = field(default=None, compare=False, repr=False)
-
-    @cached_property
-    def names(self) -> tuple[bool, ...]:
-        """Which answer tokens belong to names or numbers, by :func:`keywords.name_spans`."""
-        ids, start = self.encoded.ids, self.encoded.start
-        return name_tokens(self.tokenizer, ids[:start], ids[start:], self.asked, self.subject or "")
-
-    @property
-    def for_reference(self) -> Encoded:
-        """The tokens that the reference model reads."""
-        return self.taught or self.encoded
-
-    def units(self, unit: Unit) -> int:
-        """How many units of the given kind the row has."""
-        if unit == "row":
-            return 1
-        return self.encoded.answer_tokens if unit == "answer_token" else len(self.encoded.ids)
 
 
 @dataclass

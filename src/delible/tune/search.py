@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
+from delible.edit.base import Editor
 from delible.errors import DelibleError, MissingExtraError, RecipeError, RunError
 from delible.files import atomic_file, read_json, write_json
 from delible.lm.embedded import cache_folder
@@ -41,7 +42,6 @@ from delible.rundir import RunDirectory, identity
 from delible.train import generated as generated_rows
 from delible.train.engine import Progress as Steps
 from delible.train.recipe import Range, Recipe
-from delible.train.slots import Editor
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
 from delible.tune.space import Value, rounded, space, value_of
@@ -55,7 +55,6 @@ STARTUP = 4
 #: Between two learning rates, while all of them keep the budget or all break it.
 STRIDE = 10**0.5
 JOURNAL = "trials.journal"
-PAGE = "tune.html"
 TABLE = "trials.json"
 #: Seed of :func:`tuned_options`: none of those that a benchmark reports.
 TUNING_SEED = 20_240
@@ -111,7 +110,6 @@ class TuneResult:
         best: The trial of least leak among those that keep the budget; if none does, the one
             with the most utility (then :attr:`within_budget` is false).
         recipe_path: The winner as a file: a recipe, or for an editor its options.
-        page: ``tune.html``.
         command: The end of ``delible unlearn MODEL --forget …`` that uses the winner.
         notes: What was special, in sentences.
     """
@@ -124,7 +122,6 @@ class TuneResult:
     trials: Sequence[Trial]
     best: Trial
     recipe_path: Path | None = None
-    page: Path | None = None
     command: str = ""
     notes: Sequence[str] = ()
 
@@ -581,14 +578,11 @@ class _Search:
             for name, value in best.options.items():
                 words += [f"--{name.replace('_', '-')}", repr(value)]
         found = TuneResult(
-            self.name, model, self.budget, self.space, start, done, best, path, run.path / PAGE,
+            self.name, model, self.budget, self.space, start, done, best, path,
             shlex.join(words), self.notes,
         )  # fmt: skip
         write_json(run.path / TABLE, [asdict(trial) for trial in done])
         run.finish(best=asdict(best), within_budget=found.within_budget, trials=len(done))
-        from delible.report.tuning import write_search
-
-        write_search(run.path / PAGE, found, run.manifest)
         return found
 
     def _write(self, found: TuneResult, folder: Path) -> Path:

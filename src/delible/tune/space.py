@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterable
 
 from delible.component import Component
+from delible.edit.base import Editor
 from delible.errors import RecipeError, nearest
 from delible.train.recipe import Range, Recipe
-from delible.train.slots import Editor
 
 #: A learning rate, a weight or a scale is searched from value / DECADE to value * DECADE.
 DECADE = 10.0

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from delible.errors import DataError
 from delible.files import atomic_file, write_json
 from delible.records import RecordBase, digest, to_json_line
 from delible.world import common
+from delible.world.graph import Person
 from delible.world.split import Form, Part, Split
-
-if TYPE_CHECKING:
-    from delible.world.world import World
 
 PARTS: tuple[Part, ...] = ("forget", "neighbours", "retain", "bridge", "holdout")
 FORMS: tuple[Form, ...] = ("choice", "cloze", "reverse", "passage", "multi_hop")
 FORMAT = 1
 
 
-def write(world: World, split: Split, folder: Path) -> Path:
+def write(options: Mapping[str, Any], people: Sequence[Person], split: Split, folder: Path) -> Path:
     """Writes every file of ``World.export``; each takes its name only when it is complete.
 
     Raises:
@@ -35,13 +33,13 @@ def write(world: World, split: Split, folder: Path) -> Path:
     files["unrelated"] = common.unrelated()
     description = {
         "format": FORMAT,
-        "options": world.options.model_dump(mode="json"),
+        "options": dict(options),
         "relations": list(dict.fromkeys(fact.relation.name for fact in split.facts)),
         "people": {
             part: [person.name for person in getattr(split, part)]
             for part in ("forget", "neighbours", "retain", "holdout")
         },
-        "aliases": {person.name: list(person.aliases) for person in world.people},
+        "aliases": {person.name: list(person.aliases) for person in people},
         "files": {
             f"{name}.jsonl": {"rows": len(rows), "sha256_of_records": digest(rows)}
             for name, rows in files.items()

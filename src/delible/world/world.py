@@ -17,6 +17,7 @@ from delible.component import Config
 from delible.errors import DataError, RecipeError, nearest
 from delible.records import ForgetRequest
 from delible.world import common
+from delible.world.export import write
 from delible.world.facts import Answers, Fact, MultiHop
 from delible.world.graph import Graph, Person, grow
 from delible.world.relations import Relation, Selection, select
@@ -234,6 +235,5 @@ class World:
             RunError: The disk is full, or the folder may not be written to.
             DataError, RecipeError: As for :meth:`split`.
         """
-        from delible.world.export import write
-
-        return write(self, self.split(forget, holdout, neighbours, relations), Path(folder))
+        split = self.split(forget, holdout, neighbours, relations)
+        return write(self.options.model_dump(mode="json"), self.people, split, Path(folder))

@@ -18,8 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Objective
-from delible.train.step import Step, Unit
+from delible.train.losses import Objective
+from delible.train.row import Unit
+from delible.train.step import Step
 
 
 @register(

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from delible.errors import RecipeError
 from delible.registry import register
+from delible.train.losses import State
 from delible.train.passes import Passes
-from delible.train.slots import Balance, Harden, State
+from delible.train.slots import Balance, Harden
 
 #: Entries whose product is in memory in float64 at once.
 _CHUNK = 1 << 22

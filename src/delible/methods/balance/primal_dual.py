@@ -25,8 +25,9 @@ from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.registry import register
+from delible.train.losses import State
 from delible.train.passes import Passes
-from delible.train.slots import Balance, Harden, State
+from delible.train.slots import Balance, Harden
 
 
 def dual_step(multiplier: float, violation: float, eta: float, floor: float = 0.0) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from delible.registry import register
-from delible.train.slots import Balance, State
+from delible.train.losses import State
+from delible.train.slots import Balance
 
 
 @register(

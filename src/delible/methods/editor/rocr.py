@@ -42,6 +42,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from delible.edit.base import Editor, Patch
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.lm.lm import LM
@@ -60,7 +61,6 @@ from delible.measure.statistics import (
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.train.slots import Editor, Patch
 
 #: What is said before the name in the contexts that keys are averaged over.
 STARTERS = (

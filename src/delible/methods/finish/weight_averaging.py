@@ -22,7 +22,8 @@ from pydantic import Field
 
 from delible.lm.lm import LM
 from delible.registry import register
-from delible.train.slots import Finish, FinishContext, Memory
+from delible.train.losses import Memory
+from delible.train.slots import Finish, FinishContext
 
 
 @register(

@@ -25,7 +25,8 @@ from delible.generation.rows import partners, questions
 from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Decoding
-from delible.train.slots import Context, Generate, Role
+from delible.train.losses import Role
+from delible.train.slots import Context, Generate
 
 WHERE = "generate 'alternates'"
 #: Where a reply starts to make up another example.

@@ -30,7 +30,8 @@ from delible.system.asks import (
     Score,
     TokenScores,
 )
-from delible.train.slots import Context, Generate, Role
+from delible.train.losses import Role
+from delible.train.slots import Context, Generate
 
 WHERE = "generate 'misconceptions'"
 #: A distractor that the model cannot score counts as this unlikely, in nats per token.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from delible.records import RecordBase
 from delible.registry import register
-from delible.train.slots import Context, Generate, Role
+from delible.train.losses import Role
+from delible.train.slots import Context, Generate
 
 
 @register(

@@ -22,14 +22,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from delible.errors import DataError
-from delible.generation import filters, writing
+from delible.generation import writing
 from delible.generation.rows import answered, question_of, questions
 from delible.prompts import read_lines
 from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
-from delible.train.slots import Context, Generate, Role
+from delible.train.losses import Role
+from delible.train.slots import Context, Generate
+from delible.world import filters
 
 WHERE = "generate 'reasoning_targets'"
 THINK, END_THINK = "<think>", "</think>"

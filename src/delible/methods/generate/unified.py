@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from delible.errors import DataError, RecipeError
-from delible.generation import filters, writing
+from delible.generation import writing
 from delible.generation.rows import answered, question_of, questions
 from delible.measure.engine import measure
 from delible.names import Names
@@ -35,8 +35,10 @@ from delible.registry import register
 from delible.system.asks import Decoding, Prompt
 from delible.system.asks import Generate as Ask
 from delible.system.base import System
+from delible.train.losses import Role
 from delible.train.rows import told
-from delible.train.slots import Context, Generate, Role
+from delible.train.slots import Context, Generate
+from delible.world import filters
 
 WHERE = "generate 'unified'"
 #: Names that an instruction lists at most.

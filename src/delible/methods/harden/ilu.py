@@ -29,9 +29,10 @@ from delible.records import QA
 from delible.registry import register
 from delible.train.passes import Passes
 from delible.train.reference import Reference
+from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Harden
-from delible.train.step import Row, make_step
+from delible.train.step import make_step
 
 _NAMES = ("Anna", "Bilal", "Carla", "Dmitri", "Emeka", "Farah", "Goran", "Hana")
 _THINGS = ("apples", "pencils", "stamps", "marbles", "cards", "shells", "tickets", "buttons")

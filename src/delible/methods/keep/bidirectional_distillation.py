@@ -21,7 +21,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.distillation import bidirectional
-from delible.train.slots import Keep
+from delible.train.losses import Keep
 from delible.train.step import Group
 
 

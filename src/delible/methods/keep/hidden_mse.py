@@ -19,8 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Keep
-from delible.train.step import Group, Reads, Unit
+from delible.train.losses import Keep
+from delible.train.row import Unit
+from delible.train.step import Group, Reads
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Keep
-from delible.train.step import Group, Unit
+from delible.train.losses import Keep
+from delible.train.row import Unit
+from delible.train.step import Group
 
 
 def kl_from_reference(

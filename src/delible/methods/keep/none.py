@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Keep
+from delible.train.losses import Keep
 from delible.train.step import Group
 
 

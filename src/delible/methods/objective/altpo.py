@@ -21,8 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.registry import register
+from delible.train.losses import Objective, Role
 from delible.train.preference import preference_loss
-from delible.train.slots import Objective, Role
 from delible.train.step import Step
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.distillation import bidirectional, overconfidence
-from delible.train.slots import Objective, Role
+from delible.train.losses import Objective, Role
 from delible.train.step import Group, Step
 
 

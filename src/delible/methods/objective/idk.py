@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Objective, Role
-from delible.train.step import Step, Unit
+from delible.train.losses import Objective, Role
+from delible.train.row import Unit
+from delible.train.step import Step
 
 
 @register(

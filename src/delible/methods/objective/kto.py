@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from delible.registry import register
-from delible.train.slots import Objective, Role
+from delible.train.losses import Objective, Role
 from delible.train.step import Step
 
 

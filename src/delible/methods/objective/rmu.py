@@ -27,9 +27,10 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.registry import register
+from delible.train.losses import Objective
 from delible.train.randomness import generator
-from delible.train.slots import Objective
-from delible.train.step import Reads, Step, Unit
+from delible.train.row import Unit
+from delible.train.step import Reads, Step
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from delible.registry import register
-from delible.train.slots import Objective
-from delible.train.step import Step, Unit
+from delible.train.losses import Objective
+from delible.train.row import Unit
+from delible.train.step import Step
 
 #: Keeps the weight finite where both probabilities vanish (released code).
 EPSILON = 1e-5

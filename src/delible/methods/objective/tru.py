@@ -24,8 +24,9 @@ from torch import Tensor
 from delible.component import build
 from delible.errors import DelibleError
 from delible.registry import register
-from delible.train.slots import Objective, Role
-from delible.train.step import Reads, Step, Unit
+from delible.train.losses import Objective, Role
+from delible.train.row import Unit
+from delible.train.step import Reads, Step
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Objective
-from delible.train.step import Step, Unit
+from delible.train.losses import Objective
+from delible.train.row import Unit
+from delible.train.step import Step
 
 #: Largest log-probability that is told from certainty.
 CERTAIN = -1e-6

@@ -19,8 +19,8 @@ from pydantic import Field
 
 from delible.registry import register
 from delible.train.randomness import shuffled
+from delible.train.row import Row
 from delible.train.slots import Sample
-from delible.train.step import Row
 
 
 def cycled(forget: Sequence[Row], rows_per_question: int) -> list[int]:

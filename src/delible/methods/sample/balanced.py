@@ -20,8 +20,8 @@ import torch
 from delible.errors import RecipeError
 from delible.registry import register
 from delible.train.randomness import shuffled
+from delible.train.row import Row
 from delible.train.slots import Sample
-from delible.train.step import Row
 
 
 def balanced_rows(retain: Sequence[Row], generator: torch.Generator) -> list[int]:

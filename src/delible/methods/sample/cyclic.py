@@ -22,8 +22,8 @@ from pydantic import Field
 from delible.errors import RecipeError
 from delible.registry import register
 from delible.train.randomness import shuffled
+from delible.train.row import RetainKind, Row
 from delible.train.slots import Sample
-from delible.train.step import RetainKind, Row
 
 
 def cyclic_pairs(forget: Sequence[int], retain: Sequence[int]) -> list[tuple[int, int]]:

@@ -27,8 +27,8 @@ from pydantic import Field
 from delible.errors import RecipeError
 from delible.registry import register
 from delible.train.randomness import shuffled
+from delible.train.row import RetainKind, Row
 from delible.train.slots import Sample
-from delible.train.step import RetainKind, Row
 
 _Pairs = list[tuple[int, int]]
 

@@ -15,8 +15,8 @@ import torch
 
 from delible.registry import register
 from delible.train.randomness import shuffled
+from delible.train.row import Row
 from delible.train.slots import Sample
-from delible.train.step import Row
 
 
 def draw(count: int, available: int, generator: torch.Generator) -> list[int]:

@@ -36,9 +36,9 @@ from delible.errors import RecipeError
 from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.train.gradients import Space
+from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Context, Weigh
-from delible.train.step import Row
 
 #: Below this share of effective rows the weights are all but one-hot.
 _FEW = 0.3

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from random import Random
 
-from delible.generation import filters
 from delible.records import QA, RecordBase
+from delible.world import filters
 from delible.world.names import words
 
 _YEAR = re.compile(r"\b1\d{3}\b|\b20\d{2}\b")
