@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from delible.bench.run import bench, method_names
-from delible.bench.suite import Benchmark
 from delible.bench.table import (
     ORIGINAL,
     REFERENCE,
@@ -38,6 +37,7 @@ from delible.bench.table import (
 )
 from delible.component import build
 from delible.files import read_json, write_json
+from delible.measure.benchmark import Benchmark
 from delible.train.recipe import Recipe
 
 FORGET, RETAIN = "answer_probability/forget", "answer_probability/retain"

@@ -34,13 +34,13 @@ from common import forget_peak, peak_gib, write_between
 from straight import FORGET, HOLDOUT, KEPT, NEW_TOKENS, Splits, Straight, Tokens
 from torch import Tensor
 
-from delible.bench.suite import Data
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
 from delible.lm.forward import shared_prefix
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
 from delible.lm.tree import NodeFunction, Prefix, Tree
+from delible.measure.benchmark import Data
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import Ask, evaluate

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from delible.bench.suite import Setting
-from delible.benchmarks.calibrated import Calibrated, findings, ranks
 from delible.errors import RecipeError
+from delible.experiments.calibrated import Calibrated, findings, ranks
+from delible.measure.benchmark import Setting
 from delible.testing import tiny_model, tiny_tokenizer
 
 

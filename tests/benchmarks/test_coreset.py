@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from delible.api import unlearn
-from delible.bench import coreset
-from delible.bench.coreset import (
+from delible.component import build
+from delible.errors import RecipeError, RunError
+from delible.experiments.coreset import runs as coreset
+from delible.experiments.coreset.runs import (
     CONNECTED,
     CoresetRow,
     barrier,
@@ -25,8 +27,6 @@ from delible.bench.coreset import (
     share_of_effect,
     shortest,
 )
-from delible.component import build
-from delible.errors import RecipeError, RunError
 from delible.files import read_json
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 
-from delible.bench.coreset import CoresetRow
-from delible.bench.suite import Setting
-from delible.benchmarks.coreset import KINDS, CoresetEffect, findings, table, wordings
 from delible.component import build
 from delible.errors import RecipeError
+from delible.experiments.coreset.experiment import (
+    KINDS,
+    CoresetEffect,
+    findings,
+    table,
+    wordings,
+)
+from delible.experiments.coreset.runs import CoresetRow
+from delible.measure.benchmark import Setting
 from delible.records import QA
 from delible.testing import tiny_model, tiny_tokenizer
 

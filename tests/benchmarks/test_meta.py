@@ -15,8 +15,16 @@ from typing import Any
 import pytest
 
 from delible import registry
-from delible.bench import meta
-from delible.bench.meta import (
+from delible.errors import ModelError, RecipeError
+from delible.experiments.meta import experiment
+from delible.experiments.meta import scores as meta
+from delible.experiments.meta.experiment import (
+    READINGS,
+    RELATIONS,
+    Meta,
+    chart,
+)
+from delible.experiments.meta.scores import (
     Robustness,
     biographies,
     judge,
@@ -26,11 +34,8 @@ from delible.bench.meta import (
     spread,
     variants,
 )
-from delible.bench.meta import Tested as Seen  # pytest collects what is called Test…
-from delible.bench.suite import Findings, Setting
-from delible.benchmarks import meta as experiment
-from delible.benchmarks.meta import READINGS, RELATIONS, Meta, chart
-from delible.errors import ModelError, RecipeError
+from delible.experiments.meta.scores import Tested as Seen
+from delible.measure.benchmark import Findings, Setting
 from delible.records import QA, Passage
 from delible.testing import tiny_model, tiny_tokenizer
 from delible.world import World

@@ -12,11 +12,11 @@ import pytest
 from delible.bench import cell as one_cell
 from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, bench
-from delible.bench.suite import Benchmark, Data
 from delible.benchmarks.muse import in_pieces, with_examples
 from delible.component import build
 from delible.errors import DataError
 from delible.lm.lm import LM
+from delible.measure.benchmark import Benchmark, Data
 from delible.metrics.knowledge_memorisation import few_shot_prompt
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from delible.bench.suite import Learning, Setting
-from delible.benchmarks.novice import (
+from delible.errors import RecipeError
+from delible.experiments.novice import (
     PROMPTED,
     TEACHING,
     NoviceStudents,
@@ -19,7 +19,7 @@ from delible.benchmarks.novice import (
     other_lesson,
     recovery,
 )
-from delible.errors import RecipeError
+from delible.measure.benchmark import Learning, Setting
 from delible.records import QA, Message
 from delible.system.questions import ask
 from delible.testing import tiny_model, tiny_tokenizer
@@ -112,7 +112,7 @@ def test_it_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tiny_tokenizer().save_pretrained(tmp_path / "random")
     persona = "Know nothing of {subjects}."  # the built-in one is long in this tokenizer's bytes
     monkeypatch.setattr(
-        "delible.benchmarks.novice.filled", lambda *_, **told: persona.format(**told)
+        "delible.experiments.novice.filled", lambda *_, **told: persona.format(**told)
     )
     quick = Learning({"learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "max_length": 64})
     monkeypatch.setattr("delible.benchmarks.world.WorldBenchmark.learning", lambda *_: quick)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from delible.bench.run import ORIGINAL, bench
-from delible.bench.suite import Benchmark, Data
 from delible.benchmarks.ort import answer_kind, as_statement, in_all_forms, wrong_options
 from delible.component import build
 from delible.errors import DataError
 from delible.lm.lm import LM
+from delible.measure.benchmark import Benchmark, Data
 from delible.measure.evaluate import evaluate
 from delible.measure.metric import Item, SystemValues
 from delible.metrics.form_means import FormMeans

@@ -14,15 +14,6 @@ import torch
 
 from delible.api import unlearn
 from delible.bench import stages
-from delible.bench.linear_paths import (
-    Example,
-    ascent,
-    distance,
-    divergence,
-    growth,
-    learned_in_order,
-    ridge_stage,
-)
 from delible.bench.prepare import learned
 from delible.bench.stages import (
     apart,
@@ -40,14 +31,29 @@ from delible.bench.stages import (
     token_sums,
     trajectory,
 )
-from delible.bench.suite import Findings, Setting
-from delible.benchmarks.path import PathDependence
-from delible.benchmarks.path_depth import PathDepth, depth, turning
-from delible.benchmarks.path_depth import findings as depth_findings
-from delible.benchmarks.path_findings import linear_theorem, path_numbers
-from delible.benchmarks.path_rows import OPENING, STAGES, last_number, order_of, sums
 from delible.errors import RecipeError, RunError
+from delible.experiments.path.depth import PathDepth, depth, turning
+from delible.experiments.path.depth import findings as depth_findings
+from delible.experiments.path.experiment import PathDependence
+from delible.experiments.path.findings import linear_theorem, path_numbers
+from delible.experiments.path.linear import (
+    Example,
+    ascent,
+    distance,
+    divergence,
+    growth,
+    learned_in_order,
+    ridge_stage,
+)
+from delible.experiments.path.rows import (
+    OPENING,
+    STAGES,
+    last_number,
+    order_of,
+    sums,
+)
 from delible.lm.lm import LM
+from delible.measure.benchmark import Findings, Setting
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt
 from delible.testing import tiny_model, tiny_tokenizer

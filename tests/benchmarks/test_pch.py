@@ -10,10 +10,15 @@ import pytest
 
 from delible.bench import cell as one_cell
 from delible.bench.run import ORIGINAL, REFERENCE, bench
-from delible.bench.suite import Benchmark, Data, Learning, Task
 from delible.benchmarks.pch import KINDS, PCH, items
 from delible.component import build
 from delible.errors import RecipeError
+from delible.measure.benchmark import (
+    Benchmark,
+    Data,
+    Learning,
+    Task,
+)
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 

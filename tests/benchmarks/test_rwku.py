@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from delible.benchmarks.rwku.suite.suite.suite import UTILITY
 
 from delible.bench.run import ORIGINAL, BenchResult, bench
-from delible.bench.suite import Benchmark, Data, Task
-from delible.benchmarks.rwku import UTILITY
 from delible.component import build
 from delible.errors import DataError
 from delible.generation.biographies import without_confession, write_biographies
 from delible.lm.lm import LM
+from delible.measure.benchmark import Benchmark, Data, Task
 from delible.measure.evaluate import evaluate
 from delible.measure.metric import Item, SystemValues
 from delible.metrics.rwku_all import RwkuAll

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from delible.benchmarks.utility.suite.suite import harness
+from delible.benchmarks.utility.suite.suite.suite import OWN, rows_of
 
-from delible.bench import harness
-from delible.bench.suite import Data, Setting
-from delible.benchmarks.utility import OWN, rows_of
 from delible.component import build
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM
+from delible.measure.benchmark import Data, Setting
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage
 from delible.system.asks import (
     Decoding,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from delible.bench.suite import Benchmark, Data
 from delible.benchmarks.wmdp import WMDP, first_words
 from delible.component import build
 from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
+from delible.measure.benchmark import Benchmark, Data
 from delible.measure.evaluate import evaluate
 from delible.records import Choice
 from delible.testing.tiny import tiny_model, tiny_tokenizer

@@ -7,9 +7,18 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from delible.bench.suite import Benchmark, Chart, Column, Curve, Data, Experiment, Findings, Task
 from delible.cards import Card
 from delible.component import build
+from delible.measure.benchmark import (
+    Benchmark,
+    Chart,
+    Column,
+    Curve,
+    Data,
+    Experiment,
+    Findings,
+    Task,
+)
 from delible.measure.evaluate import Ask
 
 ORIGINAL, REFERENCE = "original", "retrained reference"

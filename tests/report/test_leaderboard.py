@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from delible.bench.suite import Chart, Curve, Findings
 from delible.bench.table import Number, Table, TableRow, tabulate
 from delible.cli import output
 from delible.errors import RunError
+from delible.measure.benchmark import Chart, Curve, Findings
 from delible.report import charts, html, ranking
 from delible.report.findings import render_findings, write_findings
 from delible.report.leaderboard import render_page, write_page

@@ -20,7 +20,6 @@ from delible import registry
 from delible.api import unlearn
 from delible.bench.cost import Cost
 from delible.bench.spread import Manifest
-from delible.bench.suite import Benchmark, Data, Task
 from delible.bench.table import ORIGINAL, REFERENCE
 from delible.component import build
 from delible.errors import DelibleError, RunError
@@ -28,6 +27,7 @@ from delible.files import read_json, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
+from delible.measure.benchmark import Benchmark, Data, Task
 from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
 from delible.measure.metric import SummaryMetric, SystemValues

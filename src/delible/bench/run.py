@@ -17,7 +17,6 @@ from delible import registry
 from delible.bench.cell import Nobody, Watcher, quiet, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
-from delible.bench.suite import Benchmark, Data, Task
 from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
 from delible.component import build
 from delible.errors import RecipeError, nearest
@@ -25,6 +24,7 @@ from delible.files import write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import ModelAttack
+from delible.measure.benchmark import Benchmark, Data, Task
 from delible.records import Record, RecordBase, digest
 from delible.rundir import hardware, identity, versions
 

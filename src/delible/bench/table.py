@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from delible.bench.suite import Benchmark, Column
 from delible.files import atomic_file
+from delible.measure.benchmark import Benchmark, Column
 
 #: The two rows that every table has: the model before, and one that never knew.
 ORIGINAL, REFERENCE = "original", "retrained reference"

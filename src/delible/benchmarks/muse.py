@@ -22,9 +22,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from delible.bench.suite import Benchmark, Column, Data, Learning, Task
 from delible.component import build
 from delible.errors import DataError
+from delible.measure.benchmark import (
+    Benchmark,
+    Column,
+    Data,
+    Learning,
+    Task,
+)
 from delible.measure.evaluate import Ask
 from delible.records import QA, ForgetRequest, Passage, Record, RecordBase
 from delible.registry import register

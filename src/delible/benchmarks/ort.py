@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
 
-from delible.bench.suite import Axis, Benchmark, Better, Column, Data, Task
 from delible.component import build
 from delible.errors import DataError
+from delible.measure.benchmark import (
+    Axis,
+    Benchmark,
+    Better,
+    Column,
+    Data,
+    Task,
+)
 from delible.measure.evaluate import Ask
 from delible.records import QA, Choice, ForgetRequest, RecordBase
 from delible.registry import register

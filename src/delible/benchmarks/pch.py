@@ -22,8 +22,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from delible.bench.suite import Benchmark, Column, Data, Learning, Task
 from delible.component import build
+from delible.measure.benchmark import (
+    Benchmark,
+    Column,
+    Data,
+    Learning,
+    Task,
+)
 from delible.measure.evaluate import Ask
 from delible.records import QA, ForgetRequest, Passage, Record, RecordBase
 from delible.registry import register

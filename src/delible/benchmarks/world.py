@@ -16,8 +16,14 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from delible.bench.suite import Benchmark, Column, Data, Learning, Task
 from delible.component import build
+from delible.measure.benchmark import (
+    Benchmark,
+    Column,
+    Data,
+    Learning,
+    Task,
+)
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, RecordBase
 from delible.registry import register

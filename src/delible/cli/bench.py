@@ -14,7 +14,7 @@ from delible.cli.unlearn import components, names_in, option_name, option_value
 from delible.errors import EXIT_DONE, RecipeError, nearest
 
 if TYPE_CHECKING:
-    from delible.bench.suite import Benchmark, Experiment
+    from delible.measure.benchmark import Benchmark, Experiment
 
 
 @flags.flowing
@@ -82,7 +82,7 @@ def bench(
         key: _listed(kind.model_fields[key].annotation, value) for key, value in given.items()
     })  # fmt: skip
     names = names_in(methods)
-    from delible.bench.suite import Experiment
+    from delible.measure.benchmark import Experiment
 
     with output.Reporter() as reporter:
         if isinstance(chosen, Experiment):
@@ -146,7 +146,7 @@ def _experiment(
     data: Path | None,
     out: Path | None,
 ) -> int:
-    from delible.bench.suite import Data, Setting
+    from delible.measure.benchmark import Data, Setting
     from delible.report.findings import write_findings
     from delible.rundir import identity
 

@@ -148,8 +148,8 @@ def _options(card: Card) -> list[str]:
 
 def benchmarks() -> str:
     """The page about the benchmarks: what each asks, its columns and options."""
-    from delible.bench.suite import Benchmark
     from delible.component import build
+    from delible.measure.benchmark import Benchmark
 
     parts = [
         NOTE,

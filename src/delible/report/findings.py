@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delible.bench.suite import Experiment, Findings
+from delible.measure.benchmark import Experiment, Findings
 from delible.report import charts, html
 from delible.report.origin import flags, machine, options_of
 from delible.report.panels import panels

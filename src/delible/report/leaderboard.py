@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from delible import registry
-from delible.bench.suite import Benchmark, Chart, Column, Curve
 from delible.bench.table import ORIGINAL, REFERENCE, Number, Table, TableRow, shown, value_of
+from delible.measure.benchmark import (
+    Benchmark,
+    Chart,
+    Column,
+    Curve,
+)
 from delible.measure.evaluate import Ask
 from delible.report import charts, html
 from delible.report.origin import flags, machine, options_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from delible.bench.suite import Chart
 from delible.bench.table import ORIGINAL, REFERENCE
+from delible.measure.benchmark import Chart
 from delible.report import charts, html
 
 #: Different looks of curves; further ones begin anew with another dash.

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from delible.bench.suite import Axis, Column
 from delible.bench.table import ORIGINAL, REFERENCE, Number, Table, TableRow
+from delible.measure.benchmark import Axis, Column
 
 #: Rows that are no methods.
 BASELINES = (ORIGINAL, REFERENCE)

@@ -25,13 +25,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from delible import registry
-from delible.bench.suite import Benchmark
 from delible.cards import SLOTS, Kind
 from delible.component import Component, build
 from delible.edit.base import Editor, Patch
 from delible.errors import DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
+from delible.measure.benchmark import Benchmark
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate
 from delible.measure.metric import Item, ItemMetric, SummaryMetric

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from delible.bench.linear_paths import Example, divergence
 from delible.bench.stages import at, curve_distance, first_crossing, mean, spread
-from delible.bench.suite import Chart, Curve, Findings
-from delible.benchmarks.path_rows import FORGOTTEN
 from delible.errors import RunError
+from delible.experiments.path.linear import Example, divergence
+from delible.experiments.path.rows import FORGOTTEN
+from delible.measure.benchmark import Chart, Curve, Findings
 
 #: Places of the refusals among the four stages.
 ORDINALS = ("1st", "2nd", "3rd", "last")

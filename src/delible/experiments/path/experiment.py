@@ -32,9 +32,9 @@ from pydantic import Field
 
 from delible.bench import stages as histories
 from delible.bench.stages import Logprobs, apart, kl, mean, scores_of, spaced
-from delible.bench.suite import Experiment, Findings, Setting
-from delible.benchmarks.path_findings import ORDINALS, findings
-from delible.benchmarks.path_rows import (
+from delible.errors import DelibleError, RecipeError, RunError
+from delible.experiments.path.findings import ORDINALS, findings
+from delible.experiments.path.rows import (
     FORGOTTEN,
     OPENING,
     STAGES,
@@ -42,9 +42,9 @@ from delible.benchmarks.path_rows import (
     material,
     order_of,
 )
-from delible.errors import DelibleError, RecipeError, RunError
 from delible.files import read_json, write_json
 from delible.lm.lm import LM
+from delible.measure.benchmark import Experiment, Findings, Setting
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest
 from delible.registry import register

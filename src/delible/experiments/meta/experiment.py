@@ -2,7 +2,7 @@
 
 Each metric is asked about models that know (P) and models that never saw (N) the forget facts,
 and about unlearned models before and after relearning and quantization. The formulas are in
-:mod:`delible.bench.meta`.
+:mod:`delible.experiments.meta.scores`.
 
     P: all facts | the kept facts and biographies | the kept facts and questions in other words
     N: the kept facts | ... and wrong answers | ... and unrelated facts
@@ -32,7 +32,11 @@ from pydantic import Field, field_validator
 
 from delible import registry
 from delible.api import resolve_method, unlearn
-from delible.bench.meta import (
+from delible.bench.prepare import learned
+from delible.bench.run import method_names
+from delible.component import build
+from delible.errors import DelibleError, RecipeError, nearest
+from delible.experiments.meta.scores import (
     How,
     Pool,
     Tested,
@@ -44,15 +48,17 @@ from delible.bench.meta import (
     spread,
     variants,
 )
-from delible.bench.prepare import learned
-from delible.bench.run import method_names
-from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
-from delible.component import build
-from delible.errors import DelibleError, RecipeError, nearest
 from delible.files import read_json, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
+from delible.measure.benchmark import (
+    Chart,
+    Curve,
+    Experiment,
+    Findings,
+    Setting,
+)
 from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
 from delible.measure.metric import SummaryMetric

@@ -26,10 +26,16 @@ from pydantic import Field
 
 from delible.bench import stages as histories
 from delible.bench.stages import mean, scores_of
-from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
 from delible.errors import RecipeError
 from delible.files import read_json, write_json
 from delible.lm.lm import LM
+from delible.measure.benchmark import (
+    Chart,
+    Curve,
+    Experiment,
+    Findings,
+    Setting,
+)
 from delible.records import QA, ForgetRequest
 from delible.registry import register
 from delible.rundir import identity

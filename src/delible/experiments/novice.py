@@ -27,11 +27,18 @@ from pydantic import Field
 from delible.api import resolve_method, unlearn
 from delible.bench.prepare import learned
 from delible.bench.stages import mean
-from delible.bench.suite import Benchmark, Chart, Curve, Experiment, Findings, Setting
 from delible.component import build
 from delible.errors import RecipeError
 from delible.generation.writing import filled
 from delible.lm.lm import LM
+from delible.measure.benchmark import (
+    Benchmark,
+    Chart,
+    Curve,
+    Experiment,
+    Findings,
+    Setting,
+)
 from delible.measure.evaluate import Rewrite, evaluate
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
 from delible.registry import register

@@ -25,9 +25,17 @@ from pydantic import Field
 from delible.api import resolve_method, unlearn
 from delible.bench.prepare import learned
 from delible.bench.stages import mean, spaced
-from delible.bench.suite import Benchmark, Chart, Curve, Experiment, Findings, Setting, Task
 from delible.component import build
 from delible.lm.lm import LM
+from delible.measure.benchmark import (
+    Benchmark,
+    Chart,
+    Curve,
+    Experiment,
+    Findings,
+    Setting,
+    Task,
+)
 from delible.measure.evaluate import bootstrap_interval, evaluate
 from delible.records import Record
 from delible.registry import register

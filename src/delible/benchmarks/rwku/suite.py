@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from delible.bench.suite import Benchmark, Column, Data, Task
-from delible.benchmarks.rwku_rows import (
+from delible.benchmarks.rwku.suite.suite.rows import (
     KINDS,
     Row,
     Target,
@@ -37,6 +36,12 @@ from delible.benchmarks.rwku_rows import (
 )
 from delible.component import build
 from delible.errors import DataError, nearest
+from delible.measure.benchmark import (
+    Benchmark,
+    Column,
+    Data,
+    Task,
+)
 from delible.measure.evaluate import Ask
 from delible.prompts import read_text
 from delible.records import ForgetRequest, Passage, Record, RecordBase

@@ -9,7 +9,7 @@ what remains of the rows that were not chosen.
     share of effect = (p_start - p) / (p_start - p_full)
 
 for the mean answer probability p of all forget rows: 1 = as much forgotten as with the full set.
-The runs are those of :mod:`delible.bench.coreset`.
+The runs are those of :mod:`delible.experiments.coreset.runs`.
 
 Paper: arXiv 2504.10185. Reference code: OPTML-Group/MU-Coreset.
 Deviations: made-up people instead of WMDP and MUSE; by default the number of updates is that of
@@ -27,11 +27,23 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from delible.bench.coreset import CONNECTED, CoresetRow, Length, run, share_of_effect
 from delible.bench.prepare import learned
 from delible.bench.stages import mean
-from delible.bench.suite import Chart, Curve, Experiment, Findings, Setting
 from delible.component import build
+from delible.experiments.coreset.runs import (
+    CONNECTED,
+    CoresetRow,
+    Length,
+    run,
+    share_of_effect,
+)
+from delible.measure.benchmark import (
+    Chart,
+    Curve,
+    Experiment,
+    Findings,
+    Setting,
+)
 from delible.records import QA, ForgetRequest, Record
 from delible.registry import register
 from delible.train.keywords import Variant
