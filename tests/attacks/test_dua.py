@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from delible.attacks.dua import (
-    DUA,
-    START,
+from delible.attacks.dua import DUA, START
+from delible.audit.run import audit
+from delible.component import build
+from delible.errors import DataError, ModelError
+from delible.lm.lm import LM
+from delible.measure.attack import AttackContext
+from delible.records import QA, Dialogue, ForgetRequest, Message, Passage, RecordBase
+from delible.search.suffix import (
     Case,
     gives_away,
     search,
@@ -21,12 +26,6 @@ from delible.attacks.dua import (
     usable_tokens,
     with_suffix,
 )
-from delible.audit.run import audit
-from delible.component import build
-from delible.errors import DataError, ModelError
-from delible.lm.lm import LM
-from delible.measure.attack import AttackContext
-from delible.records import QA, Dialogue, ForgetRequest, Message, Passage, RecordBase
 from delible.system.asks import Prompt, Score, TokenScores
 from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from delible.benchmarks.rwku.suite.suite.suite import UTILITY
+from delible.benchmarks.rwku.suite.suite.suite.suite import UTILITY
 
 from delible.bench.run import ORIGINAL, BenchResult, bench
 from delible.component import build
