@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from delible.benchmarks.rwku.suite.suite.suite.suite import UTILITY
 
 from delible.bench.run import ORIGINAL, BenchResult, bench
+from delible.benchmarks.rwku.suite import UTILITY
 from delible.component import build
 from delible.errors import DataError
 from delible.generation.biographies import without_confession, write_biographies

@@ -30,7 +30,7 @@ from delible.system.asks import (
 )
 from delible.systems.guarded import Guard, GuardMind
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
-from delible.testing.contract import RECORDS, answers
+from delible.testing.contract.trial import RECORDS, answers
 from delible.train.engine import Trainer
 from delible.train.losses import Objective
 from delible.train.recipe import Recipe

@@ -15,7 +15,7 @@ import pytest
 from delible.lm.lm import LM
 from delible.loaders import write_records
 from delible.testing import tiny_model, tiny_tokenizer
-from delible.testing.contract import FORGET, RETAIN
+from delible.testing.contract.trial import FORGET, RETAIN
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 

@@ -18,7 +18,7 @@ from delible.methods.objective.dpo import DPO
 from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
-from delible.testing.contract import RECORDS
+from delible.testing.contract.trial import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 from delible.train.slots import Context

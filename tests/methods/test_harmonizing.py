@@ -24,7 +24,7 @@ from delible.prompts import read_lines
 from delible.records import QA, Passage
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
-from delible.testing.contract import RECORDS
+from delible.testing.contract.trial import RECORDS
 from delible.train.distillation import bidirectional, huber, overconfidence
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe

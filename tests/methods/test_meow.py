@@ -22,7 +22,7 @@ from delible.methods.select.memo import Memo, chosen, cut_points, prompts, rouge
 from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
-from delible.testing.contract import RECORDS
+from delible.testing.contract.trial import RECORDS
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.randomness import generator

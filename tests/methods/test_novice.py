@@ -16,7 +16,7 @@ from delible.methods.objective.npo import NPO
 from delible.records import QA, Choice, Dialogue, Message, Passage
 from delible.system.asks import Score
 from delible.system.questions import ask
-from delible.testing.contract import RECORDS
+from delible.testing.contract.trial import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 from delible.train.slots import Context

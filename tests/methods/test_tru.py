@@ -29,7 +29,7 @@ from delible.prompts import read_lines
 from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
-from delible.testing.contract import RECORDS
+from delible.testing.contract.trial import RECORDS
 from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.losses import Objective

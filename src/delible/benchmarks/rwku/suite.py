@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from delible.benchmarks.rwku.suite.suite.suite.rows import (
+from delible.benchmarks.rwku.rows import (
     KINDS,
     Row,
     Target,

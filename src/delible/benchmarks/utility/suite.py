@@ -47,7 +47,7 @@ def rows_of(
         Rows with task, metric, value and standard error; with ``before`` also its value and the
         change.
     """
-    from delible.benchmarks.utility.suite.suite.suite.harness import read_results, standard_errors
+    from delible.benchmarks.utility.harness import read_results, standard_errors
 
     means, errors = read_results(now).means, standard_errors(now)
     earlier = read_results(before).means if before is not None else {}
@@ -90,7 +90,7 @@ class Utility(Experiment):
     )
 
     def run(self, setting: Setting) -> Findings:
-        from delible.benchmarks.utility.suite.suite.suite import harness
+        from delible.benchmarks.utility import harness
 
         if setting.methods:
             raise RecipeError(
@@ -121,7 +121,7 @@ class Utility(Experiment):
         self, setting: Setting, model: str, names: Sequence[str], include: Any
     ) -> dict[str, Any]:
         """The harness's results on a model, from an earlier run if there is one."""
-        from delible.benchmarks.utility.suite.suite.suite.harness import run_harness
+        from delible.benchmarks.utility.harness import run_harness
         from delible.lm.embedded import cache_folder
         from delible.lm.lm import LM
         from delible.measure.cache import Cache
