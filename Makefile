@@ -37,11 +37,11 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 
 bench: $(READY)
-	$(BIN)/python benchmarks/training.py $(BENCH_ARGS)
+	$(BIN)/python performance/training.py $(BENCH_ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m delible.cli.docs docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests performance examples -name __pycache__ -type d -prune -exec rm -rf {} +

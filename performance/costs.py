@@ -5,7 +5,7 @@ process of its own, so that its peak memory is its own, and plain fine-tuning of
 follows in the same process, on as many rows as come nearest to the method's tokens: machines are
 faster at one time than at another. Of a run's steps the shortest counts, without the first.
 
-Run: python benchmarks/training.py --costs [--model default] [--steps 3] [--rows 4]
+Run: python performance/training.py --costs [--model default] [--steps 3] [--rows 4]
      [--methods npo,rmu] [--markdown docs/performance.md]
 """
 

@@ -5,7 +5,7 @@ process, in turn. The straightforward loop does what published trainers do: a se
 of the model is resident; forget and retain rows are padded to the longest row and go through the
 model separately; logits are computed at every position; the default AdamW steps.
 
-Run: python benchmarks/training.py [--steps 4] [--rows 16] [--markdown docs/performance.md]
+Run: python performance/training.py [--steps 4] [--rows 16] [--markdown docs/performance.md]
 
 ``--costs`` measures something else: see ``costs.py``.
 """

@@ -7,12 +7,12 @@ can be built up in several runs on the same kind of machine.
 
 Run: delible bench world --model tiny --methods all-optimisation --seeds 3 --tune 8 \\
          --attacks relearn,quantize --out runs/effects
-     python benchmarks/effects.py runs/effects docs/results/optimisation-tiny.md
+     python performance/effects.py runs/effects docs/results/optimisation-tiny.md
 
 ``--shapes docs/results/optimisation-tiny.json`` runs the benchmark itself, untuned, with the
 options that were found there; learning rates are scaled by the ratio of the two models' budgets:
 
-     python benchmarks/effects.py runs/default docs/results/optimisation-default.md \\
+     python performance/effects.py runs/default docs/results/optimisation-default.md \\
          --shapes docs/results/optimisation-tiny.json --model default --methods npo,graddiff
 """
 
@@ -191,7 +191,7 @@ def page(found: Mapping[str, Any]) -> str:
         "run other methods before.\n",
         "Means over seeds, with half the width of the 95 % interval where there are several. "
         "After an attack, records are asked that the attack did not train on; *recovered* is the "
-        "difference to the same records before it. Made by `benchmarks/effects.py`, whose head "
+        "difference to the same records before it. Made by `performance/effects.py`, whose head "
         "has the commands.\n",
         as_markdown(table),
         "## Who shows an effect\n",

@@ -10,7 +10,7 @@ done. Values must agree to 1e-4, or the benchmark fails.
 The metrics are those of the TOFU suite: probabilities, truth ratios, extraction strength, exact
 memorisation, six membership attacks, ROUGE-L.
 
-Run: python benchmarks/evaluation.py --data FOLDER [--split forget01] [--rows 40]
+Run: python performance/evaluation.py --data FOLDER [--split forget01] [--rows 40]
      [--markdown docs/performance.md]
 """
 
