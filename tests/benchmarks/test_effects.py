@@ -20,7 +20,7 @@ PAGES = sorted(RESULTS.glob("*.json"))
 
 @pytest.fixture(scope="module")
 def effects() -> Any:
-    spec = importlib.util.spec_from_file_location("effects", ROOT / "benchmarks" / "effects.py")
+    spec = importlib.util.spec_from_file_location("effects", ROOT / "performance" / "effects.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
