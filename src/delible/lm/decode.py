@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -56,6 +59,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             room[:, :, length:wanted] = new
         self.keys, self.values = (room[:, :, :wanted] for room in self.room)
         return self.keys, self.values
+
+    def lay(self, keys: Tensor, values: Tensor) -> None:
+        """Puts keys and values of all rows in the place of what is there."""
+        self.keys, self.values, self.room = keys, values, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
@@ -125,6 +132,138 @@ def read_prompts(
     return torch.cat(states)
 
 
+Finish = Literal["stop", "length", "broken"]
+
+
+@dataclass(eq=False)
+class Row:
+    """A row that is being continued.
+
+    Attributes:
+        decoding: How; rows of one batch may differ.
+        seed: What its random numbers depend on (unused when greedy).
+        said: The tokens so far, without the one that ends the answer.
+        finish: Why it ended: an end token or a stop text, its length, or logits that are no
+            numbers; None while it goes on.
+    """
+
+    decoding: Decoding
+    seed: str = ""
+    said: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @cached_property
+    def draw(self) -> random.Random:
+        """Its random numbers."""
+        return random.Random(self.seed)
+
+
+class Speaking:
+    """A batch that is continued token by token; rows join and leave between two steps."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.backbone = lm.core.get_submodule(lm.anatomy.backbone)
+        self.takes_positions = "position_ids" in signature(type(self.backbone).forward).parameters
+        #: By place in the batch; where rows cannot leave, also those that have ended.
+        self.rows: list[Row] = []
+        self._cache: Any = None
+        self._mask = self._states = torch.empty(0)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a row is still speaking."""
+        return any(row.finish is None for row in self.rows)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether rows can join now (into an empty batch always)."""
+        if not self.rows:
+            return True
+        roomy = all(isinstance(layer, RoomyLayer) for layer in self._cache.layers)
+        return roomy and self.lm.shares_prefix
+
+    def join(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> None:
+        """Reads the prompts of rows that begin to speak.
+
+        Args:
+            prompts: Token ids, one sequence per row; they go through the model as one batch.
+        """
+        padded, mask, shared = self.lm.padded(prompts)
+        cache = roomy_cache(self.lm)
+        if self.lm.grows_trees and attention_window(self.lm) == math.inf:
+            states = read_prompts(self.lm, prompts, mask, cache)
+        else:
+            if shared:
+                fill_prefix(self.lm, cache, padded[:, :shared])
+            states = self._following(padded[:, shared:], mask, cache)
+        if self.rows:
+            length = max(mask.shape[1], self._mask.shape[1])
+            for layer, old in zip(cache.layers, self._cache.layers, strict=True):
+                layer.lay(
+                    *(
+                        torch.cat([_behind(getattr(one, name), length) for one in (old, layer)])
+                        for name in ("keys", "values")
+                    )
+                )
+            masks = (self._mask, mask)
+            mask = torch.cat([pad(one, (length - one.shape[1], 0)) for one in masks])
+            states = torch.cat([self._states, states])
+        self.rows, self._cache, self._mask, self._states = [*self.rows, *rows], cache, mask, states
+
+    def step(self) -> None:
+        """One more token for every row that goes on; those that end leave."""
+        logits = self.lm.head(self._states).float()
+        numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
+        tokens = _choose(logits, self.rows)
+        for row, token, fine in zip(self.rows, tokens, numbers, strict=True):
+            if row.finish is None:
+                row.finish = self._said(row, token) if fine else "broken"
+        if not self.goes_on:
+            self.leave()
+            return
+        kept = self.leave()
+        fed = torch.tensor([tokens[place] for place in kept], device=self._mask.device)[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)
+        with token_by_token(self.lm):
+            self._states = self._following(fed, self._mask, self._cache)
+
+    def leave(self) -> list[int]:
+        """Takes rows that have a finish out; returns the places that stay, in their new order."""
+        places = list(range(len(self.rows)))
+        if not self.goes_on:
+            self.rows, self._cache = [], None
+            return []
+        kept = _closed_up([row.finish is None for row in self.rows])
+        if not self.lm.shares_prefix or len(kept) == len(places):
+            return places
+        chosen = torch.tensor(kept, device=self._mask.device)
+        self._cache.batch_select_indices(chosen)
+        self._mask, self._states = self._mask[chosen], self._states[chosen]
+        self.rows = [self.rows[place] for place in kept]
+        return kept
+
+    def _said(self, row: Row, token: int) -> Finish | None:
+        if token in self.lm.ends:
+            return "stop"
+        row.said.append(token)
+        if _stops(self.lm, row.said, row.decoding.stop):
+            return "stop"
+        return "length" if len(row.said) >= row.decoding.max_new_tokens else None
+
+    def _following(self, fed: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch hidden"]:
+        extra: dict[str, Any] = {cache_argument(self.backbone): cache}
+        if self.takes_positions:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+        found = self.backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
+        return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+
+def _behind(states: Float[Tensor, "batch heads sequence width"], length: int) -> Tensor:
+    """Keys or values with nothing in front of them, as many as ``length`` in all."""
+    return pad(states, (0, 0, length - states.shape[2], 0))
+
+
 def continue_rows(
     lm: LM, rows: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[str]
 ) -> list[str | None]:
@@ -134,55 +273,14 @@ def continue_rows(
         rows: Token ids of the prompts; they go through the model as one batch.
         seeds: What a row's random numbers depend on (unused when greedy).
     """
-    padded, mask, shared = lm.padded(rows)
-    backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    takes_positions = "position_ids" in signature(type(backbone).forward).parameters
-    cache: Any = roomy_cache(lm)
-
-    def following(fed: Tensor) -> Float[Tensor, "batch hidden"]:
-        extra: dict[str, Any] = {cache_argument(backbone): cache}
-        if takes_positions:
-            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        found = backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
-        return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
-
-    if lm.grows_trees and attention_window(lm) == math.inf:
-        states = read_prompts(lm, rows, mask, cache)
-    else:
-        if shared:
-            fill_prefix(lm, cache, padded[:, :shared])
-        states = following(padded[:, shared:])
-    draws = [random.Random(seed) for seed in seeds]
-    said: list[list[int]] = [[] for _ in rows]
-    alive = list(range(len(rows)))
-    done, broken = set[int](), set[int]()
-    for step in range(decoding.max_new_tokens):
-        logits = lm.head(states).float()
-        numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
-        tokens = _choose(logits, decoding, [draws[row] for row in alive])
-        for row, token, fine in zip(alive, tokens, numbers, strict=True):
-            if not fine:
-                broken.add(row)
-                done.add(row)
-            if row not in done:
-                ended = token in lm.ends
-                if not ended:
-                    said[row].append(token)
-                if ended or _stops(lm, said[row], decoding.stop):
-                    done.add(row)
-        if len(done) == len(rows) or step == decoding.max_new_tokens - 1:
-            break
-        kept = _closed_up([row not in done for row in alive])
-        if lm.shares_prefix and len(kept) < len(alive):
-            places = torch.tensor(kept, device=mask.device)
-            cache.batch_select_indices(places)
-            mask, alive = mask[places], [alive[place] for place in kept]
-            tokens = [tokens[place] for place in kept]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        with token_by_token(lm):
-            states = following(torch.tensor(tokens, device=mask.device)[:, None])
+    speakers = [Row(decoding, seed) for seed in seeds]
+    if decoding.max_new_tokens > 0:
+        speaking = Speaking(lm)
+        speaking.join(speakers, rows)
+        while speaking.goes_on:
+            speaking.step()
     return [
-        None if row in broken else _text(lm, ids, decoding.stop) for row, ids in enumerate(said)
+        None if row.finish == "broken" else said_by(lm, row.said, decoding.stop) for row in speakers
     ]
 
 
@@ -193,17 +291,26 @@ def _closed_up(stays: Sequence[bool]) -> list[int]:
     return [place if stays[place] else next(last) for place in range(len(staying))]
 
 
-def _choose(
-    logits: Float[Tensor, "batch vocab"], decoding: Decoding, draws: Sequence[random.Random]
-) -> list[int]:
-    if decoding.temperature == 0:
-        return [int(token) for token in logits.argmax(dim=1)]
-    shares = (logits.double() / decoding.temperature).softmax(dim=1)
+def _choose(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[int]:
+    tokens = [int(token) for token in logits.argmax(dim=1)]
+    drawing = [place for place, row in enumerate(rows) if row.decoding.temperature > 0]
+    if drawing:
+        chosen = [rows[place] for place in drawing]
+        for place, token in zip(drawing, _drawn(logits[drawing], chosen), strict=True):
+            tokens[place] = token
+    return tokens
+
+
+def _drawn(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[int]:
+    logits = logits.double()
+    temperature = logits.new_tensor([row.decoding.temperature for row in rows])[:, None]
+    top_p = logits.new_tensor([row.decoding.top_p for row in rows])[:, None]
+    shares = (logits / temperature).softmax(dim=1)
     ordered, tokens = shares.sort(dim=1, descending=True, stable=True)
     before = ordered.cumsum(dim=1) - ordered
-    ordered = ordered.masked_fill(before >= decoding.top_p, 0.0)
+    ordered = ordered.masked_fill(before >= top_p, 0.0)
     sums = ordered.cumsum(dim=1)
-    wanted = sums.new_tensor([draw.random() for draw in draws])[:, None] * sums[:, -1:]
+    wanted = sums.new_tensor([row.draw.random() for row in rows])[:, None] * sums[:, -1:]
     places = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[1] - 1)
     return [int(token) for token in tokens.gather(1, places)[:, 0]]
 
@@ -215,7 +322,8 @@ def _stops(lm: LM, ids: Sequence[int], stop: Sequence[str]) -> bool:
     return any(one in text for one in stop)
 
 
-def _text(lm: LM, ids: list[int], stop: Sequence[str]) -> str:
+def said_by(lm: LM, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of an answer's tokens, cut before a stop text."""
     text = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
     for one in stop:
         text = text.partition(one)[0]
