@@ -322,9 +322,9 @@ def _stops(lm: LM, ids: Sequence[int], stop: Sequence[str]) -> bool:
     return any(one in text for one in stop)
 
 
-def said_by(lm: LM, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """The text of an answer's tokens, cut before a stop text."""
+def said_by(lm: LM, ids: Sequence[int], stop: Sequence[str] = (), *, stripped: bool = True) -> str:
+    """The text of an answer's tokens, cut before a stop text, without white space around it."""
     text = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
     for one in stop:
         text = text.partition(one)[0]
-    return text.strip()
+    return text.strip() if stripped else text

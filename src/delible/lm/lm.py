@@ -250,7 +250,7 @@ class LM:
             NoAnswer(f"prompt and answer are longer than {self.template.max_length} tokens")
         ] * len(requests)
         if whole:
-            with self._evaluating(), self.computing():
+            with self.evaluating(), self.computing():
                 found = answer([requests[index] for index in whole], [rows[i] for i in whole])
             for index, one in zip(whole, found, strict=True):
                 results[index] = one
@@ -347,7 +347,7 @@ class LM:
         )
         lengths = [len(row) + decoding.max_new_tokens for row in ids]
         limits = (self.budget.cached_tokens, self.budget.rows)
-        with self._evaluating(), self.computing():
+        with self.evaluating(), self.computing():
             for indices in self.batches(order, lengths, *limits):
                 rows = [ids[index] for index in indices]
                 seeds = [f"{decoding.seed}/{self.template.render(prompts[i])}" for i in indices]
@@ -376,7 +376,8 @@ class LM:
         return int(getattr(config, "max_position_embeddings", None) or 2048)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Within it the model is in evaluation mode."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -423,7 +424,7 @@ class LM:
         width = min(self.vocabulary, 1000)
         ids = torch.arange(40, device=self.device).reshape(2, 20) * 7 % width
         ids[:, :12] = ids[0, :12]
-        with self._evaluating():
+        with self.evaluating():
             expected = self.core(input_ids=ids).logits.float()
             backbone = self.core.get_submodule(self.anatomy.backbone)
             found = self.head(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()

@@ -1,8 +1,13 @@
-"""What a system is: anything that answers."""
+"""What a system is: anything that answers.
+
+A :class:`System` is asked in batches and waits (measurement); a :class:`Responder` is asked by
+many at once and speaks as it goes (serving, agents). ``systems/serving.py`` makes either of the
+other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from delible.system.asks import (
@@ -14,6 +19,7 @@ from delible.system.asks import (
     Score,
     TokenScores,
 )
+from delible.system.replies import Piece, Reply
 
 
 @runtime_checkable
@@ -57,3 +63,26 @@ class BlackBox:
 
     def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
         raise TypeError("this system answers, but cannot be looked into")
+
+
+@runtime_checkable
+class Responder(Protocol):
+    """Anything that answers many at once."""
+
+    name: str
+
+    async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
+        """The whole answer. Cancelling the call ends its work.
+
+        Raises:
+            Unanswered: There is none.
+        """
+        ...
+
+    def stream(self, prompt: Prompt, decoding: Decoding) -> AsyncIterator[Piece]:
+        """The answer in pieces, the last one with a finish. Closing the iterator ends its work.
+
+        Raises:
+            Unanswered: There is none, or no more.
+        """
+        ...
