@@ -49,7 +49,7 @@ def build_request(
         raise DataError(
             "there is nothing to forget.",
             where="request",
-            hint="Give forget records (--forget) or names of subjects (--subject).",
+            hint="Give forget records (--forget) or names of subjects (--subjects).",
         )
     parts["forget"] = _without_duplicates(parts["forget"], say)
     for part in ("retain", "neighbours", "holdout"):
