@@ -15,6 +15,7 @@ from typing import Any, cast
 from delible.attacks.base import AttackContext, ModelAttack, PromptAttack
 from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
+from delible.audit.unanswered import check_answered, unanswered
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file, write_json
@@ -260,10 +261,14 @@ class _Audit:
                 fingerprint=system.fingerprint,
             )
             self.say(f"Asking the {role} system.")
-            plain.values[role] = self._evaluate(system, self.splits, self.metrics, role)
+            plain.values[role] = self._evaluate(
+                system, self.splits, self.metrics, role, must_answer=True
+            )
             findings.answers[role] = self._answers(system)
             for attack, setting in zip(self.attacks, attacked, strict=True):
                 self._attack(role, system, attack, setting)
+            for note in getattr(system, "notes", ()):
+                self._leave_out(f"{role}: {note}")
             del system
             gc.collect()
         result = findings.result(time.perf_counter() - self.began, self.measured)
@@ -280,6 +285,7 @@ class _Audit:
         rewrite: Any = None,
         *,
         cached: bool = True,
+        must_answer: bool = False,
     ) -> SystemValues:
         def show(done: int, total: int) -> None:
             if self.progress is not None:
@@ -291,7 +297,17 @@ class _Audit:
         )  # fmt: skip
         for key, count in values.measured.items():
             self.measured[key] = self.measured.get(key, 0) + count
+        if must_answer:
+            check_answered(f"the {title} system", values.asked, values.unanswered)
+        missing = unanswered(title, values.asked, values.unanswered)
+        if missing is not None:
+            self._leave_out(missing)
         return values
+
+    def _leave_out(self, sentence: str) -> None:
+        """Says what was not asked, or not as it was meant, at once and in the report."""
+        self.say(sentence)
+        self.not_tested.append(sentence)
 
     def _leaks(self, names: Sequence[str]) -> list[ItemMetric]:
         """The knowledge scores that are measured under attack, among the chosen metrics."""
