@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.audit.unanswered import check_answered, unanswered
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError, nearest
-from delible.files import atomic_file, write_json
+from delible.files import atomic_file
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.cache import Cache
@@ -97,7 +98,7 @@ def audit(
     Raises:
         DelibleError: Nothing to ask about, an unknown name, or a model that cannot be read.
     """
-    return _Audit(
+    made = _Audit(
         system,
         request,
         model,
@@ -113,7 +114,9 @@ def audit(
         rows,
         say,
         progress,
-    ).run()
+    )
+    with nullcontext() if made.out is None else made.out.locked():
+        return made.run()
 
 
 class _Audit:
@@ -148,6 +151,7 @@ class _Audit:
         self.white_box = True
         self.systems = self._systems(system, model, before, reference, guard)
         self.measured: dict[str, int] = {}
+        self._said: set[str] = set()
         self._preparations: dict[str, dict[str, Any]] = {}
 
     # ---- what is asked of whom
@@ -299,6 +303,10 @@ class _Audit:
             self.measured[key] = self.measured.get(key, 0) + count
         if must_answer:
             check_answered(f"the {title} system", values.asked, values.unanswered)
+        for note in self.cache.notes if self.cache else ():
+            if note not in self._said:
+                self._said.add(note)
+                self.say(note)
         missing = unanswered(title, values.asked, values.unanswered)
         if missing is not None:
             self._leave_out(missing)
@@ -398,7 +406,7 @@ class _Audit:
             content = {"prepared": prepared.spec(), "notes": dict(context.notes)}
             self._preparations[key] = content
             if self.cache is not None:
-                write_json(self.cache.folder / "attacks" / f"{key}.json", content)
+                self.cache.write_json(f"attacks/{key}.json", content)
         return prepared
 
     def _preparation_key(self, system: System, attack: PromptAttack, context: AttackContext) -> str:
@@ -550,7 +558,7 @@ class _Audit:
             "system": values.system, "items": items, "means": values.means, "curve": curve,
             "notes": notes,
         }  # fmt: skip
-        write_json(self.cache.folder / "attacks" / f"{key}.json", content)
+        self.cache.write_json(f"attacks/{key}.json", content)
 
     def _answers(self, system: System) -> dict[tuple[str, int], tuple[str, str]]:
         """Answers for the report by (split, record): text and outcome class."""

@@ -223,8 +223,8 @@ def measure(
 
     Raises:
         ModelError: The system lacks a capability that a request needs. Nothing was asked.
-        RunError: The system did not return one answer per request, or the cache cannot be
-            written. Chunks that were finished before are kept.
+        RunError: The system did not return one answer per request. Chunks that were finished
+            before are kept.
     """
     everything = list(requests)
     asked = set(everything)
