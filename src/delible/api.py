@@ -230,6 +230,7 @@ def unlearn(
     ]
     if run is not None and run.writes:
         _keep(run, result, request, seconds)
+        run.release()
     return result
 
 

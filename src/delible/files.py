@@ -1,14 +1,19 @@
-"""Atomic writes: a temporary name, then a rename, so that nothing is ever half there."""
+"""Atomic writes: a temporary name, then a rename, so that nothing is ever half there.
+
+A writer that is killed leaves its temporary name behind; the next one with the folder's lock
+removes it (:func:`clear_unfinished`).
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +21,49 @@ from safetensors import SafetensorError
 
 from delible.errors import RunError
 
+#: Ends the name of what is still being written, and of what was there before.
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+
+_SPACE = "Free some space and run the same command again."
+_PLACE = "Choose another folder."
+#: What a disk or its rights may refuse: error number -> what is wrong, and what to do.
+_REFUSED = {
+    errno.ENOSPC: ("the disk is full.", _SPACE),
+    errno.EDQUOT: ("the disk quota is used up.", _SPACE),
+    errno.EFBIG: (
+        "the file is larger than this place allows (a limit of the file system, or of ulimit -f).",
+        "Raise the limit, or choose another folder.",
+    ),
+    errno.EACCES: ("permission denied.", "Choose a folder you may write to."),
+    errno.EPERM: ("permission denied.", "Choose a folder you may write to."),
+    errno.EROFS: ("the file system is read-only.", _PLACE),
+    errno.EIO: ("the disk reports a read or write error.", "Check the disk, or use another one."),
+    errno.ENAMETOOLONG: ("the name is too long for this file system.", "Choose a shorter one."),
+    errno.EISDIR: ("it is a folder, not a file.", "Choose another path."),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder.", "Choose another path."),
+    errno.EMFILE: ("too many files are open.", "Raise the limit (ulimit -n)."),
+    errno.ENFILE: ("too many files are open on this machine.", "Close some programs."),
+}
+
+
+def refused_by_disk(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong and what to do, if an error is that of a disk or of its rights."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
+        number = int(told[1])
+    return None if number is None else _REFUSED.get(number)
+
 
 @contextmanager
 def explain_disk(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one clear message."""
+    """Turns what a disk refuses into one clear message."""
     try:
         yield
-    except SafetensorError as error:
-        if "os error 28" not in str(error):
+    except (SafetensorError, OSError) as error:
+        known = refused_by_disk(error)
+        if known is None:
             raise
-        raise RunError(
-            "the disk is full.", where=str(path), hint="Free some space and run it again."
-        ) from error
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: ("the disk is full.", "Free some space and run the same command again."),
-            errno.EDQUOT: ("the disk quota is used up.", "Free some space and run it again."),
-            errno.EACCES: ("permission denied.", "Choose a folder you may write to."),
-            errno.EROFS: ("the file system is read-only.", "Choose another folder."),
-        }
-        if error.errno not in reasons:
-            raise
-        problem, hint = reasons[error.errno]
+        problem, hint = known
         raise RunError(problem, where=str(path), hint=hint) from error
 
 
@@ -47,7 +73,9 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[Any]:
     path = Path(path)
     with explain_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED
+        )
         try:
             with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
                 yield handle
@@ -66,13 +94,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     with explain_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+        )
         try:
             yield temporary
             os.chmod(temporary, 0o755)
             replaced = None
             if path.exists():
-                replaced = path.with_name(f".{path.name}.replaced")
+                replaced = path.with_name(f".{path.name}{REPLACED}")
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.replace(path, replaced)
             os.replace(temporary, path)
@@ -81,6 +111,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what killed writers left below a folder, and puts back what they had moved away.
+
+    Only for whoever holds the folder's lock: what is there now, nobody is writing.
+    """
+    for path in sorted(folder.rglob(".*")):
+        if path.name.endswith(REPLACED):
+            target = path.with_name(path.name[1 : -len(REPLACED)])
+            if not target.exists():  # killed between the two moves: this is the last whole one
+                with explain_disk(target):
+                    os.replace(path, target)
+                continue
+        elif not path.name.endswith(UNFINISHED):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

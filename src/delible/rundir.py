@@ -4,6 +4,10 @@
 hardware, cost), ``events.jsonl`` (append-only progress), the artefact (``model/`` or
 ``adapter/``), ``metrics.json`` with ``items.parquet``, ``report.html``; while it runs also
 ``checkpoint/``. A manifest is enough to run it again.
+
+A run has one writer: whoever writes holds ``.lock``. The system lets go of it when a process ends,
+however it ends, so that a killed run blocks nobody; what it left half-written goes when the next
+one starts.
 """
 
 from __future__ import annotations
@@ -16,14 +20,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from delible.errors import RunError
-from delible.files import explain_disk, write_json
+from filelock import FileLock, Timeout
 
+from delible.errors import RunError
+from delible.files import UNFINISHED, clear_unfinished, explain_disk, write_json
+
+#: Held by the process that writes a run.
+LOCK = ".lock"
 PACKAGES = ("delible", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy")
 
 
@@ -43,6 +52,7 @@ class RunDirectory:
         self.path = Path(path)
         #: Of several processes that train together, the first one writes.
         self.writes = os.environ.get("RANK", "0") == "0"
+        self._lock: FileLock | None = None
 
     @property
     def manifest_path(self) -> Path:
@@ -57,7 +67,7 @@ class RunDirectory:
         """
         try:
             return json.loads(self.manifest_path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise RunError(
@@ -74,9 +84,13 @@ class RunDirectory:
                 and data.
 
         Raises:
-            RunError: The folder holds another run, or something that is not a run.
+            RunError: The folder holds another run, or something that is not a run, or another
+                process writes it.
         """
-        found = self.manifest
+        if self._is_done(run):
+            return True
+        self.lock()
+        found = self.manifest  # as it is now that nobody else writes it
         mine = identity(run)
         if found:
             if found.get("identity") != mine:
@@ -93,12 +107,8 @@ class RunDirectory:
                 )
             if found.get("status") == "done":
                 return True
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunError(
-                "this path exists and is not a run directory.",
-                where=str(self.path),
-                hint="Choose another --out folder.",
-            )
+        if self.writes:
+            clear_unfinished(self.path)
         manifest = {
             "identity": mine,
             "status": "running",
@@ -113,6 +123,60 @@ class RunDirectory:
         if self.writes:
             write_json(self.manifest_path, manifest)
         return False
+
+    def _is_done(self, run: Mapping[str, Any]) -> bool:
+        """Whether the folder holds this run, finished; nothing needs to be written then."""
+        found = self.manifest
+        return found.get("status") == "done" and found.get("identity") == identity(run)
+
+    def lock(self) -> None:
+        """Becomes the folder's only writer, until :meth:`release` or the end of the process.
+
+        Raises:
+            RunError: Another process writes it, or it is not the folder of a run.
+        """
+        if self._lock is not None or not self.writes:
+            return
+        if not self.manifest and self.path.exists() and not _is_empty(self.path):
+            raise RunError(
+                "this path exists and is not a run directory.",
+                where=str(self.path),
+                hint="Choose another --out folder.",
+            )
+        # one lock per process: a run that failed here may be started again, whoever still holds it
+        lock = FileLock(
+            self.path.absolute() / LOCK, timeout=0, thread_local=False, is_singleton=True
+        )
+        try:
+            with explain_disk(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        except Timeout:
+            raise RunError(
+                "another process is writing this run.",
+                where=str(self.path),
+                hint="Wait until it ends, or choose another --out folder.",
+            ) from None
+        self._lock = lock
+
+    def release(self) -> None:
+        """Lets another process write."""
+        if self._lock is not None:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+            self._lock.release(force=True)
+            self._lock = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder's only writer for a while (for longer if it was that before)."""
+        held = self._lock is not None
+        self.lock()
+        try:
+            yield
+        finally:
+            if not held:
+                self.release()
 
     def update(self, **fields: Any) -> None:
         """Adds fields to the manifest."""
@@ -143,6 +207,13 @@ class RunDirectory:
                     yield json.loads(line)
                 except json.JSONDecodeError:
                     continue
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run that hardly began leaves behind."""
+    return path.is_dir() and all(
+        one.name == LOCK or one.name.endswith(UNFINISHED) for one in path.iterdir()
+    )
 
 
 def _now() -> str:

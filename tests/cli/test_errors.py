@@ -137,6 +137,16 @@ def test_interrupted(run: Any, monkeypatch: Any) -> None:
 def test_full_disk_and_memory_are_nobodys_bug(run: Any, monkeypatch: Any) -> None:
     _fails_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/x/model"))
     one_message(run(*BASE), "/x/model: the disk is full")
+    for number, words in (
+        (errno.EFBIG, "larger than this place allows"),
+        (errno.EROFS, "read-only"),
+    ):
+        _fails_with(monkeypatch, OSError(number, "?", "/x/model"))
+        one_message(run(*BASE), "/x/model: the fi", words)
+        wrapped = ValueError("a library says so in its own way")
+        wrapped.__cause__ = OSError(number, "?", "/x/model")
+        _fails_with(monkeypatch, wrapped)
+        one_message(run(*BASE), words)
     _fails_with(monkeypatch, MemoryError())
     one_message(run(*BASE), "the memory is not enough")
     _fails_with(monkeypatch, RuntimeError("DefaultCPUAllocator: can't allocate: out of memory"))
@@ -156,6 +166,27 @@ def test_a_reader_that_leaves_is_no_error(process: Any) -> None:
         "print(p.wait(), p.stderr.read().decode())\n"
     )
     assert process(code=code).out.strip() == "0"
+
+
+def test_output_that_knows_few_characters_shows_like_ones(
+    process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from delible.cli import output; output.plain_where_needed()\n"
+        "report = output.Reporter()\n"
+        "report.say('Zoë says “3 – 4” … ≥ 漢')\n"
+        "report.console.print(output.table(('a', 'b'), [('x…', 'y')]))\n"
+        "output.complain('café …')\n"
+    )
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = process(code=code)
+    assert done.code == 0, done.err
+    assert done.out.startswith('Zoe says "3 - 4" ... >= ?')
+    assert "x..." in done.out
+    assert done.err == "error: cafe ...\n"
+    assert process("unlearn", "--help").code == 0
+    done = process("unlearn", "m", "--forget", "missing–file.jsonl")
+    one_message(done, "missing-file.jsonl", "no such file")
 
 
 def test_errors_of_the_process_are_the_same(process: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from delible.errors import ModelError
-from delible.lm import tiny
+from delible.lm import tiny, tiny_training
 from delible.lm.lm import LM
 from delible.lm.load import load_model, weights_digest
 from delible.prompts import read_lines
@@ -177,7 +177,7 @@ def test_steps_are_full_and_lose_no_row() -> None:
 def test_built_once_then_loaded(own_cache: Path, built: tuple[Any, Any]) -> None:
     said: list[str] = []
     model, tokenizer, info = load_model("tiny", say=said.append)
-    assert said[0] == "Building the tiny model (once, a few minutes) …"
+    assert said[0].startswith("Building the tiny model, once")
     assert (info.source, info.path) == ("tiny", str(own_cache / f"tiny-{tiny.VERSION}"))
     assert weights_digest(model) == weights_digest(built[0])
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
@@ -188,22 +188,79 @@ def test_built_once_then_loaded(own_cache: Path, built: tuple[Any, Any]) -> None
     assert tiny.folder_name(SMALL) != tiny.folder_name(tiny.TinyOptions(seed=3))
 
 
-def test_a_killed_build_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_a_killed_build_goes_on_to_the_same_bits(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]
+) -> None:
+    monkeypatch.setattr(tiny_training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    kept: list[int] = []
+    keep = tiny_training._keep
+
+    def killed(path: Path, model: Any, optimizer: Any, done: int) -> None:
+        keep(path, model, optimizer, done)
+        kept.append(done)
+        if done == 3:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny, "train", killed)
+        patch.setattr(tiny_training, "_keep", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny.tiny_model(lambda _: None)
-    assert [file.name for file in own_cache.iterdir() if file.is_dir()] == []
-    assert (tiny.tiny_model(lambda _: None) / "model.safetensors").is_file()
+    assert not (own_cache / tiny.folder_name(SMALL)).exists()
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_training, "_keep", lambda *given: kept.append(given[3]))
+        found = tiny.tiny_model(said.append)
+    assert kept[:4] == [1, 2, 3, 4]
+    assert any(line.startswith("Going on after step 3 of") for line in said)
+    assert weights_digest(load_model(str(found)).model) == weights_digest(built[0])
+    assert [one.name for one in own_cache.iterdir() if one.is_dir()] == [found.name]
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_its_steps_only(
+    own_cache: Path, built: tuple[Any, Any]
+) -> None:
+    work = own_cache / f".{tiny.folder_name(SMALL)}.building"
+    (work / ".checkpoint.pt.abc.unfinished").mkdir(parents=True)
+    (work / "checkpoint.pt").write_bytes(b"half a checkpoint")
+    found = tiny.tiny_model(lambda _: None)
+    assert weights_digest(load_model(str(found)).model) == weights_digest(built[0])
+    assert not work.exists()
+
+
+def test_a_damaged_model_is_built_anew(own_cache: Path) -> None:
+    weights = tiny.tiny_model(lambda _: None) / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        said: list[str] = []
+        tiny.tiny_model(said.append)
+        assert "is damaged (model.safetensors has" in said[0]
+        assert weights.read_bytes() == whole
+
+
+def test_the_time_that_is_left_is_measured(
+    monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]
+) -> None:
+    seconds = itertools.count(0, 100)  # every step takes 100 seconds
+    monkeypatch.setattr(tiny_training.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(tiny_training, "TIMED_STEPS", 2)
+    rows = [[[10, 11, 12]]] * 12
+    said: list[str] = []
+    tiny_training.train(
+        tiny.build_model(built[1], SMALL), rows, SMALL, padding=0, assistant=5, say=said.append
+    )
+    assert [line.partition(",")[0] for line in said] == [
+        f"Step {step} of 12" for step in (2, 3, 6, 9, 12)
+    ]
+    assert said[0].endswith("about 17 minutes left.")  # ten steps
+    assert said[3].endswith("about 5 minutes left.")
+    assert "left" not in said[-1]
 
 
 def test_two_at_once_build_once(monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]) -> None:
     builds, found = [], []
 
-    def build(*_: object) -> tuple[Any, Any]:
+    def build(*_: object, **__: object) -> tuple[Any, Any]:
         builds.append(1)
         return built
 

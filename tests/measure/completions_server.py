@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
 class Reply:
-    """What the server answers: a completion with a text, or a status with a body."""
+    """What the server answers: a completion with a text, or a status with a body.
+
+    ``broken`` closes the connection instead: before the reply ("drop") or within it ("cut").
+    """
 
     text: str | None = None
     status: int = 200
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
+    message: dict[str, Any] | None = None
+    broken: Literal["", "drop", "cut"] = ""
 
 
 @dataclass
@@ -80,6 +86,9 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
             content = reply.body if reply.body is not None else completion(asked, reply)
             with server.lock:
                 server.running -= 1
+            if reply.broken:
+                self.hang_up(content if reply.broken == "cut" else b"")
+                return
             try:
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
@@ -89,6 +98,16 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
                 self.wfile.write(content)
             except OSError:  # the client has given up
                 self.close_connection = True
+
+        def hang_up(self, content: bytes) -> None:
+            if content:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
         def models(self) -> Reply:
             listed = {"data": [{"id": name} for name in server.models]}
@@ -110,7 +129,7 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
 def completion(asked: Asked, reply: Reply) -> bytes:
     choice: dict[str, Any] = {"finish_reason": reply.finish}
     if asked.path.endswith("/chat/completions"):
-        choice["message"] = {"role": "assistant", "content": reply.text}
+        choice["message"] = reply.message or {"role": "assistant", "content": reply.text}
     else:
         choice["text"] = reply.text
     return json.dumps({"choices": [choice]}).encode()

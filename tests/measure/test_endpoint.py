@@ -109,7 +109,7 @@ def test_many_answers_come_in_order_and_not_too_many_at_once() -> None:
     assert server.most_at_once == 3
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503])
 def test_what_may_pass_is_tried_again(status: int) -> None:
     with serving(failing(Reply(status=status, body=b"busy"), Reply("Ada"))) as server:
         endpoint = Endpoint(server.url, "small", **QUICK)
@@ -152,12 +152,16 @@ def test_a_server_that_never_recovers_gives_no_answer() -> None:
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (Reply(body=b'{"choices": [{"mess'), 'the reply is not JSON: {"choices": [{"mess'),
+        (Reply(body=b"<html>Sign in"), "the reply is not JSON: <html>Sign in"),
         (Reply(body=b"[1]"), "the reply is not a completion"),
         (Reply(body=b'{"choices": []}'), "the reply is not a completion"),
         (Reply(body=b'{"choices": [null]}'), "the reply is not a completion"),
         (Reply(None), "the reply has no text (finish reason 'stop')"),
-        (Reply("", finish="length"), "the reply has no text (finish reason 'length')"),
+        (Reply("", finish="content_filter"), "the server's filter withheld the answer"),
+        (
+            Reply(status=429, body=b'{"error": {"message": "no", "code": "insufficient_quota"}}'),
+            "the server says 429: no",
+        ),
         (Reply(status=400, body=b'{"error": "too long"}'), "the server says 400: too long"),
         (Reply(status=404, body=b"<html>"), "the server says 404: <html>"),
     ],

@@ -101,6 +101,58 @@ def test_an_endpoint_is_audited_by_what_it_says(
     assert all(one.key == "Bearer sesame-street" for one in server.asked)
 
 
+def test_what_was_not_answered_is_said_on_the_screen_and_in_the_report(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some(asked: Asked) -> Reply:
+        if "temperature" in asked.body:
+            return Reply(status=400, body=b'{"error": {"message": "no temperature, please"}}')
+        question = asked.body["messages"][-1]["content"]
+        for name, reason in (("forget 0", "blocked"), ("retain 1", "blocked"), ("retain 2", "no")):
+            if f"{name} " in question:
+                return Reply(status=403, body=reason.encode())
+        return Reply("cake")
+
+    with serving(some) as server:
+        words = (server.url, "--model", "small", "--forget", "forget.jsonl")
+        kept = ("--retain", "retain.jsonl", "--metrics", "outcome", "--attacks", "prefix")
+        assert audit(*words, *kept, "--out", "run") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = AuditResult.model_validate_json((here / "run" / "metrics.json").read_text())
+    asked = len(found.splits) and sum(found.splits.values())
+    told = (
+        f"unlearned: 3 of {asked} questions not answered: the server says 403: blocked (2); "
+        "the server says 403: no (1)."
+    )
+    assert told in said
+    assert found.not_tested.count(told) == 1
+    # the attack asked other questions, of which some have no answer either
+    (attacked,) = [
+        one for one in found.not_tested if one.startswith("unlearned: ") and "Pre" in one
+    ]
+    assert "questions not answered" in attacked
+    refused = "unlearned: The server refuses the option 'temperature'"
+    assert [one.startswith(refused) for one in found.not_tested].count(True) == 1
+    assert refused in said
+
+
+def test_an_audit_that_got_no_answer_at_all_fails(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent(asked: Asked) -> Reply:
+        is_probe = asked.body["max_tokens"] == 1
+        return Reply("Hi") if is_probe else Reply("<think>\nLet me see", finish="length")
+
+    with serving(silent) as server:
+        words = (server.url, "--model", "small", "--forget", "forget.jsonl", "--attacks", "prefix")
+        assert audit(*words, "--metrics", "outcome", "--out", "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the unlearned system: nothing was answered, so nothing can be audited." in said
+    assert "questions not answered: it was cut off while it was thinking." in said
+    assert "max_new_tokens: 1024" in said
+    assert not (here / "run" / "metrics.json").exists()
+
+
 def test_a_wrong_key_stops_the_audit_before_the_first_question(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

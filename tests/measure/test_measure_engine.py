@@ -323,17 +323,29 @@ def test_a_write_that_fails_half_way_leaves_nothing(
         raise OSError("no space left")
 
     monkeypatch.setattr(pq, "write_table", half)
-    with pytest.raises(RunError, match="no space left"):
-        measure(ScriptedSystem(), some_requests(1), cache=Cache(tmp_path))
+    cache = Cache(tmp_path)
+    measure(ScriptedSystem(), some_requests(1), cache=cache)
+    assert "no space left" in cache.notes[0]
     assert seen == []
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_says_so_once_and_measuring_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 4)
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(RunError, match="cannot be written"):
-        measure(ScriptedSystem(), some_requests(1), cache=Cache(blocked))
+    cache, requests = Cache(blocked), some_requests(10)
+    expected = measure(ScriptedSystem(), requests)
+    found = measure(ScriptedSystem(), requests, cache=cache)
+    assert all(same(found[request], expected[request]) for request in requests)
+    (note,) = cache.notes
+    assert "the measurement cache cannot be written" in note
+    # what is known in this process is still not asked twice, and what is on disk is read
+    again = ScriptedSystem()
+    measure(again, requests, cache=cache)
+    assert again.answered == 0
 
 
 def test_keys_tell_requests_apart() -> None:

@@ -130,18 +130,19 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
         ('{"type": "qa", "question": "Q"}', "has no 'answer'", "--column answer=NAME"),
         ('{"question": "Q", "answer": " "}', "'answer' is empty", None),
         ('{"question": "Q", "answer": null}', "'answer' is empty", None),
-        ('{"question": "Q", "answer": 5}', "'answer' must be text, not the number 5", None),
+        ('{"question": "Q", "answer": true}', "'answer' must be text, not true", None),
+        ('{"question": "Q", "answer": NaN}', "'answer' is empty", None),
         ('{"question": "Q", "answer": ["a"]}', "'answer' must be text, not a list", "'aliases'"),
-        ('{"query": 1, "answer": "a"}', "'query' must be text, not the number 1", None),
+        ('{"query": {}, "answer": "a"}', "'query' must be text, not an object", None),
         ('{"question": "Q", "answer": "\\ud800"}', "lone surrogate", None),
         (
-            '{"question": "Q", "answer": "a", "perturbed_answer": 3}',
-            "'perturbed_answer' must be a text or a list of texts, not the number 3",
+            '{"question": "Q", "answer": "a", "perturbed_answer": {}}',
+            "'perturbed_answer' must be a text or a list of texts, not an object",
             None,
         ),
         (
-            '{"question": "Q", "answer": "a", "perturbed_answer": ["b", 3]}',
-            "'perturbed[1]' must be text, not the number 3",
+            '{"question": "Q", "answer": "a", "perturbed_answer": ["b", {}]}',
+            "'perturbed[1]' must be text, not an object",
             None,
         ),
         (
@@ -185,7 +186,20 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
             "does not end with an assistant turn",
             "end it there",
         ),
-        ('{"messages": [{"role": "human", "content": "Hi"}]}', "'messages[0].role'", None),
+        ('{"messages": [{"role": "tool", "content": "Hi"}]}', "'messages[0].role'", None),
+        ('{"messages": [{"role": "user", "content": null}]}', "[0].content' is empty", None),
+        (
+            '{"messages": [{"role": "user", "content": "Q"}, '
+            '{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}',
+            "'messages[1]' has 'tool_calls'",
+            "are texts",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "text": null}]}]}',
+            "'messages[0].content' has a part that is no text (image_url)",
+            "are texts",
+        ),
+        ('{"conversations": [{"from": "human", "value": "Hi"}]}', "no assistant turn", "last"),
         ('{"messages": []}', "'messages' has too few items", None),
         ('{"question": "Q", "answers": []}', "'answers' must be a list with at least", None),
         ('{"qestion": "Q", "anwser": "A"}', "'qestion', 'anwser'", "(is it 'qestion'?)"),
@@ -291,7 +305,7 @@ def test_own_records_in_csv(put: Put) -> None:
         ("question,answer\nQ\n", "a.csv:2", "the row has 1 cells, the header 2"),
         ("question,answer\nQ,A\n\nQ,A,B\n", "a.csv:4", "the row has 3 cells, the header 2"),
         ('question,answer\nQ,A\n"Q,A\nQ,A\n', "a.csv:3", "broken CSV: unexpected end of data"),
-        ("question,answer,answer\nQ,A,B\n", "a.csv:1", "empty or repeated column name"),
+        ("question,answer,answer\nQ,A,B\n", "a.csv:1", "repeated column name"),
         ("question,answer\nQ,\n", "a.csv:2", "'answer' is empty"),
         ("question,choices,answer\nQ,\"['a']\",0\n", "a.csv:2", "'choices' is not valid JSON"),
         (
@@ -299,7 +313,7 @@ def test_own_records_in_csv(put: Put) -> None:
             "a.csv:2",
             "can be read as option 1 or 2",
         ),
-        (f"question,answer\nQ,{'x' * 140_000}\n", "a.csv:2", "field larger than field limit"),
+        ("question;answer\nQ;A\nQ\n", "a.csv:3", "the header 2 (separated by semicolons)"),
     ],
 )
 def test_broken_csv(put: Put, text: str, where: str, message: str) -> None:
@@ -603,8 +617,8 @@ def test_column_errors() -> None:
     assert error.hint == "Did you mean 'query_text'?"
     error = failure([{"q": "Q"}], columns={"qestion": "q"})
     assert error.hint == "Did you mean 'question'?"
-    error = failure([{"q": "Q", "a": 3}], columns={"question": "q", "answer": "a"})
-    assert error.problem == "'a' must be text, not the number 3."
+    error = failure([{"q": "Q", "a": {}}], columns={"question": "q", "answer": "a"})
+    assert error.problem == "'a' must be text, not an object."
 
 
 # Writing

@@ -9,14 +9,16 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
+from delible.audit.unanswered import check_answered, unanswered
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError, nearest
-from delible.files import atomic_file, write_json
+from delible.files import atomic_file
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
@@ -102,7 +104,7 @@ def audit(
     Raises:
         DelibleError: Nothing to ask about, an unknown name, or a model that cannot be read.
     """
-    return _Audit(
+    made = _Audit(
         system,
         request,
         model,
@@ -118,7 +120,9 @@ def audit(
         rows,
         say,
         progress,
-    ).run()
+    )
+    with nullcontext() if made.out is None else made.out.locked():
+        return made.run()
 
 
 class _Audit:
@@ -153,6 +157,7 @@ class _Audit:
         self.white_box = True
         self.systems = self._systems(system, model, before, reference, guard)
         self.measured: dict[str, int] = {}
+        self._said: set[str] = set()
         self._preparations: dict[str, dict[str, Any]] = {}
 
     # ---- what is asked of whom
@@ -266,10 +271,14 @@ class _Audit:
                 fingerprint=system.fingerprint,
             )
             self.say(f"Asking the {role} system.")
-            plain.values[role] = self._evaluate(system, self.splits, self.metrics, role)
+            plain.values[role] = self._evaluate(
+                system, self.splits, self.metrics, role, must_answer=True
+            )
             findings.answers[role] = self._answers(system)
             for attack, setting in zip(self.attacks, attacked, strict=True):
                 self._attack(role, system, attack, setting)
+            for note in getattr(system, "notes", ()):
+                self._leave_out(f"{role}: {note}")
             del system
             gc.collect()
         result = findings.result(time.perf_counter() - self.began, self.measured)
@@ -286,6 +295,7 @@ class _Audit:
         rewrite: Any = None,
         *,
         cached: bool = True,
+        must_answer: bool = False,
     ) -> SystemValues:
         def show(done: int, total: int) -> None:
             if self.progress is not None:
@@ -297,7 +307,21 @@ class _Audit:
         )  # fmt: skip
         for key, count in values.measured.items():
             self.measured[key] = self.measured.get(key, 0) + count
+        if must_answer:
+            check_answered(f"the {title} system", values.asked, values.unanswered)
+        for note in self.cache.notes if self.cache else ():
+            if note not in self._said:
+                self._said.add(note)
+                self.say(note)
+        missing = unanswered(title, values.asked, values.unanswered)
+        if missing is not None:
+            self._leave_out(missing)
         return values
+
+    def _leave_out(self, sentence: str) -> None:
+        """Says what was not asked, or not as it was meant, at once and in the report."""
+        self.say(sentence)
+        self.not_tested.append(sentence)
 
     def _leaks(self, names: Sequence[str]) -> list[ItemMetric]:
         """The knowledge scores that are measured under attack, among the chosen metrics."""
@@ -388,7 +412,7 @@ class _Audit:
             content = {"prepared": prepared.spec(), "notes": dict(context.notes)}
             self._preparations[key] = content
             if self.cache is not None:
-                write_json(self.cache.folder / "attacks" / f"{key}.json", content)
+                self.cache.write_json(f"attacks/{key}.json", content)
         return prepared
 
     def _preparation_key(self, system: System, attack: PromptAttack, context: AttackContext) -> str:
@@ -540,7 +564,7 @@ class _Audit:
             "system": values.system, "items": items, "means": values.means, "curve": curve,
             "notes": notes,
         }  # fmt: skip
-        write_json(self.cache.folder / "attacks" / f"{key}.json", content)
+        self.cache.write_json(f"attacks/{key}.json", content)
 
     def _answers(self, system: System) -> dict[tuple[str, int], tuple[str, str]]:
         """Answers for the report by (split, record): text and outcome class."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from delible import kept
 from delible.api import unlearn
+from delible.files import explain_disk, refused_by_disk
 from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
-from delible.rundir import identity
+from delible.rundir import RunDirectory, identity
 from delible.train.engine import Progress
 
 Say = Callable[[str], None]
@@ -44,8 +47,12 @@ def learned(
         "slots": dict(slots or {}),
     }  # fmt: skip
     folder = cache_folder() / "learned" / f"{title}-{identity(described)[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with _alone(folder):
+        is_done = RunDirectory(folder).manifest.get("status") == "done"
+        damage = kept.damage(folder / "model") if is_done else None
+        if damage is not None:
+            say(f"{title} in the cache is damaged ({damage}): it is learned anew.")
+            kept.remove(folder)
         result = unlearn(
             model,
             ForgetRequest(forget=tuple(records)),
@@ -58,6 +65,27 @@ def learned(
             progress=progress,
             **options,
         )
+        if not result.resumed_finished:
+            kept.seal(folder / "model")
     if result.resumed_finished:
         say(f"{title} taken from the cache: {folder}.")
     return folder / "model"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A second process waits; but where nothing can be written, there is nothing to wait for."""
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if not (folder / "model").is_dir():
+            with explain_disk(folder.parent):
+                raise
+        if refused_by_disk(error) is None:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,12 +1,12 @@
 """The command ``delible``: finds the subcommand, and turns every failure into one message.
 
-Exit codes: 0 done, 1 a requested threshold failed, 2 bad input, 70 a bug of delible, 130
-interrupted. Nothing heavy is imported before a command runs, and nothing at all for ``--help``.
+Exit codes: 0 done, 1 a requested threshold failed, 2 bad input or nothing to work with (an audit
+without a single answer), 70 a bug of delible, 130 interrupted. Nothing heavy is imported before a
+command runs, and nothing at all for ``--help``.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -33,6 +33,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         tokens: The words after ``delible``; None takes those of this process.
     """
     words = list(sys.argv[1:] if tokens is None else tokens)
+    output.plain_where_needed()
     debug = "--debug" in words
     words = [_without_dot(word) for word in words if word != "--debug"]
     command = words[0] if words else ""
@@ -159,19 +160,18 @@ def _nearest_flag(flag: str, command: str) -> str:
 
 
 def _of_the_machine(error: Exception) -> DelibleError | None:
-    """A full disk or an exhausted memory: nobody's bug, and something can be done."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DelibleError(
-            "the disk is full.",
-            where=str(error.filename) if error.filename else None,
-            hint="Free some space, or choose another --out folder.",
-        )
-    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
-        return DelibleError(
-            f"{(error.strerror or 'cannot be opened').lower()}.",
-            where=str(error.filename) if error.filename else None,
-            hint="Choose another path.",
-        )
+    """What a disk refuses, or an exhausted memory: nobody's bug, and something can be done."""
+    from delible.files import refused_by_disk
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    for one in causes:
+        known = refused_by_disk(one)
+        if known is not None:
+            problem, hint = known
+            place = getattr(one, "filename", None)
+            return DelibleError(problem, where=str(place) if place else None, hint=hint)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return DelibleError(
             "the memory is not enough.",

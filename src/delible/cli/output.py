@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +35,13 @@ SECONDS_BETWEEN_LINES = 60.0
 ANSWER_CHARACTERS = 240
 #: Columns whose words are names to be typed: never broken.
 WHOLE = ("kind", "name", "option", "slot", "component")
+#: Characters of our own texts as ASCII shows them; what decomposes into ASCII needs no row.
+_PLAIN = {
+    "–": "-", "—": "-", "−": "-", "×": "x", "±": "+-", "≥": ">=", "≤": "<=", "→": "->",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "·": ".", "•": "*",
+    **dict.fromkeys("─━═╌╴╶╸╺", "-"), **dict.fromkeys("│┃║", "|"),
+    **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╯╰╞╡╪", "+"),
+}  # fmt: skip
 #: Width where there is no terminal that says its own.
 WIDTH = 100
 
@@ -71,6 +80,27 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def plain_where_needed() -> None:
+    """Lets output that knows few characters (ASCII, Latin-1) show like ones instead of failing."""
+    codecs.register_error("delible-plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and not encoding.startswith("utf"):
+            reconfigure(errors="delible-plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What to write instead of characters that the output does not know."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = []
+    for character in error.object[error.start : error.end]:
+        like = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        shown.append(_PLAIN.get(character) or like or "?")
+    return "".join(shown), error.end
 
 
 class Reporter:

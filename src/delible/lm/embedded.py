@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from delible import kept
 from delible.errors import ModelError, nearest
 
 if TYPE_CHECKING:
@@ -128,17 +129,21 @@ def embedded(model: EmbeddedModel | str, say: Say) -> Path:
 
     home = cache_folder()
     target = home / "models" / model.folder
-    if target.is_dir():
+    if target.is_dir() and kept.damage(target) is None:
         return target
     unfinished = target.with_name(f".{model.folder}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(f".{model.folder}.lock")):
             if target.is_dir():
-                return target
+                if (damage := kept.damage(target)) is None:
+                    return target
+                say(f"{target} is damaged ({damage}): it is made anew.")
+                kept.remove(target)
             shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
             try:
                 _make(model, home / "wheels", unfinished, say)
+                kept.seal(unfinished / "result")
                 (unfinished / "result").rename(target)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,9 +22,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -32,9 +32,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from delible import kept
 from delible.errors import ModelError
-from delible.files import atomic_folder
+from delible.files import clear_unfinished, explain_disk
 from delible.lm import embedded
+from delible.lm.tiny_training import batches, threads, train
 from delible.prompts import read_lines
 from delible.records import QA, Message
 from delible.system.questions import answer_of, ask
@@ -64,8 +66,6 @@ VERSION = 1
 LEARNED_WORLD, READ_WORLD = 730_001, 730_002
 #: Products this small gain little from more threads; fixed, for the last bits may depend on it.
 THREADS = 2
-#: Rows among which those of like length meet in a step.
-SORTED_TOGETHER = 160
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
     """Folder of the model; built when it is missing.
 
     Safe when several processes ask at once: one builds, the others wait. A build that is killed
-    leaves nothing behind that could be taken for the model.
+    goes on when it is asked for again; a model whose files have changed since is built anew.
 
     Args:
         say: Is told before and after a build. Silent when the model is there.
@@ -116,19 +116,20 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
 
     options = options or TINY
     target = embedded.cache_folder() / "models" / folder_name(options)
-    if target.is_dir():
+    if target.is_dir() and kept.damage(target) is None:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.is_dir():
-                say("Building the tiny model (once, a few minutes) …")
-                began = time.perf_counter()
-                model, tokenizer = build(options, say)
-                with atomic_folder(target) as unfinished, embedded.quiet():
-                    model.save_pretrained(unfinished, safe_serialization=True)
-                    tokenizer.save_pretrained(unfinished)
-                say(f"Built in {time.perf_counter() - began:.0f} seconds: {target}.")
+            if target.is_dir():
+                if (damage := kept.damage(target)) is None:
+                    return target
+                say(f"{target} is damaged ({damage}): it is built anew.")
+                kept.remove(target)
+            began = time.perf_counter()
+            say("Building the tiny model, once (how long that takes is said soon) …")
+            _build_in(target.with_name(f".{target.name}.building"), target, options, say)
+            say(f"Built in {time.perf_counter() - began:.0f} seconds: {target}.")
     except OSError as error:
         raise ModelError(
             f"cannot write the cache: {error}.",
@@ -136,6 +137,21 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
             hint="Free some space (50 MB), or set DELIBLE_CACHE to another folder.",
         ) from error
     return target
+
+
+def _build_in(work: Path, target: Path, options: TinyOptions, say: Say) -> None:
+    """Builds in a folder that a killed build leaves for the next, then moves the result."""
+    work.mkdir(exist_ok=True)
+    clear_unfinished(work)
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    model, tokenizer = build(options, say, checkpoint=work / "checkpoint.pt")
+    with embedded.quiet(), explain_disk(result):
+        model.save_pretrained(result, safe_serialization=True)
+        tokenizer.save_pretrained(result)
+    kept.seal(result)
+    result.rename(target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def folder_name(options: TinyOptions) -> str:
@@ -151,19 +167,26 @@ def is_folder_name(name: str) -> bool:
 
 
 def build(
-    options: TinyOptions, say: Say = lambda message: None
+    options: TinyOptions, say: Say = lambda message: None, checkpoint: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Trains tokenizer and model from nothing.
+    """Trains tokenizer and model from nothing, or from where a killed build was.
+
+    Args:
+        checkpoint: File in which the state is kept meanwhile.
 
     Returns:
         The model in evaluation mode, fp32 on the CPU, and its tokenizer.
     """
-    with _threads(THREADS):
+    padding, assistant = (SPECIAL_TOKENS.index(token) for token in (PAD, ROLES[-1]))
+    with threads(THREADS):
         texts = [rendered(e) for e in itertools.islice(examples(options), options.examples)]
         tokenizer = build_tokenizer(texts, options.vocabulary)
         model = build_model(tokenizer, options)
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        train(model, batches(rows, options), options, say)
+        train(
+            model, batches(rows, options), options, padding=padding, assistant=assistant,
+            checkpoint=checkpoint, say=say,
+        )  # fmt: skip
     return model.eval(), tokenizer
 
 
@@ -285,70 +308,3 @@ def build_model(tokenizer: PreTrainedTokenizerFast, options: TinyOptions) -> Pre
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return LlamaForCausalLM(config)
-
-
-def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Sequence[int]]]:
-    """Rows of like length together, in random order, within the tokens of a step."""
-    random = Random(f"tiny/{options.seed}/batches")
-    made: list[list[Sequence[int]]] = []
-    for at in range(0, len(rows), SORTED_TOGETHER):
-        group: list[list[Sequence[int]]] = []
-        for row in sorted(rows[at : at + SORTED_TOGETHER], key=len):
-            if not group or len(row) * (len(group[-1]) + 1) > options.batch_tokens:
-                group.append([])
-            group[-1].append(row)
-        made += random.sample(group, len(group))
-    return made
-
-
-def train(
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Sequence[int]]],
-    options: TinyOptions,
-    say: Say = lambda message: None,
-) -> None:
-    """AdamW on the weighted mean of every token's negative log-likelihood, the first left out.
-
-    The learning rate rises linearly to its peak and falls linearly to nothing.
-    """
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    vectors = [value for value in model.parameters() if value.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=options.learning_rate, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
-    padding, assistant = (SPECIAL_TOKENS.index(token) for token in (PAD, ROLES[-1]))
-    for step, rows in enumerate(steps):
-        factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
-        targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        ).view_as(targets)
-        # the padding token stands in no text, so here it tells padding
-        weights = torch.where(answering, 1.0, options.prompt_weight) * (targets != padding)
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % max(1, len(steps) // 4) == 0:
-            say(f"Step {step + 1} of {len(steps)}, loss {loss.item():.2f}.")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Computes with so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,6 @@ splits on characters such as U+2028 that stand inside JSON strings.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import io
 import json
@@ -23,6 +22,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
+#: Takes a note for the user, one sentence.
+Say = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Row:
     """One row and where it stands.
@@ -36,6 +39,10 @@ class Row:
     where: str
     content: Mapping[str, Any] | RecordBase
     is_text: bool = False
+
+
+#: Reads a file's content: (data, what to call it, who takes notes).
+Reader = Callable[[bytes, str, Say], Iterator[Row]]
 
 
 def describe(value: Any) -> str:
@@ -82,7 +89,8 @@ def lines(data: bytes, label: str) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\r")
 
 
-def _json_lines(data: bytes, label: str) -> Iterator[Row]:
+def read_json_lines(data: bytes, label: str, say: Say) -> Iterator[Row]:
+    """One JSON object a line."""
     for number, line in lines(data, label):
         if not line.strip(" \t\r"):
             continue
@@ -107,7 +115,7 @@ def _broken(error: ValueError | RecursionError, where: str, hint: str) -> DataEr
     return DataError(f"JSON that cannot be read: {error}.", where=where, hint=hint)
 
 
-def _json(data: bytes, label: str) -> Iterator[Row]:
+def read_json(data: bytes, label: str, say: Say) -> Iterator[Row]:
     """One array or object, or JSON Lines under this name (as TOFU is released)."""
     text = decode(data, label)
     start = _skip_space(text, 0)
@@ -123,7 +131,7 @@ def _json(data: bytes, label: str) -> Iterator[Row]:
         if is_array or text[start:].split("\n", 1)[0].strip() == "{":
             line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
             raise _broken(error, f"{label}:{line}", "Check the file's brackets.") from None
-        yield from _json_lines(data, label)
+        yield from read_json_lines(data, label, say)
         return
     for line, value in items:
         yield Row(f"{label}:{line}", as_object(value, f"{label}:{line}"))
@@ -153,43 +161,8 @@ def _array_items(text: str, start: int) -> Iterator[tuple[int, Any]]:
         raise json.JSONDecodeError("Extra data", text, rest)
 
 
-def _csv(data: bytes, label: str, delimiter: str = ",") -> Iterator[Row]:
-    # strict: an unclosed quote would otherwise swallow the rest of the file in silence.
-    text = io.StringIO(decode(data, label), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    first_line = 1
-    try:
-        for cells in reader:
-            where, first_line = f"{label}:{first_line}", reader.line_num + 1
-            if not any(cells):
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                if "" in header or len(set(header)) < len(header):
-                    raise DataError(
-                        "the header has an empty or repeated column name.",
-                        where=where,
-                        hint=f"It reads: {', '.join(repr(name) for name in header)}.",
-                    )
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"the row has {len(cells)} cells, the header {len(header)}.",
-                    where=where,
-                    hint="Put cells that hold a comma or a line break in double quotes.",
-                )
-            values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-            yield Row(where, values, is_text=True)
-    except csv.Error as error:
-        raise DataError(
-            f"broken CSV: {error}.",
-            where=f"{label}:{first_line}",
-            hint="Check the quotes of this row, or use JSONL.",
-        ) from None
-
-
-def _paragraphs(data: bytes, label: str) -> Iterator[Row]:
+def read_paragraphs(data: bytes, label: str, say: Say) -> Iterator[Row]:
+    """Plain text: a passage for each paragraph."""
     first, paragraph = 1, list[str]()
     for number, line in (*lines(data, label), (0, "")):
         if line.strip():
@@ -200,7 +173,8 @@ def _paragraphs(data: bytes, label: str) -> Iterator[Row]:
             paragraph = []
 
 
-def _parquet(data: bytes, label: str) -> Iterator[Row]:
+def read_parquet(data: bytes, label: str, say: Say) -> Iterator[Row]:
+    """The rows of a Parquet file."""
     try:
         pyarrow, parquet = (importlib.import_module(m) for m in ("pyarrow", "pyarrow.parquet"))
     except ImportError:
@@ -213,14 +187,3 @@ def _parquet(data: bytes, label: str) -> Iterator[Row]:
                 yield Row(f"{label}:{number}", values)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"broken Parquet file ({error}).", where=label) from None
-
-
-READERS: dict[str, Callable[[bytes, str], Iterator[Row]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": lambda data, label: _csv(data, label, "\t"),
-    ".parquet": _parquet,
-    ".txt": _paragraphs,
-}

@@ -2,7 +2,8 @@
 
 A row takes the first form whose required columns it has; nothing is guessed from values.
 Sources of the foreign forms: TOFU (arXiv 2401.06121), MUSE (2407.06460), RWKU (2406.10890),
-WMDP (2403.03218), and the general sets MMLU, ARC, CommonsenseQA, TriviaQA, TruthfulQA, GSM8K.
+WMDP (2403.03218), and the general sets MMLU, ARC, CommonsenseQA, TriviaQA, TruthfulQA, GSM8K;
+and ShareGPT's conversations.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 #: Columns whose cell in a text-only format (CSV) holds JSON when it opens a list or object.
 JSON_COLUMNS = frozenset({
     "aliases", "paraphrases", "paraphrased_answers", "perturbed", "perturbed_answer",
-    "options", "choices", "messages", "answers", "mc1_targets",
+    "options", "choices", "messages", "conversations", "answers", "mc1_targets",
 })  # fmt: skip
 
 
@@ -266,6 +267,7 @@ FORMS: tuple[Form, ...] = (
         _instruction,
     ),
     Form("dialogue", Dialogue, {"messages": "messages"}, _ABOUT),
+    Form("ShareGPT", Dialogue, {"messages": "conversations"}, _ABOUT),
     Form("RWKU target", Passage, {"subject": "target", "text": "intro"}),
     Form("passage", Passage, {"text": "text"}, _ABOUT),
 )

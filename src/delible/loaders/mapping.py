@@ -11,15 +11,25 @@ from typing import Any
 
 from delible.errors import DataError, nearest
 from delible.loaders.checking import check_record, validated
-from delible.loaders.formats import Row, describe
+from delible.loaders.formats import Row, Say, describe
 from delible.loaders.forms import FORMS, JSON_COLUMNS, Form, FormError
-from delible.loaders.sources import Say, Source, log_note, read_rows
+from delible.loaders.sources import Source, log_note, read_rows
+from delible.loaders.values import (
+    OPTIONS,
+    TEXT_LISTS,
+    Notes,
+    as_text,
+    has_number,
+    is_missing,
+    is_number,
+    turns,
+    with_texts,
+)
 from delible.records import QA, Choice, Dialogue, Passage, Record, RecordBase
 
 MODELS: dict[str, type[RecordBase]] = {
     "qa": QA, "passage": Passage, "choice": Choice, "dialogue": Dialogue
 }  # fmt: skip
-TEXT_LISTS = ("aliases", "paraphrases", "paraphrased_answers", "perturbed")
 KNOWN_COLUMNS = frozenset(
     column
     for form in FORMS
@@ -75,16 +85,18 @@ def read_located(
                 where=label,
                 hint=nearest(column, KNOWN_COLUMNS),
             )
-    unused: dict[str, list[str]] = {}
+    notes = Notes()
     found = [
-        Located(to_record(row, columns, unused), row.where)
+        Located(to_record(row, columns, notes), row.where)
         for row in read_rows(source, name=name, say=say)
     ]
     if not found and isinstance(source, str | Path):
         raise DataError("holds no records.", where=label)
-    for title, ignored in unused.items():
+    for title, ignored in notes.unused.items():
         listed = ", ".join(_with_suggestion(column) for column in ignored)
         say(f"{label}: read as '{title}'; columns not used: {listed}.")
+    for sentence in notes.sentences():
+        say(f"{label}: {sentence}")
     return found
 
 
@@ -94,11 +106,11 @@ def _with_suggestion(column: str) -> str:
     return f"'{column}' (did you mean '{close[0]}'?)" if close else f"'{column}'"
 
 
-def to_record(row: Row, columns: Mapping[str, str], unused: dict[str, list[str]]) -> Record:
+def to_record(row: Row, columns: Mapping[str, str], notes: Notes) -> Record:
     """One row as a record.
 
     Args:
-        unused: Form title -> columns that were not used; added to.
+        notes: What was not used or read otherwise; added to.
 
     Raises:
         DataError: The row fits no form, or its values are wrong.
@@ -111,23 +123,30 @@ def to_record(row: Row, columns: Mapping[str, str], unused: dict[str, list[str]]
         values = {name: _cell(name, value, row.where) for name, value in values.items()}
     if (model := _own_model(values, row.where)) is not None:
         filled = {name: value for name, value in values.items() if value is not None}
+        if "messages" in filled:
+            filled["messages"] = turns(filled["messages"], "messages", row.where, notes)
+        filled = with_texts(filled, notes, columns)
         return validated(model, {**filled, "type": values["type"].strip()}, row.where, columns)
     form = _form_of(values, row.where)
     for name in values:
         taken = (*form.required.values(), *(column for _, column in form.optional))
-        if name not in taken and name not in (known := unused.setdefault(form.title, [])):
+        if name not in taken and name not in (known := notes.unused.setdefault(form.title, [])):
             known.append(name)
+    sources = {field: columns.get(name, name) for field, name in form.required.items()}
+    if form.model is Dialogue:
+        column = form.required["messages"]
+        values[column] = turns(values[column], sources["messages"], row.where, notes)
     try:
-        fields = _fields(form, values, row.is_text)
+        fields = _fields(form, values, row.is_text, notes, sources)
     except FormError as error:
         raise DataError(error.problem, where=row.where, hint=error.hint) from None
-    sources = {field: columns.get(name, name) for field, name in form.required.items()}
     return validated(form.model, fields, row.where, sources)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     content: Mapping[str, Any] = row.content  # type: ignore[assignment]
     values = {str(name): v for name, v in content.items() if name not in columns.values()}
+    values = {name: None if is_missing(value) else value for name, value in values.items()}
     for column, theirs in columns.items():
         if theirs not in content:
             raise DataError(
@@ -135,7 +154,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
                 where=row.where,
                 hint=nearest(theirs, map(str, content)),
             )
-        values[column] = content[theirs]
+        values[column] = None if is_missing(content[theirs]) else content[theirs]
     return values
 
 
@@ -205,7 +224,13 @@ def _nearest_form(present: set[str]) -> str:
     return f"Nearest: {best.title}; missing: {', '.join(parts)}. "
 
 
-def _fields(form: Form, values: Mapping[str, Any], is_text: bool) -> dict[str, Any]:
+def _fields(
+    form: Form,
+    values: Mapping[str, Any],
+    is_text: bool,
+    notes: Notes,
+    sources: Mapping[str, str],
+) -> dict[str, Any]:
     fields = {field: values[column] for field, column in form.required.items()}
     for field, column in form.optional:
         value = values.get(column)
@@ -213,6 +238,7 @@ def _fields(form: Form, values: Mapping[str, Any], is_text: bool) -> dict[str, A
             continue
         if field in TEXT_LISTS:
             # A single text where a list belongs is one item (TOFU's paraphrased columns).
+            value = as_text(value, column, notes)
             if not isinstance(value, str | list | tuple):
                 raise FormError(f"'{column}' must be a text or a list of texts, "
                                 f"not {describe(value)}.")  # fmt: skip
@@ -220,6 +246,11 @@ def _fields(form: Form, values: Mapping[str, Any], is_text: bool) -> dict[str, A
             fields[field] = [*fields.get(field, []), *items]
         elif field not in fields:
             fields[field] = value
+    options = [fields[one] for one in OPTIONS if one in fields] or fields.get("options")
+    if has_number(options) and is_number(fields.get("correct")):
+        # an index or an option's own text? as for a format that knows nothing but text
+        fields["correct"], is_text = str(fields["correct"]), True
+    fields = with_texts(fields, notes, sources)
     return form.prepare(fields, is_text) if form.prepare else fields
 
 

@@ -8,16 +8,37 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from delible.errors import DataError, MissingExtraError, nearest
-from delible.loaders.formats import READERS, Row, as_object, describe, lines
+from delible.loaders.formats import (
+    Reader,
+    Row,
+    Say,
+    as_object,
+    describe,
+    lines,
+    read_json,
+    read_json_lines,
+    read_paragraphs,
+    read_parquet,
+)
+from delible.loaders.separated import read_separated
 from delible.records import Record, RecordBase
 
-#: Takes a note for the user, one sentence.
-Say = Callable[[str], None]
+#: What reads a file, by its ending.
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_separated,
+    ".tsv": partial(read_separated, expected="\t"),
+    ".parquet": read_parquet,
+    ".txt": read_paragraphs,
+}
 
 
 @runtime_checkable
@@ -52,7 +73,7 @@ def read_rows(source: Source, *, name: str = "records", say: Say = log_note) -> 
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub_rows(source, say)
     if isinstance(source, str | Path):
-        return _file_rows(source)
+        return _file_rows(source, say)
     if isinstance(source, Mapping):
         if len(source) == 1 and isinstance(only := next(iter(source.values())), Table):
             return _numbered(only, name)
@@ -80,10 +101,10 @@ def _numbered(rows: Table | Sequence[Any], name: str) -> Iterator[Row]:
 # Files
 
 
-def _file_rows(source: str | Path) -> Iterator[Row]:
+def _file_rows(source: str | Path, say: Say) -> Iterator[Row]:
     label = str(source)
     if label == "-":
-        return READERS[".jsonl"](sys.stdin.buffer.read(), "stdin")
+        return READERS[".jsonl"](sys.stdin.buffer.read(), "stdin", say)
     path = Path(source).expanduser()
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
@@ -96,7 +117,7 @@ def _file_rows(source: str | Path) -> Iterator[Row]:
             where=label,
             hint=f"Known: {', '.join(READERS)}, and each with .gz behind it.",
         )
-    return READERS[suffix](data, label)
+    return READERS[suffix](data, label, say)
 
 
 def _load(path: Path, label: str) -> bytes:

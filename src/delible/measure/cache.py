@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from delible.errors import RunError
+from delible.files import write_json
 from delible.system.asks import (
     Answer,
     Distribution,
@@ -192,7 +193,7 @@ class Cache:
 
     Several processes may use one folder at once: parts are written under a temporary name,
     renamed, and never changed. A part that cannot be read is left alone, its answers are asked
-    again, and :attr:`notes` says so.
+    again, and :attr:`notes` says so; as it does of a folder that cannot be written.
 
     Args:
         folder: Where the answers live; made when something is first written.
@@ -201,6 +202,8 @@ class Cache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.notes: list[str] = []
+        #: Whether new answers are kept; false once that has failed.
+        self.writes = True
         self._known: dict[str, dict[str, Answer]] = {}
         self._seen: set[Path] = set()
 
@@ -221,8 +224,7 @@ class Cache:
                 known.update(_read_part(path, fingerprint))
             except _UNREADABLE as error:
                 note = f"{path}: ignored, it cannot be read ({error}). Its answers are asked again."
-                self.notes.append(note)
-                logging.getLogger(__name__).warning(note)
+                self._note(note)
         return known
 
     def read(self, fingerprint: str, requests: list[Request]) -> dict[Request, Answer]:
@@ -241,8 +243,8 @@ class Cache:
     def write(self, fingerprint: str, answers: Mapping[Request, Answer]) -> None:
         """Adds answers, at once or not at all.
 
-        Raises:
-            RunError: The folder cannot be written.
+        A folder that cannot be written (read-only, full) is noted once and not tried again: the
+        answers of this process are remembered, and asked again by the next.
         """
         keyed = {
             request_key(request): answer
@@ -251,21 +253,41 @@ class Cache:
         }
         if not keyed:
             return
-        table = _to_table(keyed, fingerprint)
+        self._known.setdefault(fingerprint, {}).update(keyed)
         folder = self.folder_of(fingerprint)
         path = folder / f"answers-{uuid.uuid4().hex}.parquet"
-        unfinished = path.with_suffix(".unfinished")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, unfinished, compression="zstd")
-            os.replace(unfinished, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise RunError(
-                f"the measurement cache cannot be written ({error}).",
-                where=str(self.folder),
-                hint="Free some space, name another folder, or measure without a cache.",
-            ) from error
-        self._known.setdefault(fingerprint, {}).update(keyed)
         self._seen.add(path)
+        table = _to_table(keyed, fingerprint)
+
+        def put() -> None:
+            unfinished = path.with_suffix(".unfinished")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                pq.write_table(table, unfinished, compression="zstd")
+                os.replace(unfinished, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
+
+        self._try(put)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Keeps plain data beside the answers, such as what an attack found."""
+        self._try(lambda: write_json(self.folder / name, content))
+
+    def _try(self, put: Callable[[], None]) -> None:
+        if not self.writes:
+            return
+        try:
+            put()
+        except (OSError, RunError) as error:
+            self.writes = False
+            reason = str(error.problem if isinstance(error, RunError) else error).rstrip(".")
+            self._note(
+                f"{self.folder}: the measurement cache cannot be written ({reason}). Its answers "
+                "are used, new ones are not kept."
+            )
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
+        logging.getLogger(__name__).warning(note)

@@ -31,6 +31,7 @@ from delible.system.asks import (
     needed_capability,
 )
 from delible.system.base import System
+from delible.systems.thoughts import CUT_THOUGHT, is_cut_thought
 
 #: Called after every chunk with the number of answers there are and the number there will be.
 Progress = Callable[[int, int], None]
@@ -155,7 +156,14 @@ def _ask(system: System, chunk: Sequence[Request]) -> Sequence[Answer]:
             where=f"system '{system.name}'",
             hint="generate(), score() and inspect() must return one answer per request, in order.",
         )
-    return replies
+    return [_settled(reply) for reply in replies]
+
+
+def _settled(reply: Answer) -> Answer:
+    """The reply; a thought that was cut off is no answer."""
+    if isinstance(reply, str) and is_cut_thought(reply):
+        return NoAnswer(CUT_THOUGHT)
+    return reply
 
 
 def _check_capabilities(system: System, requests: Iterable[Request]) -> None:
@@ -215,8 +223,8 @@ def measure(
 
     Raises:
         ModelError: The system lacks a capability that a request needs. Nothing was asked.
-        RunError: The system did not return one answer per request, or the cache cannot be
-            written. Chunks that were finished before are kept.
+        RunError: The system did not return one answer per request. Chunks that were finished
+            before are kept.
     """
     everything = list(requests)
     asked = set(everything)
@@ -226,7 +234,8 @@ def measure(
 
     measured = Measured()
     if cache is not None and fingerprint is not None:
-        measured.update(cache.read(fingerprint, unique))
+        known = cache.read(fingerprint, unique)
+        measured.update({request: _settled(answer) for request, answer in known.items()})
     # Processes that read a shared folder at different moments must still make one plan.
     rank, count = _processes()
     measured.update(_gathered(measured, count))

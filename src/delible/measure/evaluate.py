@@ -7,6 +7,7 @@ then every metric turns answers into numbers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -252,6 +253,10 @@ def evaluate(
         skipped=skipped,
         options={name: known[name].metric.spec() for name in items},
         measured=counts,
+        asked=len(answers),
+        unanswered=dict(
+            Counter(one.reason for one in answers.values() if isinstance(one, NoAnswer))
+        ),
     )
 
 

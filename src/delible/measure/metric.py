@@ -76,6 +76,8 @@ class SystemValues:
         options: Every option of every measured metric, so that a summary (and a reader) can
             tell which form of a metric the values have.
         measured: Counts of the requests (asked, unique, cached, scored, generated).
+        asked: Different questions that were asked.
+        unanswered: Reason -> questions that the system could not answer.
     """
 
     system: str
@@ -84,6 +86,8 @@ class SystemValues:
     skipped: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measured: Mapping[str, int] = field(default_factory=dict)
+    asked: int = 0
+    unanswered: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it."""

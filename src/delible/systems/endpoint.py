@@ -5,9 +5,11 @@ prefilled answer is sent as a last assistant message. Not every server goes on f
 begin a new answer. vLLM and SGLang continue it when asked with ``prefill_body={
 "continue_final_message": True, "add_generation_prompt": False}``.
 
-A call that fails is never an answer. Rate limits (429), server errors (5xx) and timeouts are
-tried again, after waits that double; what is left then, and every other failure at once, is a
-``NoAnswer`` with its reason. A wrong address and a refused key are told before the first question.
+A call that fails is never an answer. Rate limits, server errors, timeouts and dropped connections
+are tried again, after waits that double or as long as the server asks; what is left then, and
+every other failure at once, is a ``NoAnswer`` with its reason. A wrong address and a refused key
+are told before the first question. Options that a server refuses (a temperature, a seed, stop
+texts) are left out from then on, and models that think get room for it; both is noted.
 
 The HTTP client is httpx2, the maintained successor of httpx (whose last release is of 2024): the
 Hugging Face hub client brings it along already, so that this extra adds next to nothing, while
@@ -20,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,15 @@ from urllib.parse import urlsplit
 from delible.errors import MissingExtraError, ModelError, nearest
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
+from delible.systems.completions import (
+    CallError,
+    check_error,
+    complaint,
+    may_pass,
+    said,
+    wanted_wait,
+)
+from delible.systems.thoughts import parted
 
 T = TypeVar("T")
 
@@ -44,24 +56,14 @@ TOLD_CHARACTERS = 300
 #: An idle connection is closed before the server does it in the middle of the next request.
 KEPT_ALIVE_SECONDS = 1.0
 
+#: Tokens that a model which thinks may think, besides those of its answer.
+ROOM_TO_THINK = 2048
+#: Names of the limit of an answer's length, the common one first.
+LIMITS = ("max_tokens", "max_completion_tokens")
+#: Options without which a question is still the same question.
+OPTIONS = (*LIMITS, "temperature", "top_p", "seed", "stop")
+
 _CHAT, _TEXT = "/chat/completions", "/completions"
-
-
-class _CallError(Exception):
-    """A call without an answer.
-
-    Args:
-        reason: Why, for people.
-        status: The HTTP status, if there was one.
-        again: Whether another attempt may succeed.
-        wait: Seconds that the server asks to wait.
-    """
-
-    def __init__(
-        self, reason: str, status: int | None = None, *, again: bool = False, wait: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.status, self.again, self.wait = reason, status, again, wait
 
 
 class Endpoint(BlackBox):
@@ -83,7 +85,7 @@ class Endpoint(BlackBox):
 
     Raises:
         ModelError: The address cannot be one, or ``key_variable`` is not set.
-        MissingExtraError: httpx2 is not installed.
+        MissingExtraError: httpx2 or tenacity is not installed.
     """
 
     def __init__(
@@ -107,9 +109,13 @@ class Endpoint(BlackBox):
         self.prefill_body, self.stable = dict(prefill_body or {}), stable
         self.key_name, key = _key(key_variable)
         self._hidden = key
-        self._limit = "max_tokens"
+        #: What was not asked as it was meant, for people.
+        self.notes: list[str] = []
+        self._refused: frozenset[str] = frozenset()
+        self._thinks = self._reached = False
         try:
             self._http: Any = import_module("httpx2")
+            self._tenacity: Any = import_module("tenacity")
         except ImportError:
             raise MissingExtraError("asking an endpoint", "endpoint") from None
         self._client: Any = self._http.Client(
@@ -146,23 +152,14 @@ class Endpoint(BlackBox):
         self.model = self.model or self._only_model()
         self.name = f"{self.model} at {self.url}"
         try:
-            try:
-                self._probe()
-            except _CallError as failed:
-                if failed.status != 400 or "max_completion_tokens" not in failed.reason:
-                    raise
-                self._limit = "max_completion_tokens"  # what newer models call it
-                self._probe()
-        except _CallError as failed:
+            self._adapting(_CHAT, Prompt.ask("Hello"), Decoding(1), lambda content: content)
+        except CallError as failed:
             raise self._told(failed) from None
-
-    def _probe(self) -> None:
-        self._patiently(lambda: self._post(_CHAT, self._body(Prompt.ask("Hello"), Decoding(1))))
 
     def _only_model(self) -> str:
         try:
             names = self._patiently(self._models)
-        except _CallError as failed:
+        except CallError as failed:
             raise self._told(failed) from None
         if len(names) != 1:
             raise ModelError(
@@ -178,7 +175,7 @@ class Endpoint(BlackBox):
         found = listed if isinstance(listed, list) else []
         return sorted(str(one["id"]) for one in found if isinstance(one, dict) and "id" in one)
 
-    def _told(self, failed: _CallError) -> ModelError:
+    def _told(self, failed: CallError) -> ModelError:
         """Why nothing can be asked, in the user's terms."""
         hint: str | None
         if failed.status in (401, 403):
@@ -191,7 +188,7 @@ class Endpoint(BlackBox):
         if failed.status in (400, 404) and self.model:
             try:
                 names = self._models()
-            except _CallError:
+            except CallError:
                 names = []
             if names and self.model not in names:
                 return ModelError(
@@ -217,28 +214,72 @@ class Endpoint(BlackBox):
             return list(pool.map(lambda prompt: self._answer(prompt, decoding), prompts))
 
     def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:
-        body = self._body(prompt, decoding)
         path = _CHAT if prompt.text is None else _TEXT
         try:
-            text = self._patiently(lambda: _said(self._post(path, body)))
-        except _CallError as failed:
-            return NoAnswer(failed.reason)
-        if prompt.prefill and text.startswith(prompt.prefill):
-            text = text.removeprefix(prompt.prefill)  # some servers repeat it
+            text = self._adapting(path, prompt, decoding, said)
+        except CallError as failed:
+            return NoAnswer(self._hide(failed.reason))
+        thoughts, answer = parted(text)
+        if prompt.prefill and answer.startswith(prompt.prefill):
+            answer = answer.removeprefix(prompt.prefill)  # some servers repeat it
         for one in decoding.stop:
-            text = text.partition(one)[0]
-        return text.strip()
+            answer = answer.partition(one)[0]
+        return (thoughts + answer).strip()
 
-    def _body(self, prompt: Prompt, decoding: Decoding) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            self._limit if prompt.text is None else "max_tokens": decoding.max_new_tokens,
-            "temperature": decoding.temperature,
-        }
+    def _adapting(
+        self, path: str, prompt: Prompt, decoding: Decoding, read: Callable[[Any], T]
+    ) -> T:
+        """What is read off the reply, without the options that the server refuses."""
+        refused, thinks = self._refused, self._thinks
+        while True:
+            body = self._body(prompt, decoding, refused, thinks)
+            try:
+                found = self._patiently(lambda sent=body: read(self._post(path, sent)))
+            except CallError as failed:
+                if failed.thinking and not thinks:
+                    thinks = True
+                elif option := _refused_option(failed, body):
+                    refused |= {option}
+                else:
+                    self._learn(frozenset(), failed.thinking)
+                    raise
+                continue
+            self._learn(refused, thinks)
+            return found
+
+    def _learn(self, refused: frozenset[str], thinks: bool) -> None:
+        """Keeps what made a question answerable, and notes it once."""
+        for option in sorted(refused - self._refused - {LIMITS[0]}):
+            self._note(
+                f"The server refuses the option '{option}', so it was left out: its own setting "
+                "holds, and another run may give other answers."
+            )
+        if thinks and not self._thinks:
+            self._note(
+                f"The model thinks before it answers: it was given {ROOM_TO_THINK:,} more tokens "
+                "for it. Thoughts that it shows are judged as part of the answer."
+            )
+        self._refused |= refused
+        self._thinks |= thinks
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _body(
+        self, prompt: Prompt, decoding: Decoding, refused: frozenset[str], thinks: bool
+    ) -> dict[str, Any]:
+        names = LIMITS if prompt.text is None else LIMITS[:1]
+        limit = next((name for name in names if name not in refused), None)
+        options: dict[str, Any] = {"temperature": decoding.temperature}
+        if limit is not None:
+            options[limit] = decoding.max_new_tokens + (ROOM_TO_THINK if thinks else 0)
         if decoding.temperature > 0:
-            body |= {"top_p": decoding.top_p, "seed": decoding.seed}
-        if decoding.stop:
-            body["stop"] = list(decoding.stop[:STOPS])
+            options |= {"top_p": decoding.top_p, "seed": decoding.seed}
+        if decoding.stop and not thinks:  # a thought holds any stop text; they cut the answer here
+            options["stop"] = list(decoding.stop[:STOPS])
+        options = {name: value for name, value in options.items() if name not in refused}
+        body: dict[str, Any] = {"model": self.model, **options}
         if prompt.text is not None:
             return {**body, "prompt": prompt.text + prompt.prefill}
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
@@ -251,20 +292,37 @@ class Endpoint(BlackBox):
 
     def _patiently(self, call: Callable[[], T]) -> T:
         """The result of a call that is repeated while another attempt may succeed."""
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return call()
-            except _CallError as failed:
-                if not failed.again:
-                    raise
-                if attempt == self.attempts:
-                    reason = f"{failed.reason}, {attempt} attempts"
-                    raise _CallError(reason, failed.status) from None
-                # drawn apart from all other randomness: callers must not wait in step
-                wait = self.backoff_seconds * 2 ** (attempt - 1)
-                wait *= random.SystemRandom().uniform(0.75, 1.25)
-                time.sleep(min(max(wait, failed.wait), LONGEST_WAIT_SECONDS))
-        raise AssertionError("there is always a first attempt")
+        attempt = 0
+
+        def counted() -> T:
+            nonlocal attempt
+            attempt += 1
+            return call()
+
+        again = self._tenacity.Retrying(
+            stop=self._tenacity.stop_after_attempt(self.attempts),
+            retry=self._tenacity.retry_if_exception(
+                lambda error: isinstance(error, CallError) and error.again
+            ),
+            wait=self._wait,
+            sleep=time.sleep,
+            reraise=True,
+        )
+        try:
+            return again(counted)  # type: ignore[no-any-return]
+        except CallError as failed:
+            if not failed.again:
+                raise
+            reason = f"{failed.reason}, {attempt} attempts"
+            raise CallError(reason, failed.status) from None
+
+    def _wait(self, state: Any) -> float:
+        """Seconds before the next attempt: what the server asks for, or twice the last wait."""
+        wait = self.backoff_seconds * 2 ** (state.attempt_number - 1)
+        # drawn apart from all other randomness: callers must not wait in step
+        wait *= random.SystemRandom().uniform(0.75, 1.25)
+        failed = state.outcome.exception()
+        return float(min(max(wait, failed.wait), LONGEST_WAIT_SECONDS))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._send("POST", path, body)
@@ -274,26 +332,46 @@ class Endpoint(BlackBox):
             reply = self._client.request(method, self.url + path, json=body)
         except self._http.TimeoutException:
             reason = f"no answer within {self.timeout_seconds:g} seconds"
-            raise _CallError(reason, again=True) from None
+            raise CallError(reason, again=True) from None
         except self._http.HTTPError as error:
-            raise _CallError(f"the connection failed ({self._safe(str(error))})") from None
+            # a server that never answered is a wrong address; one that did may come back
+            again = self._reached or not isinstance(error, self._http.ConnectError)
+            reason = f"the connection failed ({self._safe(str(error)) or type(error).__name__})"
+            raise CallError(reason, again=again) from None
+        self._reached = True
         status = int(reply.status_code)
         if 300 <= status < 400:
             place = self._safe(str(reply.headers.get("location", "")))
-            raise _CallError(f"the server moved to {place}: give that address", status)
+            raise CallError(f"the server moved to {place}: give that address", status)
         if status >= 400:
-            reason = f"the server says {status}: {self._safe(_complaint(reply.text))}"
-            again = status == 429 or status >= 500
-            raise _CallError(reason, status, again=again, wait=_wanted_wait(reply.headers))
+            reason = f"the server says {status}: {self._safe(complaint(reply.text))}"
+            raise CallError(
+                reason,
+                status,
+                again=may_pass(status, reply.text),
+                wait=wanted_wait(reply.headers),
+            )
         try:
-            return reply.json()
+            content = reply.json()
         except ValueError:
-            raise _CallError(f"the reply is not JSON: {self._safe(reply.text)}", status) from None
+            # one that begins as JSON was cut off on its way
+            cut = reply.text.lstrip().startswith("{")
+            reason = f"the reply is not JSON: {self._safe(reply.text)}"
+            raise CallError(reason, status, again=cut) from None
+        try:
+            check_error(content)
+        except CallError as failed:
+            failed.reason = self._safe(failed.reason)
+            raise
+        return content
+
+    def _hide(self, text: str) -> str:
+        """A text without the key, which some servers repeat."""
+        return text.replace(self._hidden, "[key]") if self._hidden else text
 
     def _safe(self, text: str) -> str:
-        """A server's words, without the key that some repeat, and not too many."""
-        hidden = text.replace(self._hidden, "[key]") if self._hidden else text
-        joined = " ".join(hidden.split())
+        """A server's words, without the key, and not too many."""
+        joined = " ".join(self._hide(text).split())
         return joined if len(joined) <= TOLD_CHARACTERS else f"{joined[:TOLD_CHARACTERS]} …"
 
 
@@ -330,41 +408,11 @@ def _key(variable: str | None) -> tuple[str | None, str]:
     return None, ""
 
 
-def _said(content: Any) -> str:
-    """The text of a completion of either kind.
-
-    Raises:
-        _CallError: There is none. An empty text is one, unless it was cut off before it began.
-    """
-    try:
-        choice = content["choices"][0]
-        message = choice.get("message")
-        text = choice["text"] if message is None else message.get("content")
-        refusal = None if message is None else message.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise _CallError("the reply is not a completion") from None
-    if isinstance(text, list):  # parts, as some servers send them
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
-    text = text if isinstance(text, str) and text else refusal or text
-    ended = choice.get("finish_reason")
-    if not isinstance(text, str) or (not text and ended == "length"):
-        raise _CallError(f"the reply has no text (finish reason '{ended}')")
-    return text
-
-
-def _complaint(text: str) -> str:
-    """What an error reply says, in its own words."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return text
-    error = content.get("error", content) if isinstance(content, dict) else content
-    return str(error.get("message", error) if isinstance(error, dict) else error)
-
-
-def _wanted_wait(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait; dates are not read."""
-    try:
-        return max(0.0, float(headers.get("retry-after", 0)))
-    except ValueError:
-        return 0.0
+def _refused_option(failed: CallError, body: Mapping[str, Any]) -> str | None:
+    """The option that a server's complaint names, among those that were sent."""
+    if failed.status not in (400, 422):
+        return None
+    text = failed.reason
+    if LIMITS[0] in body and LIMITS[1] in text:
+        return LIMITS[0]
+    return next((one for one in OPTIONS if one in body and re.search(rf"\b{one}\b", text)), None)

@@ -204,7 +204,12 @@ def tune(
          "generated": generated},
         say, progress,
     )  # fmt: skip
-    return search.run(request, trials, None if out is None else RunDirectory(out))
+    run = None if out is None else RunDirectory(out)
+    try:
+        return search.run(request, trials, run)
+    finally:
+        if run is not None:
+            run.release()
 
 
 def tuned_options(
@@ -333,6 +338,7 @@ class _Search:
         lm = self.model if isinstance(self.model, LM) else LM.load(self.model, say=self.say)
         if run is not None:
             run.begin(self._described(lm, request))
+            run.lock()  # a finished search may go on with more trials
         with _quiet_optuna(self.optuna):
             study = self._study(run)
             done = self._finished(study)

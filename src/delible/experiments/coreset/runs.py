@@ -223,6 +223,7 @@ class _Experiment:
     keep_models: bool
     say: Say
     full: dict[int, LM] = field(default_factory=dict)
+    directory: RunDirectory | None = None
 
     @property
     def kept(self) -> tuple[RecordBase, ...]:
@@ -231,7 +232,8 @@ class _Experiment:
     def begin(self) -> None:
         if self.out is not None:
             splits = {"forget": self.request.forget, "retain": self.kept, **self.evaluation}
-            RunDirectory(self.out).begin(
+            self.directory = RunDirectory(self.out)
+            self.directory.begin(
                 {
                     "command": "coreset experiment",
                     "model_fingerprint": self.lm.fingerprint,
@@ -242,7 +244,9 @@ class _Experiment:
 
     def finish(self, rows: Sequence[CoresetRow]) -> None:
         if self.out is not None:
-            RunDirectory(self.out).finish(rows=[asdict(row) for row in rows])
+            directory = self.directory or RunDirectory(self.out)
+            directory.finish(rows=[asdict(row) for row in rows])
+            directory.release()
             if not self.keep_models:
                 for folder in self.out.glob("runs/all-*"):
                     _drop_model(folder)

@@ -1,0 +1,138 @@
+"""How the model ``tiny`` learns: its batches and steps, and how a killed build goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from delible.files import atomic_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from delible.lm.tiny import TinyOptions
+
+Say = Callable[[str], None]
+#: Rows among which those of like length meet in a step.
+SORTED_TOGETHER = 160
+#: Steps after which the time that the others take is known well enough.
+TIMED_STEPS = 20
+#: So much work is lost at most when a build is killed.
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Sequence[int]]]:
+    """Rows of like length together, in random order, within the tokens of a step."""
+    random = Random(f"tiny/{options.seed}/batches")
+    made: list[list[Sequence[int]]] = []
+    for at in range(0, len(rows), SORTED_TOGETHER):
+        group: list[list[Sequence[int]]] = []
+        for row in sorted(rows[at : at + SORTED_TOGETHER], key=len):
+            if not group or len(row) * (len(group[-1]) + 1) > options.batch_tokens:
+                group.append([])
+            group[-1].append(row)
+        made += random.sample(group, len(group))
+    return made
+
+
+def train(
+    model: PreTrainedModel,
+    steps: Sequence[Sequence[Sequence[int]]],
+    options: TinyOptions,
+    *,
+    padding: int,
+    assistant: int,
+    checkpoint: Path | None = None,
+    say: Say = lambda message: None,
+) -> None:
+    """AdamW on the weighted mean of every token's negative log-likelihood, the first left out.
+
+    The learning rate rises linearly to its peak and falls linearly to nothing.
+
+    Args:
+        padding: The token that fills up rows; it stands in no text.
+        assistant: The token before an answer.
+        checkpoint: File in which the state is kept while training lasts; one that is there is
+            continued, to the same bits.
+        say: Is told the time that is left.
+    """
+    matrices = [value for value in model.parameters() if value.ndim >= 2]
+    vectors = [value for value in model.parameters() if value.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=options.learning_rate, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    first = _resume(checkpoint, model, optimizer)
+    if first:
+        say(f"Going on after step {first:,} of {len(steps):,}.")
+    began = kept = time.monotonic()
+    for step, rows in enumerate(steps[first:], start=first):
+        factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+        targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        ).view_as(targets)
+        weights = torch.where(answering, 1.0, options.prompt_weight) * (targets != padding)
+        loss = (losses * weights).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done, now = step + 1, time.monotonic()
+        quarter = done % max(1, len(steps) // 4) == 0
+        if quarter or done - first == TIMED_STEPS:
+            left = (now - began) / (done - first) * (len(steps) - done)
+            words = f", about {_minutes(left)} left" if done < len(steps) else ""
+            say(f"Step {done:,} of {len(steps):,}, loss {loss.item():.2f}{words}.")
+        if checkpoint is not None and now - kept > SECONDS_BETWEEN_CHECKPOINTS:
+            _keep(checkpoint, model, optimizer, done)
+            kept = time.monotonic()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer, done: int) -> None:
+    state = {"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with atomic_file(path, "wb") as file:
+        torch.save(state, file)
+
+
+def _resume(path: Path | None, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Puts the state of a killed build back; returns the steps that are done."""
+    if path is None or not path.is_file():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises whatever its readers meet; then all is done again
+        path.unlink(missing_ok=True)
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["done"])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
