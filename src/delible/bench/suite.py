@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from delible.component import Component
 from delible.errors import DataError, DelibleError
 from delible.files import read_json, write_json
+from delible.loaders.formats import Say
 from delible.loaders.mapping import read_records
-from delible.loaders.sources import READERS, Say, log_note, read_rows
+from delible.loaders.sources import READERS, log_note, read_rows
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, Record, RecordBase
 from delible.rundir import identity

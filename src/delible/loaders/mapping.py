@@ -11,9 +11,9 @@ from typing import Any
 
 from delible.errors import DataError, nearest
 from delible.loaders.checking import check_record, validated
-from delible.loaders.formats import Row, describe
+from delible.loaders.formats import Row, Say, describe
 from delible.loaders.forms import FORMS, JSON_COLUMNS, Form, FormError
-from delible.loaders.sources import Say, Source, log_note, read_rows
+from delible.loaders.sources import Source, log_note, read_rows
 from delible.loaders.values import (
     OPTIONS,
     TEXT_LISTS,

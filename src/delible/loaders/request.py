@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 
 from delible.errors import DataError
+from delible.loaders.formats import Say
 from delible.loaders.forms import fold
 from delible.loaders.mapping import Located, places, read_located
-from delible.loaders.sources import Say, Source, log_note
+from delible.loaders.sources import Source, log_note
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, Record
 
 
