@@ -17,8 +17,9 @@ RUN = {"command": "test", "seed": 0}
 #: Begins the run, says so, and stays until it is killed.
 HOLDER = """
 import sys, time
-from delible.rundir import RunDirectory
-run = RunDirectory(sys.argv[1])
+from delible import rundir
+rundir.hardware = dict
+run = rundir.RunDirectory(sys.argv[1])
 run.begin({"command": "test", "seed": 0})
 run.event("step", number=1)
 print("begun", flush=True)
@@ -85,6 +86,29 @@ def test_the_same_process_may_start_again_what_failed(tmp_path: Path) -> None:
     again.finish()
     again.release()
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_the_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.begin(RUN)
+    run.finish()
+    run.release()
+    before = sorted(file.name for file in run.path.iterdir())
+    with pytest.raises(RunError, match=r"another run \(different: seed\)"):
+        RunDirectory(run.path).begin({**RUN, "seed": 1})
+    assert sorted(file.name for file in run.path.iterdir()) == before
+
+
+def test_whoever_writes_into_a_finished_run_clears_it_too(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.begin(RUN)
+    run.finish()
+    run.release()
+    left = run.path / ".metrics.json.abc.unfinished"
+    left.touch()
+    with RunDirectory(run.path).locked():
+        assert not left.exists()
+    assert not (run.path / LOCK).exists()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:

@@ -74,10 +74,9 @@ def remove(folder: Path) -> None:
 def _unsealed(folder: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        return "a file is missing"
-    for path in weights:
+    if not _files(folder):
+        return "it holds no files"
+    for path in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy"):  # reads the header, and compares the length
                 pass

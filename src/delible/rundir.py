@@ -90,25 +90,10 @@ class RunDirectory:
         if self._is_done(run):
             return True
         self.lock()
-        found = self.manifest  # as it is now that nobody else writes it
-        mine = identity(run)
-        if found:
-            if found.get("identity") != mine:
-                changed = sorted(
-                    key
-                    for key in {*run, *found.get("run", {})}
-                    if json.dumps(run.get(key), sort_keys=True, default=str)
-                    != json.dumps(found.get("run", {}).get(key), sort_keys=True, default=str)
-                )
-                raise RunError(
-                    f"this folder holds another run (different: {', '.join(changed)}).",
-                    where=str(self.path),
-                    hint="Choose another --out folder, or delete this one.",
-                )
-            if found.get("status") == "done":
-                return True
-        if self.writes:
-            clear_unfinished(self.path)
+        if self._is_done(run):  # by a process that has ended just now
+            self.release()
+            return True
+        found, mine = self.manifest, identity(run)
         manifest = {
             "identity": mine,
             "status": "running",
@@ -125,9 +110,25 @@ class RunDirectory:
         return False
 
     def _is_done(self, run: Mapping[str, Any]) -> bool:
-        """Whether the folder holds this run, finished; nothing needs to be written then."""
+        """Whether the folder holds this run, finished; nothing needs to be written then.
+
+        Raises:
+            RunError: It holds another run.
+        """
         found = self.manifest
-        return found.get("status") == "done" and found.get("identity") == identity(run)
+        if found and found.get("identity") != identity(run):
+            changed = sorted(
+                key
+                for key in {*run, *found.get("run", {})}
+                if json.dumps(run.get(key), sort_keys=True, default=str)
+                != json.dumps(found.get("run", {}).get(key), sort_keys=True, default=str)
+            )
+            raise RunError(
+                f"this folder holds another run (different: {', '.join(changed)}).",
+                where=str(self.path),
+                hint="Choose another --out folder, or delete this one.",
+            )
+        return found.get("status") == "done"
 
     def lock(self) -> None:
         """Becomes the folder's only writer, until :meth:`release` or the end of the process.
@@ -151,6 +152,8 @@ class RunDirectory:
             with explain_disk(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
+                if lock.lock_counter == 1:
+                    clear_unfinished(self.path)
         except Timeout:
             raise RunError(
                 "another process is writing this run.",

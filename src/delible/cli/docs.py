@@ -44,7 +44,8 @@ def command_line() -> str:
     parts = [
         NOTE,
         "# The command line\n",
-        "Exit codes: 0 done, 1 a requested threshold failed, 2 bad input, 70 a bug of delible, "
+        "Exit codes: 0 done, 1 a requested threshold failed, 2 bad input "
+        "or nothing to work with (an audit without a single answer), 70 a bug of delible, "
         "130 interrupted. `--debug` with any command shows the traceback of an error.\n",
         _block("delible", []),
     ]

@@ -142,8 +142,9 @@ def _content(value: Any, name: str, where: str, notes: Notes) -> Any:
     """A turn's text; its parts joined, if they all are texts."""
     if not isinstance(value, list | tuple):
         return as_text(value, name, notes)
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
-    for part, text in zip(value, texts, strict=True):
+    texts = list[str]()
+    for part in value:
+        text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
             raise DataError(
@@ -151,4 +152,5 @@ def _content(value: Any, name: str, where: str, notes: Notes) -> Any:
                 where=where,
                 hint="Keep the conversations that are texts.",
             )
-    return "".join(str(text) for text in texts)
+        texts.append(text)
+    return "".join(texts)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -38,6 +39,8 @@ from delible.system.asks import (
     TokenScores,
 )
 
+#: Several processes write at once, so only what is older than any of them is cleared away.
+ABANDONED_SECONDS = 24 * 3600.0
 _FINGERPRINT = b"delible.fingerprint"
 _SCHEMA = pa.schema(
     [
@@ -263,6 +266,7 @@ class Cache:
             unfinished = path.with_suffix(".unfinished")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                self._clear_old(folder)
                 pq.write_table(table, unfinished, compression="zstd")
                 os.replace(unfinished, path)
             finally:
@@ -274,6 +278,13 @@ class Cache:
     def write_json(self, name: str, content: Any) -> None:
         """Keeps plain data beside the answers, such as what an attack found."""
         self._try(lambda: write_json(self.folder / name, content))
+
+    def _clear_old(self, folder: Path) -> None:
+        """Removes what processes that were killed long ago left half-written."""
+        for left in folder.glob("*.unfinished"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    left.unlink()
 
     def _try(self, put: Callable[[], None]) -> None:
         if not self.writes:

@@ -26,6 +26,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -234,7 +235,7 @@ class Endpoint(BlackBox):
         while True:
             body = self._body(prompt, decoding, refused, thinks)
             try:
-                found = self._patiently(lambda sent=body: read(self._post(path, sent)))
+                found = self._patiently(partial(self._read, path, body, read))
             except CallError as failed:
                 if failed.thinking and not thinks:
                     thinks = True
@@ -246,6 +247,9 @@ class Endpoint(BlackBox):
                 continue
             self._learn(refused, thinks)
             return found
+
+    def _read(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        return read(self._post(path, body))
 
     def _learn(self, refused: frozenset[str], thinks: bool) -> None:
         """Keeps what made a question answerable, and notes it once."""
