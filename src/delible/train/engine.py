@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from accelerate import Accelerator
 
 from delible.errors import RecipeError, RunError
 from delible.files import write_json
@@ -32,6 +31,7 @@ from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Loop
 from delible.train.plan import Plan, make_plan
+from delible.train.processes import open_processes
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
@@ -167,7 +167,7 @@ class Trainer:
     def _train(self) -> TrainResult:
         began = time.perf_counter()
         training = self.recipe.training
-        accelerator = Accelerator()
+        accelerator = open_processes()
         accelerator.wait_for_everyone()  # the first process has written the manifest
         self.lm.precision = resolve(training.precision, self.lm.device.type)
         if self.recipe.finish.needs_start and self.start is None:
