@@ -165,6 +165,10 @@ class Placement:
 class Place(Component):
     """Which parameters move."""
 
+    def moving_blocks(self, lm: LM) -> Sequence[int] | None:
+        """Blocks that alone may move, where the options say so; None: it shows in :meth:`apply`."""
+        return None
+
     def apply(self, context: Context) -> Placement:
         """Freezes and unfreezes parameters (or adds an adapter) and says what moves."""
         raise NotImplementedError
@@ -197,6 +201,10 @@ class Loss(Component):
 
 class Objective(Loss):
     """The forget loss."""
+
+    def concerns(self, row: Row) -> bool:
+        """Whether the loss says anything about a row of its first role."""
+        return True
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         """Sum over each forget row's units, to be minimised."""
@@ -275,6 +283,13 @@ class Finish(Component):
 
     #: Whether it calls ``context.start``.
     needs_start: ClassVar[bool] = False
+
+    def check(self, total: int) -> None:
+        """Before the first of ``total`` steps: refuses a run that it cannot finish.
+
+        Raises:
+            RecipeError: Says what to change.
+        """
 
     def observe(
         self, step: int, total: int, parameters: Sequence[torch.nn.Parameter], memory: Memory
