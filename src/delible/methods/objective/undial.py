@@ -31,7 +31,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.slots import Objective
-from delible.train.step import Step, Unit
+from delible.train.step import Row, Step, Unit
 
 
 def adjusted_target(
@@ -99,6 +99,9 @@ class UNDIAL(Objective):
 
     unit: ClassVar[Unit] = "answer_token"
     reference: ClassVar[tuple[str, ...]] = ("answers",)
+
+    def concerns(self, row: Row) -> bool:
+        return self.focus == "all" or any(row.names)
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         def distil(
