@@ -25,6 +25,7 @@ from delible.train.engine import Progress, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
 from delible.train.plan import make_plan
+from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml
 
 Say = Callable[[str], None]
@@ -195,6 +196,7 @@ def unlearn(
         _require_forget(request, chosen)
         request = _with_retain(lm, request, chosen, say)
         check_needs(chosen, {"forget": request.forget, "retain": _retained(request)}, made)
+        check_reach(chosen, lm)
     writer = open_writer(generator, lm, say) if isinstance(chosen, Recipe) else None
     run = RunDirectory(out) if out is not None else None
     described = _described(lm, request, chosen, seed, reference, refusals, writer, made)
@@ -255,11 +257,13 @@ def plan_of(
         request = request.model_copy(update={"retain": request.forget[:1]})
     records = {"forget": request.forget, "retain": _retained(request)}
     check_needs(chosen, records)
+    check_reach(chosen, lm)
     trainer = Trainer(lm, chosen, records, seed=seed, say=say)
     context = trainer.rows()
     placement = chosen.place.apply(context)
     forget = context.rows["forget"]
     plan = make_plan(chosen, forget, context.rows["retain"], seed)
+    chosen.finish.check(len(plan.steps))
     budget = trainer.token_budget()
     return chosen.spec(), estimate(
         lm, chosen, plan, placement, forget, context.rows["retain"], budget
@@ -372,7 +376,6 @@ def _train(
         "padding_share": round(trained.padding_share, 4),
         "precision": lm.precision,
         "merged_boundaries": lm.template.merged_boundaries,
-        "truncated_rows": lm.template.truncated,
     }
     return UnlearnResult(
         trained.lm, run.path if run else None, [], trained.history, trained.stopped, notes

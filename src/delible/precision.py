@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
@@ -46,6 +47,12 @@ def computing_in(precision: Resolved, device_type: str) -> AbstractContextManage
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device_type, dtype=torch.bfloat16)
+
+
+def short_types(parameters: Iterable[torch.Tensor]) -> list[str]:
+    """Names of the weights' types that are shorter than fp32: small updates round away in them."""
+    short = {one.dtype for one in parameters} & {torch.bfloat16, torch.float16}
+    return sorted(str(one).removeprefix("torch.") for one in short)
 
 
 def matmul_rate(precision: Resolved, device_type: str = "cpu") -> float:

@@ -21,6 +21,7 @@ from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
 from delible.records import QA
+from delible.system.asks import Prompt, Score, TokenScores
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
@@ -183,6 +184,35 @@ def test_an_adapter_is_merged_before_rounding() -> None:
     )  # fmt: skip
     assert all(torch.equal(value, before[n]) for n, value in lm.model.named_parameters())
     assert context.notes["collision_rate"] < 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_attacked_model_has_and_computes_in_full_precision(stored: torch.dtype) -> None:
+    """Whatever the given one computes in: bf16 would round the grid's points once more."""
+    lm = make_lm()
+    lm.model.to(stored)
+    lm.precision = "bfloat16"
+    attacked = Quantize(bits=8, group=64).apply(lm, make_context(make_lm()))
+    assert (lm.precision, lm.model.dtype) == ("bfloat16", stored)
+    assert attacked.precision == "float32"
+    assert {value.dtype for value in weights_of(attacked).values()} == {torch.float32}
+    name = lm.anatomy.parameter_names(1, "mlp_out")[0]
+    expected = [by_hand(row, 8, 64) for row in lm.core.get_parameter(name).double().tolist()]
+    found = attacked.core.get_parameter(name).detach().double()
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9
+    )
+    # its answers are those of a float64 computation, far closer than bf16 could come
+    asked = Score(Prompt.ask("Who?"), "Nobody at all.")
+    (score,) = attacked.score([asked])
+    row = attacked.template.encode(asked.prompt, asked.answer)
+    with torch.no_grad():
+        exact = attacked.copy().model.double()(torch.tensor([row.ids])).logits[0].log_softmax(1)
+    wanted = exact[
+        torch.arange(row.start - 1, len(row.ids) - 1), torch.tensor(row.ids[row.start :])
+    ]
+    assert isinstance(score, TokenScores)
+    torch.testing.assert_close(torch.tensor(score.logprobs).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- against the original

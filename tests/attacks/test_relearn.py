@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from delible.attacks.relearn import Relearn, fact_groups, split_by_fact
+from delible.audit.run import audit
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
-from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
+from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
 from delible.system.asks import Score
 from delible.system.questions import answer_of, ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
@@ -96,6 +103,81 @@ def test_what_one_fact_is() -> None:
                            Message(role="assistant", content="white."))),
     ]  # fmt: skip
     assert fact_groups(rows) == [[0, 1, 2], [3, 5, 6], [4], [7, 8, 9], [10], [11, 12, 13]]
+
+
+def test_what_paraphrases_join() -> None:
+    rows: list[RecordBase] = [
+        QA(question="Where was Ada born?", answer="In Norrby.",
+           paraphrases=("What is Ada's birthplace?",)),
+        QA(question="what is ada's birthplace", answer="She was born there: Norrby."),
+        QA(question="Who bakes?", answer="Ada does.", paraphrases=("Name the baker!",)),
+        QA(question="Who makes the bread?", answer="Ada.", paraphrases=("Name the baker.",)),
+        QA(question="Ben's work?", answer="He is a smith.", subject="Ben",
+           paraphrased_answers=("Ben works as a smith.",)),
+        QA(question="How does Ben earn money?", answer="Ben works as a smith", subject="Ben"),
+        QA(question="How does Cy earn money?", answer="Ben works as a smith", subject="Cy"),
+        Dialogue(messages=(Message(role="system", content="Be brief."),
+                           Message(role="user", content="Who bakes"),
+                           Message(role="assistant", content="Somebody."))),
+        Dialogue(messages=(Message(role="user", content="Cakes?"),
+                           Message(role="assistant", content="Yes."),
+                           Message(role="user", content="Who bakes?"),
+                           Message(role="assistant", content="Nobody."))),
+        QA(question="É?!", answer="1"),
+        QA(question="?", answer="2"),
+        QA(question="!", answer="3"),
+    ]  # fmt: skip
+    assert fact_groups(rows) == [[0, 1], [2, 3, 7], [4, 5], [6], [8], [9], [10], [11]]
+
+
+def _same_words(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+SENTENCES = st.sampled_from([f"{noun} {verb}" for noun in ("tea", "a cup") for verb in "xyz"])
+WRITTEN = st.builds(
+    lambda text, end, loud: f"  {text.upper() if loud else text}{end}",
+    SENTENCES, st.sampled_from(["", ".", "?!", " …"]), st.booleans(),
+)  # fmt: skip
+SEVERAL = st.lists(WRITTEN, max_size=2).map(tuple)
+ROWS = st.lists(
+    st.builds(
+        QA, question=WRITTEN, answer=WRITTEN, paraphrases=SEVERAL, aliases=SEVERAL,
+        paraphrased_answers=SEVERAL, subject=st.sampled_from([None, "Ada", "Ben"]),
+    ),
+    min_size=2, max_size=6,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, share=st.floats(0.1, 0.9), seed=st.integers(0, 5))
+def test_nothing_that_was_trained_on_is_held_out_in_other_words(
+    rows: list[QA], share: float, seed: int
+) -> None:
+    try:
+        sides = split_by_fact(list(rows), share, seed)
+    except DataError:  # all of one fact
+        return
+    assert sorted(row.digest for side in sides for row in side) == sorted(r.digest for r in rows)
+    asked, said = [], []
+    for side in sides:
+        assert side
+        mine = [row for row in side if isinstance(row, QA)]
+        asked.append({_same_words(t) for row in mine for t in (row.question, *row.paraphrases)})
+        said.append(
+            {
+                (row.subject, _same_words(text))
+                for row in mine
+                for text in (row.answer, *row.aliases, *row.paraphrased_answers)
+            }
+        )
+    assert not asked[0] & asked[1]
+    assert not said[0] & said[1]
+
+
+def test_rows_are_joined_only_by_what_they_share() -> None:
+    for one, other in combinations(FORGET, 2):
+        assert fact_groups([one, other]) == [[0], [1]]
 
 
 def test_one_fact_cannot_be_split() -> None:
@@ -192,3 +274,35 @@ def test_steps_rates_and_variants() -> None:
         "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
         "full, unrelated rows, 10 steps",
     ]  # fmt: skip
+
+
+# ---- in an audit
+
+
+def test_an_audit_measures_the_rows_that_were_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path))
+    lm = make_lm()
+    options = {"steps": 20, "observe_steps": 20, "learning_rate": 1e-2, "batch_size": 4}
+    found = audit(
+        lm, ForgetRequest(forget=tuple(FORGET)), seed=3, metrics=["answer_probability"],
+        leaks=["answer_probability"],
+        attacks=[{"name": "relearn", "rows": "forget", "adapter": "full", **options}],
+    )  # fmt: skip
+    (measured,) = [
+        one
+        for one in found.measurements
+        if (one.attack, one.split, one.metric) == ("relearn", "forget", "answer_probability")
+    ]
+    attack, context = Relearn(**options), make_context(seed=3)  # type: ignore[arg-type]
+    attacked = attack.apply(lm, context)
+
+    def probability(records: Sequence[RecordBase]) -> float:
+        return sum(math.exp(-loss(attacked, [record])) for record in records) / len(records)
+
+    trained, held_out = attack.trained_on(context), attack.held_out(context)
+    assert not {record.digest for record in trained} & {record.digest for record in held_out}
+    assert measured.n == len(held_out) == len(FORGET) - len(trained)
+    assert measured.value == pytest.approx(probability(held_out), rel=1e-3)
+    assert probability(trained) > probability(held_out) + 0.2  # so the test tells them apart

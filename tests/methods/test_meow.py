@@ -277,10 +277,27 @@ def test_it_is_ordinary_fine_tuning_on_the_alternates() -> None:
 
 
 def test_its_mean_is_the_usual_cross_entropy() -> None:
-    # torch.nn.functional.cross_entropy of these logits and labels in float64
-    sums = by_hand.fixed_sums(0.7, by_hand.WINNERS)
-    count = sum(label != -100 for row in by_hand.WINNERS for label in row)
-    assert float(-sums.sum() / count) == pytest.approx(3.3046945119218334, rel=1e-12)
+    lm, loss = by_hand.tiny_lm(0.05), MEOW()
+    rows = alternates(lm)["alternate"]
+    logits, labels = [], []
+    for row in rows:
+        mine, targets = by_hand.answer_logits(lm, row)
+        logits += mine
+        labels += targets
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
+    )
+    passes = by_hand.passes_of(lm, Finetune(), None, by_hand.Reference())
+    micro = replace(
+        passes.micro_batches[0], forget={"alternate": rows}, forget_weights=[1.0] * len(rows)
+    )
+    units = sum(row.units(loss.unit) for row in rows)
+    passes = replace(
+        passes, objective=loss, reads={"alternate": loss.reads(lm)}, micro_batches=[micro],
+        forget_units=units, units=None,
+    )  # fmt: skip
+    passes.forget()
+    assert passes.totals.forget == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_divergence_variant_adds_kl_from_the_start() -> None:

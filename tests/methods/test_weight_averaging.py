@@ -45,15 +45,36 @@ def train(lm: LM, finish: dict[str, Any], place: Any = "all", **options: Any) ->
     ("start", "every", "total", "expected"),
     [
         (0.8, 5, 125, [100, 105, 110, 115, 120, 125]),  # the released code's steps
-        (0.5, 2, 10, [5, 7, 9]),
-        (0.0, 3, 7, [1, 4, 7]),
-        (0.8, 5, 3, [3]),
+        (0.5, 2, 20, [10, 12, 14, 16, 18, 20]),
+        (0.0, 3, 15, [1, 4, 7, 10, 13]),
         (0.55, 1, 20, [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]),
+        # in short runs steps lie closer together, and begin earlier, until there are five
+        (0.8, 5, 60, [48, 51, 54, 57, 60]),
+        (0.8, 5, 30, [24, 25, 26, 27, 28, 29, 30]),
+        (0.8, 5, 10, [6, 7, 8, 9, 10]),
+        (0.99, 100, 5, [1, 2, 3, 4, 5]),
     ],
 )
 def test_which_steps_count(start: float, every: int, total: int, expected: list[int]) -> None:
-    finish = WeightAveraging(start=start, every=every)
-    assert [step for step in range(1, total + 1) if finish.counts(step, total)] == expected
+    assert list(WeightAveraging(start=start, every=every).steps(total)) == expected
+
+
+@pytest.mark.parametrize("total", range(5, 200))
+def test_there_are_always_enough_points_inside_the_run(total: int) -> None:
+    for start, every, points in ((0.8, 5, 5), (0.0, 1000, 3), (0.95, 2, 5)):
+        steps = WeightAveraging(start=start, every=every, points=points).steps(total)
+        assert len(steps) >= points
+        assert min(steps) >= 1
+        assert max(steps) <= total
+
+
+def test_a_run_that_is_too_short_is_refused_before_its_first_step() -> None:
+    seen: list[int] = []
+    with pytest.raises(RecipeError, match="has 4 steps"):
+        train(by_hand.tiny_lm(), {}, training={"epochs": 4}, progress=lambda *_: seen.append(1))
+    assert not seen
+    result = train(by_hand.tiny_lm(), {"points": 2}, training={"epochs": 4})
+    assert result.notes["weight_averaging"] == {"points": 2}
 
 
 def test_the_mean_of_known_points() -> None:
@@ -72,15 +93,33 @@ def test_the_mean_of_known_points() -> None:
 def test_a_run_ends_at_the_mean_of_its_late_weights() -> None:
     plain, averaged = by_hand.tiny_lm(), by_hand.tiny_lm()
     seen: list[list[Tensor]] = []
-    result = train(averaged, {"start": 0.5, "every": 2},
+    result = train(averaged, {"start": 0.5, "every": 2, "points": 3},
                    progress=lambda *_: seen.append(weights(averaged)))  # fmt: skip
     assert result.notes["weight_averaging"] == {"points": 3}
     for index, found in enumerate(weights(averaged)):
         expected = torch.stack([seen[step - 1][index].double() for step in (5, 7, 9)]).mean(0)
         assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-7)
-    train(plain, {"start": 0.9, "every": 100})  # counts step 9 alone
+    train(plain, {"start": 0.5, "every": 1, "points": 3})
     assert not all(map(torch.equal, weights(averaged), weights(plain)))
-    assert not all(map(torch.equal, weights(averaged), seen[-1]))
+
+
+@pytest.mark.parametrize("epochs", [5, 10])
+def test_the_recipe_differs_from_every_single_step_and_is_their_mean(epochs: int) -> None:
+    lm, seen = by_hand.tiny_lm(), list[list[Tensor]]()
+    recipe = Recipe.named("npo_wa").changed(
+        {}, {"epochs": epochs, "batch_size": 2, "learning_rate": 1e-3, "precision": "float32"}
+    )
+    result = Trainer(
+        lm, recipe, {"forget": FORGET, "retain": RETAIN},
+        progress=lambda *_: seen.append(weights(lm)),
+    ).train()  # fmt: skip
+    assert result.steps == epochs
+    assert result.notes["weight_averaging"] == {"points": 5}
+    for step in seen:
+        assert not all(map(torch.equal, weights(lm), step))
+    for index, found in enumerate(weights(lm)):
+        expected = torch.stack([step[index].double() for step in seen[-5:]]).mean(0)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_frozen_parameters_keep_their_bits() -> None:
@@ -98,7 +137,7 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("stop_after", [3, 8])
 def test_a_killed_run_resumes_with_its_mean(tmp_path: Path, stop_after: int) -> None:
-    finish = {"start": 0.4, "every": 2}  # steps 4, 6, 8, 10
+    finish = {"start": 0.4, "every": 2, "points": 4}  # steps 4, 6, 8, 10
     whole = by_hand.tiny_lm()
     train(whole, finish)
 
@@ -130,7 +169,7 @@ def test_a_run_that_ends_early_says_that_nothing_was_averaged() -> None:
     lm = by_hand.tiny_lm()
     last: list[list[Tensor]] = []
     result = train(
-        lm, {"start": 0.9, "every": 1}, say=told.append,
+        lm, {"start": 0.9, "every": 1, "points": 2}, say=told.append,
         progress=lambda *_: last.append(weights(lm)),
         training={"monitor_steps": 1, "stop_at_forget_probability": 0.999},
     )  # fmt: skip
@@ -141,6 +180,6 @@ def test_a_run_that_ends_early_says_that_nothing_was_averaged() -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    for options in ({"start": 1.0}, {"every": 0}, {"interval": 5}):
+    for options in ({"start": 1.0}, {"every": 0}, {"points": 1}, {"interval": 5}):
         with pytest.raises(RecipeError):
             build("finish", {"name": "weight_averaging", **options})

@@ -352,9 +352,15 @@ def test_the_teacher_reads_the_instruction_and_the_same_answer() -> None:
     )
     lm.template.max_length = len(taught.for_reference.ids)
     assert make_rows(lm.template, [BORN], "Say nothing of it.")[0] == taught
-    lm.template.max_length -= 1
-    with pytest.raises(DataError, match="record 1: with the teacher's instruction the row is too"):
-        make_rows(lm.template, [BORN], "Say nothing of it.")
+    lm.template.max_length -= 1  # the question gives way, for the teacher and for the learner
+    shorter = make_rows(lm.template, [BORN], "Say nothing of it.")[0]
+    assert shorter.shortened is not None
+    assert shorter.shortened.lost == ("question",)
+    assert len(shorter.for_reference.ids) <= lm.template.max_length
+    read, asked = (lm.tokenizer.decode(one.ids) for one in (shorter.for_reference, shorter.encoded))
+    assert read.replace("Say nothing of it.\n\n", "") == asked
+    with pytest.raises(DataError, match="record 1: with the teacher's instruction"):
+        make_rows(lm.template, [BORN], "Say nothing of it. " * 20)
     assert told(Prompt(text="Once"), "Be quiet.").text == "Be quiet.\n\nOnce"
 
 

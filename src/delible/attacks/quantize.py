@@ -6,9 +6,10 @@ For every group of weights w (an output channel, or 64 or 128 neighbours in it) 
 
 A change is invisible when old and new value lie in one interval [(i - 1/2) Delta, (i + 1/2) Delta).
 The linear layers of the blocks are quantized, experts included; embeddings, norms, biases, the
-router of a mixture of experts and the head stay. Weights are rounded in place and kept in their
-type (quantize and dequantize), which gives the numbers a quantized model computes with, without
-its kernels.
+router of a mixture of experts and the head stay. Weights are rounded in place (quantize and
+dequantize), which gives the numbers a quantized model computes with, without its kernels. The
+attacked model has fp32 weights and computes in fp32, whatever the given one does: bf16 keeps eight
+bits of a number, so it would round the grid's points, and what is computed from them, once more.
 
 Besides the attacked model it notes why knowledge came back: the share of weights whose code is
 the original model's (both under the original's scales; rounding by one's own scales gives codes
@@ -173,7 +174,7 @@ class Quantize(ModelAttack):
         return f"{self.bits} bit, {f'groups of {self.group}' if self.group else 'per channel'}"
 
     def apply(self, lm: LM, context: AttackContext) -> LM:
-        """The rounded copy.
+        """The rounded copy, in fp32.
 
         Notes ``collision_rate`` and ``mean_change_in_half_steps`` (of all weights), and
         ``collision_rates`` (per layer, first to last), if there is another model to compare with.
@@ -182,6 +183,8 @@ class Quantize(ModelAttack):
             RunError: The original is of another architecture.
         """
         twin = lm.copy()
+        twin.model.float()
+        twin.precision = "float32"
         twin.merge_adapter()  # or an adapter would escape the attack
         weights = linear_weights(twin)
         if context.original is not None and context.original is not lm:
@@ -192,9 +195,8 @@ class Quantize(ModelAttack):
             self._note(twin, weights, linear_weights(original), context)
         with torch.no_grad():
             for weight in weights.values():
-                exact = weight.float()
                 weight.copy_(
-                    round_to_nearest(exact, step_sizes(exact, self.bits, self.group), self.bits)
+                    round_to_nearest(weight, step_sizes(weight, self.bits, self.group), self.bits)
                 )
         twin.touch()
         return twin

@@ -6,9 +6,11 @@ retain rows, or rows about nothing that was forgotten, which cannot teach it at 
 
     T, V = split of the forget rows by fact;  theta' = AdamW(theta, mean of -log p(T));  leak on V
 
-Rows of one fact (same subject and relation, or same subject and same answer, or same question)
-are all in T or all in V, and so are all rows of a subject about which there is a passage without
-relation. The split depends on the rows and the seed only: it is the same for all systems.
+Rows of one fact are all in T or all in V: same subject and relation; same subject and an answer,
+alias or other form of the answer in common; a question or a declared paraphrase of one in common.
+So are all rows of a subject about which there is a passage without relation. Texts are compared
+by their words: case, accents and punctuation do not count. The split depends on the rows and the
+seed only: it is the same for all systems.
 
 Papers: arXiv 2410.08827 (train on T, test on V), arXiv 2403.03218 (relearning as a test),
 arXiv 2406.13356 (rows that are loosely related), arXiv 2409.18025 (unrelated rows; LoRA of rank
@@ -30,6 +32,7 @@ from pydantic import Field
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
+from delible.names import fold
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.registry import register
 from delible.system.questions import answer_of
@@ -44,7 +47,7 @@ FLAGS = {"forget": "--forget", "retain": "--retain", "unrelated": "--unrelated"}
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!?\"'")
+    return " ".join(fold(text).words()) or text.strip()
 
 
 def fact_keys(record: RecordBase) -> Iterator[Hashable]:
@@ -54,14 +57,20 @@ def fact_keys(record: RecordBase) -> Iterator[Hashable]:
     if isinstance(record, Passage):
         yield "text", _plain(record.text)
         return
-    if isinstance(record, QA | Choice):
-        yield "question", _plain(record.question)
-    right = record.options[record.correct] if isinstance(record, Choice) else answer_of(record)
-    yield "answer", record.subject, _plain(right)
-    for alias in record.aliases if isinstance(record, QA) else ():
-        yield "answer", record.subject, _plain(alias)
-    if isinstance(record, Dialogue):
+    asked, said = list[str](), [answer_of(record)]
+    if isinstance(record, QA):
+        asked = [record.question, *record.paraphrases]
+        said += [*record.aliases, *record.paraphrased_answers]
+    elif isinstance(record, Choice):
+        asked, said = [record.question], [record.options[record.correct]]
+    elif isinstance(record, Dialogue):
         yield "messages", record.messages[:-1]
+        turns = [turn.content for turn in record.messages if turn.role == "user"]
+        asked = turns if len(turns) == 1 else []  # a later turn asks nothing by itself
+    for question in asked:
+        yield "question", _plain(question)
+    for answer in said:
+        yield "answer", record.subject, _plain(answer)
 
 
 def fact_groups(records: Sequence[RecordBase]) -> list[list[int]]:

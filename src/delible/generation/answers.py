@@ -10,6 +10,7 @@ from delible.generation import writing
 from delible.generation.rows import questions
 from delible.records import QA
 from delible.system.asks import Decoding, Prompt
+from delible.train.fitting import fits
 from delible.train.slots import Context
 from delible.world import filters, templates
 
@@ -30,6 +31,8 @@ def other_answers(
 ) -> list[list[str]]:
     """At most ``count`` answers per record that neither tell its facts, refuse nor repeat.
 
+    Nor are they longer than what training can take whole after the record's question.
+
     Args:
         prompt: What the writer is asked about a record.
         read: The answers in a reply.
@@ -40,19 +43,29 @@ def other_answers(
         DataError: A record has fewer than ``minimum``.
     """
     counts: Counter[str] = Counter()
+
+    def short(record: QA, texts: Sequence[str]) -> list[str]:
+        asked = Prompt.ask(record.question)
+        kept = [text for text in texts if fits(context.lm.template, asked, text)]
+        counts["too long"] += len(texts) - len(kept)
+        return kept
+
     if context.writer is None:
         every = questions(context.records["forget"], where)
         others = [*every, *context.records.get("retain", ())]
         made = [
-            templates.false_answers(
-                record, others, count, Random(f"{context.seed}/{name}/{record.digest}"), counts
+            short(
+                record,
+                templates.false_answers(
+                    record, others, count, Random(f"{context.seed}/{name}/{record.digest}"), counts
+                ),
             )
             for record in forget
         ]
     else:
 
         def usable(index: int, reply: str, known: Sequence[str]) -> list[str]:
-            return filters.sift(forget[index], read(reply), counts, known)
+            return short(forget[index], filters.sift(forget[index], read(reply), counts, known))
 
         made = writing.written(
             context.writer, forget, lambda index: Prompt.ask(prompt(forget[index])), usable,

@@ -47,14 +47,13 @@ class Template:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        max_length: Longest row in tokens; longer ones keep the end of the prompt and the
-            start of the answer, and are counted in ``truncated``.
+        max_length: Longest row in tokens; :meth:`encode` gives longer ones cut, for measuring,
+            which leaves them out. What training does with them is in :mod:`delible.train.fitting`.
     """
 
     tokenizer: Any
     max_length: int = 2048
     merged_boundaries: int = 0
-    truncated: int = 0
     _end: tuple[int, str] | None = field(default=None, repr=False)
 
     @property
@@ -89,7 +88,11 @@ class Template:
         return self._ids(self.render(prompt), special=self._adds_special(prompt))
 
     def encode(self, prompt: Prompt, answer: str) -> Encoded:
-        """Token ids of prompt and answer.
+        """Token ids of prompt and answer, at most ``max_length`` (see :attr:`Encoded.cut`)."""
+        return self._cut(self.whole(prompt, answer))
+
+    def whole(self, prompt: Prompt, answer: str) -> Encoded:
+        """Token ids of prompt and answer, however many.
 
         Raises:
             ModelError: The chat template does not keep the prompt when the answer follows.
@@ -109,7 +112,7 @@ class Template:
         if joined[: len(before)] != before:
             self.merged_boundaries += bool(prompt_text)
             joined = before + tuple(self._tokenize(full_text[len(prompt_text) :], special=False))
-        return self._cut(joined, len(before), has_end)
+        return Encoded(joined, max(len(before), 1), has_end)
 
     @property
     def end_of_turn(self) -> tuple[int, str]:
@@ -174,13 +177,12 @@ class Template:
             ids.pop()  # some tokenizers close every text; a prompt must stay open
         return ids
 
-    def _cut(self, ids: tuple[int, ...], start: int, has_end: bool) -> Encoded:
-        start = max(start, 1)
-        if len(ids) > self.max_length:
-            self.truncated += 1
-            kept_answer = min(len(ids) - start, self.max_length - 1)
-            kept_prompt = self.max_length - kept_answer
-            cut_end = start + kept_answer < len(ids)
-            ids = ids[start - kept_prompt : start + kept_answer]
-            return Encoded(ids, kept_prompt, has_end and not cut_end, cut=True)
-        return Encoded(ids, start, has_end)
+    def _cut(self, row: Encoded) -> Encoded:
+        """At most ``max_length`` tokens: the end of the prompt and the start of the answer."""
+        if len(row.ids) <= self.max_length:
+            return row
+        kept_answer = min(row.answer_tokens, self.max_length - 1)
+        kept_prompt = self.max_length - kept_answer
+        ids = row.ids[row.start - kept_prompt : row.start + kept_answer]
+        whole_answer = kept_answer == row.answer_tokens
+        return Encoded(ids, kept_prompt, row.has_end and whole_answer, cut=True)

@@ -130,6 +130,7 @@ def read_run(directory: str | Path) -> ReportData:
             )
     if manifest.get("stopped"):
         notes.append(f"The training was stopped early: {manifest['stopped']}")
+    notes += _shortened(manifest)
     audit = None
     if audit_path.exists():
         hint = f"Run 'delible audit {folder}' again."
@@ -160,6 +161,17 @@ def read_run(directory: str | Path) -> ReportData:
         audit=audit,
         notes=notes,
     )
+
+
+def _shortened(manifest: dict[str, Any]) -> list[str]:
+    """Rows of which the training saw a part only, as the run counted them."""
+    notes = manifest.get("notes")
+    counts = notes.get("truncated_rows") if isinstance(notes, dict) else None
+    if not isinstance(counts, dict) or not counts:
+        return []
+    parts = [f"{count} {role} row{'s' * (count != 1)}" for role, count in counts.items()]
+    were = "was" if list(counts.values()) == [1] else "were"
+    return [f"{_and(parts)} {were} longer than the training's rows, which saw only a part of them."]
 
 
 def read_runs(directories: Sequence[str | Path], title: str | None = None) -> ReportData:

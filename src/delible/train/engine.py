@@ -9,31 +9,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import torch
-from accelerate import Accelerator
 
 from delible.errors import RecipeError, RunError
 from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.precision import resolve
+from delible.precision import resolve, short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.rundir import RunDirectory
 from delible.system.base import System
 from delible.train import generated
+from delible.train.fitting import described, shortened, split_passages
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Loop
 from delible.train.losses import Keep, Role
 from delible.train.plan import Plan, make_plan
+from delible.train.processes import open_processes
 from delible.train.randomness import generator
+from delible.train.reach import check_reach, check_rows, first_moved
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
@@ -42,6 +45,8 @@ from delible.train.slots import Context, FinishContext, Placement
 
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
+#: Roles whose answers were made for training: cut off, they would teach something else.
+WHOLE_ANSWERS: tuple[Role, ...] = ("alternate", "target")
 
 
 class Progress(Protocol):
@@ -149,6 +154,8 @@ class Trainer:
         self.writer, self.generated = writer, generated
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
         self.budget = 0
+        self.notes: dict[str, Any] = {}
+        self.context_tokens = lm.template.max_length
 
     def train(self) -> TrainResult:
         """Runs (or resumes) to the end and returns the finished model.
@@ -158,17 +165,24 @@ class Trainer:
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
         check_needs(self.recipe, self.records, self.generated)
-        longest = self.lm.template.max_length
-        self.lm.template.max_length = min(self.recipe.training.max_length, longest)
-        try:
+        with self._shorter_rows():
             return self._train()
-        finally:  # rows of training may be cut shorter than what the model can be asked
-            self.lm.template.max_length = longest
+
+    @contextmanager
+    def _shorter_rows(self) -> Iterator[None]:
+        """Rows of training may be shorter than what the model can be asked."""
+        template = self.lm.template
+        longest = template.max_length
+        template.max_length = min(self.recipe.training.max_length, longest)
+        try:
+            yield
+        finally:
+            template.max_length = longest
 
     def _train(self) -> TrainResult:
         began = time.perf_counter()
         training = self.recipe.training
-        accelerator = Accelerator()
+        accelerator = open_processes()
         accelerator.wait_for_everyone()  # the first process has written the manifest
         self.lm.precision = resolve(training.precision, self.lm.device.type)
         if self.recipe.finish.needs_start and self.start is None:
@@ -176,14 +190,24 @@ class Trainer:
                 f"finish '{self.recipe.finish.card.name}' needs the start model.",
                 hint="Pass start= when training from Python.",
             )
+        check_reach(self.recipe, self.lm)
         context = self.rows()
+        silent = check_rows(
+            self.recipe.objective, context.rows[self.recipe.objective.roles[0]], self.recipe.name,
+            self.say,
+        )  # fmt: skip
+        if silent:
+            self.notes["rows_without_effect"] = silent
         weights = self.recipe.weigh.weights(context)
         placement = self.recipe.place.apply(context)
         if not placement.parameters:
             raise RecipeError(
                 "no parameter may move.", where=f"place '{self.recipe.place.card.name}'"
             )
+        check_reach(self.recipe, self.lm, first_moved(self.lm, placement.parameters.values()))
+        self._widen(placement)
         plan = make_plan(self.recipe, context.rows["forget"], context.rows["retain"], self.seed)
+        self.recipe.finish.check(len(plan.steps))
         reference = self._reference(context, plan)
         optimizer = self._optimizer(placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
@@ -212,16 +236,20 @@ class Trainer:
             time.perf_counter() - began,
             loop.tokens,
             sum(loop.padding) / max(1, len(loop.padding)),
-            loop.notes,
+            {**self.notes, **loop.notes},
         )
 
     # ---- before the first step
 
     def rows(self) -> Context:
         """Tokenized rows of every role, with the forget rows that the recipe selects."""
+        with self._shorter_rows():
+            return self._rows()
+
+    def _rows(self) -> Context:
         template, recipe = self.lm.template, self.recipe
-        before = self._context({}, self.records)
-        records: dict[str, Sequence[RecordBase]] = dict(self.records)
+        records = self._in_pieces()
+        before = self._context({}, dict(records))
         records.update({str(role): part for role, part in self._generated(before).items()})
         keeps = any("retain" in component.card.needs for component in recipe.components())
         partners = [role for role in recipe.objective.roles if role not in GIVEN_ROLES]
@@ -230,7 +258,10 @@ class Trainer:
         forget_told = told if recipe.objective.instructed else None
         keep_told = told if self.keep is not None and self.keep.instructed else None
         rows: dict[str, list[Row]] = {
-            role: make_rows(template, records[role], forget_told) for role in ("forget", *partners)
+            role: make_rows(
+                template, records[role], forget_told, whole_answer=role in WHOLE_ANSWERS
+            )
+            for role in ("forget", *partners)
         }
         rows["retain"] = make_rows(template, records.get("retain", ()), keep_told) if keeps else []
         if "refusal" in recipe.objective.roles:
@@ -247,7 +278,24 @@ class Trainer:
                 rows[role] = [rows[role][index] for index in chosen]
             if role in records:
                 records[role] = [records[role][index] for index in chosen]
+        if lost := described(rows, template.max_length, self.context_tokens):
+            self.say(lost)
+        self.notes["truncated_rows"] = shortened(rows)
         return context
+
+    def _in_pieces(self) -> dict[str, Sequence[RecordBase]]:
+        """The records by role, passages that are too long for a row in pieces."""
+        found: dict[str, Sequence[RecordBase]] = {}
+        for role, records in self.records.items():
+            found[role], cut = split_passages(self.lm.template, records)
+            if cut:
+                more = len(found[role]) - len(records)
+                self.say(
+                    f"{cut} of {len(records)} {role} records are passages of more than "
+                    f"{self.lm.template.max_length} tokens: they are cut in {cut + more} pieces."
+                )
+                self.notes[f"{role}_passages_cut"] = {"passages": cut, "pieces": cut + more}
+        return found
 
     def _context(
         self, rows: Mapping[str, Sequence[Row]], records: Mapping[str, Sequence[RecordBase]]
@@ -353,6 +401,16 @@ class Trainer:
             return max(64, min(32768, int(0.6 * free / per_token)))
         free = psutil.virtual_memory().available
         return max(64, min(1024, int(0.4 * free / per_token)))
+
+    def _widen(self, placement: Placement) -> None:
+        """Weights that move are fp32: a small update of a shorter number rounds away."""
+        if short := short_types(placement.parameters.values()):
+            self.say(
+                f"The weights are {' and '.join(short)}, in which most small updates would round "
+                "away: the model is converted to float32 and stays so (twice the memory)."
+            )
+            self.lm.model.float()
+            self.lm.touch()
 
     def _finish_context(self, loop: Loop) -> FinishContext:
         folder: Path | None = self.run.path if self.run else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,19 @@ from delible.precision import is_out_of_memory
 from delible.train import checkpoint
 from delible.train.losses import Memory, State
 from delible.train.monitor import Monitor
+from delible.train.moves import check_moves, sampled
 from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.plan import Plan
+from delible.train.reach import explain, has_gradient, probe
 from delible.train.reference import Reference
 from delible.train.schedule import learning_rate_factor
 from delible.train.slots import Context, Placement
 from delible.train.step import Reads
+from delible.train.watch import CollapseWatch, watched_rows
 
 if TYPE_CHECKING:
     from delible.train.engine import Trainer
 
-#: Nats by which the retain loss may exceed its start before the run counts as collapsed.
-COLLAPSE_NATS = 5.0
 #: Where forget rows that were weighed anew keep their weights.
 WEIGHTS = "weigh.weights"
 
@@ -64,7 +65,6 @@ class Loop:
         self.stopped: str | None = None
         self.notes: dict[str, Any] = {}
         self.tokens, self.padding = 0, list[float]()
-        self.first_keep: float | None = None
         self.folder = trainer.run.path / "checkpoint" if trainer.run else None
         self.last_saved = time.monotonic()
         self.monitor = Monitor(
@@ -77,18 +77,29 @@ class Loop:
         }
         if trainer.keep is not None:
             self.reads["retain"] = trainer.keep.reads(trainer.lm)
+        self.watch = CollapseWatch(
+            trainer.lm, forward, watched_rows(context.rows["retain"], plan.retain_indices),
+            in_passing="answers" in self.reads.get("retain", ()), budget=lambda: trainer.budget,
+        )  # fmt: skip
 
     def run(self) -> None:
         begin = self._resume()
+        if self.trainer.keep is None and self.trainer.recipe.objective.card.intention:
+            self.trainer.say(
+                "There is no retain loss: nothing but numbers that are not finite stops a run that "
+                "damages the rest of the model."
+            )
         total = len(self.plan.steps)
-        before = self._fingerprints() if begin == 0 else None
+        before = sampled(self.trainer.lm, self.placement) if begin == 0 else None
         try:
             for step in range(begin, total):
                 if self.stopped:
                     break
                 self._step(step, total)
                 if before is not None and step - begin == min(2, total - 1):
-                    self._check_moves(before)
+                    check_moves(
+                        self.trainer.lm, self.placement, before, self.trainer.recipe.place.card.name
+                    )
                 self._after(step, total)
         except KeyboardInterrupt:
             self._save(len(self.history))
@@ -97,6 +108,8 @@ class Loop:
             self.accelerator.wait_for_everyone()
             self.monitor.restore()
         self.notes["parameters"] = sum(v.numel() for v in self.placement.parameters.values())
+        if self.watch.start is not None:
+            self.notes["retain_nats"] = {"start": self.watch.start, "end": self.watch.now}
 
     def _step(self, step: int, total: int) -> None:
         began = time.perf_counter()
@@ -108,7 +121,7 @@ class Loop:
             group["lr"] = rate
         passes = self._gradient(step)
         norm = self._clip()
-        forget, keep = self._losses(passes)
+        forget, keep, nats, kept_tokens = self._sums(passes)
         if not math.isfinite(norm) or not math.isfinite(forget):
             self._collapse(step, "the loss or its gradient is not finite")
         self._mask_gradients()
@@ -134,11 +147,10 @@ class Loop:
         self.padding += passes.totals.padding
         self.history.append(numbers)
         if keep is not None:
-            self.first_keep = keep if self.first_keep is None else self.first_keep
-            if keep > self.first_keep + COLLAPSE_NATS and self.trainer.keep.unit != "position":  # type: ignore[union-attr]
-                self._collapse(
-                    step, f"the retain loss rose from {self.first_keep:.2f} to {keep:.2f}"
-                )
+            rows = sum(kept is not None for _, kept in self.plan.steps[step])
+            collapsed = self.watch.after(step + 1, nats, kept_tokens, rows, last=step + 1 == total)
+            if collapsed:
+                self._collapse(step, collapsed)
 
     def _weigh_anew(self, step: int) -> None:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
@@ -149,12 +161,17 @@ class Loop:
 
     def _gradient(self, step: int) -> Passes:
         """The step's gradient; micro-batches are halved until they fit the memory."""
+        beside = self.trainer.keep is not None  # a retain loss, which moves weights in any case
         while True:
             passes = self._passes(step)
             try:
+                if step == 0 and beside:
+                    self._check_gradient(passes, probe)
                 if self.placement.each_step is not None:
                     self.masks = self.placement.each_step(passes)
                 self.trainer.recipe.balance.gradient(passes, self.trainer.recipe.harden)
+                if step == 0 and not beside:
+                    self._check_gradient(passes, has_gradient)
                 return passes
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.trainer.budget <= 16:
@@ -166,6 +183,15 @@ class Loop:
                 )
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+
+    def _check_gradient(
+        self, passes: Passes, look: Callable[[Passes, Mapping[int, Tensor]], bool]
+    ) -> None:
+        """In the first step: whether the forget loss has a gradient of its own."""
+        masks = self.placement.masks if self.placement.each_step is None else None
+        opened = {id(self.placement.parameters[name]): mask for name, mask in (masks or {}).items()}
+        if passes.weights[0] and not look(passes, opened):
+            explain(passes, self.trainer.recipe.name, self.trainer.say)
 
     def _passes(self, step: int) -> Passes:
         pairs = self.plan.steps[step]
@@ -239,12 +265,17 @@ class Loop:
         else:
             yield
 
-    def _losses(self, passes: Passes) -> tuple[float, float | None]:
-        both = torch.tensor([passes.totals.forget, passes.totals.keep], dtype=torch.float64)
+    def _sums(self, passes: Passes) -> tuple[float, float | None, float, int]:
+        """Both losses, and nats and tokens of the retain answers, over all processes."""
+        totals = passes.totals
+        found = torch.tensor(
+            [totals.forget, totals.keep, totals.retain_nats, totals.retain_tokens],
+            dtype=torch.float64,
+        )
         if self.accelerator.num_processes > 1:
-            both = self.accelerator.reduce(both.float().to(self.accelerator.device), "sum").double()
-        keep = float(both[1]) if self.trainer.keep is not None else None
-        return float(both[0]), keep
+            found = self.accelerator.reduce(found.float().to(self.accelerator.device), "sum")
+        forget, keep, nats, tokens = found.tolist()
+        return forget, keep if self.trainer.keep is not None else None, nats, round(tokens)
 
     def _clip(self) -> float:
         parameters = [p for p in self.placement.parameters.values() if p.grad is not None]
@@ -312,7 +343,7 @@ class Loop:
             "identity": self.trainer.run.manifest.get("identity") if self.trainer.run else None,
             "balance": self.state,
             "history": self.history,
-            "first_keep": self.first_keep,
+            "watch": self.watch.state(),
             "monitor": self.monitor.state(),
             "tokens": self.tokens,
             "padding": self.padding,
@@ -326,6 +357,7 @@ class Loop:
         found = checkpoint.read_state(self.folder / "last") if self.folder else None
         if found is None or self.folder is None:
             self.monitor.begin(None)
+            self.watch.begin(None)
             return 0
         mine = self.trainer.run.manifest.get("identity") if self.trainer.run else None
         if found["identity"] != mine:
@@ -339,9 +371,10 @@ class Loop:
         if WEIGHTS in self.memory:
             self.weights = self.memory[WEIGHTS][0].cpu()
         self.state = dict(found["balance"])
-        self.history, self.first_keep = found["history"], found["first_keep"]
+        self.history = found["history"]
         self.tokens, self.padding = found["tokens"], found["padding"]
         self.monitor.begin(found["monitor"])
+        self.watch.begin(found.get("watch"))
         self.trainer.say(f"Resuming after step {found['step']}.")
         return int(found["step"])
 
@@ -354,39 +387,3 @@ class Loop:
             where=f"method '{self.trainer.recipe.name}'",
             hint="Lower --learning-rate, or use --strength gentle.",
         )
-
-    # ---- precision guard
-
-    @torch.no_grad()
-    def _fingerprints(self) -> dict[str, Tensor]:
-        return {
-            name: self._sample(name, value).clone()
-            for name, value in self.trainer.lm.model.named_parameters()
-        }
-
-    def _sample(self, name: str, value: Tensor) -> Tensor:
-        """A few entries of a parameter: among those that may move, if it is masked."""
-        mask = (self.placement.masks or {}).get(name)
-        flat = value.detach().flatten()
-        if self.placement.each_step is not None:  # which rows will move is not known yet
-            return flat[:: max(1, len(flat) // 256)]
-        if mask is None:
-            return flat[:256]
-        return flat[mask.flatten().nonzero()[:256, 0]]
-
-    @torch.no_grad()
-    def _check_moves(self, before: Mapping[str, Tensor]) -> None:
-        """After the first steps: what should move did, and the rest did not."""
-        own = {id(value): name for name, value in self.placement.parameters.items()}
-        moved = 0
-        for name, value in self.trainer.lm.model.named_parameters():
-            same = torch.equal(self._sample(name, value), before[name])
-            if id(value) not in own and not same:
-                raise RunError(f"the frozen parameter {name} moved; this is a bug.")
-            moved += not same
-        if not moved:
-            raise RunError(
-                "nothing moved in the first steps.",
-                where=f"place '{self.trainer.recipe.place.card.name}'",
-                hint="Raise --learning-rate, or check that the forget loss is not 0.",
-            )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.component import Component
-from delible.train.row import Unit
+from delible.train.row import Row, Unit
 from delible.train.step import Group, Reads, Step
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Loss(Component):
 
 class Objective(Loss):
     """The forget loss."""
+
+    def concerns(self, row: Row) -> bool:
+        """Whether the loss says anything about a row of its first role."""
+        return True
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         """Sum over each forget row's units, to be minimised."""

@@ -17,7 +17,12 @@ from delible.train.losses import Keep, Memory, Objective
 from delible.train.randomness import generator
 from delible.train.reference import Reference
 from delible.train.row import Row, Unit
-from delible.train.step import Reads, Step, make_step
+from delible.train.step import (
+    Group,
+    Reads,
+    Step,
+    make_step,
+)
 
 #: What surrounds the pass over one micro-batch, given its step before anything is computed.
 Around = Callable[[Step], AbstractContextManager[object]]
@@ -35,10 +40,17 @@ class MicroBatch:
 
 @dataclass
 class Totals:
-    """Sums over one optimiser step (losses already averaged as declared)."""
+    """Sums over one optimiser step (losses already averaged as declared).
+
+    Attributes:
+        retain_nats: -log p of the retain answers, where the retain loss reads answers.
+        retain_tokens: Their tokens.
+    """
 
     forget: float = 0.0
     keep: float = 0.0
+    retain_nats: float = 0.0
+    retain_tokens: int = 0
     tokens: int = 0
     padding: list[float] = field(default_factory=list)
 
@@ -208,6 +220,8 @@ class Passes:
             self.totals.forget = totals.forget
         if keep:
             self.totals.keep = totals.keep
+            self.totals.retain_nats = totals.retain_nats
+            self.totals.retain_tokens = totals.retain_tokens
         self.totals.tokens += totals.tokens
         self.totals.padding += totals.padding
 
@@ -225,7 +239,18 @@ class Passes:
             )
             totals.keep += float(value.detach())
             parts.append(self.weights[1] * value)
+            if "answers" in self.reads.get("retain", ()):
+                nats, tokens = nats_of(step.retain, micro.retain_weights)
+                totals.retain_nats += nats
+                totals.retain_tokens += tokens
         return torch.stack(parts).sum() * self.world
+
+
+@torch.no_grad()
+def nats_of(group: Group, weights: Sequence[float]) -> tuple[float, int]:
+    """-log p of a group's answers in nats and their tokens, summed; rows of weight 0 are none."""
+    real = torch.tensor([weight != 0 for weight in weights], device=group.mask.device)
+    return float(-group.logprob_sum[real].sum()), int(group.token_count[real].sum())
 
 
 def units_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[Unit, int]]:

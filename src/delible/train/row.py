@@ -15,6 +15,19 @@ RetainKind = Literal["direct", "indirect", "general"]
 
 
 @dataclass(frozen=True)
+class Shortened:
+    """What a row lost because it was too long (see :mod:`delible.train.fitting`).
+
+    Attributes:
+        lost: ``turns``, ``question``, ``answer``, in this order.
+        length: Tokens that it had.
+    """
+
+    lost: tuple[str, ...]
+    length: int
+
+
+@dataclass(frozen=True)
 class Row:
     """A tokenized record with its role's index.
 
@@ -27,6 +40,7 @@ class Row:
             another subject) or ``general`` (about none).
         taught: What an instructed reference model reads instead: its instruction, then the same
             question and answer. The answer's tokens are the same.
+        shortened: What was left out; None: nothing.
         asked: What the prompt says, turn by turn.
         tokenizer: What the row was tokenized with.
     """
@@ -38,6 +52,7 @@ class Row:
     neighbour_of: str | None = None
     kind: RetainKind = "general"
     taught: Encoded | None = None
+    shortened: Shortened | None = None
     asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tokenizer: Any = field(default=None, compare=False, repr=False)
 

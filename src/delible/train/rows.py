@@ -13,7 +13,8 @@ from delible.lm.template import Encoded, Template
 from delible.records import RecordBase
 from delible.system.asks import Prompt
 from delible.system.questions import answer_of, ask
-from delible.train.row import RetainKind, Row
+from delible.train.fitting import fit
+from delible.train.row import RetainKind, Row, Shortened
 
 
 def make_row(
@@ -23,13 +24,19 @@ def make_row(
     index: int,
     record: RecordBase,
     instruction: str | None = None,
+    *,
+    whole_answer: bool = False,
 ) -> Row:
     """A row that teaches (or forgets) ``answer`` after ``prompt``.
 
     Args:
         instruction: What the reference model is told before the question.
+        whole_answer: The answer may not be cut, however long the question is.
+
+    Raises:
+        DataError: The answer is empty, or the row cannot be made to fit.
     """
-    encoded: Encoded = template.encode(prompt, answer)
+    prompt, encoded, taught, lost = _fitted(template, prompt, answer, instruction, whole_answer)
     if not encoded.answer_tokens:
         raise DataError(
             f"the answer {answer!r} has no tokens.", hint="Give it a text, or drop the record."
@@ -39,15 +46,6 @@ def make_row(
         kind = "direct"
     elif record.subject is not None:
         kind = "indirect"
-    taught = None
-    if instruction is not None:
-        taught = template.encode(told(prompt, instruction), answer)
-        whole = len(template.prompt_ids(told(prompt, instruction)))
-        if taught.start < whole or taught.ids[taught.start :] != encoded.ids[encoded.start :]:
-            raise DataError(
-                "with the teacher's instruction the row is too long.",
-                hint="Raise training.max_length, or shorten the instruction.",
-            )
     seen = taught or encoded
     described = (encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()))
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:24]
@@ -55,9 +53,45 @@ def make_row(
         tuple(turn.content for turn in prompt.messages) if prompt.text is None else (prompt.text,)
     )
     return Row(
-        index, encoded, key, record.subject, record.neighbour_of, kind, taught,
+        index, encoded, key, record.subject, record.neighbour_of, kind, taught, lost,
         asked, template.tokenizer,
     )  # fmt: skip
+
+
+def _fitted(
+    template: Template, prompt: Prompt, answer: str, instruction: str | None, whole_answer: bool
+) -> tuple[Prompt, Encoded, Encoded | None, Shortened | None]:
+    """A row that fits, for the learner and for the teacher that reads an instruction too."""
+    if instruction is None:
+        prompt, encoded, lost = fit(template, prompt, answer, whole_answer=whole_answer)
+        return prompt, encoded, None, lost
+    question = prompt
+    more = template.prompt_ids(told(prompt, instruction))
+    apart = len(more) - len(template.prompt_ids(prompt))
+    while True:
+        try:
+            prompt, encoded, lost = fit(
+                template, question, answer, apart=apart, whole_answer=whole_answer
+            )
+        except DataError as error:
+            raise DataError(
+                f"with the teacher's instruction ({apart} tokens): {error.problem}",
+                hint="Raise training.max_length, or shorten the instruction.",
+            ) from error
+        taught = template.whole(told(prompt, instruction), answer)
+        if encoded.cut:  # both are without the same end
+            end = taught.start + encoded.answer_tokens
+            taught = replace(taught, ids=taught.ids[:end], has_end=False, cut=True)
+        excess = len(taught.ids) - template.max_length
+        if excess <= 0:
+            break
+        apart += excess  # where texts meet, tokens can be others than apart
+    if taught.ids[taught.start :] != encoded.ids[encoded.start :]:
+        raise DataError(
+            "with the teacher's instruction the answer is read as other tokens.",
+            hint="Change the instruction's end, or the answer.",
+        )
+    return prompt, encoded, taught, lost
 
 
 def told(prompt: Prompt, instruction: str) -> Prompt:
@@ -76,9 +110,13 @@ def told(prompt: Prompt, instruction: str) -> Prompt:
 
 
 def make_rows(
-    template: Template, records: Sequence[RecordBase], instruction: str | None = None
+    template: Template,
+    records: Sequence[RecordBase],
+    instruction: str | None = None,
+    *,
+    whole_answer: bool = False,
 ) -> list[Row]:
-    """One row per record, in order (``instruction``: see :func:`make_row`)."""
+    """One row per record, in order (see :func:`make_row`)."""
     rows = []
     for index, record in enumerate(records):
         prompt = ask(record)
@@ -86,7 +124,11 @@ def make_rows(
             raise DataError(f"a {type(record).__name__} cannot be trained on.")
         try:
             answer = answer_of(record)
-            rows.append(make_row(template, prompt, answer, index, record, instruction))
+            rows.append(
+                make_row(
+                    template, prompt, answer, index, record, instruction, whole_answer=whole_answer
+                )
+            )
         except DataError as error:
             place = f"record {index + 1}"
             raise DataError(error.problem, where=place, hint=error.hint) from None
@@ -109,5 +151,5 @@ def refusal_rows(
                 f"a {type(record).__name__} has no question that could be refused.",
                 hint="Choose a method without refusals, or give question-answer records.",
             )
-        rows.append(make_row(template, prompt, refusals[choice], index, record))
+        rows.append(make_row(template, prompt, refusals[choice], index, record, whole_answer=True))
     return rows

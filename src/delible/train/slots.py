@@ -154,6 +154,10 @@ class Placement:
 class Place(Component):
     """Which parameters move."""
 
+    def moving_blocks(self, lm: LM) -> Sequence[int] | None:
+        """Blocks that alone may move, where the options say so; None: it shows in :meth:`apply`."""
+        return None
+
     def apply(self, context: Context) -> Placement:
         """Freezes and unfreezes parameters (or adds an adapter) and says what moves."""
         raise NotImplementedError
@@ -221,6 +225,13 @@ class Finish(Component):
 
     #: Whether it calls ``context.start``.
     needs_start: ClassVar[bool] = False
+
+    def check(self, total: int) -> None:
+        """Before the first of ``total`` steps: refuses a run that it cannot finish.
+
+        Raises:
+            RecipeError: Says what to change.
+        """
 
     def observe(
         self, step: int, total: int, parameters: Sequence[torch.nn.Parameter], memory: Memory

@@ -119,7 +119,10 @@ class RWKU(Benchmark):
     passages: int = Field(
         16, ge=1, description="Biographies per target; the paper has 582, small machines few."
     )
-    passage_tokens: int = Field(512, ge=8, description="Length of a biography the model writes.")
+    passage_tokens: int = Field(
+        420, ge=8, description="Length of a biography the model writes; with its question it is "
+        "a row of training, which has 512 tokens unless training.max_length says otherwise."
+    )  # fmt: skip
 
     # ---- what is asked
 

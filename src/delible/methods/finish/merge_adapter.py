@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from delible.errors import RecipeError
 from delible.lm.lm import LM
+from delible.precision import short_types
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
 
@@ -38,6 +39,12 @@ class MergeAdapter(Finish):
                 "the model wears no adapter.",
                 where="finish 'merge_adapter'",
                 hint="Train with place: lora, or leave finish out.",
+            )
+        if short := short_types(lm.core.parameters()):
+            lm.model.float()
+            context.say(
+                f"finish: the weights are converted from {' and '.join(short)} to float32, or most "
+                "of what the adapter adds would round away"
             )
         lm.merge_adapter()
         context.say("finish: the adapter is merged into the weights")

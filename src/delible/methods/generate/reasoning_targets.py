@@ -4,7 +4,7 @@
 
 The targets are the role ``target``, row by row beside the forget records. Serialised with the
 tokenizer's own reasoning markers, or as "Reasoning: … Answer: …" where it has none; the trace is
-shortened to fit ``maximum_tokens``, the refusal never is.
+shortened to fit ``maximum_tokens`` and the longest row of the training, the refusal never is.
 
 Paper: arXiv 2603.09980 (no public code). Deviations: traces that tell the answer and replies that
 do not refuse are dropped and asked for again. Without a generator model, traces and refusals come
@@ -29,6 +29,7 @@ from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
+from delible.train.fitting import fits, room_for_answer
 from delible.train.losses import Role
 from delible.train.slots import Context, Generate
 from delible.world import filters
@@ -66,7 +67,7 @@ def fitted(tokenizer: Any, reasoning: str, answer: str, marked: bool, maximum: i
         raise DataError(
             f"a refusal has more than {maximum} tokens.",
             where=WHERE,
-            hint="Raise generate.maximum_tokens.",
+            hint="Raise generate.maximum_tokens, and training.max_length if it is shorter.",
         )
     return text
 
@@ -127,12 +128,17 @@ class ReasoningTargets(Generate):
         targets: list[RecordBase] = []
         for record, ((reasoning, refusal),) in zip(forget, made, strict=True):
             shown = reasoning if self.trace else ""
-            text = fitted(tokenizer, shown, refusal, marked, self.maximum_tokens)
+            text = fitted(tokenizer, shown, refusal, marked, self._room(context, record))
             targets.append(answered(record, text, "reasoned refusal"))
         rows: dict[Role, list[RecordBase]] = {"forget": list(forget), "target": targets}
         if self.reasoned_retain and self.trace and context.records.get("retain"):
             rows["retain"] = self._reasoned(context, marked)
         return rows
+
+    def _room(self, context: Context, record: QA) -> int:
+        """Tokens of a target that is kept whole: one fewer than a row has room for, its end."""
+        room = room_for_answer(context.lm.template, Prompt.ask(record.question))
+        return min(self.maximum_tokens, room - 1)
 
     def _marked(self, tokenizer: Any) -> bool:
         if self.markers != "auto":
@@ -188,5 +194,6 @@ class ReasoningTargets(Generate):
                 continue
             trace = random.choice(traces).replace("{subject}", record.subject or UNNAMED)
             text = serialised(trace, record.answer, marked)
-            records[index] = record.model_copy(update={"answer": text})
+            if fits(context.lm.template, Prompt.ask(record.question), text):
+                records[index] = record.model_copy(update={"answer": text})
         return records

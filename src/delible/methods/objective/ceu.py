@@ -10,8 +10,8 @@ p_t - q_t, which is that of unlikelihood, -log(1 - p_t(y_t)).
 
 Paper: arXiv 2503.01224. Reference: github.com/locuslab/open-unlearning (ceu.py).
 Deviations: none in the loss. A row with no more than ``ignore_first_n`` answer tokens (the
-end-of-turn token is one) is not forgotten at all; what it has fewer is missing in the mean's
-divisor, which can only happen from 2 on.
+end-of-turn token is one) is not forgotten at all; that is said, and refused if it is so for all.
+What a row has fewer is missing in the mean's divisor, which can only happen from 2 on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.losses import Objective
-from delible.train.row import Unit
+from delible.train.row import Row, Unit
 from delible.train.step import Step
 
 
@@ -63,6 +63,9 @@ class CEU(Objective):
     )
 
     unit: ClassVar[Unit] = "answer_token"
+
+    def concerns(self, row: Row) -> bool:
+        return row.encoded.answer_tokens > self.ignore_first_n
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         values = step.forget.map_logits(ceu)[:, self.ignore_first_n :].sum(dim=1)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.losses import Objective
-from delible.train.row import Unit
+from delible.train.row import Row, Unit
 from delible.train.step import Step
 
 
@@ -100,6 +100,9 @@ class UNDIAL(Objective):
 
     unit: ClassVar[Unit] = "answer_token"
     reference: ClassVar[tuple[str, ...]] = ("answers",)
+
+    def concerns(self, row: Row) -> bool:
+        return self.focus == "all" or any(row.names)
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         def distil(

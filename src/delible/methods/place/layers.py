@@ -13,7 +13,7 @@ index, and parts are found by the model's anatomy instead of by an index into it
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,9 @@ from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.registry import register
 from delible.train.slots import Context, Place, Placement
+
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
 
 #: Part of a block that moves.
 Part = Literal["mlp_out", "mlp", "attention", "all"]
@@ -72,9 +75,12 @@ class Layers(Place):
         None, description="Indices of the layers, instead of a depth; negative: from the end."
     )
 
+    def moving_blocks(self, lm: LM) -> list[int]:
+        return chosen_layers(lm.anatomy, self.depth, self.below, self.layers)
+
     def apply(self, context: Context) -> Placement:
         anatomy, model = context.lm.anatomy, context.lm.model
-        layers = chosen_layers(anatomy, self.depth, self.below, self.layers)
+        layers = self.moving_blocks(context.lm)
         role: Literal["mlp_out", "mlp", "attention", "block"] = (
             "block" if self.role == "all" else self.role
         )

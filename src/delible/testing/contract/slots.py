@@ -141,7 +141,7 @@ def resumes_to_the_same_bits(trial: Trial) -> None:
         if step == 2:
             raise Interruption
 
-    length: dict[str, Any] = {"epochs": 4, "max_steps": 4}
+    length: dict[str, Any] = {"epochs": 4, "max_steps": 6}
     whole = trial.trainer(trial.recipe(**length)).train()
     run = RunDirectory(trial.folder / "run")
     run.begin({"command": "contract"})

@@ -1,0 +1,38 @@
+"""The processes that train together, with settings that no environment variable can change.
+
+Accelerate reads its own variables (``ACCELERATE_GRADIENT_ACCUMULATION_STEPS`` scales gradients,
+``ACCELERATE_MIXED_PRECISION`` computes in another precision, ``ACCELERATE_DYNAMO_BACKEND``
+compiles). Here gradients are added up, and the precision chosen, by the engine. What says where to
+compute (devices, number of processes, FSDP) is left to the environment: it changes no result.
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from delible.errors import RunError
+
+
+def open_processes() -> Accelerator:
+    """Accelerate with every setting that could change a result given in so many words.
+
+    Raises:
+        RunError: This process has set up accelerate before, in another precision.
+    """
+    try:
+        return Accelerator(
+            mixed_precision="no",
+            # the number alone would be overruled by the environment, a plugin is not
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise RunError(
+            "this process has set up accelerate before, with a mixed precision of its own, which "
+            "would change the result.",
+            hint="Train in a process of its own, or set training.precision instead and make no "
+            "Accelerator with mixed_precision.",
+        ) from error
