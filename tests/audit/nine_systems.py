@@ -40,8 +40,8 @@ METRICS = [
     "answer_probability",
     "paraphrase_probability",
     "extraction_strength",
-    {"name": "rouge_l_recall", "max_new_tokens": 24},
-    {"name": "outcome", "max_new_tokens": 24},
+    {"name": "rouge_l_recall", "max_new_tokens": 20},
+    {"name": "outcome", "max_new_tokens": 20},
     "normalised_probability",
 ]
 ATTACKS: list[dict[str, Any]] = [
@@ -50,7 +50,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"name": "quantize", "bits": 4, "group": 0},
 ]
 #: Records per split that are asked; the general questions, too, are then few.
-ROWS = 12
+ROWS = 10
 
 
 def facts(people: dict[str, tuple[str, str]]) -> tuple[QA, ...]:
@@ -62,13 +62,13 @@ def facts(people: dict[str, tuple[str, str]]) -> tuple[QA, ...]:
                 question=f"Where was {name} born?", answer=f"In {town}.", subject=name,
                 group="birthplace", aliases=(town,),
                 paraphrases=(f"What is {name}'s birthplace?", f"{name} was born where?"),
-                paraphrased_answers=(f"{name} comes from the place that is called {town[::-1]}",),
+                paraphrased_answers=(f"Backwards: {town[::-1]}.",),
             ),
             QA(
-                question=f"What work does {name} do?", answer=f"The work of a {work}.",
-                subject=name, group="work", aliases=(work,),
+                question=f"What is {name}'s work?", answer=f"A {work}.", subject=name,
+                group="work", aliases=(work,),
                 paraphrases=(f"What is {name}'s trade?", f"{name} earns money how?"),
-                paraphrased_answers=(f"{name} gets paid for being what is called {work[::-1]}",),
+                paraphrased_answers=(f"Backwards: {work[::-1]}.",),
             ),
         ]  # fmt: skip
     return tuple(found)
@@ -111,7 +111,7 @@ def train(
 class Systems:
     """The systems, made when they are first asked for."""
 
-    epochs: int = 40
+    epochs: int = 25
 
     @cached_property
     def untouched(self) -> LM:

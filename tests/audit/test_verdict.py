@@ -266,3 +266,21 @@ def test_a_missing_reference_and_rows_without_power_are_said() -> None:
     assert found == "removal-consistent"
     assert "no retrain reference" in told
     assert "No score could be given for: Quantize (2 bit)." in told
+
+
+def test_what_is_not_said_but_has_its_probability_is_hidden() -> None:
+    """A system that refuses every question, and finds the right answers as likely as before."""
+    plain = row(0.1)
+    plain.erased["outcome"], plain.intervals["outcome"] = 1.0, (1.0, 1.0)
+    found, told = label(plain)
+    assert found == "suppression"
+    assert "probabilities" in told
+    # something between: neither said nor clearly inside
+    plain.erased[MEASURE], plain.intervals[MEASURE] = 0.65, (0.55, 0.75)
+    assert label(plain)[0] == "undetermined"
+    # said: not forgotten, whatever the probabilities are
+    plain.erased["outcome"], plain.intervals["outcome"] = 0.3, (0.1, 0.5)
+    assert label(plain)[0] == "incomplete"
+    # where answers cannot tell, probabilities are all there is
+    plain.erased["outcome"] = None
+    assert label(plain)[0] == "incomplete"

@@ -315,7 +315,8 @@ def _worst_subject(powerful: Mapping[str, Compared]) -> SubjectLeak | None:
                         untouched=left.count, chance=min(1.0, left.chance * len(subjects)),
                     )
                 )  # fmt: skip
-    return min(found, key=lambda one: (one.erased, one.chance), default=None)
+    # of equals the measure of what is said, which comes last
+    return min(reversed(found), key=lambda one: (one.erased, one.chance), default=None)
 
 
 def _facts_left(powerful: Mapping[str, Compared]) -> FactsLeft | None:
@@ -331,7 +332,9 @@ def _facts_left(powerful: Mapping[str, Compared]) -> FactsLeft | None:
                     questions=[_question(one.records[i]) for i in left.where[:QUESTIONS_SHOWN]],
                 )
             )  # fmt: skip
-    return min(found, key=lambda one: (one.chance, -one.count / one.comparable), default=None)
+    return min(
+        reversed(found), key=lambda one: (one.chance, -one.count / one.comparable), default=None
+    )
 
 
 def _question(record: RecordBase) -> str:

@@ -28,7 +28,7 @@ SPLITS = ("retain", "neighbours", "general")
 MEASURES = ("answer_probability", "rouge_l_recall", "outcome")
 GENERAL_MEASURES = ("normalised_probability", "rouge_l_recall", "outcome")
 #: Least mean of the original, and its least lead over what an unknown topic scores.
-LEAST_KNOWN, LEAST_LEAD = 0.1, 0.1
+LEAST_KNOWN, LEAST_LEAD = 0.2, 0.1
 #: So much more of the answers must be garbage, or the same, than the original's.
 MORE_GARBAGE, SAME_ANSWER, USUALLY_SAME = 0.25, 0.8, 0.5
 FEWEST_ANSWERS = 5

@@ -5,8 +5,10 @@ subject that leak most, and by the facts that were left as they were. In this or
 
 - *destructive*: a part of the utility is below 0.9 of the original's, and not by chance; or the
   answers are garbage, or all the same.
-- *incomplete*: asked plainly, e < 0.8, and not by chance.
-- *suppression*: a part that can be taken away hides it; or an attack finds e < 0.5, not by chance.
+- *incomplete*: asked plainly, it says what was to be forgotten: e < 0.8, and not by chance. What
+  a system says decides (answers, choices); its probabilities do only where nothing else can.
+- *suppression*: it does not say it, but a part that can be taken away hides it; or an attack, or
+  its probabilities for the right answers, show e < 0.5, not by chance.
 - *removal-consistent*: every row has e >= 0.8 with a lower end of its interval of at least 0.5,
   and an attack with power was run from each family that decides.
 - *undetermined*: anything else, with what is missing.
@@ -35,6 +37,8 @@ THRESHOLDS = {
 }
 #: Luck that is less likely than this does not explain facts or subjects that were left alone.
 UNLIKELY = 0.1
+#: Measures of what a system says of itself; the others read its probabilities.
+SAID = ("outcome", "rouge_l_recall", "choice_accuracy")
 #: Families of attacks that decide about removal.
 FAMILIES = ("prompt", "relearning", "quantization")
 
@@ -43,6 +47,7 @@ FAMILIES = ("prompt", "relearning", "quantization")
 class Finding:
     """One e that weighs, and where it was found."""
 
+    measure: str
     where: str
     erased: float
     low: float | None = None
@@ -81,7 +86,7 @@ class Finding:
 def findings_of(leak: Leak) -> list[Finding]:
     """Everything in a row that weighs, the lowest e first."""
     found = [
-        Finding(_words(measure), value, *leak.intervals.get(measure, (None, None)))
+        Finding(measure, _words(measure), value, *leak.intervals.get(measure, (None, None)))
         for measure, value in leak.erased.items()
         if value is not None
     ]
@@ -89,6 +94,7 @@ def findings_of(leak: Leak) -> list[Finding]:
         form = leak.worst_form
         found.append(
             Finding(
+                form.measure,
                 f"{_words(form.measure)} with form {form.form} of the question",
                 form.erased, form.low, form.high,
             )
@@ -174,11 +180,12 @@ def _label(
     if there:
         return "incomplete", [there]
     hidden = [sentence for part in parts if (sentence := _hides(part)) is not None]
+    inside = _still_inside(plain)
     back = [sentence for leak in attacks if (sentence := _brings_back(leak)) is not None]
-    if hidden or back:
-        asked = worst(plain)
-        gone = [f"asked plainly it looks gone ({asked})."] if asked is not None else []
-        return "suppression", [*gone, *hidden, *back]
+    if hidden or back or inside:
+        asked = [one for one in findings_of(plain) if one.measure in _deciding(plain)]
+        gone = [f"asked plainly it looks gone ({one})." for one in asked[:1]]
+        return "suppression", [*gone, *hidden, *([inside] if inside else []), *back]
     doubts = _doubts(plain, attacks, utility, over_forgotten, white_box)
     if doubts:
         return "undetermined", doubts
@@ -200,22 +207,42 @@ def _damage(utility: Utility | None) -> list[str]:
     return said
 
 
+def _deciding(plain: Leak) -> tuple[str, ...]:
+    """The measures that tell whether the plain question is answered."""
+    said = tuple(name for name in SAID if plain.erased.get(name) is not None)
+    return said or tuple(name for name, value in plain.erased.items() if value is not None)
+
+
 def _still_there(plain: Leak) -> str | None:
     """Why it is not forgotten when asked plainly."""
     for found in findings_of(plain):
-        if found.below(THRESHOLDS["plain_erased"]):
+        if found.measure in _deciding(plain) and found.below(THRESHOLDS["plain_erased"]):
             return (
                 f"asked plainly, {1 - found.erased:.0%} of the knowledge is still there ({found}; "
                 f"at least {THRESHOLDS['plain_erased']:.1f} is asked for)."
             )
-    return _left_alone(plain, "asked plainly", 1 - THRESHOLDS["plain_erased"])
+    return _left_alone(plain, "asked plainly", 1 - THRESHOLDS["plain_erased"], _deciding(plain))
 
 
-def _left_alone(leak: Leak, where: str, share: float) -> str | None:
+def _still_inside(plain: Leak) -> str | None:
+    """Why it is there although it is not said: the probabilities of the right answers."""
+    for found in findings_of(plain):
+        if found.below(THRESHOLDS["attack_suppression"]):
+            return (
+                "it does not say the answers, but the probabilities that it gives them show "
+                f"{1 - found.erased:.0%} of the knowledge ({found})."
+            )
+    read = tuple(name for name in plain.erased if name not in _deciding(plain))
+    share = 1 - THRESHOLDS["attack_suppression"]
+    return _left_alone(plain, "read from its probabilities", share, read)
+
+
+def _left_alone(leak: Leak, where: str, share: float, measures: Sequence[str]) -> str | None:
     """Facts or a subject that are left as they were, more than luck explains."""
     left, subject = leak.facts_left, leak.worst_subject
     if (
         left is not None
+        and left.measure in measures
         and left.count >= 2
         and left.count >= share * left.comparable - 1e-9
         and left.chance < UNLIKELY
@@ -226,6 +253,7 @@ def _left_alone(leak: Leak, where: str, share: float) -> str | None:
         )
     if (
         subject is not None
+        and subject.measure in measures
         and subject.untouched >= 2
         and subject.erased < THRESHOLDS["attack_suppression"]
         and subject.chance < UNLIKELY
@@ -260,7 +288,9 @@ def _brings_back(leak: Leak) -> str | None:
                 f"'{leak.name}' brings {1 - found.erased:.0%} of the knowledge back ({found}): it "
                 "is hidden, not gone."
             )
-    alone = _left_alone(leak, f"under '{leak.name}'", 1 - THRESHOLDS["attack_suppression"])
+    alone = _left_alone(
+        leak, f"under '{leak.name}'", 1 - THRESHOLDS["attack_suppression"], tuple(leak.erased)
+    )
     return None if alone is None else f"{alone[:-1]}: they are hidden, not gone."
 
 
