@@ -24,6 +24,7 @@ SECTIONS = [
     "trade-off",
     "outcomes",
     "attacks",
+    "utility",
     "relearning",
     "training",
     "measurements",
