@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from delible.audit.result import UtilityPart
-from delible.audit.utility import part, utility
+from delible.audit.utility import Answers, part, utility
 from delible.audit.verdict import gate
 from delible.metrics.base import Item, SystemValues
 from delible.records import QA
@@ -137,10 +137,11 @@ def test_the_floor_is_what_a_model_scores_that_never_saw_such_answers() -> None:
     assert utility(systems, {"retain": RECORDS}, {}).parts[0].kept == pytest.approx(2 / 3)  # type: ignore[arg-type]
 
 
-def said(kinds: str, texts: Sequence[str] | None = None) -> list[tuple[str, str]]:
+def said(kinds: str, texts: Sequence[str] | None = None) -> Answers:
     words = {"g": "garbage", "c": "correct", "w": "wrong-but-fluent"}
     texts = texts or [f"answer {index}" for index in range(len(kinds))]
-    return [(text, words[kind]) for text, kind in zip(texts, kinds, strict=True)]
+    answers = zip(texts, kinds, strict=True)
+    return {("retain", place): (text, words[kind]) for place, (text, kind) in enumerate(answers)}
 
 
 @pytest.mark.parametrize(
@@ -156,12 +157,21 @@ def said(kinds: str, texts: Sequence[str] | None = None) -> list[tuple[str, str]
     ],
 )
 def test_babble_and_one_answer_to_everything_are_broken(
-    after: list[tuple[str, str]], before: list[tuple[str, str]], broken: str | None
+    after: Answers, before: Answers, broken: str | None
 ) -> None:
     values = {"unlearned": system(), "original": system()}
     found = utility(values, {}, {"unlearned": after, "original": before})  # type: ignore[arg-type]
     assert len(found.broken) == (broken is not None)
     assert broken is None or broken in found.broken[0]
+
+
+def test_only_questions_that_both_answered_are_compared() -> None:
+    values = {"unlearned": system(), "original": system()}
+    after, before = said("ggggggwwww"), said("wwwwwwcccc")
+    for place in list(after)[:6]:
+        del before[place]
+    found = utility(values, {}, {"unlearned": after, "original": before})  # type: ignore[arg-type]
+    assert found.broken == []
 
 
 def test_without_the_original_nothing_is_compared() -> None:

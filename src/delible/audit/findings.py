@@ -18,7 +18,7 @@ from delible.audit.result import (
     SystemInfo,
     SystemRole,
 )
-from delible.audit.utility import utility
+from delible.audit.utility import Answers, utility
 from delible.audit.verdict import verdict
 from delible.files import atomic_file
 from delible.measure.asking import answer_of, ask
@@ -43,7 +43,7 @@ class Findings:
         attacks: Every attack setting.
         parts: The unlearned system without parts that can be taken away.
         answers: Shown answers by system and (split, record): text and outcome class.
-        samples: Answers to questions that were to be kept: text and outcome class.
+        samples: The same of questions that were to be kept, to see whether the system is broken.
         notes: What was left out while asking.
     """
 
@@ -55,8 +55,8 @@ class Findings:
     parts: list[Setting] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     infos: dict[SystemRole, SystemInfo] = field(default_factory=dict)
-    answers: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]] = field(default_factory=dict)
-    samples: dict[SystemRole, list[tuple[str, str]]] = field(default_factory=dict)
+    answers: dict[SystemRole, Answers] = field(default_factory=dict)
+    samples: dict[SystemRole, Answers] = field(default_factory=dict)
 
     @property
     def settings(self) -> list[Setting]:

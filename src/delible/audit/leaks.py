@@ -160,7 +160,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         plain: What was measured without one.
     """
     attacked = place.attack not in (PLAIN, WITHOUT_PART)
-    index = {id(record): number for number, record in enumerate(plain.records)}
+    index = {record.digest: number for number, record in enumerate(plain.records)}
     found: dict[str, Compared] = {}
     scores: dict[str, Erasure] = {}
     for measure in LEAK_MEASURES:
@@ -173,7 +173,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
             continue
         gap = None
         if attacked:
-            same = _only(plain, [index[id(one)] for one in found[measure].records])
+            same = _only(plain, [index[one.digest] for one in found[measure].records])
             before = compared(same, measure, with_reference=with_reference).known
             gap = before.gap if before is not None else None
         scores[measure] = erasure(known, plain_gap=gap, seed=seed)
@@ -266,13 +266,13 @@ def _only(plain: Setting, index: Iterable[int]) -> Setting:
 
 def _inert(place: Setting, plain: Setting) -> bool:
     """Whether an attack on the weights left every value of every system as it was."""
-    index = {id(record): number for number, record in enumerate(plain.records)}
+    index = {record.digest: number for number, record in enumerate(plain.records)}
     changes = [0.0]
     for role, values in place.values.items():
         for measure, by_split in values.items.items():
             before = plain.values[role].items.get(measure, {}).get("forget", ())
             for record, item in zip(place.records, by_split.get("forget", ()), strict=False):
-                old = before[index[id(record)]].value if before else None
+                old = before[index[record.digest]].value if before else None
                 if old is not None and item.value is not None:
                     changes.append(abs(item.value - old))
     return bool(place.values) and max(changes) < UNCHANGED

@@ -16,6 +16,7 @@ from delible.audit.leaks import LEAK_MEASURES, WITHOUT_PART, Setting
 from delible.audit.parts import without_parts
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.audit.utility import SPLITS as KEPT_SPLITS
+from delible.audit.utility import Answers
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file
@@ -500,13 +501,8 @@ class _Audit:
             self.systems["original"] = lambda: cast(System, self._loaded_original)
         return self._loaded_original
 
-    def _answers(
-        self, system: System
-    ) -> tuple[dict[tuple[str, int], tuple[str, str]], list[tuple[str, str]]]:
-        """Answers by (split, record) for the report, and answers to questions to be kept.
-
-        An answer is its text and its outcome class.
-        """
+    def _answers(self, system: System) -> tuple[Answers, Answers]:
+        """Answers for the report, and answers to questions that were to be kept."""
         chosen = [metric for metric in self.metrics if metric.card.name == "outcome"]
         metric = cast(ItemMetric, chosen[0] if chosen else build("metric", "outcome"))
         shown = self._asked(metric, ("forget", "retain"), EXAMPLES)
@@ -526,12 +522,12 @@ class _Audit:
             text = next((text for text in texts if isinstance(text, str)), "")
             return text, metric.score(record, prompt, answers).detail or ""
 
-        found = {}
+        found: Answers = {}
         for place, (record, prompt) in shown.items():
             answer = read(record, prompt)
             found[place] = (f"(no answer: {answer})", "") if isinstance(answer, str) else answer
-        samples = [read(record, prompt) for record, prompt in sampled.values()]
-        return found, [one for one in samples if not isinstance(one, str)]
+        samples = {place: read(record, prompt) for place, (record, prompt) in sampled.items()}
+        return found, {place: one for place, one in samples.items() if not isinstance(one, str)}
 
     def _asked(
         self, metric: ItemMetric, splits: Sequence[str], count: int

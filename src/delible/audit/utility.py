@@ -29,6 +29,8 @@ MEASURES = ("answer_probability", "rouge_l_recall", "outcome")
 GENERAL_MEASURES = ("normalised_probability", "rouge_l_recall", "outcome")
 #: Least mean of the original, and its least lead over what an unknown topic scores.
 LEAST_KNOWN, LEAST_LEAD = 0.2, 0.1
+#: Answers by (split, record): text and outcome class.
+Answers = dict[tuple[str, int], tuple[str, str]]
 #: So much more of the answers must be garbage, or the same, than the original's.
 MORE_GARBAGE, SAME_ANSWER, USUALLY_SAME = 0.25, 0.8, 0.5
 FEWEST_ANSWERS = 5
@@ -91,7 +93,7 @@ def _kept(now: Array, bar: Array) -> Array:
 def utility(
     values: Mapping[SystemRole, SystemValues],
     splits: Mapping[str, Sequence[RecordBase]],
-    answers: Mapping[SystemRole, Sequence[tuple[str, str]]],
+    answers: Mapping[SystemRole, Answers],
     seed: int = 0,
 ) -> Utility:
     """All parts, and what is plainly broken.
@@ -99,7 +101,7 @@ def utility(
     Args:
         values: What was measured without an attack.
         splits: The records that were asked.
-        answers: Answers to questions that were to be kept: text and outcome class.
+        answers: Answers to questions that were to be kept.
         seed: Of the intervals.
     """
     if "original" not in values:
@@ -144,13 +146,19 @@ def _floor(
     return 0.0
 
 
-def _garbage(answers: Mapping[SystemRole, Sequence[tuple[str, str]]], seed: int) -> str | None:
+def _both(answers: Mapping[SystemRole, Answers]) -> tuple[list[tuple[str, str]], ...]:
+    """What the unlearned system and the original say to the questions that both answered."""
+    now, then = answers.get("unlearned", {}), answers.get("original", {})
+    common = [place for place in now if place in then]
+    return [now[place] for place in common], [then[place] for place in common]
+
+
+def _garbage(answers: Mapping[SystemRole, Answers], seed: int) -> str | None:
     """A sentence when far more answers are garbage than the original's."""
     now, then = (
-        np.asarray([kind == "garbage" for _, kind in answers.get(role, ())], np.float64)
-        for role in ("unlearned", "original")
+        np.asarray([kind == "garbage" for _, kind in said], np.float64) for said in _both(answers)
     )
-    if len(now) != len(then) or len(now) < FEWEST_ANSWERS:
+    if len(now) < FEWEST_ANSWERS:
         return None
     more = now - then
     low = percentiles(resampled_means(more[None], None, seed)[:, 0])[0]
@@ -162,15 +170,15 @@ def _garbage(answers: Mapping[SystemRole, Sequence[tuple[str, str]]], seed: int)
     )
 
 
-def _all_the_same(answers: Mapping[SystemRole, Sequence[tuple[str, str]]]) -> str | None:
+def _all_the_same(answers: Mapping[SystemRole, Answers]) -> str | None:
     """A sentence when different questions get one answer, and the original told them apart."""
     shares: list[float] = []
     texts: list[str] = []
-    for role in ("unlearned", "original"):
-        said = [" ".join(text.casefold().split()) for text, _ in answers.get(role, ())]
+    for said in _both(answers):
         if len(said) < FEWEST_ANSWERS:
             return None
-        text, count = Counter(said).most_common(1)[0]
+        plain = [" ".join(text.casefold().split()) for text, _ in said]
+        text, count = Counter(plain).most_common(1)[0]
         shares.append(count / len(said))
         texts.append(text)
     if shares[0] < SAME_ANSWER or shares[1] > USUALLY_SAME:
