@@ -52,7 +52,7 @@ METRICS: tuple[str | dict[str, Any], ...] = tuple(
     for name in DEFAULT_METRICS
 )
 #: Knowledge scores that are measured under attack (those that need no generated text).
-LEAKS = ("answer_probability", "extraction_strength")
+LEAKS = ("answer_probability", "paraphrase_probability", "extraction_strength")
 #: Records that the audit asks, per split, and of any other split at most.
 ASKED, ROWS = {"retain": 8, "neighbours": 6, "holdout": 5}, 10
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from delible.attacks.quantize import compare_codes, linear_weights
 from delible.audit.run import audit
 from delible.errors import DataError, ModelError, RecipeError, RunError
 from delible.lm.lm import LM
@@ -114,6 +115,33 @@ def test_attacked_systems_are_remembered_and_nothing_is_changed(
         assert torch.equal(value, before[name]), name
 
 
+def test_what_is_noted_about_an_original_is_not_taken_for_another(
+    models: tuple[LM, LM, ForgetRequest],
+) -> None:
+    target, reference, request = models
+    near = reference.copy("near")
+    with torch.no_grad():
+        for weight in near.model.parameters():
+            weight += 1e-5
+    near.touch()
+    grid = [{"name": "quantize", "bits": 4, "group": 0}]
+
+    def collisions(original: LM) -> str | None:
+        found = audit(
+            reference, request, before=original, metrics=["answer_probability"], attacks=grid
+        )
+        return next(leak for leak in found.leaks if leak.attack == "quantize").note
+
+    first, second = collisions(target), collisions(near)
+    for note, original in ((first, target), (second, near)):
+        codes = compare_codes(linear_weights(reference), linear_weights(original), 4, 0)
+        sizes = {name: weight.numel() for name, weight in linear_weights(reference).items()}
+        rate = sum(codes[name][0] * size for name, size in sizes.items()) / sum(sizes.values())
+        assert note is not None
+        assert f"{rate:.0%} of the quantized weights" in note
+    assert first != second
+
+
 def test_a_guard_is_audited_as_deployed(models: tuple[LM, LM, ForgetRequest]) -> None:
     from delible.systems.guarded import guard
 
@@ -125,7 +153,7 @@ def test_a_guard_is_audited_as_deployed(models: tuple[LM, LM, ForgetRequest]) ->
     shares = found.outcomes["unlearned"]["forget"]
     assert shares == {"refusal": 1.0}
     assert found.verdict is not None
-    assert found.verdict.label != "removal-consistent"
+    assert found.verdict.label == "suppression", found.verdict.reasons
     skipped = next(leak for leak in found.leaks if leak.attack == "quantize")
     assert skipped.note is not None
     assert any("answer_probability" in line for line in found.not_tested)

@@ -9,9 +9,14 @@ from delible.audit.result import (
     AuditResult,
     Curve,
     Example,
+    FactsLeft,
+    FormLeak,
     Leak,
     Measurement,
+    SubjectLeak,
     SystemInfo,
+    Utility,
+    UtilityPart,
     VerdictResult,
 )
 from delible.report.page import ReportData
@@ -125,6 +130,7 @@ def leaks() -> list[Leak]:
                 "reference": 0.05,
             }
             e["extraction_strength"] = None
+        powerless = "no power: here the original knows hardly more than the reference"
         rows.append(
             Leak(
                 attack=attack,
@@ -132,6 +138,26 @@ def leaks() -> list[Leak]:
                 title=title,
                 knowledge=knowledge,
                 erased=e,
+                intervals={"answer_probability": (0.31, 0.4)} if attack == "paraphrase" else {},
+                no_power={"extraction_strength": powerless} if attack == "prefill" else {},
+                worst_form=FormLeak(form=2, measure="rouge_l_recall", erased=0.66)
+                if attack == "prefill"
+                else None,
+                worst_subject=SubjectLeak(
+                    subject="Mara Velt",
+                    measure="answer_probability",
+                    erased=0.12,
+                    records=5,
+                    untouched=4,
+                    chance=0.001,
+                )
+                if attack == "none"
+                else None,
+                facts_left=FactsLeft(
+                    measure="answer_probability", count=4, comparable=38, guessed=0.02, chance=0.01
+                )
+                if attack == "none"
+                else None,
                 retain={
                     "answer_probability": {
                         "unlearned": retain,
@@ -351,6 +377,30 @@ def audit() -> AuditResult:
             },
         },
         leaks=leaks(),
+        utility=Utility(
+            parts=[
+                UtilityPart(
+                    split="retain",
+                    measure="rouge_l_recall",
+                    records=160,
+                    original=0.88,
+                    unlearned=0.81,
+                    reference=0.87,
+                    kept=0.9205,
+                    low=0.89,
+                    high=0.95,
+                ),
+                UtilityPart(
+                    split="general",
+                    measure="outcome",
+                    records=60,
+                    original=0.02,
+                    unlearned=0.02,
+                    reason="the original itself hardly knows more here",
+                ),
+            ],
+            broken=["it gives one and the same answer to 85% of different questions ('Yes.')"],
+        ),
         verdict=VerdictResult(
             label="suppression",
             reasons=[

@@ -24,6 +24,7 @@ SECTIONS = [
     "trade-off",
     "outcomes",
     "attacks",
+    "utility",
     "relearning",
     "training",
     "measurements",
@@ -155,6 +156,28 @@ def test_leak_cells_show_scores_of_every_system_and_words(rich_page: str) -> Non
     assert cell.split() == ["0.35", "leaks", "O", "0.86", "U", "0.58", "R", "0.07"]
     assert 'class="e1"' in row
     assert "this measure was not taken under this attack" in table
+
+
+def test_intervals_rows_without_power_and_the_worst_places_are_shown(rich_page: str) -> None:
+    table = rich_page.split('<table class="matrix">')[1].split("</table>")[0]
+    rows = {name: next(part for part in table.split("<tr>") if name in part)
+            for name in ("Plain question", "Paraphrased question", "Answer begun")}  # fmt: skip
+    assert "95 %: 0.31 to 0.40" in visible(rows["Paraphrased question"])
+    begun = visible(rows["Answer begun"])
+    assert "no power (no power: here the original knows hardly more" in " ".join(begun.split())
+    assert "worst form: no. 2, e = 0.66 (ROUGE-L recall)" in begun
+    asked = visible(rows["Plain question"])
+    assert "worst subject: Mara Velt, e = 0.12, 4 of 5 facts as before" in asked
+    assert "4 of 38 facts as before" in asked
+
+
+def test_what_is_left_of_the_rest_is_shown(rich_page: str) -> None:
+    section = visible(rich_page.split('<section id="utility"')[1].split("</section>")[0])
+    words = " ".join(section.split())
+    assert "retain ROUGE-L recall 0.880 0.810 0.870 92.0 89.0 95.0 160" in words
+    assert "the original itself hardly knows more here" in words
+    assert "one and the same answer" in words
+    assert 'href="#utility"' in rich_page
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
 from delible.registry import register
 
+#: From so many bits on, rounding is almost harmless (the paper's control).
+CONTROL_BITS = 8
 MATRICES: tuple[Role, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
@@ -172,6 +174,11 @@ class Quantize(ModelAttack):
     def variant_title(self) -> str:
         """Such as "4 bit, groups of 64"."""
         return f"{self.bits} bit, {f'groups of {self.group}' if self.group else 'per channel'}"
+
+    @property
+    def control(self) -> bool:
+        """8 bits and more change hardly anything."""
+        return self.bits >= CONTROL_BITS
 
     def apply(self, lm: LM, context: AttackContext) -> LM:
         """The rounded copy, in fp32.

@@ -7,30 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from delible import registry
+from delible.audit.erasure import over_forgotten
+from delible.audit.leaks import WITHOUT_PART, Setting, compared, leak
 from delible.audit.result import (
     AuditResult,
     Curve,
     Example,
-    Leak,
     Measurement,
     SystemInfo,
     SystemRole,
 )
-from delible.audit.verdict import erased, verdict, worst_by_attack
+from delible.audit.utility import Answers, utility
+from delible.audit.verdict import verdict
 from delible.files import atomic_file
 from delible.measure.evaluate import DETAIL_SEPARATOR, bootstrap_interval
 from delible.measure.metric import ItemMetric, SummaryMetric, SystemValues
 from delible.records import RecordBase
 from delible.system.questions import answer_of, ask
-
-#: Knowledge scores of the attack x leak matrix, larger = more is known; the first one that a
-#: system allows decides the verdict.
-LEAK_MEASURES = ("answer_probability", "extraction_strength", "rouge_l_recall", "outcome")
-#: Forget answers this much less likely than in the reference count as over-forgotten.
-OVER_FORGOTTEN = 0.25
 
 _NEVER_TESTED = (
     "Longer relearning, other optimisers and other learning rates than the listed ones.",
@@ -41,66 +35,66 @@ _NEVER_TESTED = (
 
 
 @dataclass
-class Setting:
-    """Values of one attack setting, by system."""
-
-    attack: str
-    variant: str
-    title: str
-    values: dict[SystemRole, SystemValues] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    curves: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
-
-
-@dataclass
 class Findings:
     """The measurements of one audit.
 
     Attributes:
-        settings: The plain question first, then every attack setting.
+        plain: The plain question.
+        attacks: Every attack setting.
+        parts: The unlearned system without parts that can be taken away.
         answers: Shown answers by system and (split, record): text and outcome class.
+        samples: The same of questions that were to be kept, to see whether the system is broken.
         notes: What was left out while asking.
     """
 
     splits: Mapping[str, Sequence[RecordBase]]
     metrics: Sequence[ItemMetric | SummaryMetric]
     seed: int
-    guarded: bool
-    settings: list[Setting]
-    notes: list[str]
+    plain: Setting
+    attacks: Sequence[Setting]
+    parts: list[Setting] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     infos: dict[SystemRole, SystemInfo] = field(default_factory=dict)
-    answers: dict[SystemRole, dict[tuple[str, int], tuple[str, str]]] = field(default_factory=dict)
+    answers: dict[SystemRole, Answers] = field(default_factory=dict)
+    samples: dict[SystemRole, Answers] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The plain question first, then parts taken away, then every attack."""
+        return [self.plain, *self.parts, *self.attacks]
 
     def result(self, seconds: float, measured: dict[str, int]) -> AuditResult:
         """Everything that can be said."""
-        found, plain = self.settings, self.settings[0]
-        summaries = self._summaries(plain)
-        leaks = [self._leak(place, plain) for place in found]
-        measure = next(
-            (name for name in LEAK_MEASURES if leaks[0].erased.get(name) is not None),
-            LEAK_MEASURES[0],
-        )
+        plain, with_reference = self.plain, "reference" in self.infos
+        leaks = [
+            leak(place, plain, with_reference=with_reference, seed=self.seed)
+            for place in self.settings
+        ]
+        first = 1 + len(self.parts)
+        kept = utility(plain.values, self.splits, self.samples, self.seed)
         return AuditResult(
             systems=self.infos,
             splits={name: len(records) for name, records in self.splits.items()},
             measurements=[
                 measurement
-                for place in found
+                for place in self.settings
                 for role, values in place.values.items()
+                if place.attack != WITHOUT_PART
+                or role == "unlearned"  # the others are the plain ones
                 for measurement in self._measurements(role, place, values)
             ],
-            summaries=summaries,
+            summaries=self._summaries(plain),
             outcomes=self._outcomes(plain),
             leaks=leaks,
+            utility=kept,
             verdict=verdict(
-                leaks[0].erased.get(measure),
-                self._utility_kept(summaries, plain),
-                worst_by_attack(leaks, measure),
-                without_reference="reference" not in self.infos,
-                over_forgotten=self._over_forgotten(plain),
+                leaks[0],
+                leaks[first:],
+                kept,
+                parts=leaks[1:first],
+                without_reference=not with_reference,
+                over_forgotten=self._over_forgotten(),
                 white_box="weights" in self.infos["unlearned"].capabilities,
-                removable_guard=self.guarded,
             ),
             curves=self._curves(),
             examples=self._examples(),
@@ -121,78 +115,12 @@ class Findings:
                     summaries[role].update(metric.summarise(values, reference))
         return summaries
 
-    def _leak(self, place: Setting, plain: Setting) -> Leak:
-        knowledge: dict[str, dict[SystemRole, float | None]] = {}
-        retain: dict[str, dict[SystemRole, float | None]] = {}
-        scores: dict[str, float | None] = {}
-        for measure in LEAK_MEASURES:
-            mine = {
-                role: values.means[measure].get("forget")
-                for role, values in place.values.items()
-                if measure in values.means
-            }
-            if not mine:
-                continue
-            knowledge[measure] = mine
-            retain[measure] = {
-                role: values.means[measure].get("retain")
-                for role, values in place.values.items()
-                if measure in values.means
-            }
-            original = self._mean(plain, "original", measure, "forget")
-            floor = mine.get("reference")
-            if floor is None and "reference" not in self.infos:
-                floor = self._unknown_topic(plain, measure)
-            scores[measure] = erased(mine.get("unlearned"), original, floor)
-        notes = [str(place.notes[key]) for key in ("skipped", "note") if key in place.notes]
-        if "collision_rate" in place.notes:
-            notes.append(
-                f"{float(place.notes['collision_rate']):.0%} of the quantized weights have the "
-                "same code as in the original."
-            )
-        return Leak(
-            attack=place.attack,
-            variant=place.variant,
-            title=place.title,
-            knowledge=knowledge,
-            erased=scores,
-            retain=retain,
-            cost_seconds=round(place.seconds, 1),
-            note=" ".join(notes) or None,
-        )
-
-    def _unknown_topic(self, plain: Setting, measure: str) -> float | None:
-        """Without a reference: what the original scores on records it never saw."""
-        held = self._mean(plain, "original", measure, "holdout")
-        return held if held is not None else None
-
-    @staticmethod
-    def _mean(place: Setting, role: SystemRole, measure: str, split: str) -> float | None:
-        values = place.values.get(role)
-        return values.means.get(measure, {}).get(split) if values is not None else None
-
-    def _utility_kept(
-        self, summaries: Mapping[SystemRole, Mapping[str, float | None]], plain: Setting
-    ) -> float | None:
-        now, then = (
-            summaries.get(role, {}).get("model_utility") for role in ("unlearned", "original")
-        )
-        if now is not None and then:
-            return min(1.0, now / then)
-        ratios = []
-        for split in ("retain", "neighbours", "general"):
-            for measure in LEAK_MEASURES:
-                kept = self._mean(plain, "unlearned", measure, split)
-                had = self._mean(plain, "original", measure, split)
-                if kept is not None and had:
-                    ratios.append(min(1.0, kept / had))
-                    break
-        return float(np.mean(ratios)) if ratios else None
-
-    def _over_forgotten(self, plain: Setting) -> bool:
-        mine = self._mean(plain, "unlearned", "answer_probability", "forget")
-        never = self._mean(plain, "reference", "answer_probability", "forget")
-        return mine is not None and never is not None and mine < OVER_FORGOTTEN * never
+    def _over_forgotten(self) -> float | None:
+        """The forget answers' probability as a share of an unknown answer's, if far below."""
+        known = compared(
+            self.plain, "answer_probability", with_reference="reference" in self.infos
+        ).known
+        return None if known is None else over_forgotten(known.unlearned, known.floor, self.seed)
 
     def _measurements(
         self, role: SystemRole, place: Setting, values: SystemValues
@@ -289,7 +217,7 @@ class Findings:
             for place in found
             if "skipped" in place.notes
         ]
-        skipped = found[0].values["unlearned"].skipped
+        skipped = self.plain.values["unlearned"].skipped
         lines += [f"Metric {name}: {reason}." for name, reason in skipped.items()]
         return lines + list(_NEVER_TESTED)
 

@@ -50,25 +50,135 @@ class Measurement(_Data):
     reason: str | None = None
 
 
+class FormLeak(_Data):
+    """The form of a question that leaks most, of all that an attack tries.
+
+    Attributes:
+        form: Its place among the attack's forms, from 1.
+    """
+
+    form: int
+    measure: str
+    erased: float
+    low: float | None = None
+    high: float | None = None
+
+
+class SubjectLeak(_Data):
+    """The subject that is forgotten least, of those with several comparable records.
+
+    Attributes:
+        records: Records about it on which the original has a clear lead.
+        untouched: How many of them were left as they were.
+        chance: Probability that luck alone finds so many, for the worst of all subjects.
+    """
+
+    subject: str
+    measure: str
+    erased: float
+    records: int
+    untouched: int
+    chance: float
+
+
+class FactsLeft(_Data):
+    """Facts that were left as they were; a mean over all facts hides them.
+
+    Attributes:
+        count: Records where the unlearned system has nearly all of the original's lead.
+        comparable: Records where the original has a clear lead.
+        guessed: Share of records that a model which never saw them knows as well, by luck.
+        chance: Probability that luck alone finds so many.
+        questions: Some of them.
+    """
+
+    measure: str
+    count: int
+    comparable: int
+    guessed: float
+    chance: float
+    questions: list[str] = Field(default_factory=list)
+
+
 class Leak(_Data):
     """One row of the attack x leak matrix.
 
     Attributes:
+        attack: Name of the attack; "none" for the plain question, "without_part" where a part
+            that can be taken away was taken away.
+        family: Kind of attack (prompt, relearning, quantization, …).
         knowledge: Knowledge score per system, larger = more is known, by leak measure:
-            ``knowledge[measure][system]``.
+            ``knowledge[measure][system]``. Where an attack has several forms of a question, the
+            form that brings out most counts for each record. All on the same records.
         erased: e in [0, 1] of the unlearned system per leak measure; 0 = all of the original's
             knowledge is there, 1 = no more than in the reference. ``None`` = cannot be said.
+        intervals: 95 % interval of e, by measure.
+        no_power: Why there is no e, by measure.
         retain: The same knowledge scores on the retain split (did the attack break the model?).
+        records: Forget records that were compared.
+        control: The attack is only a control: what it does not find says nothing.
     """
 
     attack: str
     variant: str = ""
     title: str
+    family: str = ""
     knowledge: dict[str, dict[SystemRole, float | None]]
     erased: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    no_power: dict[str, str] = Field(default_factory=dict)
+    worst_form: FormLeak | None = None
+    worst_subject: SubjectLeak | None = None
+    facts_left: FactsLeft | None = None
     retain: dict[str, dict[SystemRole, float | None]] = Field(default_factory=dict)
+    records: int = 0
+    control: bool = False
     cost_seconds: float | None = None
     note: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Title and variant."""
+        return f"{self.title} ({self.variant})" if self.variant else self.title
+
+
+class UtilityPart(_Data):
+    """One measure on one split of what should be kept.
+
+    Attributes:
+        kept: Share in [0, 1] of the original's mean (or of the reference's, where that is lower);
+            ``None``: not comparable, and ``reason`` says why.
+        low: Lower end of its 95 % interval over paired records.
+    """
+
+    split: str
+    measure: str
+    records: int = 0
+    unlearned: float | None = None
+    original: float | None = None
+    reference: float | None = None
+    kept: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+
+class Utility(_Data):
+    """What is left of everything that should be kept.
+
+    Attributes:
+        broken: Signs of a broken model, in words.
+        missing: Why nothing could be compared.
+    """
+
+    parts: list[UtilityPart] = Field(default_factory=list)
+    broken: list[str] = Field(default_factory=list)
+    missing: str | None = None
+
+    @property
+    def comparable(self) -> list[UtilityPart]:
+        """The parts in which a loss would be seen."""
+        return [part for part in self.parts if part.kept is not None]
 
 
 class Example(_Data):
@@ -118,6 +228,7 @@ class AuditResult(_Data):
     summaries: dict[SystemRole, dict[str, float | None]] = Field(default_factory=dict)
     outcomes: dict[SystemRole, dict[str, dict[str, float]]] = Field(default_factory=dict)
     leaks: list[Leak] = Field(default_factory=list)
+    utility: Utility | None = None
     verdict: VerdictResult | None = None
     curves: list[Curve] = Field(default_factory=list)
     examples: list[Example] = Field(default_factory=list)

@@ -3,19 +3,21 @@ reference, and what can be said from the answers."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from delible.audit.findings import LEAK_MEASURES, Findings, Setting, write_items
+from delible.audit.attacked import Attacked, Kept, attacked_key, preparation_key
+from delible.audit.findings import Findings, write_items
+from delible.audit.leaks import LEAK_MEASURES, WITHOUT_PART, Setting
+from delible.audit.parts import without_parts
 from delible.audit.result import AuditResult, SystemInfo, SystemRole
 from delible.audit.unanswered import check_answered, unanswered
+from delible.audit.utility import SPLITS as KEPT_SPLITS
+from delible.audit.utility import Answers
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file
@@ -26,14 +28,13 @@ from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate, item_asks
 from delible.measure.metric import (
-    Item,
     ItemMetric,
     SummaryMetric,
     SystemValues,
 )
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory
-from delible.system.asks import NoAnswer
+from delible.system.asks import NoAnswer, Prompt
 from delible.system.base import System
 from delible.systems.opening import is_address, open_system
 
@@ -43,6 +44,7 @@ Splits = dict[str, Sequence[RecordBase]]
 #: What is measured when nothing is chosen.
 DEFAULT_METRICS = (
     "answer_probability",
+    "paraphrase_probability",
     "rouge_l_recall",
     "exact_memorisation",
     "extraction_strength",
@@ -52,16 +54,34 @@ DEFAULT_METRICS = (
     "model_utility",
 )
 DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
-#: Records per split that are asked, and retain records that are asked under attack.
-ROWS, ATTACKED_RETAIN = 200, 8
+#: Records per split that are asked, and retain and holdout records that are asked under attack.
+ROWS, ATTACKED_RETAIN, ATTACKED_HOLDOUT = 200, 8, 40
 #: Held-out records that a curve is measured on.
 CURVE_ROWS = 16
-#: Examples per split in the report.
-EXAMPLES = 6
+#: Examples per split in the report, and answers per kept split that are looked at for damage.
+EXAMPLES, SAMPLED = 6, 12
 
 
 def _quiet(_: str) -> None:
     """Says nothing."""
+
+
+def _spaced(records: Sequence[RecordBase], count: int) -> Sequence[RecordBase]:
+    """At most so many records, evenly spaced."""
+    return records[:: max(1, len(records) // count)][:count]
+
+
+def _setting(attack: PromptAttack | ModelAttack) -> Setting:
+    """An attack's row, still empty."""
+    card = attack.card
+    return Setting(
+        card.name,
+        attack.variant_title(),
+        card.title,
+        family="prompt" if isinstance(attack, PromptAttack) else card.family or "",
+        control=attack.control,
+        changes=card.changes or "",
+    )
 
 
 def audit(
@@ -153,12 +173,11 @@ class _Audit:
         self.out = None if out is None else RunDirectory(out)
         self.not_tested: list[str] = []
         self.splits = self._splits(rows)
-        self.guarded = guard is not None
         self.white_box = True
         self.systems = self._systems(system, model, before, reference, guard)
         self.measured: dict[str, int] = {}
         self._said: set[str] = set()
-        self._preparations: dict[str, dict[str, Any]] = {}
+        self.kept = Kept(self.cache)
 
     # ---- what is asked of whom
 
@@ -253,18 +272,13 @@ class _Audit:
     # ---- the run
 
     def run(self) -> AuditResult:
-        plain = Setting("none", "", "Asked plainly")
-        attacked = [
-            Setting(attack.card.name, attack.variant_title(), attack.card.title)
-            for attack in self.attacks
-        ]
+        plain = Setting("none", "", "Asked plainly", records=self.splits["forget"])
+        attacked = [_setting(attack) for attack in self.attacks]
         findings = Findings(
-            self.splits, self.metrics, self.seed, self.guarded, [plain, *attacked], self.not_tested
+            self.splits, self.metrics, self.seed, plain, attacked, notes=self.not_tested
         )
         for role, load in self.systems.items():
             system = load()
-            if role == "unlearned":
-                self.white_box = isinstance(system, LM)
             findings.infos[role] = SystemInfo(
                 name=system.name,
                 capabilities=sorted(system.capabilities),
@@ -274,17 +288,40 @@ class _Audit:
             plain.values[role] = self._evaluate(
                 system, self.splits, self.metrics, role, must_answer=True
             )
-            findings.answers[role] = self._answers(system)
+            findings.answers[role], findings.samples[role] = self._answers(system)
+            if role == "unlearned":
+                self.white_box = isinstance(system, LM)
+                findings.parts = self._take_away(system)
             for attack, setting in zip(self.attacks, attacked, strict=True):
                 self._attack(role, system, attack, setting)
             for note in getattr(system, "notes", ()):
                 self._leave_out(f"{role}: {note}")
             del system
             gc.collect()
+        for part in findings.parts:
+            part.values |= {
+                role: found for role, found in plain.values.items() if role != "unlearned"
+            }
         result = findings.result(time.perf_counter() - self.began, self.measured)
         if self.out is not None:
             self._write(result, findings.settings)
         return result
+
+    def _take_away(self, system: System) -> list[Setting]:
+        """The unlearned system without the parts that can be taken away, one after the other."""
+        found = []
+        splits: Splits = {"forget": self.splits["forget"], "retain": self._attacked_retain()}
+        for title, without in without_parts(system):
+            began = time.perf_counter()
+            self.say(f"unlearned: without the {title}.")
+            values = self._evaluate(without, splits, self.leaks, "unlearned")
+            found.append(
+                Setting(
+                    WITHOUT_PART, title, "Part taken away", {"unlearned": values},
+                    seconds=time.perf_counter() - began, records=splits["forget"], family="part",
+                )
+            )  # fmt: skip
+        return found
 
     def _evaluate(
         self,
@@ -339,14 +376,15 @@ class _Audit:
 
     def _attacked_retain(self) -> Sequence[RecordBase]:
         records = self.splits.get("retain") or self.splits.get("neighbours") or ()
-        step = max(1, len(records) // ATTACKED_RETAIN)
-        return records[::step][:ATTACKED_RETAIN]
+        return _spaced(records, ATTACKED_RETAIN)
 
     def _attack(
         self, role: SystemRole, system: System, attack: PromptAttack | ModelAttack, setting: Setting
     ) -> None:
         began = time.perf_counter()
         splits: Splits = {"forget": self.splits["forget"], "retain": self._attacked_retain()}
+        if role == "original" and "reference" not in self.systems:
+            splits["holdout"] = _spaced(self.splits.get("holdout", ()), ATTACKED_HOLDOUT)
         title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
         if isinstance(attack, PromptAttack):
             self._attack_prompts(role, system, attack, setting, splits, title)
@@ -382,6 +420,7 @@ class _Audit:
                 return
             if role == "unlearned":
                 setting.notes.update(context.notes)
+        setting.records = splits["forget"]
         setting.values[role] = self._evaluate(system, splits, self.leaks, title, attack.prompts)
 
     def _prepared(
@@ -400,8 +439,9 @@ class _Audit:
                     hint="Add --before MODEL.",
                 )
             system = self._original()
-        key = None if system.fingerprint is None else self._preparation_key(system, attack, context)
-        kept = self._known_preparation(key)
+        known = system.fingerprint
+        key = None if known is None else preparation_key(known, attack, context)
+        kept = None if key is None else self.kept.preparation(key)
         if kept is not None:
             self.say(f"{title}: the search is known.")
             spec, notes = kept
@@ -409,31 +449,8 @@ class _Audit:
             return cast(PromptAttack, build("attack", spec))
         prepared = attack.prepare(system, context)
         if key is not None:
-            content = {"prepared": prepared.spec(), "notes": dict(context.notes)}
-            self._preparations[key] = content
-            if self.cache is not None:
-                self.cache.write_json(f"attacks/{key}.json", content)
+            self.kept.keep_preparation(key, prepared, context.notes)
         return prepared
-
-    def _preparation_key(self, system: System, attack: PromptAttack, context: AttackContext) -> str:
-        content = {
-            "prepared on": system.fingerprint,
-            "attack": attack.spec(),
-            "seed": self.seed,
-            "forget": digest(context.forget),
-            "retain": digest(context.retain),
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def _known_preparation(self, key: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        if key is None:
-            return None
-        if key not in self._preparations and self.cache is not None:
-            path = self.cache.folder / "attacks" / f"{key}.json"
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                self._preparations[key] = json.loads(path.read_text(encoding="utf-8"))
-        found = self._preparations.get(key)
-        return None if found is None else (found["prepared"], found["notes"])
 
     def _attack_weights(
         self,
@@ -452,11 +469,11 @@ class _Audit:
             setting.notes["skipped"] = f"not run: {error}"
             return
         self._held = splits["forget"][:CURVE_ROWS]
-        key = self._key(lm, attack, splits)
-        kept = self._kept(key)
-        if kept is not None:
+        setting.records = splits["forget"]
+        key = attacked_key(lm.fingerprint, attack, context, splits, self.leaks)
+        found = self.kept.attacked(key)
+        if found is not None:
             self.say(f"{title}: known from an earlier audit.")
-            setting.values[role], setting.curves[role], notes = kept
         else:
             self.say(f"{title}.")
             try:
@@ -464,14 +481,14 @@ class _Audit:
             except DelibleError as error:
                 setting.notes["skipped"] = f"not run: {error}"
                 return
-            setting.values[role] = self._evaluate(attacked, splits, self.leaks, title, cached=False)
-            setting.curves[role] = curve
-            notes = dict(context.notes)
-            self._keep(key, setting.values[role], curve, notes)
+            values = self._evaluate(attacked, splits, self.leaks, title, cached=False)
+            found = Attacked(values, curve, dict(context.notes))
+            self.kept.keep_attacked(key, found)
             del attacked
             gc.collect()
+        setting.values[role], setting.curves[role] = found.values, found.curve
         if role == "unlearned":
-            setting.notes.update(notes)
+            setting.notes.update(found.notes)
 
     def _context(
         self, role: SystemRole, curve: list[tuple[int, float | None]], title: str
@@ -513,86 +530,46 @@ class _Audit:
             self.systems["original"] = lambda: cast(System, self._loaded_original)
         return self._loaded_original
 
-    # ---- attacked systems of earlier audits
-
-    def _key(self, lm: LM, attack: ModelAttack, splits: Splits) -> str:
-        context = {
-            "fingerprint": lm.fingerprint,
-            "attack": attack.spec(),
-            "seed": self.seed,
-            "splits": {name: digest(records) for name, records in splits.items()},
-            "all": digest(self.splits["forget"]),
-            "retain": digest(self.splits.get("retain", ())),
-            "metrics": [metric.spec() for metric in self.leaks],
-        }
-        return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()
-
-    def _kept(
-        self, key: str
-    ) -> tuple[SystemValues, list[tuple[int, float | None]], dict[str, Any]] | None:
-        if self.cache is None:
-            return None
-        path = self.cache.folder / "attacks" / f"{key}.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return None
-        items = {
-            metric: {split: [Item(*item) for item in row] for split, row in by_split.items()}
-            for metric, by_split in content["items"].items()
-        }
-        values = SystemValues(content["system"], items, content["means"])
-        return values, [tuple(point) for point in content["curve"]], content["notes"]
-
-    def _keep(
-        self,
-        key: str,
-        values: SystemValues,
-        curve: list[tuple[int, float | None]],
-        notes: dict[str, Any],
-    ) -> None:
-        if self.cache is None:
-            return
-        items = {
-            metric: {
-                split: [[item.value, item.reason, item.detail] for item in row]
-                for split, row in by_split.items()
-            }
-            for metric, by_split in values.items.items()
-        }
-        content = {
-            "system": values.system, "items": items, "means": values.means, "curve": curve,
-            "notes": notes,
-        }  # fmt: skip
-        self.cache.write_json(f"attacks/{key}.json", content)
-
-    def _answers(self, system: System) -> dict[tuple[str, int], tuple[str, str]]:
-        """Answers for the report by (split, record): text and outcome class."""
+    def _answers(self, system: System) -> tuple[Answers, Answers]:
+        """Answers for the report, and answers to questions that were to be kept."""
         chosen = [metric for metric in self.metrics if metric.card.name == "outcome"]
         metric = cast(ItemMetric, chosen[0] if chosen else build("metric", "outcome"))
-        asked = {}
-        for split in ("forget", "retain"):
-            records = self.splits.get(split, ())
-            for index in range(0, len(records), max(1, len(records) // EXAMPLES))[:EXAMPLES]:
-                prompt = metric.prompt(records[index])
-                if prompt is not None:
-                    asked[split, index] = (records[index], prompt)
+        shown = self._asked(metric, ("forget", "retain"), EXAMPLES)
+        sampled = self._asked(metric, KEPT_SPLITS, SAMPLED)
         requests = [
             request
-            for record, prompt in asked.values()
+            for record, prompt in {**shown, **sampled}.values()
             for request in metric.requests(record, prompt)
         ]
         answers = measure(system, requests, cache=self.cache)
-        shown = {}
-        for place, (record, prompt) in asked.items():
+
+        def read(record: RecordBase, prompt: Prompt) -> tuple[str, str] | str:
             texts = [answers[request] for request in metric.requests(record, prompt)]
             failed = [one for one in texts if isinstance(one, NoAnswer)]
             if failed:  # not an answer: it has no class
-                shown[place] = (f"(no answer: {failed[0].reason})", "")
-                continue
+                return failed[0].reason
             text = next((text for text in texts if isinstance(text, str)), "")
-            shown[place] = (text, metric.score(record, prompt, answers).detail or "")
-        return shown
+            return text, metric.score(record, prompt, answers).detail or ""
+
+        found: Answers = {}
+        for place, (record, prompt) in shown.items():
+            answer = read(record, prompt)
+            found[place] = (f"(no answer: {answer})", "") if isinstance(answer, str) else answer
+        samples = {place: read(record, prompt) for place, (record, prompt) in sampled.items()}
+        return found, {place: one for place, one in samples.items() if not isinstance(one, str)}
+
+    def _asked(
+        self, metric: ItemMetric, splits: Sequence[str], count: int
+    ) -> dict[tuple[str, int], tuple[RecordBase, Prompt]]:
+        """Evenly spaced records of some splits that can be asked."""
+        found = {}
+        for split in splits:
+            records = self.splits.get(split, ())
+            for index in range(0, len(records), max(1, len(records) // count))[:count]:
+                prompt = metric.prompt(records[index])
+                if prompt is not None:
+                    found[split, index] = (records[index], prompt)
+        return found
 
     # ---- the files
 

@@ -38,9 +38,10 @@ _NUMBER = re.compile(
 _VERDICT = re.compile(r"^verdict\s*=\s*(?P<labels>[\w,\s-]+)$")
 VERDICT_WORDS = {
     "incomplete": "The knowledge is still there.",
-    "destructive": "The knowledge is gone, and so is much of the rest.",
-    "suppression": "The answers are hidden, not gone: an attack brings them back.",
-    "removal-consistent": "Nothing that was tried brought more back than retraining would leave.",
+    "destructive": "Much of what should be kept is lost.",
+    "suppression": "The answers are hidden, not gone.",
+    "removal-consistent": "What was tried brought little or nothing back; the reasons say how much "
+    "may be there unseen.",
     "undetermined": "What was measured does not allow a verdict.",
 }
 
@@ -218,6 +219,13 @@ def show(reporter: output.Reporter, result: AuditResult) -> None:
     if result.leaks:
         reporter.heading("What attacks bring back")
         reporter.console.print(output.matrix(result))
+        for sentence in output.worst_places(result):
+            reporter.say(f"  {sentence}")
+    if result.utility is not None and (result.utility.parts or result.utility.broken):
+        reporter.heading("What is left of the rest")
+        reporter.console.print(output.utility(result))
+        for sentence in result.utility.broken:
+            reporter.say(f"  Broken: {sentence}.")
     if result.verdict is not None:
         label = result.verdict.label
         reporter.heading(f"Verdict: {label}. {VERDICT_WORDS[label]}")

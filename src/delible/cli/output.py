@@ -281,22 +281,65 @@ def _number(value: float | None) -> str:
 
 
 def matrix(result: AuditResult) -> Any:
-    """The attack x leak matrix: how much of each leak is known, by system, and what is erased."""
+    """The attack x leak matrix: how much of each leak is known, by system, and what is erased.
+
+    With the 95 % interval where there is one.
+    """
     roles = list(result.systems)
     rows = []
     for leak in result.leaks:
-        title = f"{leak.title} ({leak.variant})" if leak.variant else leak.title
         for index, measure in enumerate(leak.knowledge):
             values = [_number(leak.knowledge[measure].get(role)) for role in roles]
             rows.append(
-                (title if index == 0 else "", _words(measure), *values, _erased(leak, measure))
+                (leak.name if index == 0 else "", _words(measure), *values, _erased(leak, measure))
             )
     return table(("attack", "leak", *roles, "erased"), rows)
 
 
 def _erased(leak: Leak, measure: str) -> str:
     value = leak.erased.get(measure)
-    return "cannot be said" if value is None else f"{value:.0%}"
+    if value is None:
+        powerless = leak.no_power.get(measure, "").startswith("no power")
+        return "no power" if powerless else "cannot be said"
+    low, high = leak.intervals.get(measure, (None, None))
+    return f"{value:.0%}" if low is None or high is None else f"{value:.0%} ({low:.0%}-{high:.0%})"
+
+
+def worst_places(result: AuditResult) -> list[str]:
+    """The form, the subject and the facts that leak most, in sentences."""
+    lines = []
+    for leak in result.leaks:
+        form, subject, left = leak.worst_form, leak.worst_subject, leak.facts_left
+        if form is not None:
+            lines.append(
+                f"{leak.name}: form {form.form} of the question brings out most "
+                f"({_words(form.measure)}, {form.erased:.0%} erased)."
+            )
+        if subject is not None and subject.erased < 1:
+            lines.append(
+                f"{leak.name}: {subject.subject} is forgotten least ({_words(subject.measure)}, "
+                f"{subject.erased:.0%} erased, {subject.untouched} of {subject.records} facts as "
+                "before)."
+            )
+        if left is not None and left.count:
+            lines.append(
+                f"{leak.name}: {left.count} of {left.comparable} facts as before "
+                f"({_words(left.measure)}), such as '{_short(' '.join(left.questions[:1]))}'."
+            )
+    return lines
+
+
+def utility(result: AuditResult) -> Any:
+    """What is left of everything that should be kept: one row per part."""
+    parts = result.utility.parts if result.utility else []
+    rows = []
+    for part in parts:
+        values = (part.original, part.unlearned, part.reference)
+        said = "not comparable"
+        if part.kept is not None:
+            said = f"{part.kept:.0%} ({part.low or 0:.0%}-{part.high or 0:.0%})"
+        rows.append((part.split, _words(part.measure), *map(_number, values), said))
+    return table(("set", "measure", "original", "unlearned", "reference", "kept"), rows)
 
 
 def measurements(result: AuditResult) -> Any:

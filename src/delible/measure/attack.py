@@ -28,6 +28,14 @@ class Attack(Component):
         """This setting in words, such as "4 bit, groups of 64"."""
         return ""
 
+    @property
+    def control(self) -> bool:
+        """Whether this setting only shows that the attack does no harm of its own.
+
+        What a control brings back counts; that it brings nothing back is no evidence.
+        """
+        return False
+
     def held_out(self, context: AttackContext) -> Sequence[RecordBase]:
         """Forget records that the attack did not train on; leaks are measured on these."""
         return context.forget

@@ -96,16 +96,18 @@ def finite(item: Item) -> Item:
 def mean_item(items: Sequence[Item]) -> Item:
     """One item for all prompt variants of a record: the mean of the values there are.
 
-    Details are joined with ``" | "``, so that each variant's class can be counted.
+    Details are joined with ``" | "``, so that each variant's class can be counted; the values are
+    kept as the item's forms.
     """
     if len(items) == 1:
         return items[0]
     valued = [item for item in items if item.value is not None]
     details = [item.detail for item in (valued or items) if item.detail is not None]
     detail = DETAIL_SEPARATOR.join(details) or None
+    forms = tuple(item.value for item in items)
     if not valued:
-        return Item(None, items[0].reason, detail)
-    return Item(float(np.mean([item.value for item in valued])), None, detail)
+        return Item(None, items[0].reason, detail, forms)
+    return Item(float(np.mean([item.value for item in valued])), None, detail, forms)
 
 
 def mean_of(items: Sequence[Item]) -> float | None:

@@ -16,11 +16,27 @@ Answers = Mapping[Request, Answer]
 
 @dataclass(frozen=True)
 class Item:
-    """The value of one metric on one record. ``None`` needs a reason and is never averaged."""
+    """The value of one metric on one record. ``None`` needs a reason and is never averaged.
+
+    Attributes:
+        forms: Where the record was asked in several forms, the value of each (the item's value is
+            their mean).
+    """
 
     value: float | None
     reason: str | None = None
     detail: str | None = None
+    forms: tuple[float | None, ...] = ()
+
+    def as_json(self) -> list[Any]:
+        """Plain data; :meth:`from_json` reads it."""
+        return [self.value, self.reason, self.detail, list(self.forms)]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Any]) -> Item:
+        """What :meth:`as_json` made; older data have no forms."""
+        value, reason, detail, *forms = content
+        return cls(value, reason, detail, tuple(forms[0]) if forms else ())
 
 
 class ItemMetric(Component):
@@ -92,10 +108,7 @@ class SystemValues:
     def as_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it."""
         items = {
-            metric: {
-                split: [[item.value, item.reason, item.detail] for item in row]
-                for split, row in by_split.items()
-            }
+            metric: {split: [item.as_json() for item in row] for split, row in by_split.items()}
             for metric, by_split in self.items.items()
         }
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "items": items}
@@ -104,7 +117,9 @@ class SystemValues:
     def from_json(cls, content: Mapping[str, Any]) -> SystemValues:
         """What :meth:`as_json` made."""
         items = {
-            metric: {split: [Item(*item) for item in row] for split, row in by_split.items()}
+            metric: {
+                split: [Item.from_json(item) for item in row] for split, row in by_split.items()
+            }
             for metric, by_split in content["items"].items()
         }
         return cls(**{**content, "items": items})

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from delible.audit.result import AuditResult, Curve, Example, Measurement, SystemRole
+from delible.audit.result import AuditResult, Curve, Example, Leak, Measurement, SystemRole
 from delible.report import charts, html
 from delible.report.html import environment, number, pretty
 from delible.report.reading import ROLES, ReportData, lookup, named
@@ -83,7 +83,7 @@ def key_numbers(data: ReportData) -> KeyNumbers:
             found.utility[role] = audit.summaries[role]["model_utility"]
     found.forget_quality = audit.summaries.get("unlearned", {}).get("forget_quality")
     attacked = [
-        (erased, f"{leak.title} ({leak.variant})" if leak.variant else leak.title, measure)
+        (erased, leak.name, measure)
         for leak in audit.leaks
         if leak.attack != "none"
         for measure, erased in leak.erased.items()
@@ -268,13 +268,19 @@ def _matrix(audit: AuditResult) -> dict[str, Any] | None:
             if measure not in leak.knowledge:
                 reason = "this measure was not taken under this attack"
             elif erased is None:
-                reason = leak.note or "e needs the original's score to lie above the reference's"
+                reason = (
+                    leak.no_power.get(measure)
+                    or leak.note
+                    or "e needs the original's score to lie above the reference's"
+                )
             cells.append(
                 {
                     "erased": erased,
                     "step": _step(erased),
                     "known": known,
                     "reason": reason,
+                    "powerless": (reason or "").startswith("no power"),
+                    "interval": leak.intervals.get(measure),
                     "micro": charts.micro_range(
                         cast(dict[str, float | None], known), *ranges[measure]
                     ),
@@ -288,11 +294,33 @@ def _matrix(audit: AuditResult) -> dict[str, Any] | None:
             ),
             None,
         )
-        rows.append({"leak": leak, "cells": cells, "retain": retain})
+        rows.append({"leak": leak, "cells": cells, "retain": retain, "worst": _worst(leak)})
     retained = next(
         (name for name in measures if any(name in leak.retain for leak in audit.leaks)), None
     )
     return {"measures": measures, "rows": rows, "retained": retained, "roles": _roles(audit)}
+
+
+def _worst(leak: Leak) -> list[str]:
+    """The form, the subject and the facts of a row that leak most."""
+    found = []
+    form, subject, left = leak.worst_form, leak.worst_subject, leak.facts_left
+    if form is not None:
+        found.append(
+            f"worst form: no. {form.form}, e = {form.erased:.2f} "
+            f"({pretty(form.measure, capital=False)})"
+        )
+    if subject is not None and subject.erased < 1:
+        found.append(
+            f"worst subject: {subject.subject}, e = {subject.erased:.2f}, {subject.untouched} of "
+            f"{subject.records} facts as before ({pretty(subject.measure, capital=False)})"
+        )
+    if left is not None and left.count:
+        found.append(
+            f"{left.count} of {left.comparable} facts as before "
+            f"({pretty(left.measure, capital=False)})"
+        )
+    return found
 
 
 def _roles(audit: AuditResult) -> list[SystemRole]:

@@ -1,0 +1,121 @@
+"""Check 1 of the battery, for every attack there is: U = M gives e = 0, and U = R gives e = 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nine_systems import REQUEST, ROWS, Systems
+
+from delible import registry
+from delible.attacks.relearn import Relearn
+from delible.audit.leaks import most
+from delible.audit.result import AuditResult
+from delible.audit.run import audit
+from delible.component import build
+from delible.measure.attack import AttackContext
+from delible.measure.evaluate import evaluate
+
+#: Options that make an attack short, or strong enough to matter on tiny models.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relearn": {"steps": 4, "learning_rate": 2e-3, "observe_steps": 4, "rank": 8},
+    "dua": {"steps": 2, "length": 4, "candidates": 8, "rows": 4},
+}
+MEASURES = ["answer_probability", "extraction_strength"]
+#: Attacks that must have power on these models, in one setting at least.
+POWERFUL = {"paraphrase", "relearn", "quantize"}
+
+
+def every_setting() -> list[dict[str, Any]]:
+    """Each attack in each of its settings; those on the weights not twice with one grid."""
+    found = []
+    for card in registry.cards("attack"):
+        attack = build("attack", {"name": card.name, **OPTIONS.get(card.name, {})})
+        found += [{**attack.spec(), **options} for options in attack.variants()]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def cache(audit_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", audit_cache)
+
+
+@pytest.fixture(scope="module")
+def audits(systems: Systems, audit_cache: str) -> dict[float, AuditResult]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELIBLE_CACHE", audit_cache)
+        return {
+            expected: audit(
+                system, REQUEST, before=systems.untouched, reference=systems.retrained,
+                metrics=MEASURES, attacks=every_setting(), rows=ROWS,
+            )
+            for expected, system in ((0.0, systems.untouched), (1.0, systems.retrained))
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [card.name for card in registry.cards("attack")])
+@pytest.mark.parametrize("expected", [0.0, 1.0])
+def test_the_original_scores_0_and_the_reference_1(
+    audits: dict[float, AuditResult], name: str, expected: float
+) -> None:
+    rows = [leak for leak in audits[expected].leaks if leak.attack == name]
+    assert rows
+    scores = [value for leak in rows for value in leak.erased.values()]
+    told = {reason for leak in rows for reason in leak.no_power.values()}
+    assert all(reason.startswith("no power") for reason in told), told
+    known = [value for value in scores if value is not None]
+    assert known == pytest.approx([expected] * len(known), abs=0.02)
+    assert known or name not in POWERFUL
+    forms = [leak.worst_form.erased for leak in rows if leak.worst_form is not None]
+    assert forms == pytest.approx([expected] * len(forms), abs=0.02)
+
+
+def test_relearning_is_measured_on_rows_that_it_did_not_train_on(
+    systems: Systems, audits: dict[float, AuditResult]
+) -> None:
+    spec = next(one for one in every_setting() if one["name"] == "relearn")
+    attack = build("attack", {**spec, "steps": 60})
+    assert isinstance(attack, Relearn)
+    context = AttackContext(REQUEST.forget, REQUEST.retain, (), None, 0, lambda _: None)
+    trained, held_out = attack.trained_on(context), attack.held_out(context)
+    assert not {record.digest for record in trained} & {record.digest for record in held_out}
+    found = audit(
+        systems.retrained, REQUEST, before=systems.untouched, reference=systems.retrained,
+        metrics=["answer_probability"], attacks=[attack.spec()], rows=ROWS,
+    )  # fmt: skip
+    row = found.leaks[-1]
+    assert row.records == len(held_out) != len(REQUEST.forget)
+    # By hand: a reference that learned the other rows well, asked about these and about those.
+    taught = attack.apply(systems.retrained, context)
+    values = evaluate(
+        taught, {"held out": held_out, "trained": trained}, [build("metric", "answer_probability")]
+    )
+    means = values.means["answer_probability"]
+    assert row.knowledge["answer_probability"]["reference"] == pytest.approx(
+        means["held out"], abs=1e-6
+    )
+    assert means["trained"] - means["held out"] > 0.2  # type: ignore[operator]
+
+
+def test_without_a_reference_the_floor_is_what_the_attacked_original_scores_on_holdout(
+    systems: Systems,
+) -> None:
+    attack = build("attack", {"name": "paraphrase", "forms": 2})
+    found = audit(
+        systems.refusing, REQUEST, before=systems.untouched, metrics=["answer_probability"],
+        attacks=[attack.spec()], rows=ROWS,
+    )  # fmt: skip
+
+    def mean(lm: Any, split: str) -> float:
+        values = evaluate(
+            lm, {split: getattr(REQUEST, split)}, [build("metric", "answer_probability")],
+            rewrite=attack.prompts,
+        )  # fmt: skip
+        items = values.items["answer_probability"][split]
+        return sum(float(most(item) or 0.0) for item in items) / len(items)
+
+    floor = mean(systems.untouched, "holdout")
+    unlearned, original = mean(systems.refusing, "forget"), mean(systems.untouched, "forget")
+    expected = 1 - min(1.0, max(0.0, (unlearned - floor) / (original - floor)))
+    assert found.leaks[-1].erased["answer_probability"] == pytest.approx(expected, abs=1e-6)
+    assert 0.01 < floor < original - 0.2
