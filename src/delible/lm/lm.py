@@ -97,6 +97,8 @@ class LM:
     """
 
     capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights"})
+    #: Called with the number of answers whenever some are there, if somebody wants to know.
+    answered: Callable[[int], None] | None = None
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"
@@ -277,6 +279,7 @@ class LM:
                     if np.isfinite(columns).all()
                     else NoAnswer(_NOT_FINITE)
                 )
+            self._tell(len(indices))
         return results
 
     def _by_length(
@@ -349,6 +352,7 @@ class LM:
                 texts = continue_rows(self, rows, decoding, seeds)
                 for index, text in zip(indices, texts, strict=True):
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
+                self._tell(len(indices))
         return answers
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
@@ -365,6 +369,10 @@ class LM:
         return padded.to(self.device), mask.to(self.device), shared
 
     # ---- inside
+
+    def _tell(self, answers: int) -> None:
+        if self.answered is not None:
+            self.answered(answers)
 
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()

@@ -85,6 +85,8 @@ class Endpoint(BlackBox):
         MissingExtraError: httpx2 is not installed.
     """
 
+    answered: Callable[[int], None] | None = None
+
     def __init__(
         self,
         url: str,
@@ -213,7 +215,12 @@ class Endpoint(BlackBox):
         if not prompts:
             return []
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            return list(pool.map(lambda prompt: self._answer(prompt, decoding), prompts))
+            answers = list[str | NoAnswer]()
+            for answer in pool.map(lambda prompt: self._answer(prompt, decoding), prompts):
+                answers.append(answer)
+                if self.answered is not None:
+                    self.answered(1)
+            return answers
 
     def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:
         body = self._body(prompt, decoding)

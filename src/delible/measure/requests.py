@@ -188,6 +188,9 @@ class System(Protocol):
             ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box.
         fingerprint: Changes whenever an answer could change (weights, template, guard);
             the key of the measurement cache. ``None`` means: never cache.
+
+    A system that works through many requests for minutes may have an attribute ``answered``: while
+    it is asked, a function that it calls with the number of answers whenever some are there.
     """
 
     name: str

@@ -21,6 +21,7 @@ from delible.component import Component
 from delible.files import atomic_folder
 from delible.records import ForgetRequest, RecordBase
 from delible.train.step import Group, Reads, Row, Step, Unit
+from delible.watching import Stage, unwatched
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -51,6 +52,7 @@ class Context:
         seed: Seed of the run.
         say: For progress and notes.
         writer: The system that writes generated rows; None: the offline templates do.
+        stage: Told as ``stage(title, done, total)`` by work that takes long.
     """
 
     lm: LM
@@ -62,6 +64,7 @@ class Context:
     seed: int
     say: Callable[[str], None]
     writer: System | None = None
+    stage: Stage = unwatched
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator of this run for one purpose."""
