@@ -192,3 +192,10 @@ def test_steps_rates_and_variants() -> None:
         "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
         "full, unrelated rows, 10 steps",
     ]  # fmt: skip
+
+
+def test_every_step_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    context = make_context(progress=lambda done, total: told.append((done, total)))
+    Relearn(steps=3, adapter="full").apply(make_lm(), context)
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -20,8 +20,9 @@ from delible.generation import filters
 
 #: Two answers say the same fact from this share of the key words of the shorter one on.
 SAME = 0.75
-#: Share of the replies that must say a fact.
-SHARE = 0.75
+#: Share of the replies that must say a fact: with less, guesses about strangers hold too (taught a
+#: small world, the default model gives made-up names up to three facts at 0.75).
+SHARE = 0.85
 #: An answer is said of anybody if so large a share of the other names gets it.
 ANYBODY = 0.5
 
@@ -140,10 +141,11 @@ def held(topic: Topic, replies: Sequence[tuple[str, str]]) -> Fact | str:
     if agreed < SHARE * len(replies):
         return "unstable"
     question, answer = usable[best]
-    mine = filters.words(answer)
     rewordings = dict.fromkeys(one for one, _ in supporters[best] if one != question)
-    others = dict.fromkeys(text for _, text in supporters[best] if filters.words(text) != mine)
-    return Fact(topic, question, answer, agreed, len(replies), tuple(rewordings), tuple(others))
+    texts = {" ".join(filters.words(text)): text for _, text in reversed(supporters[best])}
+    texts.pop(" ".join(filters.words(answer)))
+    others = tuple(reversed(texts.values()))
+    return Fact(topic, question, answer, agreed, len(replies), tuple(rewordings), others)
 
 
 def said_of_anybody(fact: Fact, others: Sequence[Fact | str]) -> bool:

@@ -38,7 +38,7 @@ from delible.watching import Stage, unwatched
 Say = Callable[[str], None]
 
 #: Length of an answer and of a text, in tokens.
-ANSWER_TOKENS, PASSAGE_TOKENS = 32, 128
+ANSWER_TOKENS, PASSAGE_TOKENS = 48, 128
 #: Drawn replies per wording, beside the greedy one.
 DRAWS = 2
 #: Made-up names that are asked the same.
@@ -60,6 +60,7 @@ class Elicited:
     """What a model was found to know about a name.
 
     Attributes:
+        known: Whether the model says more about the name than about made-up ones.
         rows: One per fact, then one per text; empty if the name is not known.
         facts: The facts that hold and that made-up names do not get.
         asked: Topics that were asked.
@@ -68,16 +69,12 @@ class Elicited:
     """
 
     name: str
+    known: bool
     rows: tuple[QA, ...]
     facts: tuple[Fact, ...]
     asked: int
     dropped: Counter[str]
     made_up: tuple[int, ...]
-
-    @property
-    def known(self) -> bool:
-        """Whether the model says more about the name than about made-up ones."""
-        return knows(len(self.facts), self.made_up)
 
 
 def built_in_topics(name: str) -> list[Topic]:
@@ -158,7 +155,7 @@ def elicit(
     mine = ask.facts(name, topics)
     open_ = [topic for topic in topics if isinstance(mine[topic.name], Fact)]
     others = [
-        ask.facts(other, [about(topic, name, other) for topic in open_])
+        ask.facts(f"the made-up {other}", [about(topic, name, other) for topic in open_])
         for other in made_up_names(name, MADE_UP, seed)
     ]
     found = distinguishing(mine, others)
@@ -166,9 +163,9 @@ def elicit(
         len(distinguishing(one, [mine, *others[:place], *others[place + 1 :]]).facts)
         for place, one in enumerate(others)
     )
-    result = Elicited(name, (), tuple(found.facts), len(topics), found.dropped, made_up)
-    rows = rows_of(name, found.facts, passages) if result.known else []
-    return Elicited(name, tuple(rows), result.facts, result.asked, result.dropped, result.made_up)
+    known = knows(len(found.facts), made_up)
+    rows = tuple(rows_of(name, found.facts, passages)) if known else ()
+    return Elicited(name, known, rows, tuple(found.facts), len(topics), found.dropped, made_up)
 
 
 class _Asking:
@@ -197,14 +194,14 @@ class _Asking:
             if not (filters.is_refusal(text) or filters.is_garbage(text))
         ]
 
-    def facts(self, name: str, topics: Sequence[Topic]) -> dict[str, Fact | str]:
+    def facts(self, whom: str, topics: Sequence[Topic]) -> dict[str, Fact | str]:
         """What holds of each topic, by its name."""
         questions = [text for topic in topics for text in topic.wordings]
         decodings = [
             Decoding(ANSWER_TOKENS),
             *(Decoding(ANSWER_TOKENS, (), 1.0, 1.0, self.seed + draw) for draw in range(DRAWS)),
         ]
-        title = f"asking about {name}"
+        title = f"asking about {whom}"
         rounds = [dict(self._replies(questions, one, title)) for one in decodings]
         return {
             topic.name: held(

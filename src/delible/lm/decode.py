@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -126,13 +126,18 @@ def read_prompts(
 
 
 def continue_rows(
-    lm: LM, rows: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[str]
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seeds: Sequence[str],
+    tell: Callable[[int], None] = lambda rows: None,
 ) -> list[str | None]:
     """The texts that follow token ids, one per row; ``None`` where logits are not numbers.
 
     Args:
         rows: Token ids of the prompts; they go through the model as one batch.
         seeds: What a row's random numbers depend on (unused when greedy).
+        tell: Called with the rows' worth of work that was done since the last call.
     """
     padded, mask, shared = lm.padded(rows)
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
@@ -156,6 +161,7 @@ def continue_rows(
     said: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     done, broken = set[int](), set[int]()
+    told = 0
     for step in range(decoding.max_new_tokens):
         logits = lm.head(states).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
@@ -170,6 +176,10 @@ def continue_rows(
                     said[row].append(token)
                 if ended or _stops(lm, said[row], decoding.stop):
                     done.add(row)
+        worth = len(done) + (len(rows) - len(done)) * (step + 1) // decoding.max_new_tokens
+        if worth > told:
+            tell(worth - told)
+            told = worth
         if len(done) == len(rows) or step == decoding.max_new_tokens - 1:
             break
         kept = _closed_up([row not in done for row in alive])

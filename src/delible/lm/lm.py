@@ -97,8 +97,8 @@ class LM:
     """
 
     capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights"})
-    #: Called with the number of answers whenever some are there, if somebody wants to know.
-    answered: Callable[[int], None] | None = None
+    #: Called with so many answers' worth of work whenever it is done, if somebody wants to know.
+    on_answers: Callable[[int], None] | None = None
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"
@@ -349,10 +349,9 @@ class LM:
             for indices in self.batches(order, lengths, *limits):
                 rows = [ids[index] for index in indices]
                 seeds = [f"{decoding.seed}/{self.template.render(prompts[i])}" for i in indices]
-                texts = continue_rows(self, rows, decoding, seeds)
+                texts = continue_rows(self, rows, decoding, seeds, self._tell)
                 for index, text in zip(indices, texts, strict=True):
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
-                self._tell(len(indices))
         return answers
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
@@ -371,8 +370,8 @@ class LM:
     # ---- inside
 
     def _tell(self, answers: int) -> None:
-        if self.answered is not None:
-            self.answered(answers)
+        if self.on_answers is not None:
+            self.on_answers(answers)
 
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()

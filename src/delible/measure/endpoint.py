@@ -85,7 +85,7 @@ class Endpoint(BlackBox):
         MissingExtraError: httpx2 is not installed.
     """
 
-    answered: Callable[[int], None] | None = None
+    on_answers: Callable[[int], None] | None = None
 
     def __init__(
         self,
@@ -218,8 +218,8 @@ class Endpoint(BlackBox):
             answers = list[str | NoAnswer]()
             for answer in pool.map(lambda prompt: self._answer(prompt, decoding), prompts):
                 answers.append(answer)
-                if self.answered is not None:
-                    self.answered(1)
+                if self.on_answers is not None:
+                    self.on_answers(1)
             return answers
 
     def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:

@@ -199,7 +199,7 @@ def _telling(
     system: System, progress: Progress | None, cached: int, mine: int, count: int, missing: int
 ) -> Iterator[None]:
     """Inside, a system that can tell how far it is in a chunk is listened to."""
-    if progress is None or not hasattr(system, "answered"):
+    if progress is None or not hasattr(system, "on_answers"):
         yield
         return
     within = 0
@@ -209,11 +209,11 @@ def _telling(
         within += answers
         progress(cached + min(missing, (mine + within) * count), cached + missing)
 
-    system.answered = heard
+    system.on_answers = heard
     try:
         yield
     finally:
-        system.answered = None
+        system.on_answers = None
 
 
 def measure(

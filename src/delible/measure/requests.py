@@ -189,8 +189,8 @@ class System(Protocol):
         fingerprint: Changes whenever an answer could change (weights, template, guard);
             the key of the measurement cache. ``None`` means: never cache.
 
-    A system that works through many requests for minutes may have an attribute ``answered``: while
-    it is asked, a function that it calls with the number of answers whenever some are there.
+    A system that works for minutes may have an attribute ``on_answers``: while it is asked, a
+    function that it calls with the number of answers (their worth of work) whenever it is done.
     """
 
     name: str
