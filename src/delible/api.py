@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,13 @@ from delible import registry
 from delible.component import build
 from delible.edit.base import Editor, Patch
 from delible.errors import RecipeError, RunError, nearest
+from delible.generation import elicited
 from delible.generation.writing import open_writer
 from delible.lm.lm import LM
+from delible.measure.engine import measure
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
-from delible.system.asks import Decoding, Prompt
+from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of, ask, has_answer
 from delible.train import generated as generated_rows
@@ -27,6 +30,7 @@ from delible.train.generated import Generated
 from delible.train.plan import make_plan
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml
+from delible.watching import Stage, unwatched
 
 Say = Callable[[str], None]
 #: Questions per split that are answered before and after.
@@ -35,6 +39,8 @@ SHOWN = 3
 SHOWN_TOKENS = 48
 #: Rows of an automatic retain set.
 AUTOMATIC_RETAIN = 96
+#: In the place of forget rows that the model has not been asked for yet.
+_STANDS_IN = (QA(question="?", answer="?"),)
 
 
 def _quiet(_: str) -> None:
@@ -62,6 +68,7 @@ class UnlearnResult:
         examples: Answers before and after.
         history: Numbers of every training step (empty for editors).
         patch: The removable edit (editors only).
+        to_review: The rows to look at and edit before training (with ``review``).
     """
 
     model: LM
@@ -72,6 +79,7 @@ class UnlearnResult:
     notes: dict[str, Any] = field(default_factory=dict)
     patch: Patch | None = None
     resumed_finished: bool = False
+    to_review: Path | None = None
 
 
 def load(name: str = "default", **options: Any) -> LM:
@@ -127,7 +135,9 @@ def _editor(spec: dict[str, Any], slots: dict[str, Any] | None) -> Editor:
     return cast(Editor, build("editor", spec))
 
 
-def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:
+def automatic_retain(
+    lm: LM, count: int, say: Say, stage: Stage = unwatched
+) -> tuple[RecordBase, ...]:
     """A retain set from the model itself: general questions with its own answers.
 
     Nothing is taught that the model did not say before; what is protected is its behaviour.
@@ -139,12 +149,16 @@ def automatic_retain(lm: LM, count: int, say: Say) -> tuple[RecordBase, ...]:
         f"No retain records were given: keeping the model's own answers to {len(questions)} "
         "general questions instead (--retain FILE protects what matters to you better)."
     )
-    prompts = [Prompt.ask(record.question) for record in questions]
-    answers = [str(one) for one in lm.generate(prompts, Decoding(SHOWN_TOKENS))]
+    asked = {
+        record.question: Generate(Prompt.ask(record.question), Decoding(SHOWN_TOKENS))
+        for record in questions
+    }
+    answers = measure(lm, asked.values(), progress=partial(stage, "automatic retain set"))
+    replies = {question: str(answers[request]) for question, request in asked.items()}
     return tuple(
-        QA(question=record.question, answer=answer, group="automatic")
-        for record, answer in zip(questions, answers, strict=True)
-        if answer.strip()
+        QA(question=question, answer=reply, group="automatic")
+        for question, reply in replies.items()
+        if reply.strip()
     )
 
 
@@ -161,16 +175,20 @@ def unlearn(
     refusals: Sequence[str] | None = None,
     generator: str | System | None = None,
     generated: Path | str | None = None,
+    review: bool = False,
     shown: int = SHOWN,
     say: Say = _quiet,
     progress: Progress | None = None,
+    stage: Stage = unwatched,
     **options: Any,
 ) -> UnlearnResult:
     """Makes a model forget.
 
     Args:
         model: A name for :func:`load`, or an :class:`LM`, which is changed in place.
-        request: What to forget; see :class:`ForgetRequest`.
+        request: What to forget; see :class:`ForgetRequest`. With subjects alone, a recipe gets
+            its forget rows from the model: what it knows about them is asked for, and kept in
+            ``RUN/data/forget.jsonl``.
         method: Name of a recipe or an editor, a YAML file, or a :class:`Recipe`.
         slots: Other components for single slots, such as ``{"harden": "sam"}``.
         strength: The one dial: gentle, normal or strong.
@@ -183,6 +201,10 @@ def unlearn(
             templates do.
         generated: A folder with generated rows, such as ``generated/`` of an earlier run, to be
             used instead of generating any.
+        progress: Called after every step as ``progress(step, total, numbers)``.
+        stage: Called as ``stage(title, done, total)`` by what takes long beside the steps.
+        review: Where forget rows are asked for: stop when they are written. The same call
+            without it goes on with them, edited or not.
         options: Options by name, such as ``beta=0.2`` or ``epochs=5``.
 
     Raises:
@@ -194,15 +216,27 @@ def unlearn(
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
         _require_forget(request, chosen)
-        request = _with_retain(lm, request, chosen, say)
-        check_needs(chosen, {"forget": request.forget, "retain": _retained(request)}, made)
+        request = _with_retain(lm, request, chosen, say, stage)
+        forget = request.forget or _STANDS_IN
+        check_needs(chosen, {"forget": forget, "retain": _retained(request)}, made)
         check_reach(chosen, lm)
+    elicits = isinstance(chosen, Recipe) and not request.forget
+    if review:
+        _check_review(elicits, out)
     writer = open_writer(generator, lm, say) if isinstance(chosen, Recipe) else None
     run = RunDirectory(out) if out is not None else None
     described = _described(lm, request, chosen, seed, reference, refusals, writer, made)
     if run is not None and run.begin(described):
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
+    if elicits:
+        request = elicited.with_rows(
+            lm, request, run, writer=writer, seed=seed, say=say, stage=stage
+        )
+        if review and run is not None:
+            return UnlearnResult(lm, run.path, [], to_review=elicited.place(run))
+        if run is not None:
+            elicited.start(run, request.forget)
     asked = _asked(request, shown)
     before = lm.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
     began = time.perf_counter()
@@ -218,6 +252,7 @@ def unlearn(
             refusals,
             say,
             progress,
+            stage,
             writer,
             made,
         )
@@ -247,9 +282,15 @@ def plan_of(
     say: Say = _quiet,
     **options: Any,
 ) -> tuple[dict[str, Any], Estimate | None]:
-    """What :func:`unlearn` would do: the resolved config, and memory and time (no training)."""
+    """What :func:`unlearn` would do: the resolved config, and memory and time (no training).
+
+    The latter is None for editors, and where the rows must be asked for first (names alone).
+    """
     chosen = resolve_method(method, slots=slots, options=options, strength=strength)
     if not isinstance(chosen, Recipe):
+        return chosen.spec(), None
+    _require_forget(request, chosen)
+    if not request.forget:
         return chosen.spec(), None
     lm = model if isinstance(model, LM) else LM.load(model, say=say)
     if "retain" in _needs(chosen) and not _retained(request):
@@ -278,12 +319,26 @@ def _retained(request: ForgetRequest) -> tuple[RecordBase, ...]:
 
 
 def _require_forget(request: ForgetRequest, recipe: Recipe) -> None:
-    if not request.forget:
+    if not request.forget and not request.subjects:
         editors = ", ".join(card.name for card in registry.cards("editor"))
         raise RecipeError(
             "there are no forget records.",
             where=f"method '{recipe.name}'",
-            hint=f"Add --forget FILE, or work from names alone with an editor ({editors}).",
+            hint="Add --forget FILE, or --subjects NAME to ask the model what it knows (or edit it "
+            f"in closed form: {editors}).",
+        )
+
+
+def _check_review(elicits: bool, out: Path | str | None) -> None:
+    if not elicits:
+        raise RecipeError(
+            "there is nothing to review: no rows are asked for.",
+            where="review",
+            hint="It is for names without forget records, and for methods that train.",
+        )
+    if out is None:
+        raise RecipeError(
+            "rows to review need a place.", where="review", hint="Give a run folder (out=…)."
         )
 
 
@@ -291,10 +346,12 @@ def _needs(recipe: Recipe) -> set[str]:
     return {need for component in recipe.components() for need in component.card.needs}
 
 
-def _with_retain(lm: LM, request: ForgetRequest, recipe: Recipe, say: Say) -> ForgetRequest:
+def _with_retain(
+    lm: LM, request: ForgetRequest, recipe: Recipe, say: Say, stage: Stage
+) -> ForgetRequest:
     if "retain" not in _needs(recipe) or _retained(request):
         return request
-    return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, say)})
+    return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, say, stage)})
 
 
 def _loader(model: str | LM, method: Recipe | Editor) -> Callable[[], LM]:
@@ -351,6 +408,7 @@ def _train(
     refusals: Sequence[str] | None,
     say: Say,
     progress: Progress | None,
+    stage: Stage,
     writer: System | None,
     made: Generated | None,
 ) -> UnlearnResult:
@@ -365,6 +423,7 @@ def _train(
         refusals=refusals,
         say=say,
         progress=progress,
+        stage=stage,
         writer=writer,
         generated=made,
     )

@@ -20,6 +20,7 @@ from delible.loaders import write_records
 from delible.records import ForgetRequest, Record, RecordBase
 from delible.rundir import RunDirectory
 from delible.train.engine import Progress
+from delible.watching import Stage, unwatched
 from delible.world import World
 from delible.world.split import Split
 
@@ -107,7 +108,7 @@ def run(
     method: str = "npo",
     say: Say = print,
     progress: ProgressFactory = lambda title: None,
-    audit_progress: Callable[[str, int, int], None] | None = None,
+    stage: Stage = unwatched,
 ) -> DemoResult:
     """Runs the demo (or resumes it) and returns where its report lies.
 
@@ -149,6 +150,7 @@ def run(
         seed=seed,
         say=lambda line: say(f"   {line}"),
         progress=progress("Unlearning"),
+        stage=stage,
         **options,
     )
     RunDirectory(out / "unlearned").update(
@@ -178,7 +180,7 @@ def run(
         out=out / "unlearned",
         seed=seed,
         say=lambda line: say(f"   {line}"),
-        progress=audit_progress,
+        progress=stage,
     )
     report = out / "unlearned" / "report.html"
     say(f"6. The report: {report.resolve()}")

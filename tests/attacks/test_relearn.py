@@ -306,3 +306,10 @@ def test_an_audit_measures_the_rows_that_were_not_trained_on(
     assert measured.n == len(held_out) == len(FORGET) - len(trained)
     assert measured.value == pytest.approx(probability(held_out), rel=1e-3)
     assert probability(trained) > probability(held_out) + 0.2  # so the test tells them apart
+
+
+def test_every_step_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    context = make_context(progress=lambda done, total: told.append((done, total)))
+    Relearn(steps=3, adapter="full").apply(make_lm(), context)
+    assert told == [(1, 3), (2, 3), (3, 3)]

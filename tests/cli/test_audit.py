@@ -188,5 +188,5 @@ def test_demo_hands_its_flags_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
         "people": 6, "seed": 2, "method": "simnpo"
     }  # fmt: skip
     named["progress"]("Learning")(1, 1, {"forget_loss": 1.0})
-    named["audit_progress"]("asking", 1, 1)
+    named["stage"]("asking", 1, 1)
     named["say"]("hello")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from delible import watching
 from delible.cli import output
 from delible.cli.unlearn import _columns, _slots, option_value
 
@@ -180,18 +181,102 @@ def test_a_bar_on_a_terminal_shows_losses_speed_and_steps() -> None:
     assert reporter._bar is None
 
 
-def test_without_a_terminal_a_long_measurement_is_told_once_a_minute(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the time is, in a list of one."""
+    now = [100.0]
+    monkeypatch.setattr(watching.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_stage_is_told_every_twenty_seconds(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr(output.time, "monotonic", lambda: float(next(clock)))
     reporter = output.Reporter()
-    for done in range(9):
-        reporter.stage("measuring", done, 8)
+    for done in range(40, 101):  # 40 answers were there before
+        reporter.stage("measuring", done, 100)
+        clock[0] += 5
+    assert capsys.readouterr().out.splitlines() == [
+        "  measuring",
+        *(
+            f"  measuring  {done}/100  {output.duration(5 * (100 - done))} left"
+            for done in range(44, 100, 4)
+        ),
+    ]
+
+
+def test_a_stage_that_begins_to_count_anew_is_timed_anew(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = output.Reporter()
+    for step in range(1, 21):  # an attack that trains ...
+        clock[0] += 10
+        reporter.stage("relearning", step, 20)
+    trained = capsys.readouterr().out.splitlines()
+    assert trained[0] == "  relearning"
+    assert trained[1] == "  relearning  3/20  3 min left"
+    for done in range(0, 300, 30):  # ... and is then measured
+        reporter.stage("relearning", done, 300)
+        clock[0] += 15
+    assert capsys.readouterr().out.splitlines() == [
+        f"  relearning  {done}/300  {output.duration((300 - done) / 2)} left"
+        for done in (60, 120, 180, 240)
+    ]
+
+
+def test_without_a_terminal_slow_steps_are_told_one_by_one(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = output.Reporter().progress("learning")
+    for step in range(1, 201):
+        report(step, 200, {"forget_loss": 1.5})
+        clock[0] += 12 if step < 20 else 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "  measuring"
-    assert 2 <= len(lines) <= 4
-    assert all("/8  " in line and line.endswith("left") for line in lines[1:])
+    assert lines[:3] == [
+        "learning  step 1/200  forget 1.500",
+        "learning  step 3/200  forget 1.500  39 min left",
+        "learning  step 5/200  forget 1.500  39 min left",
+    ]
+    assert len(lines) == 1 + 9 + 10
+
+
+def test_work_that_is_over_soon_is_not_told(clock: list[float]) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def stage(*what: Any) -> None:
+        told.append(what)
+
+    for part in watching.watched([[1, 2], [3, 4], [5]], "quick", 5, stage):
+        clock[0] += 1.5
+        assert part
+    assert told == []
+    for _ in watching.watched([[1, 2], [3, 4], [5]], "slow", 5, stage):
+        clock[0] += 4
+    assert told == [("slow", 4, 5), ("slow", 5, 5)]
+
+
+def test_what_was_there_before_says_nothing_about_the_time_left(clock: list[float]) -> None:
+    remaining = watching.Remaining()
+    assert remaining.after(4, 6) == ""
+    clock[0] += 120
+    assert remaining.after(1, 5) == "; 10 min left"
+    clock[0] += 60
+    assert remaining.after(2, 3) == "; 3 min left"
+    clock[0] += 60
+    assert remaining.after(3, 0) == ""
+
+
+def test_a_bar_ends_when_other_work_begins() -> None:
+    from rich.console import Console
+
+    reporter = output.Reporter()
+    screen = io.StringIO()
+    reporter.console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    reporter.stage("gradients", 3, 9)
+    reporter.progress("learning")(1, 4, {"forget_loss": 1.5})
+    reporter.finish_bar()
+    assert "gradients" in screen.getvalue()
+    assert "learning" in screen.getvalue().splitlines()[-1]
 
 
 def test_without_a_terminal_long_runs_are_told_in_few_lines(

@@ -406,3 +406,50 @@ def test_nothing_asked_is_nothing_done(tmp_path: Path) -> None:
     system = ScriptedSystem()
     assert measure(system, [], cache=Cache(tmp_path)) == {}
     assert system.answered == 0
+
+
+# ---- how far it is
+
+
+def test_a_system_that_can_tells_of_answers_within_a_chunk() -> None:
+    class Telling(ScriptedSystem):
+        on_answers = None
+
+        def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
+            for _ in prompts:
+                assert self.on_answers is not None
+                self.on_answers(1)  # type: ignore[unreachable]
+            return super().generate(prompts, decoding)
+
+    system, told = Telling(), list[tuple[int, int]]()
+    requests = [Generate(Prompt.ask(f"{number}?"), Decoding(4)) for number in range(3)]
+    measure(system, requests, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
+    assert system.on_answers is None
+
+
+def test_a_model_tells_of_every_batch() -> None:
+    from delible.lm.budget import Budget
+    from delible.lm.lm import LM
+    from delible.testing.tiny import tiny_model, tiny_tokenizer
+
+    lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    lm.budget = Budget(tokens=1, cached_tokens=1, rows=1)
+    asked = [Generate(Prompt.ask(f"{number}?"), Decoding(2)) for number in range(3)]
+    scored = [Score(Prompt.ask(f"{number}?"), "yes") for number in range(3)]
+    told: list[int] = []
+    measure(lm, [*asked, *scored], progress=lambda done, total: told.append(done))
+    assert sorted(set(told)) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_tells_within_a_batch_of_long_texts() -> None:
+    from delible.lm.lm import LM
+    from delible.testing.tiny import tiny_model, tiny_tokenizer
+
+    lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    asked = [Generate(Prompt.ask(f"{number}?"), Decoding(16)) for number in range(8)]
+    told: list[int] = []
+    measure(lm, asked, progress=lambda done, total: told.append(done))
+    assert told == sorted(told)
+    assert told[-1] == 8
+    assert len(set(told)) >= 6, "all eight are one batch"

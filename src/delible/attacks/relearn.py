@@ -240,6 +240,8 @@ class Relearn(ModelAttack):
             if context.observe and (step % self.observe_steps == 0 or step == total):
                 twin.touch()
                 context.observe(twin, step)
+            if context.progress is not None:
+                context.progress(step, total)
 
         if context.observe:
             context.observe(twin, 0)

@@ -111,7 +111,9 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
         reference = _reference_values(manifest, task, values)
         numbers = _numbers(benchmark.asks(), values, reference)
         for spec in manifest["attacks"]:
-            numbers |= _attacked(system, cast(ModelAttack, build("attack", spec)), task, manifest)
+            numbers |= _attacked(
+                system, cast(ModelAttack, build("attack", spec)), task, manifest, watcher
+            )
         result = {
             **head,
             "numbers": numbers,
@@ -246,7 +248,8 @@ def _system(
     result = unlearn(
         _start(manifest, earlier), task.request, method=method, seed=manifest["seed"],
         out=_model_folder(manifest, task.name), shown=0,
-        progress=watch.progress(f"{method}, seed {manifest['seed']}"), **options,
+        progress=watch.progress(f"{method}, seed {manifest['seed']}"), stage=watch.stage,
+        **options,
     )  # fmt: skip
     return result.model, {"stopped": result.stopped}
 
@@ -298,7 +301,7 @@ def _missing(values: SystemValues) -> dict[str, int]:
 
 
 def _attacked(
-    system: System, attack: ModelAttack, task: Task, manifest: Manifest
+    system: System, attack: ModelAttack, task: Task, manifest: Manifest, watch: Watcher
 ) -> dict[str, float | None]:
     """Knowledge scores of the attacked model, on records that the attack did not train on.
 
@@ -316,10 +319,14 @@ def _attacked(
         original=None,
         seed=int(manifest["seed"]),
         say=quiet,
+        progress=partial(watch.stage, f"attack: {title}"),
     )
+    show = partial(watch.stage, f"attack: {title}: measuring")
     held: Sequence[RecordBase] = attack.held_out(context)
     before, after = (
-        evaluate(one, {"forget": held}, [build("metric", name) for name in LEAKS]).means
+        evaluate(
+            one, {"forget": held}, [build("metric", name) for name in LEAKS], progress=show
+        ).means
         for one in (system, attack.apply(system, context))
     )
     found = {f"attack: {title}/{name}": after[name]["forget"] for name in LEAKS}

@@ -27,6 +27,7 @@ from delible.measure.attack import ModelAttack
 from delible.measure.benchmark import Benchmark, Data, Task
 from delible.records import Record, RecordBase, digest
 from delible.rundir import hardware, identity, versions
+from delible.watching import Remaining
 
 Say = Callable[[str], None]
 #: Names for several methods at once.
@@ -170,15 +171,21 @@ def bench(
             cell["request"] = requests[cell["task"]]
     total = sum(map(len, (*first, *then)))
     cells: list[Manifest] = []
+    remaining = Remaining()
+
+    def waiting() -> None:
+        watcher.stage("cells", len(cells), total)
+
     # the references come first: the others are compared with them
     for part, count in ((first, 1), (then, jobs)):
         elsewhere = part is then and (ray or jobs > 1)
         work = run_cell if elsewhere else partial(run_cell, watch=watcher)
-        for done in spread(work, part, jobs=count, ray=ray and part is then):
+        for done in spread(work, part, jobs=count, ray=ray and part is then, waiting=waiting):
             cells += done
+            left = remaining.after(len(done), total - len(cells))
             say(
                 f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
-                f"seed {done[-1]['seed']}, is done."
+                f"seed {done[-1]['seed']}, is done{left}."
             )
             result = BenchResult(folder, chosen, tabulate(chosen, cells), list(cells), common)
             _write(result)

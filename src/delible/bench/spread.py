@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any
 
 from delible.errors import MissingExtraError, RecipeError
+from delible.watching import SECONDS_BETWEEN_LINES
 
 Manifest = dict[str, Any]
 #: Cells that must run one after the other (a later one starts from an earlier one's result).
@@ -22,7 +23,12 @@ def run_chain(work: Work, chain: Chain) -> list[Manifest]:
 
 
 def spread(
-    work: Work, chains: Sequence[Chain], *, jobs: int = 1, ray: bool = False
+    work: Work,
+    chains: Sequence[Chain],
+    *,
+    jobs: int = 1,
+    ray: bool = False,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Manifest]]:
     """Results of every chain, as they finish.
 
@@ -32,6 +38,7 @@ def spread(
         jobs: Processes on this machine.
         ray: Use the Ray cluster that is there (or a local one); paths must be shared by its
             machines.
+        waiting: Called now and then while other processes work and none has finished.
 
     Raises:
         RecipeError: Both ``jobs`` and ``ray``.
@@ -40,15 +47,20 @@ def spread(
     if ray and jobs > 1:
         raise RecipeError("give either --jobs or --ray.", hint="Ray decides by itself how many.")
     if ray:
-        yield from _on_ray(work, chains)
+        yield from _on_ray(work, chains, waiting)
     elif jobs > 1:
         # "spawn": a forked process would inherit torch's threads and CUDA's state
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
             jobs, mp_context=context, initializer=_share_cores, initargs=(jobs,)
         ) as pool:
-            for done in as_completed([pool.submit(run_chain, work, chain) for chain in chains]):
-                yield done.result()
+            running = {pool.submit(run_chain, work, chain) for chain in chains}
+            while running:
+                done, running = wait(running, SECONDS_BETWEEN_LINES, FIRST_COMPLETED)
+                for one in done:
+                    yield one.result()
+                if not done:
+                    waiting()
     else:
         for chain in chains:
             yield run_chain(work, chain)
@@ -61,7 +73,9 @@ def _share_cores(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-def _on_ray(work: Work, chains: Sequence[Chain]) -> Iterator[list[Manifest]]:
+def _on_ray(
+    work: Work, chains: Sequence[Chain], waiting: Callable[[], None]
+) -> Iterator[list[Manifest]]:
     try:
         ray = importlib.import_module("ray")
     except ImportError:
@@ -70,7 +84,10 @@ def _on_ray(work: Work, chains: Sequence[Chain]) -> Iterator[list[Manifest]]:
         ray.init(ignore_reinit_error=True)
     remote = ray.remote(run_chain)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    waiting = [remote.options(num_gpus=gpus).remote(work, chain) for chain in chains]
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
-        yield ray.get(done[0])
+    running = [remote.options(num_gpus=gpus).remote(work, chain) for chain in chains]
+    while running:
+        done, running = ray.wait(running, num_returns=1, timeout=SECONDS_BETWEEN_LINES)
+        if done:
+            yield ray.get(done[0])
+        else:
+            waiting()

@@ -43,7 +43,7 @@ def demo(
 
         result = story.run(
             out, model=model, people=people, seed=seed, method=method, say=reporter.say,
-            progress=reporter.progress, audit_progress=reporter.stage,
+            progress=reporter.progress, stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         reporter.console.print(output.before_after(result.examples))

@@ -6,11 +6,12 @@ import codecs
 import logging
 import os
 import sys
-import time
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+from delible.watching import Pace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +30,6 @@ class Training(Protocol):
 
 #: Where there is no terminal, progress is told in about so many lines.
 LINES_WITHOUT_TERMINAL = 10
-#: There, a stage that takes long is told again no sooner than this.
-SECONDS_BETWEEN_LINES = 60.0
 #: Characters of a shown answer.
 ANSWER_CHARACTERS = 240
 #: Columns whose words are names to be typed: never broken.
@@ -113,8 +112,8 @@ class Reporter:
     def __init__(self, error: bool = False) -> None:
         self.console = console(error)
         self._bar: Progress | None = None
-        self._stage = ""
-        self._stage_began, self._stage_told = (0.0, 0), 0.0  # (time, what was done then), time
+        self._stage = self._drawn_title = ""
+        self._pace = Pace()
 
     def __enter__(self) -> Reporter:
         return self
@@ -149,34 +148,34 @@ class Reporter:
         return self._drawn(title) if self.console.is_terminal else self._told(title)
 
     def stage(self, title: str, done: int, total: int) -> None:
-        """Progress of one of several stages; a new title is a new bar."""
-        if self._stage != title:
+        """Progress of one of several stages; a new title is a new bar.
+
+        A stage that counts from the beginning again (an attack that trains, then measures) is
+        timed anew.
+        """
+        new = self._stage != title
+        if new or not self._pace.goes_on(done):
+            self._stage, self._pace = title, Pace(done)
             self.finish_bar()
-            self._stage = title
-            self._stage_began, self._stage_told = (time.monotonic(), done), time.monotonic()
-            if not self.console.is_terminal:
-                self.say(f"  {title}")
-        elif not self.console.is_terminal:
-            self._tell_stage(title, done, total)
         if self.console.is_terminal:
             self._draw(f"  {title}", done, total, "")
             if done >= total:
                 self.finish_bar()
-
-    def _tell_stage(self, title: str, done: int, total: int) -> None:
-        """A line for a stage that goes on, not more often than every so many seconds."""
-        now, (began, first) = time.monotonic(), self._stage_began
-        if now - self._stage_told < SECONDS_BETWEEN_LINES or not first < done < total:
-            return
-        self._stage_told = now
-        left = duration((now - began) / (done - first) * (total - done))
-        self.say(f"  {title}  {done:,}/{total:,}  {left} left")
+        elif new:
+            self.say(f"  {title}")
+        elif self._pace.due() and done < total:
+            self._pace.told()
+            left = self._pace.left(done, total)
+            self.say("  ".join(filter(None, (f"  {title}", f"{done:,}/{total:,}", left))))
 
     def _draw(self, title: str, done: int, total: int, numbers: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
+        if self._drawn_title != title:
+            self.finish_bar()  # of other work, which was not told to its end
         if self._bar is None:
+            self._drawn_title = title
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -200,19 +199,18 @@ class Reporter:
         return report
 
     def _told(self, title: str) -> Training:
-        began, first = time.monotonic(), 0
+        pace: Pace | None = None
 
         def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
-            nonlocal began, first
-            if not first:  # the first step's own time is not known
-                began, first = time.monotonic(), step
-            if step not in (first, total) and step % max(1, total // LINES_WITHOUT_TERMINAL):
+            nonlocal pace
+            first = pace is None
+            pace = pace or Pace(step)  # the first step's own time is not known
+            often = step % max(1, total // LINES_WITHOUT_TERMINAL) == 0
+            if not (first or step == total or often or pace.due()):
                 return
-            taken = step - first
-            left = ""
-            if taken and step < total:
-                left = f"  {duration((time.monotonic() - began) / taken * (total - step))} left"
-            self.say(f"{title}  step {step}/{total}  {_numbers(numbers)}{left}")
+            pace.told()
+            parts = (f"{title}  step {step}/{total}", _numbers(numbers), pace.left(step, total))
+            self.say("  ".join(filter(None, parts)))
 
         return report
 
@@ -223,13 +221,6 @@ def _numbers(numbers: Mapping[str, float]) -> str:
     if "tokens_per_second" in numbers:
         parts.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, such as "40 s" or "3 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def count(number: float) -> str:

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from delible.cli import flags, output
 from delible.errors import DataError, RecipeError, nearest
+from delible.watching import duration
 
 if TYPE_CHECKING:
     from delible.api import UnlearnResult
@@ -59,6 +60,7 @@ def unlearn(
     finish: flags.Slot = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
+    review: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     dry_run: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     **options: Annotated[str, Parameter(group=flags.OTHER)],
 ) -> int:
@@ -72,7 +74,8 @@ def unlearn(
     forget
         Records to forget: JSONL, JSON, CSV or Parquet, '-' for standard input, or hf:owner/name.
     subjects
-        Names of people, works or concepts to forget, separated by commas.
+        Names of people, works or concepts to forget, separated by commas. Without --forget, a
+        method that trains asks the model what it knows about them, and forgets that.
     retain
         Records to keep. Without them, methods that need some keep the model's own answers to
         general questions.
@@ -95,8 +98,9 @@ def unlearn(
     refusals
         A text file with one refusal sentence a line, for methods that teach refusals.
     generator
-        What writes generated rows (false answers, questions, reasons) for methods that need some:
-        a model like MODEL, or 'self' for MODEL before it forgets. Default: offline templates.
+        What writes generated rows (false answers, questions, reasons) for methods that need some,
+        and questions about names: a model like MODEL, or 'self' for MODEL before it forgets.
+        Default: offline templates.
     generated
         A folder of generated rows to use instead of making any, such as the folder 'generated' of
         an earlier run, edited by you.
@@ -133,6 +137,9 @@ def unlearn(
         run resumes when it is started again.
     seed
         Of every random choice.
+    review
+        With names alone: stop when the rows that the model was asked for are written, to be read
+        and edited. The same command without it goes on with them.
     dry_run
         Train nothing: print the resolved recipe (YAML, on stdout), and the memory and the time
         that it would take.
@@ -182,10 +189,16 @@ def unlearn(
         began = time.perf_counter()
         result = api.unlearn(
             model, request, **plan, out=folder, reference=reference, refusals=sentences,
-            generator=generator, generated=generated, say=reporter.say,
-            progress=reporter.progress(),
+            generator=generator, generated=generated, review=review, say=reporter.say,
+            progress=reporter.progress(), stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
+        if result.to_review is not None:
+            reporter.say(
+                f"Nothing was trained yet. Read and edit {result.to_review}; the same command "
+                "without --review goes on with what is there."
+            )
+            return 0
         _conclude(reporter, result, folder, time.perf_counter() - began)
     return 0
 
@@ -412,7 +425,7 @@ def _conclude(
         words = [
             f"{output.count(moved)} parameters were trained" if moved else "",
             f"{steps} steps" if steps else "",
-            f"{output.duration(seconds)} in all",
+            f"{duration(seconds)} in all",
         ]
         reporter.say(", ".join(word for word in words if word).capitalize() + ".")
     artefact = "adapter" if (folder / "adapter").exists() else "model"
@@ -429,9 +442,16 @@ def _dry_run(
     from delible import api
 
     spec, cost = api.plan_of(model, request, **plan, say=reporter.say)
-    if cost is None:
+    trains = "objective" in spec
+    if not trains:
         spec = {"editor": spec}
     print(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), end="", flush=True)
+    if cost is None and trains:
+        reporter.say(
+            "How long it takes depends on what the model knows about the names: --review asks it "
+            "and stops."
+        )
+        return 0
     if cost is None:
         reporter.say("A closed-form edit: no training, seconds per subject.")
         return 0
@@ -439,7 +459,7 @@ def _dry_run(
     reporter.field("tokens", f"{cost.tokens:,}")
     reporter.field("trainable", f"{output.count(cost.trainable)} parameters")
     reporter.field("memory", f"about {max(cost.memory_gib, 0.1):.1f} GiB")
-    reporter.field("time", f"about {output.duration(cost.minutes * 60)} on this machine")
+    reporter.field("time", f"about {duration(cost.minutes * 60)} on this machine")
     reporter.say(
         "Nothing was trained. The recipe on stdout can be given back as --method FILE.yaml."
     )

@@ -70,6 +70,7 @@ def other_answers(
         made = writing.written(
             context.writer, forget, lambda index: Prompt.ask(prompt(forget[index])), usable,
             wanted=count, decoding=decoding, attempts=attempts, counts=counts, say=context.say,
+            stage=context.stage,
         )  # fmt: skip
     writing.require_enough(
         made, min(minimum, count), what, counts, context.say, where, context.writer

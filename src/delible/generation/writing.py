@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from delible.errors import DataError
@@ -29,6 +30,7 @@ from delible.system.asks import (
 )
 from delible.system.base import System
 from delible.systems.opening import open_system
+from delible.watching import Stage, unwatched
 from delible.world.filters import told
 
 _Made = TypeVar("_Made")
@@ -114,6 +116,7 @@ def written(
     attempts: int,
     counts: Counter[str],
     say: Callable[[str], None],
+    stage: Stage = unwatched,
 ) -> list[list[_Made]]:
     """What a system writes for each record, at most ``wanted`` things.
 
@@ -137,7 +140,9 @@ def written(
         drawn = replace(decoding, seed=decoding.seed + attempt)
         requests = {index: Generate(prompt(index), drawn) for index in open_}
         say(f"generate: {system.name} is asked about {len(open_)} of {len(records)} records.")
-        replies = measure(system, requests.values(), cache=cache)
+        replies = measure(
+            system, requests.values(), cache=cache, progress=partial(stage, "generated rows")
+        )
         for index, request in requests.items():
             reply = replies[request]
             if isinstance(reply, NoAnswer) or not isinstance(reply, str):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
@@ -265,20 +265,32 @@ def _behind(states: Float[Tensor, "batch heads sequence width"], length: int) ->
 
 
 def continue_rows(
-    lm: LM, rows: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[str]
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seeds: Sequence[str],
+    tell: Callable[[int], None] = lambda rows: None,
 ) -> list[str | None]:
     """The texts that follow token ids, one per row; ``None`` where logits are not numbers.
 
     Args:
         rows: Token ids of the prompts; they go through the model as one batch.
         seeds: What a row's random numbers depend on (unused when greedy).
+        tell: Called with the rows' worth of work that was done since the last call.
     """
     speakers = [Row(decoding, seed) for seed in seeds]
     if decoding.max_new_tokens > 0:
         speaking = Speaking(lm)
         speaking.join(speakers, rows)
+        steps = told = 0
         while speaking.goes_on:
             speaking.step()
+            steps += 1
+            done = sum(row.finish is not None for row in speakers)
+            worth = done + (len(rows) - done) * steps // decoding.max_new_tokens
+            if worth > told:
+                tell(worth - told)
+                told = worth
     return [
         None if row.finish == "broken" else said_by(lm, row.said, decoding.stop) for row in speakers
     ]

@@ -102,6 +102,8 @@ class LM:
     """
 
     capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights"})
+    #: Called with so many answers' worth of work whenever it is done, if somebody wants to know.
+    on_answers: Callable[[int], None] | None = None
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"
@@ -282,6 +284,7 @@ class LM:
                     if np.isfinite(columns).all()
                     else NoAnswer(_NOT_FINITE)
                 )
+            self._tell(len(indices))
         return results
 
     def _by_length(
@@ -351,7 +354,7 @@ class LM:
             for indices in self.batches(order, lengths, *limits):
                 rows = [ids[index] for index in indices]
                 seeds = [f"{decoding.seed}/{self.template.render(prompts[i])}" for i in indices]
-                texts = continue_rows(self, rows, decoding, seeds)
+                texts = continue_rows(self, rows, decoding, seeds, self._tell)
                 for index, text in zip(indices, texts, strict=True):
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
         return answers
@@ -370,6 +373,10 @@ class LM:
         return padded.to(self.device), mask.to(self.device), shared
 
     # ---- inside
+
+    def _tell(self, answers: int) -> None:
+        if self.on_answers is not None:
+            self.on_answers(answers)
 
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()

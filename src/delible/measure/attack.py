@@ -91,7 +91,7 @@ class AttackContext:
             audit can draw a curve.
         notes: Findings the attack wants in the report, such as a collision rate; the text under
             ``"note"`` is printed as it is.
-        progress: Called as ``progress(done, total)`` by an attack that searches.
+        progress: Called as ``progress(done, total)`` by an attack that searches or trains.
     """
 
     forget: Sequence[RecordBase]

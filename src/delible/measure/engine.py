@@ -9,7 +9,8 @@ on the order of the requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import cast
 
@@ -201,6 +202,28 @@ def _gathered(mine: dict[Request, Answer], count: int) -> dict[Request, Answer]:
     return {request: answer for part in parts for request, answer in (part or {}).items()}
 
 
+@contextmanager
+def _telling(
+    system: System, progress: Progress | None, cached: int, mine: int, count: int, missing: int
+) -> Iterator[None]:
+    """Inside, a system that can tell how far it is in a chunk is listened to."""
+    if progress is None or not hasattr(system, "on_answers"):
+        yield
+        return
+    within = 0
+
+    def heard(answers: int) -> None:
+        nonlocal within
+        within += answers
+        progress(cached + min(missing, (mine + within) * count), cached + missing)
+
+    system.on_answers = heard
+    try:
+        yield
+    finally:
+        system.on_answers = None
+
+
 def measure(
     system: System,
     requests: Iterable[Request],
@@ -247,7 +270,8 @@ def measure(
     for place, chunk in enumerate(_chunks(missing)):
         if place % count != rank:
             continue
-        answers = dict(zip(chunk, _ask(system, chunk), strict=True))
+        with _telling(system, progress, cached, len(mine), count, len(missing)):
+            answers = dict(zip(chunk, _ask(system, chunk), strict=True))
         if cache is not None and fingerprint is not None:
             cache.write(fingerprint, answers)
         mine.update(answers)

@@ -32,6 +32,9 @@ class System(Protocol):
             ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box.
         fingerprint: Changes whenever an answer could change (weights, template, guard);
             the key of the measurement cache. ``None`` means: never cache.
+
+    A system that works for minutes may have an attribute ``on_answers``: while it is asked, a
+    function that it calls with the number of answers (their worth of work) whenever it is done.
     """
 
     name: str

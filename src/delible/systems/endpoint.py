@@ -89,6 +89,8 @@ class Endpoint(BlackBox):
         MissingExtraError: httpx2 or tenacity is not installed.
     """
 
+    on_answers: Callable[[int], None] | None = None
+
     def __init__(
         self,
         url: str,
@@ -212,7 +214,12 @@ class Endpoint(BlackBox):
         if not prompts:
             return []
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            return list(pool.map(lambda prompt: self._answer(prompt, decoding), prompts))
+            answers = list[str | NoAnswer]()
+            for answer in pool.map(lambda prompt: self._answer(prompt, decoding), prompts):
+                answers.append(answer)
+                if self.on_answers is not None:
+                    self.on_answers(1)
+            return answers
 
     def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:
         path = _CHAT if prompt.text is None else _TEXT

@@ -42,6 +42,7 @@ from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
 from delible.train.slots import Context, FinishContext, Placement
+from delible.watching import Stage, unwatched
 
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
@@ -130,6 +131,7 @@ class Trainer:
         refusals: Refusal sentences; None takes the built-in ones.
         writer: The system that writes generated rows; None: the offline templates do.
         generated: Generated rows by role, to be used instead of generating any.
+        stage: Told as ``stage(title, done, total)`` of what takes long beside the steps.
     """
 
     def __init__(
@@ -147,11 +149,12 @@ class Trainer:
         progress: Progress | None = None,
         writer: System | None = None,
         generated: Generated | None = None,
+        stage: Stage = unwatched,
     ) -> None:
         self.lm, self.recipe, self.records, self.seed = lm, recipe, records, seed
         self.run, self.reference_lm, self.start = run, reference, start
         self.refusals, self.say, self.progress = refusals, say, progress
-        self.writer, self.generated = writer, generated
+        self.writer, self.generated, self.stage = writer, generated, stage
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
         self.budget = 0
         self.notes: dict[str, Any] = {}
@@ -301,8 +304,8 @@ class Trainer:
         self, rows: Mapping[str, Sequence[Row]], records: Mapping[str, Sequence[RecordBase]]
     ) -> Context:
         return Context(
-            self.lm, rows, records, Gradients(self.lm), self.recipe.objective, self.keep,
-            self.seed, self.say, self.writer,
+            self.lm, rows, records, Gradients(self.lm, stage=self.stage), self.recipe.objective,
+            self.keep, self.seed, self.say, self.writer, self.stage,
         )  # fmt: skip
 
     def _generated(self, context: Context) -> Generated:
@@ -368,7 +371,7 @@ class Trainer:
                 reference.load(folder)
             for rows, kinds in wanted:
                 if kinds:
-                    reference.prepare(lm, rows, kinds)
+                    reference.prepare(lm, rows, kinds, self.stage)
             if self.run is not None and self.run.writes and self.reference_lm is None:
                 reference.save(self.run.path / "checkpoint" / "reference")
         return reference

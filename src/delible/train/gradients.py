@@ -14,7 +14,7 @@ gradients are random projections with the same inner products on average.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -34,6 +34,7 @@ from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.step import Reads, make_step
 from delible.train.vectors import SetAside, Vector, norm_of
+from delible.watching import Parts, Stage, unwatched, watched
 
 #: Padded tokens per forward pass, shared prefix apart. A backward pass keeps all activations: with
 #: more tokens it is no faster on a CPU, and they take more memory than the weights.
@@ -121,6 +122,7 @@ class Gradients:
         budget: Padded tokens per forward pass; None: :data:`_BUDGET`.
         loss: From rows to one value each; by default the token-mean negative log-likelihood.
         space: The coordinates; by default every parameter.
+        stage: Told when going through the rows takes long.
     """
 
     def __init__(
@@ -130,8 +132,9 @@ class Gradients:
         *,
         loss: RowLoss = answer_loss,
         space: Space | None = None,
+        stage: Stage = unwatched,
     ) -> None:
-        self.lm, self.loss, self.space = lm, loss, space or Space()
+        self.lm, self.loss, self.space, self.stage = lm, loss, space or Space(), stage
         self.budget = budget or _BUDGET
         on_cpu = lm.device.type == "cpu"
         self.backward_budget = min(self.budget, _BACKWARD_BUDGET if on_cpu else _BUDGET)
@@ -145,7 +148,7 @@ class Gradients:
 
     def within(self, space: Space) -> Gradients:
         """The same questions in other coordinates."""
-        return Gradients(self.lm, self.budget, loss=self.loss, space=space)
+        return Gradients(self.lm, self.budget, loss=self.loss, space=space, stage=self.stage)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The floating-point parameters of the space by name (tied ones once)."""
@@ -180,7 +183,7 @@ class Gradients:
         """The loss of each row, in order, float64."""
         found = torch.zeros(len(rows), dtype=torch.float64)
         with self._evaluating():
-            for part in self._batches(rows, self.budget):
+            for part in self._told(self._batches(rows, self.budget), "losses", rows):
                 found[part] = self.loss(self.lm, [rows[place] for place in part]).double().cpu()
         return found
 
@@ -213,7 +216,7 @@ class Gradients:
                     hook = value.register_post_accumulate_grad_hook(_summing(sums, name))
                     stack.callback(hook.remove)
             for loss, rows, weights in parts:
-                for batch in self._batches(rows, budget):
+                for batch in self._told(self._batches(rows, budget), "gradients", rows):
                     values = loss(self.lm, [rows[place] for place in batch])
                     values = values * values.new_tensor([weights[place] for place in batch])
                     _backward(values.sum())
@@ -241,9 +244,10 @@ class Gradients:
         with self._ready(parameters), ExitStack() as stack:
             for value in parameters.values():
                 stack.callback(value.register_post_accumulate_grad_hook(taken).remove)
-            for place, row in enumerate(rows):
+            each = ([place] for place in range(len(rows)))
+            for (place,) in self._told(each, "gradient norms", rows):
                 squares.clear()
-                _backward(self.loss(self.lm, [row]).sum())
+                _backward(self.loss(self.lm, [rows[place]]).sum())
                 if squares:
                     found[place] = torch.stack(squares).sum().sqrt().cpu()
         return found
@@ -340,8 +344,9 @@ class Gradients:
         )
         order = torch.randperm(len(rows), generator=random).tolist()
         held = torch.randperm(len(anchors), generator=random).tolist() if anchors else []
-        for begin in range(0, len(order), batch_size):
-            part = order[begin : begin + batch_size]
+        starts = range(0, len(order), batch_size)
+        drawn_parts = (order[begin : begin + batch_size] for begin in starts)
+        for begin, part in zip(starts, self._told(drawn_parts, "descent", rows), strict=True):
             mine = [(weights[place] if weights else 1.0) / len(part) for place in part]
             parts = [(self.loss, [rows[place] for place in part], mine)]
             if held:
@@ -374,8 +379,9 @@ class Gradients:
             for _, module in linear_layers(self.lm):
                 hook = module.register_forward_pre_hook(seeing(names[id(module.weight)]))
                 stack.callback(hook.remove)
-            for row in rows:  # one at a time: padding must not count
-                self.loss(self.lm, [row])
+            each = ([row] for row in rows)  # one at a time: padding must not count
+            for alone in self._told(each, "inputs of the layers", rows):
+                self.loss(self.lm, alone)
         return {name: value.sqrt() for name, value in squares.items()}
 
     @torch.no_grad()
@@ -384,7 +390,7 @@ class Gradients:
         found: dict[int, Tensor] = {}
         backbone = self.lm.core.get_submodule(self.lm.anatomy.backbone)
         with self._evaluating(), self.lm.computing():
-            for part in self._batches(rows, self.budget):
+            for part in self._told(self._batches(rows, self.budget), "hidden states", rows):
                 encoded = [rows[place].encoded for place in part]
                 batch = collate(encoded, self.lm.pad_id, self.lm.device)
                 states = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state.double()
@@ -406,7 +412,7 @@ class Gradients:
         }
         found = torch.zeros(len(rows), dtype=torch.float64)
         with self._exact(), self._evaluating(), _differentiable_forward(self.lm):
-            for part in self._batches(rows, self.budget):
+            for part in self._told(self._batches(rows, self.budget), "products", rows):
                 mine = [rows[place] for place in part]
 
                 def values(weights: Vector, mine: Sequence[Row] = mine) -> Tensor:
@@ -451,6 +457,9 @@ class Gradients:
             with torch.no_grad():
                 for name, value in kept.items():
                     parameters[name].copy_(value)
+
+    def _told(self, parts: Iterable[Parts], what: str, rows: Sequence[Row]) -> Iterator[Parts]:
+        return watched(parts, f"{what} of {len(rows)} rows", len(rows), self.stage)
 
     def _batches(self, rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
         """Rows of like length; a prefix that all share is computed once, so it costs nothing."""

@@ -8,7 +8,7 @@ exact, and (hidden / vocabulary) of the size of the logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from delible.files import atomic_folder
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
 from delible.train.row import Row
+from delible.watching import Stage, unwatched, watched
 
 
 class Reference:
@@ -41,7 +42,9 @@ class Reference:
         return self._head(states)
 
     @torch.no_grad()
-    def prepare(self, lm: LM, rows: Sequence[Row], kinds: Sequence[str]) -> None:
+    def prepare(
+        self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], stage: Stage = unwatched
+    ) -> None:
         """Computes what is missing for ``rows`` with the reference model ``lm``."""
         kinds = sorted(set(kinds))
         missing: dict[str, Row] = {}
@@ -55,10 +58,11 @@ class Reference:
         ordered = sorted(missing.values(), key=lambda row: len(row.for_reference.ids))
         forward, was_training = Forward(lm), lm.model.training
         lm.model.eval()
+        parts = watched(
+            _parts(lm, ordered), f"reference values of {len(ordered)} rows", len(ordered), stage
+        )
         with lm.computing():
-            while ordered:
-                count = max(1, lm.budget.tokens // len(ordered[-1].for_reference.ids))
-                part, ordered = ordered[-count:], ordered[:-count]
+            for part in parts:
                 self._compute(lm, forward, part, kinds, layers, final)
         lm.model.train(was_training)
 
@@ -97,6 +101,14 @@ class Reference:
         path = folder / "values.safetensors"
         if path.exists():
             self.values.update(load_file(path))
+
+
+def _parts(lm: LM, ordered: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The longest rows first, as many at once as the budget allows."""
+    while ordered:
+        count = max(1, lm.budget.tokens // len(ordered[-1].for_reference.ids))
+        part, ordered = ordered[-count:], ordered[:-count]
+        yield part
 
 
 def _frozen_head(lm: LM) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ from delible.component import Component
 from delible.records import RecordBase
 from delible.train.losses import Keep, Memory, Objective, Role, State
 from delible.train.row import Row
+from delible.watching import Stage, unwatched
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -40,6 +41,7 @@ class Context:
         seed: Seed of the run.
         say: For progress and notes.
         writer: The system that writes generated rows; None: the offline templates do.
+        stage: Told as ``stage(title, done, total)`` by work that takes long.
     """
 
     lm: LM
@@ -51,6 +53,7 @@ class Context:
     seed: int
     say: Callable[[str], None]
     writer: System | None = None
+    stage: Stage = unwatched
 
     def generator(self, purpose: str) -> torch.Generator:
         """A random generator of this run for one purpose."""

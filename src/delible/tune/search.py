@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from delible.train.recipe import Range, Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
 from delible.tune.space import Value, rounded, space, value_of
+from delible.watching import duration
 
 Say = Callable[[str], None]
 #: Called with (what is being done, done, total).
@@ -346,7 +348,7 @@ class _Search:
             if start is None or len(done) < trials:
                 parts = cut(self._with_retain(lm, request))
                 self._note(parts)
-                start = measured(lm, parts.splits)
+                start = measured(lm, parts.splits, partial(self._told, "measuring the start"))
                 self._check(start)
                 if run is not None:
                     run.update(start=start, notes=self.notes)
@@ -396,7 +398,7 @@ class _Search:
             "No retain records were given: the utility is measured on the model's own answers to "
             "general questions."
         )
-        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self.say)
+        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self.say, self._told)
         return request.model_copy(update={"retain": retain})
 
     def _note(self, parts: Parts) -> None:
@@ -509,10 +511,11 @@ class _Search:
             model = self.model if isinstance(self.model, str) else self.model.copy()
             result = unlearn(
                 model, parts.request, seed=self.seed, shown=0, progress=self._stage(title),
+                stage=lambda what, done, total: self._told(f"{title}: {what}", done, total),
                 **self.given, **call,
             )  # fmt: skip
             stopped = result.stopped
-            after = measured(result.model, parts.splits)
+            after = measured(result.model, parts.splits, partial(self._told, f"{title}: measuring"))
         except Exception as error:
             if index == 0 and isinstance(error, DelibleError) and not isinstance(error, RunError):
                 raise  # what is wrong with the input is wrong with every trial
@@ -541,25 +544,29 @@ class _Search:
             None if left is not None else "the model gives no finite numbers any more",
         )
 
-    def _stage(self, title: str) -> Steps | None:
-        progress = self.progress
-        if progress is None:
-            return None
+    def _told(self, title: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(title, done, total)
 
+    def _stage(self, title: str) -> Steps:
         def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
-            progress(title, step, total)
+            self._told(title, step, total)
 
         return report
 
     def _tell(self, trial: Trial, total: int, done: Sequence[Trial]) -> None:
         what = f"trial {trial.index + 1} of {total}"
+        seconds = sum(one.seconds for one in done) / len(done) * (total - len(done))
+        left = f" ({duration(seconds)} left)" if total > len(done) else ""
         if trial.failed is not None:
-            self.say(f"{what}: failed: {trial.failed}")
+            self.say(f"{what}: failed: {trial.failed}{left}")
             return
         verdict = "" if trial.keeps(self.budget) else f", below the budget of {self.budget:g}"
         best = winner(done, self.budget)
         leads = "; the best so far" if best == trial and trial.keeps(self.budget) else ""
-        self.say(f"{what}: leak {trial.leak:.3f}, utility {trial.utility:.3f}{verdict}{leads}")
+        self.say(
+            f"{what}: leak {trial.leak:.3f}, utility {trial.utility:.3f}{verdict}{leads}{left}"
+        )
 
     # ---- the result
 

@@ -179,7 +179,7 @@ class ReasoningTargets(Generate):
         return writing.written(
             writer, forget, prompt, read, wanted=1,
             decoding=Decoding(self.max_new_tokens, temperature=self.temperature, seed=context.seed),
-            attempts=self.attempts, counts=counts, say=context.say,
+            attempts=self.attempts, counts=counts, say=context.say, stage=context.stage,
         )  # fmt: skip
 
     def _reasoned(self, context: Context, marked: bool) -> list[RecordBase]:

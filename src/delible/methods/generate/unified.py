@@ -169,7 +169,7 @@ class Unified(Generate):
         made = writing.written(
             context.writer, passages, prompt, read, wanted=wanted,
             decoding=Decoding(512, temperature=0.7, seed=context.seed), attempts=3, counts=counts,
-            say=context.say,
+            say=context.say, stage=context.stage,
         )  # fmt: skip
         writing.require_enough(made, 1, "questions", counts, context.say, WHERE, context.writer)
         return [*others, *(one for part in made for one in part)]
@@ -269,7 +269,7 @@ class Unified(Generate):
         made = writing.written(
             writer, forget, prompt, read, wanted=1,
             decoding=Decoding(SHORT_TOKENS, temperature=0.7, seed=context.seed), attempts=3,
-            counts=counts, say=context.say,
+            counts=counts, say=context.say, stage=context.stage,
         )  # fmt: skip
         new = [(one, part[0]) for one, part in zip(forget, made, strict=True) if part]
         requests = [Ask(Prompt.ask(question), Decoding(SHORT_TOKENS)) for _, question in new]
