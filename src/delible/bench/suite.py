@@ -207,7 +207,8 @@ class Findings:
         rows: One mapping of column title to value per row; all rows have the same columns.
         charts: What one would rather look at.
         notes: Sentences that say what the numbers show, each computed from them.
-        runs: What the rows are means of, one mapping per run with its ``seed``, for intervals.
+        runs: What the rows are means of, one mapping per run with its seed or its title, for
+            intervals; a list stands for the values of single records.
     """
 
     rows: Sequence[Mapping[str, Any]]
