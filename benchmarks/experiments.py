@@ -15,15 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from claims import CLAIMS, DESCRIBED
 from evidence import Entry, interval, verdict
 
 from delible import registry
+from delible.bench.suite import Benchmark
+from delible.bench.table import ORIGINAL, REFERENCE
+from delible.component import build
 from delible.files import atomic_file, read_json
+from delible.report.origin import flags
 from delible.rundir import git_revision
 
 #: What the cells of a leaderboard are reduced to: values of records, by metric and split.
@@ -54,8 +59,12 @@ def read(folder: Path) -> tuple[str, dict[str, Any]]:
         named = found["benchmark"]
         runs = [_run_of(cell, KEPT[named["name"]]) for cell in cells]
         asked = folder / "command.json"
+        seeds = 1 + max(int(cell["seed"]) for cell in cells)
+        methods = list(dict.fromkeys(cell["method"] for cell in cells))
         about = {key: found.get(key) for key in ABOUT} | {
-            "seeds": 1 + max(int(cell["seed"]) for cell in cells),
+            "command": _command(found, methods, seeds),
+            "methods": methods,
+            "seeds": seeds,
             "seconds": round(sum(float(cell.get("seconds") or 0.0) for cell in cells), 1),
             "git_revision": git_revision(),
             **(read_json(asked) if asked.exists() else {}),
@@ -65,6 +74,17 @@ def read(folder: Path) -> tuple[str, dict[str, Any]]:
     about["options"] = {key: value for key, value in named.items() if key != "name"}
     about["model"] = about["model"] if about["model"] in ("tiny", "default") else "taught"
     return f"{named['name']} {about['model']}", {"about": about, "runs": [_short(r) for r in runs]}
+
+
+def _command(found: Mapping[str, Any], methods: Sequence[str], seeds: int) -> str:
+    benchmark = cast(Benchmark, build("benchmark", found["benchmark"]))
+    named = [method for method in methods if method not in (ORIGINAL, REFERENCE)]
+    words = [
+        "delible", "bench", benchmark.card.name, "--methods", ",".join(named) or "none",
+        "--model", found["model"], *flags(benchmark), "--seeds", str(seeds),
+    ]  # fmt: skip
+    # where the files were is of no use to others
+    return shlex.join(words) + (" --data FOLDER" if found.get("data") else "")
 
 
 def _run_of(cell: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:

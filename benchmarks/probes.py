@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from delible.bench.prepare import learned
 from delible.bench.run import bench, method_names
 from delible.bench.suite import Benchmark
 from delible.component import build
+from delible.files import read_json, write_json
 from delible.records import QA, Record
 from delible.world import Person, World
 from delible.world.facts import Fact
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="gradient_ascent,npo,rocr")
     given = parser.parse_args()
+    began = time.perf_counter()
     made = world()
     data = given.run / "data"
     write(data, files(made))
@@ -162,6 +165,14 @@ def main() -> None:
         seeds=given.seeds, data=data, out=given.run, options=options(given.model, methods),
         say=print,
     )  # fmt: skip
+    asked = given.run / "command.json"
+    spent = read_json(asked)["seconds"] if asked.exists() else 0.0
+    write_json(asked, {
+        "command": f"python benchmarks/probes.py {given.suite} {given.run} --model {given.model} "
+        f"--seeds {given.seeds} --methods {given.methods}",
+        "model": given.model, "methods": methods, "seeds": given.seeds,
+        "seconds": round(spent + time.perf_counter() - began, 1),
+    })  # fmt: skip
     print(result.folder / "leaderboard.html")
 
 
