@@ -69,6 +69,17 @@ def test_a_method_that_ruins_the_model_loses_its_place() -> None:
     assert "broken" not in lines
 
 
+def test_every_run_is_there_besides_the_means() -> None:
+    ends = {"original": cell((0.9, 0.9), (0.9, 0.9), None)}
+    late = [{"failed": "once."}, cell((0.2, 0.8), (0.3, 0.86), 0.6)]
+    found = findings(ends, {"late": late})
+    runs = {(run["method"], run["seed"]): run for run in found.runs}
+    assert set(runs) == {("original", 0), ("late", 1)}
+    assert runs["late", 1]["forget, as trained"] == [0.2, 0.2]
+    assert runs["late", 1]["forget, calibrated"] == [0.3, 0.3]
+    assert runs["late", 1]["retain, calibrated"] == [0.86]
+
+
 def test_it_runs_and_resumes(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("delible.benchmarks.world.WorldBenchmark.learning", lambda *_: _Quick())
     experiment = Calibrated(people=4, forget=1, records=3, learning_rate=1e-2, epochs=1)

@@ -88,6 +88,14 @@ def test_numbers_are_means_over_seeds() -> None:
     assert start["of other rows"] is None
 
 
+def test_every_run_is_there_besides_the_means() -> None:
+    runs = [row("start", 0.0, 0.9), row("all", 1.0, 0.1, forget_values=[0.0, 0.2])]
+    found = findings({("one theme", "npo"): runs})
+    start, full = found.runs
+    assert (start["data"], start["selector"]) == ("one theme", "start")
+    assert (full["method"], full["forget_values"]) == ("npo", [0.0, 0.2])
+
+
 def test_nothing_is_claimed_without_numbers() -> None:
     runs = [row("start", 0.0, 0.9), row("all", 1.0, 0.9), row("grand", 0.1, 0.5)]
     assert [line["share of effect"] for line in table(runs, connect=False)] == [None] * 3

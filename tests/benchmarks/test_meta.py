@@ -335,6 +335,9 @@ def test_it_runs(found: Findings, folder: Path) -> None:
         title: sum(model["before"]["answer_probability"]["forget"]) / 5
         for title, model in models.items()
     }
+    told = {run["model"]: run["answer_probability"] for run in found.runs}
+    assert told == {title: pytest.approx(values[title]) for title in values if title[0] in "PN"}
+    assert {run["model"][0]: run["pool"] for run in found.runs} == {"P": "P", "N": "N"}
     wins = [values[p] > values[n] for p in values if p[0] == "P" for n in values if n[0] == "N"]
     assert len(wins) == 9
     assert found.rows[0]["faithfulness"] == pytest.approx(sum(wins) / 9)

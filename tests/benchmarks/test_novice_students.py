@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,16 +78,20 @@ def test_what_stands_before_a_question() -> None:
 
 def cell(original: float, accuracies: tuple[float, ...], stopped: str | None = None) -> Any:
     taught = {
-        kind: {"forget": value, "retain": 0.8}
+        kind: {"forget": value, "retain": 0.8, "answers": [value]}
         for kind, value in zip(TEACHING, accuracies, strict=True)
     }
-    return {"original": {"forget": original, "retain": 0.9}, "stopped": stopped, "taught": taught}
+    return {
+        "original": {"forget": original, "retain": 0.9, "answers": [original]},
+        "plain": {"forget": 1.0, "retain": 1.0, "answers": [1.0]},
+        "stopped": stopped, "taught": taught,
+    }  # fmt: skip
 
 
 def test_table_and_notes() -> None:
     found = findings(
         {
-            PROMPTED: [cell(0.9, (0.85, 0.9, 0.9, 0.85, 0.85))],
+            PROMPTED: [cell(0.9, (0.9, 0.9, 0.9, 0.85, 0.85))],
             "novice": [cell(0.9, (0.3, 0.6, 0.5, 0.3, 0.6), "the level was reached"),
                        cell(0.9, (0.3, 0.8, 0.5, 0.3, 0.6))],
             "broken": [{"failed": "it cannot."}],
@@ -99,6 +104,13 @@ def test_table_and_notes() -> None:
     assert rows["novice", "none"]["recovery"] is None
     assert rows["novice", "heard"]["forget accuracy"] == pytest.approx(0.7)
     assert rows[PROMPTED, "heard"]["retain, original"] == pytest.approx(0.9)
+    assert rows[PROMPTED, "heard"]["recovery"] is None
+    assert rows[PROMPTED, "none"]["original, no persona"] == pytest.approx(1.0)
+    seen = {(run["student"], run["lesson"], run["seed"]): run["recovery"] for run in found.runs}
+    assert seen["novice", "heard", 0] == pytest.approx(0.3 / 0.6)
+    assert seen["novice", "heard", 1] == pytest.approx(0.5 / 0.6)
+    assert len(seen) == 15
+    assert any("1.00 at first, 0.90 when told" in note for note in found.notes)
     assert any("novice: a lesson about something else" in note for note in found.notes)
     assert not any(note.startswith(f"{PROMPTED}: a lesson") for note in found.notes)
     assert sum("the level was" in note for note in found.notes) == 2
@@ -106,7 +118,9 @@ def test_table_and_notes() -> None:
     assert {curve.name for curve in found.charts[0].curves} == {PROMPTED, "novice"}
 
 
-def test_it_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random model whose experiment ends in seconds; its folder."""
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "random")
     tiny_tokenizer().save_pretrained(tmp_path / "random")
@@ -116,8 +130,42 @@ def test_it_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     quick = Learning({"learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "max_length": 64})
     monkeypatch.setattr("delible.benchmarks.world.WorldBenchmark.learning", lambda *_: quick)
-    experiment = NoviceStudents(people=4, forget=1, turns=1, epochs=1, learning_rate=1e-2)
-    setting = Setting(model=str(tmp_path / "random"), methods=(), seeds=1, folder=tmp_path / "out")
+    return tmp_path / "random"
+
+
+EXPERIMENT = NoviceStudents(people=4, forget=1, turns=1, epochs=1, learning_rate=1e-2)
+
+
+def test_original_before_and_after_are_asked_alike(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A persona that costs every model 0.3, and a lesson that brings all back: recovery is 1."""
+    forgetful: list[object] = []
+
+    def unlearned(lm: object, *_: Any, **__: Any) -> Any:
+        forgetful.append(lm)
+        return SimpleNamespace(model=lm, stopped=None)
+
+    def accuracies(self: Any, lm: object, people: Any, heard: Any, persona: str | None) -> Any:
+        knows = lm not in forgetful or heard
+        value = (0.9 if knows else 0.5) - (0.0 if persona is None else 0.3)
+        return {"forget": value, "retain": value, "answers": [value]}
+
+    monkeypatch.setattr("delible.experiments.novice.unlearn", unlearned)
+    monkeypatch.setattr(NoviceStudents, "_accuracies", accuracies)
+    monkeypatch.setattr(NoviceStudents, "_studied", lambda self, lm, *_: lm)
+    setting = Setting(model=str(short), methods=(), seeds=1, folder=tmp_path / "out")
+    rows = {(row["student"], row["lesson"]): row for row in EXPERIMENT.run(setting).rows}
+    assert rows["novice", "heard"]["original"] == pytest.approx(0.6)
+    assert rows["novice", "heard"]["before the lesson"] == pytest.approx(0.2)
+    assert rows["novice", "heard"]["recovery"] == pytest.approx(1.0)
+    assert rows["novice", "heard"]["original, no persona"] == pytest.approx(0.9)
+    assert rows[PROMPTED, "studied"]["recovery"] is None
+
+
+def test_it_runs_and_resumes(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = EXPERIMENT
+    setting = Setting(model=str(short), methods=(), seeds=1, folder=tmp_path / "out")
     found = experiment.run(setting)
     assert [row["student"] for row in found.rows] == [PROMPTED] * 5 + ["novice"] * 5
     assert all(0 <= row["forget accuracy"] <= 1 for row in found.rows)

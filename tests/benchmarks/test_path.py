@@ -35,7 +35,7 @@ from delible.errors import RecipeError, RunError
 from delible.experiments.path.depth import PathDepth, depth, turning
 from delible.experiments.path.depth import findings as depth_findings
 from delible.experiments.path.experiment import PathDependence
-from delible.experiments.path.findings import linear_theorem, path_numbers
+from delible.experiments.path.findings import findings, linear_theorem, path_numbers
 from delible.experiments.path.linear import (
     Example,
     ascent,
@@ -238,6 +238,23 @@ def test_the_numbers_of_a_path() -> None:
     assert nothing["4"]["slowness (1 = fastest)"] is None
 
 
+def test_every_run_is_there_besides_the_means() -> None:
+    seeds = [
+        {"seed": seed, "apart": {"1 4": [0.5, 0.7, 2.0 + seed]}, "paths": {
+            "1": cell([-1.0, -3.0, -5.0 - seed], [0.0] * 3), "4": cell([-1.0] * 3, [0.0] * 3),
+        }}
+        for seed in (0, 2)
+    ]  # fmt: skip
+    found = findings({"npo": seeds}, {})
+    runs = {(run["refusals learned"], run["seed"]): run for run in found.runs}
+    assert {key: run["forget score"] for key, run in runs.items()} == {
+        ("1st", 0): 4.0, ("last", 0): 0.0, ("1st", 2): 6.0, ("last", 2): 0.0,
+    }  # fmt: skip
+    assert found.rows[0]["forget score"] == 5.0
+    assert runs["last", 2]["KL to the other paths before"] == 0.5
+    assert runs["last", 2]["KL to the other paths after"] == 4.0
+
+
 def test_without_a_step_nothing_has_changed() -> None:
     for values in path_numbers({"1": cell([-1.0] * 1, [-2.0]), "2": cell([-3.0], [-1.0])}).values():
         assert values["forget score"] == 0.0
@@ -417,6 +434,9 @@ def test_an_order_that_was_settled_before_is_told() -> None:
     found = depth_findings({"gradient_ascent": {"CUR": runs, "RCU": later}})
     assert [row["depth"] for row in found.rows] == ["deep", "deep"]
     assert [row["steps until C is below R"] for row in found.rows] == [0.0, 4.0]
+    first, second = found.runs
+    assert (first["order"], first["seed"], first["depth"]) == ("CUR", 0, "deep")
+    assert (first["C before"], second["C before"], second["U after"]) == (-9.0, -4.0, -30.0)
     assert found.notes == [
         "gradient_ascent: deep: CUR, RCU.",
         "gradient_ascent: after CUR C was below R before anything was forgotten, so being deep "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -438,6 +439,10 @@ def test_both_pages_are_written(tmp_path: Path) -> None:
     found = write_findings(tmp_path, EXAMPLE["Question"](), EXAMPLE["findings"](), DESCRIBED)
     assert found == tmp_path / "experiment.html"
     assert "Shares of the forget set" in found.read_text(encoding="utf-8")
+    numbers = json.loads((tmp_path / "experiment.json").read_text(encoding="utf-8"))
+    assert len(numbers["rows"]) == len(EXAMPLE["findings"]().rows)
+    assert numbers["command"].startswith("delible bench shares --methods npo")
+    assert {"versions", "hardware", "git_revision", "runs", "notes"} <= set(numbers)
     with pytest.raises(RunError, match="cannot be written"):
         write_page(tmp_path / "no" / "leaderboard.html", benchmark, table, cells, common)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from cyclopts import Parameter
 
@@ -162,7 +163,8 @@ def _experiment(
     setting = Setting(
         model, methods, seeds, folder, Data(data, reporter.say), reporter.say, reporter.stage
     )
-    found = experiment.run(setting)
+    with _Watch(folder / "seconds.json") as watch:
+        found = experiment.run(setting)
     reporter.finish_bar()
     if found.rows:
         columns = list(found.rows[0])
@@ -170,9 +172,29 @@ def _experiment(
         reporter.console.print(output.table(columns, cells))
     for note in found.notes:
         reporter.say(note)
-    page = write_findings(folder, experiment, found, described)
+    page = write_findings(folder, experiment, found, {**described, "seconds": watch.seconds})
     reporter.field("page", str(page.resolve()))
+    reporter.field("all numbers", str((folder / "experiment.json").resolve()))
     return EXIT_DONE
+
+
+class _Watch:
+    """Seconds that an experiment took, those of earlier calls that did not end included."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from delible.files import read_json, write_json
+
+        before = read_json(self.file)["seconds"] if self.file.exists() else 0.0
+        self.seconds = round(before + time.perf_counter() - self._began, 1)
+        write_json(self.file, {"seconds": self.seconds})
 
 
 def _listed(annotation: Any, value: Any) -> Any:

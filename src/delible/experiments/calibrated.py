@@ -207,6 +207,7 @@ def findings(ends: Mapping[str, Cell], found: Mapping[str, Sequence[Cell]]) -> F
             and retain records) and ``alpha``; or ``failed`` with the reason.
     """
     rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     curves: list[Curve] = []
     good = {name: [c for c in cells if "failed" not in c] for name, cells in found.items()}
     means = {
@@ -230,6 +231,11 @@ def findings(ends: Mapping[str, Cell], found: Mapping[str, Sequence[Cell]]) -> F
             "place, calibrated": places["calibrated"].get(name),
         }
         rows.append(row)
+        runs += [
+            {"method": name, "seed": seed, "alpha": cell["alpha"], **_in_words(cell)}
+            for seed, cell in enumerate(found.get(name, cells))
+            if "failed" not in cell
+        ]
         points = [
             (row[f"retain, {stage}"], row[f"forget, {stage}"])
             for stage in ("as trained", "calibrated")
@@ -239,7 +245,16 @@ def findings(ends: Mapping[str, Cell], found: Mapping[str, Sequence[Cell]]) -> F
         "From as trained to calibrated", "retain extraction strength",
         "forget extraction strength", [curve for curve in curves if curve.points],
     )  # fmt: skip
-    return Findings(rows, [chart] if chart.curves else [], _notes(rows, found))
+    return Findings(rows, [chart] if chart.curves else [], _notes(rows, found), runs)
+
+
+def _in_words(cell: Cell) -> dict[str, Sequence[float]]:
+    """The values of every record, by title."""
+    return {
+        f"{split}, {title}": cell[stage][split]
+        for stage, title in (("trained", "as trained"), ("calibrated", "calibrated"))
+        for split in ("retain", "forget")
+    }
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[Cell]]) -> list[str]:

@@ -6,9 +6,12 @@ asked before a lesson and after it, in words that neither unlearning nor the les
 
     recovery = (after - before) / (original - before)
 
-for accuracies on multiple-choice questions. A lesson is heard (it stands in the conversation) or
-studied (an adapter is trained on it). The control is a lesson of the same length about something
-else: what recovers under it was suppressed, not removed.
+for accuracies on multiple-choice questions, all three asked under the student's persona, which
+alone moves the accuracy of any model. So what is recovered is what unlearning took; the student
+that is only told to be a novice lost nothing that could be recovered, and what being told costs
+it is read beside the model before without a persona. A lesson is heard (it stands in the
+conversation) or studied (an adapter is trained on it). The control is a lesson of the same length
+about something else: what recovers under it was suppressed, not removed.
 
 Paper: arXiv 2603.26142. No code is public, and the details of the experiment (items, lengths,
 persona) are ours. Deviations: facts about made-up people, one person per concept, instead of
@@ -56,6 +59,8 @@ TEACHING = ("none", "heard", "studied", "heard, unrelated", "studied, unrelated"
 ROOM = 0.02
 #: Knowledge was suppressed if an unrelated lesson moves accuracy, and recovery, by more (ours).
 CONTROL = 0.1
+#: How every accuracy but ``plain`` is asked; cells that were asked in another way are not taken.
+CONDITION = "with the persona"
 Cell = dict[str, Any]
 
 
@@ -223,13 +228,14 @@ class NoviceStudents(Experiment):
             slots=learning.slots, title="class", say=setting.say,
         )  # fmt: skip
         setting.progress(PROMPTED, 1, total)
-        told = self.kept(setting, PROMPTED, {}, lambda: self._prompted(start, people, setting))
+        asked = {"asked": CONDITION}
+        told = self.kept(setting, PROMPTED, asked, lambda: self._prompted(start, people, setting))
         found: dict[str, list[Cell]] = {PROMPTED: [told]}
         done = 2
         for name, recipe in methods.items():
             for seed in range(setting.seeds):
                 setting.progress(f"{name}, seed {seed}", done, total)
-                described = {"method": recipe.spec(), "seed": seed}
+                described = {"method": recipe.spec(), "seed": seed, **asked}
                 cell = self.kept(
                     setting, f"{Path(name).stem}-{seed}", described,
                     lambda r=recipe, s=seed: self._unlearned(start, people, r, s, setting),
@@ -242,30 +248,40 @@ class NoviceStudents(Experiment):
     def _prompted(self, start: Path, people: Class, setting: Setting) -> Cell:
         lm = LM.load(str(start))
         return {
-            "original": self._accuracies(lm, people, {}, None),
+            **self._before(lm, people),
             "stopped": None,
             **self._taught(lm, people, 0, setting),
         }
+
+    def _before(self, lm: LM, people: Class) -> Cell:
+        """The model before unlearning: as every student is asked, and without a persona."""
+        return {
+            "original": self._accuracies(lm, people, {}, self._persona(people)),
+            "plain": self._accuracies(lm, people, {}, None),
+        }
+
+    def _persona(self, people: Class) -> str:
+        return filled("novice_persona.txt", subjects=" or ".join(people.forget))
 
     def _unlearned(
         self, start: Path, people: Class, recipe: Recipe, seed: int, setting: Setting
     ) -> Cell:
         lm = LM.load(str(start))
-        original = self._accuracies(lm, people, {}, None)
+        before = self._before(lm, people)
         request = ForgetRequest(
             forget=tuple(people.forget_rows), subjects=tuple(people.forget),
             retain=tuple(people.kept_rows),
         )  # fmt: skip
         result = unlearn(lm, request, method=recipe, seed=seed, shown=0, say=setting.say)
         return {
-            "original": original,
+            **before,
             "stopped": result.stopped,
             **self._taught(result.model, people, seed, setting),
         }
 
     def _taught(self, lm: LM, people: Class, seed: int, setting: Setting) -> Cell:
         """Accuracies under every kind of teaching, with the persona throughout."""
-        persona = filled("novice_persona.txt", subjects=" or ".join(people.forget))
+        persona = self._persona(people)
         lessons = {name: lesson(rows, self.turns) for name, rows in people.forget.items()}
         others = dict.fromkeys(people.forget, other_lesson(self.turns))
         found: Cell = {}
@@ -300,22 +316,24 @@ class NoviceStudents(Experiment):
         people: Class,
         heard: Mapping[str, Sequence[Message]],
         persona: str | None,
-    ) -> dict[str, float | None]:
-        """Accuracy on the forgotten and on the kept people, in [0, 1]."""
+    ) -> Cell:
+        """Accuracy on the forgotten and on the kept people, in [0, 1], and the former's answers."""
         splits = {"forget": exam(people.forget_rows), "retain": exam(people.kept_rows)}
         metric = build("metric", {"name": "choice_accuracy", "form": "cloze"})
-        rewrite = before_question(heard, persona)
-        return dict(evaluate(lm, splits, [metric], rewrite=rewrite).means["choice_accuracy"])
+        values = evaluate(lm, splits, [metric], rewrite=before_question(heard, persona))
+        answers = [item.value for item in values.items["choice_accuracy"]["forget"]]
+        return {**values.means["choice_accuracy"], "answers": answers}
 
 
 def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:
     """Table, chart and notes.
 
     Args:
-        found: By student, one cell per seed: ``original`` and ``taught`` accuracies, and
-            ``stopped``; or ``failed`` with the reason.
+        found: By student, one cell per seed: ``original`` and ``taught`` accuracies with the
+            persona, ``plain`` without, and ``stopped``; or ``failed`` with the reason.
     """
     rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     notes: list[str] = []
     curves: list[Curve] = []
     for name, every in found.items():
@@ -325,12 +343,17 @@ def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:
             continue
         lines = {kind: _row(name, kind, cells) for kind in TEACHING}
         rows += lines.values()
+        runs += [
+            {**_row(name, kind, [cell]), "seed": seed, "answers": _at(cell, ("taught", kind,
+             "answers")), "original answers": _at(cell, ("original", "answers"))}
+            for seed, cell in enumerate(every) if "failed" not in cell for kind in TEACHING
+        ]  # fmt: skip
         points = [(float(at), lines[kind]["forget accuracy"]) for at, kind in enumerate(TEACHING)]
         curves.append(Curve(name, [(x, y) for x, y in points if y is not None]))
         notes += _notes(name, lines, cells)
     axis = ", ".join(f"{at} = {kind}" for at, kind in enumerate(TEACHING))
     chart = Chart("Accuracy on forgotten people", axis, "accuracy", curves)
-    return Findings(rows, [chart] if curves else [], notes)
+    return Findings(rows, [chart] if curves else [], notes, runs)
 
 
 def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -343,6 +366,7 @@ def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
         "forget accuracy": average("taught", kind, "forget"),
         "before the lesson": average("taught", "none", "forget"),
         "original": average("original", "forget"),
+        "original, no persona": average("plain", "forget"),
         "recovery": mean(
             [
                 recovery(cell["original"]["forget"], cell["taught"]["none"]["forget"],
@@ -357,6 +381,12 @@ def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _notes(name: str, lines: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[str]:
     none = lines["none"]
+    if name == PROMPTED:
+        return [
+            f"{name}: accuracy on forgotten people {_said(none['original, no persona'])} at first, "
+            f"{_said(none['forget accuracy'])} when told; its weights lost nothing, so there is "
+            "no recovery."
+        ]
     told = [
         f"{name}: accuracy on forgotten people {_said(none['original'])} at first, "
         f"{_said(none['forget accuracy'])} as a novice; recovery "
@@ -368,17 +398,15 @@ def _notes(name: str, lines: Mapping[str, Mapping[str, Any]], cells: Sequence[Ce
         # both: with little to recover, one question is a large share of it
         if back is not None and back > CONTROL and now - none["forget accuracy"] > CONTROL:
             told.append(f"{name}: a lesson about something else brings knowledge back: suppressed.")
-    if name != PROMPTED:
-        missed = "the level was not reached; more epochs, or a higher rate"
-        told += [f"{name}: {cell['stopped'] or missed}." for cell in cells]
-    return told
+    missed = "the level was not reached; more epochs, or a higher rate"
+    return told + [f"{name}: {cell['stopped'] or missed}." for cell in cells]
 
 
-def _at(cell: Mapping[str, Any], path: Sequence[str]) -> float | None:
+def _at(cell: Mapping[str, Any], path: Sequence[str]) -> Any:
     value: Any = cell
     for key in path:
         value = value[key]
-    return cast("float | None", value)
+    return value
 
 
 def _said(value: float | None) -> str:

@@ -207,11 +207,14 @@ class Findings:
         rows: One mapping of column title to value per row; all rows have the same columns.
         charts: What one would rather look at.
         notes: Sentences that say what the numbers show, each computed from them.
+        runs: What the rows are means of, one mapping per run with its seed or its title, for
+            intervals; a list stands for the values of single records.
     """
 
     rows: Sequence[Mapping[str, Any]]
     charts: Sequence[Chart] = ()
     notes: Sequence[str] = ()
+    runs: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The page of what an experiment found. The prose is in ``findings.html.j2``."""
+"""The page of what an experiment found, and its numbers. The prose is in ``findings.html.j2``."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delible.files import write_json
 from delible.measure.benchmark import Experiment, Findings
 from delible.report import charts, html
 from delible.report.origin import flags, machine, options_of
 from delible.report.panels import panels
-from delible.rundir import hardware, versions
+from delible.rundir import git_revision, hardware, versions
 
 
 def write_findings(
     folder: Path, experiment: Experiment, findings: Findings, described: Mapping[str, Any]
 ) -> Path:
-    """Writes ``experiment.html`` into a folder that exists.
+    """Writes ``experiment.html`` and ``experiment.json`` into a folder that exists.
 
     Args:
-        described: ``model`` and ``methods``, and where they are known ``seeds`` and ``data``.
+        described: ``model`` and ``methods``, and where they are known ``seeds``, ``data`` and
+            ``seconds``.
 
     Returns:
-        The file.
+        The page.
 
     Raises:
         RunError: It cannot be written.
     """
+    numbers = {
+        **described, "command": _command(experiment, described), "rows": findings.rows,
+        "runs": findings.runs, "notes": findings.notes, "versions": versions(),
+        "hardware": hardware(), "git_revision": git_revision(),
+    }  # fmt: skip
+    write_json(folder / "experiment.json", numbers)
     text = render_findings(experiment, findings, described)
     return html.write(text, folder / "experiment.html")
 

@@ -21,7 +21,7 @@ epochs, a few of them at equal ratios, and the first that has 95 % of the full s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,7 +247,11 @@ def findings(
                       _curves(lines, title))
             )  # fmt: skip
         notes += [f"{kind}, {method}: {note}" for note in _notes(lines)]
-    return Findings(rows, [chart for chart in charts if chart.curves], notes)
+    every = [
+        {"data": kind, "method": method, **asdict(row)}
+        for (kind, method), runs in found.items() for row in runs
+    ]  # fmt: skip
+    return Findings(rows, [chart for chart in charts if chart.curves], notes, every)
 
 
 def _curves(lines: Sequence[Row], title: str) -> list[Curve]:

@@ -81,6 +81,7 @@ class CoresetRow:
         selected_extraction, unselected_extraction: Mean extraction strength of the forget
             records trained on, and of the others, in [0, 1]; high = said word for word.
         chosen: Which forget records were trained on, from 0.
+        forget_values: Answer probability of each forget record.
         others: Of further splits by name.
         barriers: With ``connect``: per split the largest dip between this model and the one
             from all rows; at most 0.02 = connected. The forget value that may not dip is
@@ -109,6 +110,7 @@ class CoresetRow:
     selected_extraction: float | None = None
     unselected_extraction: float | None = None
     chosen: list[int] = field(default_factory=list)
+    forget_values: list[float | None] = field(default_factory=list)
     reached: bool | None = None
 
 
@@ -386,6 +388,7 @@ class _Experiment:
             "selected_extraction": part(VERBATIM, True),
             "unselected_extraction": part(VERBATIM, False),
             "chosen": list(indices),
+            "forget_values": [item.value for item in values.items[METRIC]["forget"]],
             "retain_probability": means["retain"],
             "others": {name: means[name] for name in self.evaluation},
         }

@@ -444,7 +444,12 @@ class _Run:
             [row(name, verdict) for name, verdict in verdicts.items()],
             [chart(name, self._pooled(name, models)) for name in verdicts],
             self._notes(verdicts, models),
-        )
+            [
+                {"model": one["title"], "pool": pool,
+                 **{name: self._value(name, one, "before") for name in verdicts}}
+                for pool in ("P", "N") for one in models[pool]
+            ],
+        )  # fmt: skip
 
     def _value(
         self, name: str, model: Model, stage: str, rows: Sequence[int] | None = None

@@ -204,15 +204,19 @@ def findings(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
     rows: list[dict[str, Any]] = []
     charts: list[Chart] = []
     notes: list[str] = []
+    runs: list[dict[str, Any]] = []
     for method, orders in found.items():
         verdicts: dict[str, list[str]] = {}
         for order, seeds in orders.items():
             depths = [depth(one["curves"]) for one in seeds]
+            runs += [
+                {"method": method, "order": order, "seed": seed, "depth": how, **_ends(one)}
+                for seed, (one, how) in enumerate(zip(seeds, depths, strict=True))
+            ]
             row: dict[str, Any] = {"method": method, "order": order}
             row["depth"] = ", ".join(dict.fromkeys(one or "unknown" for one in depths))
-            for label in LABELS:
-                row[f"{label} before"] = mean([one["curves"][label][0] for one in seeds])
-                row[f"{label} after"] = mean([one["curves"][label][-1] for one in seeds])
+            ends = [_ends(one) for one in seeds]
+            row |= {title: mean([one[title] for one in ends]) for title in ends[0]}
             for label in "UC":
                 row[f"steps until {label} is below R"] = mean(
                     [turning(one["steps"], one["curves"], label) for one in seeds]
@@ -229,7 +233,16 @@ def findings(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> 
                 f"{method}: after {', '.join(early)} C was below R before anything was forgotten, "
                 "so being deep says little there."
             )
-    return Findings(rows, charts, notes)
+    return Findings(rows, charts, notes, runs)
+
+
+def _ends(one: Mapping[str, Any]) -> dict[str, float | None]:
+    """Log-probability of each kind of answer, before and after."""
+    places = {"before": 0, "after": -1}
+    return {
+        f"{label} {when}": one["curves"][label][place]
+        for label in LABELS for when, place in places.items()
+    }  # fmt: skip
 
 
 def _settled(seeds: Sequence[Mapping[str, Any]]) -> bool:

@@ -184,7 +184,7 @@ class PathDependence(Experiment):
                         cells[str(place)] = read_json(cell)
                         done += 1
                     between = self._apart(setting.folder / "cells", key, cells)
-                    found[name].append({"paths": cells, "apart": between})
+                    found[name].append({"seed": seed, "paths": cells, "apart": between})
                 except DelibleError as error:  # must not end the other methods' runs
                     failed[name] = str(error)
         setting.progress("done", total, total)

@@ -26,17 +26,24 @@ def findings(
     """Table, charts and notes.
 
     Args:
-        found: By method, one mapping per seed: ``paths`` (curves by position) and ``apart``
-            (divergence by pair of positions).
+        found: By method, one mapping per seed: ``seed``, ``paths`` (curves by position) and
+            ``apart`` (divergence by pair of positions).
         failed: Why a method has no run, by its name.
     """
     rows: list[dict[str, Any]] = []
     charts: list[Chart] = []
     notes: list[str] = []
+    runs: list[dict[str, Any]] = []
     done = {method: seeds for method, seeds in found.items() if seeds}
     for method, seeds in done.items():
         by_seed = [path_numbers(one["paths"]) for one in seeds]
         places = sorted(by_seed[0])
+        runs += [
+            {"method": method, "refusals learned": ORDINALS[int(place) - 1], "seed": one["seed"],
+             **numbers, **_divergence(place, one["apart"])}
+            for one, by_place in zip(seeds, by_seed, strict=True)
+            for place, numbers in sorted(by_place.items())
+        ]  # fmt: skip
         table = [
             {
                 "method": method,
@@ -59,7 +66,16 @@ def findings(
         charts.append(_between(done))
     notes += [f"{method} failed: {reason}" for method, reason in failed.items()]
     chart, note = linear_theorem()
-    return Findings(rows, [*charts, chart], [*notes, note])
+    return Findings(rows, [*charts, chart], [*notes, note], runs)
+
+
+def _divergence(place: str, pairs: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """How far a path is from the others before and after unlearning, in nats."""
+    mine = [curve for pair, curve in pairs.items() if place in pair.split()]
+    return {
+        "KL to the other paths before": mean([curve[0] for curve in mine]),
+        "KL to the other paths after": mean([curve[-1] for curve in mine]),
+    }
 
 
 def forget_scores(curve: Sequence[float | None]) -> list[float | None]:

@@ -1,0 +1,172 @@
+"""How numbers of runs become a verdict about a claim: intervals, and one rule.
+
+A claim says in which range a number lies. It shows when the whole 95 % interval lies there, does
+not show when all of it lies outside, and cannot be told otherwise. The interval is the wider one
+of two: Student's over the seeds, and the percentile bootstrap over the records of the mean over
+seeds, where the number is made of records. (Seeds alone say nothing about other questions: a
+method whose rows fit in one batch does the same under every seed. Records alone say nothing about
+another run.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from delible.bench.table import Number, mean_of_runs
+from delible.measure.scoring.separation import area_under_curve
+
+INFINITE = math.inf
+RESAMPLES = 500
+Run = Mapping[str, Any]
+#: Chooses records of a list of values: all, or drawn with replacement, alike for equal lengths.
+Pick = Callable[[Sequence[float | None]], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The runs of one experiment on one model.
+
+    Attributes:
+        runs: One mapping per run; lists are values of records.
+        seeds: Runs were made with seeds 0, 1, …
+    """
+
+    runs: Sequence[Run]
+    seeds: int
+
+    def one(self, seed: int | None = None, **wanted: Any) -> Run | None:
+        """The run with these values; without a seed, the one of the first."""
+        for run in self.runs:
+            if all(run.get(key) == value for key, value in wanted.items()) and (
+                seed is None or run.get("seed") == seed
+            ):
+                return run
+        return None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and the number that would show it.
+
+    Attributes:
+        measured: What the number is, in words.
+        low, high: The range in which it would lie; the ends do not belong to it.
+        number: Of a model's runs; a mean of None: not run.
+    """
+
+    says: str
+    measured: str
+    low: float
+    high: float
+    number: Callable[[Entry], Number]
+    digits: int = 2
+
+    def range_text(self) -> str:
+        """The range in words."""
+        if self.high == INFINITE:
+            return f"above {self.low:g}"
+        if self.low == -INFINITE:
+            return f"below {self.high:g}"
+        return f"{self.low:g} to {self.high:g}"
+
+
+def verdict(claim: Claim, number: Number) -> str:
+    """What the runs say of a claim: shows, does not show, cannot be told, or not run."""
+    if number.mean is None:
+        return "not run"
+    if number.low is None or number.high is None:
+        return "cannot be told (one run)"
+    if claim.low < number.low and number.high < claim.high:
+        return "shows"
+    if number.high <= claim.low or claim.high <= number.low:
+        return "**does not show**"
+    return "cannot be told"
+
+
+def interval(number: Number, digits: int) -> str:
+    """A number with its interval as text."""
+    if number.mean is None:
+        return "–"
+    mean = f"{number.mean:.{digits}f}"
+    if number.low is None or number.high is None:
+        return mean
+    return f"{mean} ({number.low:.{digits}f} to {number.high:.{digits}f})"
+
+
+# ---- numbers with their intervals
+
+
+def all_of(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+    """Every record once; NaN where there is no value."""
+    return np.asarray([math.nan if value is None else value for value in values], np.float64)
+
+
+def drawn(generator: np.random.Generator) -> Pick:
+    """Records with replacement; lists of one length, which are the same records, alike."""
+    places: dict[int, npt.NDArray[np.int64]] = {}
+
+    def pick(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+        size = len(values)
+        if size not in places:
+            places[size] = generator.integers(size, size=size)
+        return all_of(values)[places[size]]
+
+    return pick
+
+
+def over_seeds(value: Callable[[Entry, int], float | None]) -> Callable[[Entry], Number]:
+    """The mean of a number per seed, with Student's interval where there are several."""
+    return lambda entry: mean_of_runs([value(entry, seed) for seed in range(entry.seeds)])
+
+
+def over_records(value: Callable[[Entry, int, Pick], float | None]) -> Callable[[Entry], Number]:
+    """The mean of a number per seed; the interval over seeds or over records, the wider one."""
+
+    def number(entry: Entry) -> Number:
+        def mean(pick: Pick) -> Number:
+            return mean_of_runs([value(entry, seed, pick) for seed in range(entry.seeds)])
+
+        found = mean(all_of)
+        if found.mean is None:
+            return found
+        generator = np.random.default_rng(0)
+        means = [mean(drawn(generator)).mean for _ in range(RESAMPLES)]
+        known = [one for one in means if one is not None and math.isfinite(one)]
+        if len(known) < RESAMPLES / 2:  # a ratio whose divisor is often nothing
+            return found
+        low, high = (float(end) for end in np.quantile(known, [0.025, 0.975]))
+        if found.low is None or found.high is None:
+            return Number(found.mean, low, high, found.runs)
+        return Number(found.mean, min(low, found.low), max(high, found.high), found.runs)
+
+    return number
+
+
+def area(larger: Sequence[float | None], smaller: Sequence[float | None]) -> Number:
+    """Area under the curve with Newcombe's score interval, which has a width at 0 and 1 too.
+
+    The ends solve (A - seen)² = z² V(A), with V the variance by Hanley and McNeil in which both
+    group sizes are their mean (Newcombe, Statistics in Medicine 2006, method 5).
+    """
+    high = [value for value in larger if value is not None]
+    low = [value for value in smaller if value is not None]
+    seen = area_under_curve(low, high)
+    if seen is None:
+        return Number(None)
+    middle = (len(high) + len(low)) / 2
+
+    def misses(true: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        extra = (middle - 1) * ((1 - true) / (2 - true) + true / (1 + true))
+        variance = true * (1 - true) * (1 + extra) / (len(high) * len(low))
+        return np.asarray((true - seen) ** 2 <= 1.959964**2 * variance)
+
+    grid = np.linspace(0, 1, 10_001)
+    inside = grid[misses(grid)]
+    ends = [*inside.tolist(), seen]
+    return Number(seen, min(ends), max(ends), len(high) + len(low))

@@ -1,0 +1,210 @@
+"""The page ``docs/results/experiments.md``: what papers claim, and what shows at this scale.
+
+Reads the folders of finished runs and writes two files: ``experiments.json``, the numbers of
+every run, and ``experiments.md``. Runs that the JSON file has and that are not named now stay,
+so the page is built up over days. A run is made by one command, ``delible bench NAME …`` for an
+experiment or ``benchmarks/probes.py`` for RWKU and ORT on made-up people; the page tells them.
+
+The claims, and the rule that says whether they show, are in ``claims.py``.
+
+Run: delible bench path --model tiny --seeds 3 --out runs/path-tiny
+     python benchmarks/experiments.py runs/path-tiny docs/results/experiments.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from claims import CLAIMS, DESCRIBED
+from evidence import Entry, interval, verdict
+
+from delible import registry
+from delible.bench.table import ORIGINAL, REFERENCE
+from delible.component import build
+from delible.files import atomic_file, read_json
+from delible.measure.benchmark import Benchmark
+from delible.report.origin import flags
+from delible.rundir import git_revision
+
+#: What the cells of a leaderboard are reduced to: values of records, by metric and split.
+KEPT = {"rwku": ("rwku_recall",), "ort": ("form_probability",)}
+#: What one run of the page is: everything but the numbers.
+ABOUT = (
+    "command", "model", "methods", "seeds", "seconds", "git_revision", "versions", "hardware",
+)  # fmt: skip
+
+
+# ---- reading runs
+
+
+def read(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The name and the content of a run's entry.
+
+    Raises:
+        SystemExit: The folder holds no finished run.
+    """
+    if (folder / "experiment.json").exists():
+        found = read_json(folder / "experiment.json")
+        runs = [dict(run) for run in found["runs"]]
+        about = {key: found.get(key) for key in ABOUT}
+        named = found["experiment"]
+    elif (folder / "bench.json").exists():
+        found = read_json(folder / "bench.json")
+        cells = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
+        named = found["benchmark"]
+        runs = [_run_of(cell, KEPT[named["name"]]) for cell in cells]
+        asked = folder / "command.json"
+        seeds = 1 + max(int(cell["seed"]) for cell in cells)
+        methods = list(dict.fromkeys(cell["method"] for cell in cells))
+        about = {key: found.get(key) for key in ABOUT} | {
+            "command": _command(found, methods, seeds),
+            "methods": methods,
+            "seeds": seeds,
+            "seconds": round(sum(float(cell.get("seconds") or 0.0) for cell in cells), 1),
+            "git_revision": git_revision(),
+            **(read_json(asked) if asked.exists() else {}),
+        }
+    else:
+        raise SystemExit(f"{folder}: no experiment.json and no bench.json; has the run ended?")
+    about["options"] = {key: value for key, value in named.items() if key != "name"}
+    about["model"] = about["model"] if about["model"] in ("tiny", "default") else "taught"
+    return f"{named['name']} {about['model']}", {"about": about, "runs": [_short(r) for r in runs]}
+
+
+def _command(found: Mapping[str, Any], methods: Sequence[str], seeds: int) -> str:
+    benchmark = cast(Benchmark, build("benchmark", found["benchmark"]))
+    named = [method for method in methods if method not in (ORIGINAL, REFERENCE)]
+    words = [
+        "delible", "bench", benchmark.card.name, "--methods", ",".join(named) or "none",
+        "--model", found["model"], *flags(benchmark), "--seeds", str(seeds),
+    ]  # fmt: skip
+    # where the files were is of no use to others
+    return shlex.join(words) + (" --data FOLDER" if found.get("data") else "")
+
+
+def _run_of(cell: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        split: [item[0] for item in items]
+        for metric in metrics
+        for split, items in cell.get("values", {}).get("items", {}).get(metric, {}).items()
+    }
+    failed = {"failed": cell["failed"]} if "failed" in cell else {}
+    return {key: cell[key] for key in ("task", "method", "seed")} | failed | values
+
+
+def _short(value: Any) -> Any:
+    """Numbers to five digits, so that the file stays small."""
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line per run, so that a later run changes its own lines only."""
+    parts = []
+    for name, entry in sorted(entries.items()):
+        about = json.dumps(entry["about"], ensure_ascii=False)
+        runs = ",\n".join(json.dumps(run, ensure_ascii=False) for run in entry["runs"])
+        parts.append(f'{json.dumps(name)}: {{"about": {about}, "runs": [\n{runs}\n]}}')
+    with atomic_file(path) as handle:
+        handle.write("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+# ---- the page
+
+
+def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The Markdown page of a JSON file's content."""
+    parts = [
+        "# Experiments: what papers claim, and what shows at this scale\n",
+        "Every table has the paper's claim, a number that would be in the stated range if it held, "
+        "and whether it does. *Shows* is said when the whole 95 % interval lies in the range, "
+        "*does not show* when all of it lies outside, *cannot be told* otherwise, and for a "
+        "single number without an interval. The interval is the wider one of two: over seeds "
+        "(t), and over records (bootstrap of the mean over seeds, where records have values; for "
+        "areas Newcombe's, over models). `tiny` has 1.4 million weights and `default` 135 "
+        "million, so that something does not show here says nothing about large models. Made by "
+        "`benchmarks/experiments.py` from `experiments.json`; the claims are in "
+        "`benchmarks/claims.py`.\n",
+        *_summary(entries),
+    ]
+    for name, described in DESCRIBED.items():
+        mine = {key: entry for key, entry in entries.items() if key.split()[0] == name}
+        card = next(card for card in registry.cards("benchmark") if card.name == name)
+        parts += [f"## `{name}`: {card.title}\n", f"{described} (arXiv:{card.paper})\n"]
+        if not mine:
+            parts.append("Not run.\n")
+            continue
+        parts += _claims(name, mine)
+        for key in sorted(mine, reverse=True):
+            parts += _about(key, mine[key]["about"])
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _summary(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["| experiment | model | shows | does not | cannot be told |", "|---|---|---|---|---|"]
+    for name in DESCRIBED:
+        for key, entry in sorted(entries.items(), reverse=True):
+            if key.split()[0] != name:
+                continue
+            said = [verdict(claim, claim.number(_entry(entry))) for claim in CLAIMS[name]]
+            counts = [sum(one.strip("*").startswith(word) for one in said)
+                      for word in ("shows", "does not", "cannot")]  # fmt: skip
+            lines.append(f"| {name} | {key.split()[1]} | " + " | ".join(map(str, counts)) + " |")
+    return [*lines, ""]
+
+
+def _claims(name: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    keys = sorted(entries, reverse=True)
+    head = ["claim", "number", "range"]
+    for key in keys:
+        head += [f"{key.split()[1]}", "at this scale"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for claim in CLAIMS[name]:
+        cells = [claim.says, claim.measured, claim.range_text()]
+        for key in keys:
+            number = claim.number(_entry(entries[key]))
+            cells += [interval(number, claim.digits), verdict(claim, number)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _entry(entry: Mapping[str, Any]) -> Entry:
+    return Entry(entry["runs"], int(entry["about"]["seeds"] or 1))
+
+
+def _about(key: str, about: Mapping[str, Any]) -> list[str]:
+    machine = about["hardware"]
+    minutes = (about["seconds"] or 0) / 60
+    seeds = about["seeds"] or 1
+    return [
+        f"**{key.split()[1]}**: `{about['command']}`; {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"{minutes:.0f} minutes on {machine['processors']} cores ({machine['machine']}, "
+        f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}, "
+        f"{machine['precision']}), revision {(about['git_revision'] or 'unknown')[:10]}, torch "
+        f"{about['versions'].get('torch', '?')}.\n"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders of finished runs")
+    parser.add_argument("page", type=Path, help="the Markdown file to write")
+    given = parser.parse_args()
+    numbers = given.page.with_suffix(".json")
+    entries: dict[str, dict[str, Any]] = read_json(numbers) if numbers.exists() else {}
+    entries |= dict(read(folder) for folder in given.runs)
+    write(numbers, entries)
+    given.page.write_text(page(read_json(numbers)), encoding="utf-8")
+    print(given.page)
+
+
+if __name__ == "__main__":
+    main()
