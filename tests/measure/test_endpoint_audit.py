@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_what_was_not_answered_is_said_on_the_screen_and_in_the_report(
         assert audit(*words, *kept, "--out", "run") == 0
     said = " ".join(capsys.readouterr().out.split())
     found = AuditResult.model_validate_json((here / "run" / "metrics.json").read_text())
-    asked = len(found.splits) and sum(found.splits.values())
+    asked = sum(found.splits.values())
     told = (
         f"unlearned: 3 of {asked} questions not answered: the server says 403: blocked (2); "
         "the server says 403: no (1)."
@@ -127,10 +128,11 @@ def test_what_was_not_answered_is_said_on_the_screen_and_in_the_report(
     assert told in said
     assert found.not_tested.count(told) == 1
     # the attack asked other questions, of which some have no answer either
-    (attacked,) = [
-        one for one in found.not_tested if one.startswith("unlearned: ") and "Pre" in one
-    ]
-    assert "questions not answered" in attacked
+    others = [one for one in found.not_tested if "questions not answered" in one and one != told]
+    assert others
+    assert all(
+        re.match(r"unlearned: \w.*: \d of \d+ questions not answered: ", one) for one in others
+    )
     refused = "unlearned: The server refuses the option 'temperature'"
     assert [one.startswith(refused) for one in found.not_tested].count(True) == 1
     assert refused in said
