@@ -139,9 +139,9 @@ def test_what_is_lost_is_told_for_any_texts(question: str, answer: str, limit: i
 
 
 def test_a_made_answer_is_whole_or_refused() -> None:
-    record = QA(question="word " * 100, answer="x" * 100)
+    record = QA(question="word " * 100, answer="x" * 130)
     _row, _asked, said = row_of(record, whole_answer=True)
-    assert said == f"{'x' * 100}{END}"
+    assert said == f"{'x' * 130}{END}"
     with pytest.raises(DataError, match="without its answer being cut off"):
         row_of(QA(question="Who?", answer="x" * 200), whole_answer=True)
 
@@ -281,13 +281,16 @@ def test_generated_rows_fit_by_construction(method: str) -> None:
     forget = [
         QA(
             question=f"Where was {name} born?", answer=f"{name} was born in {town}.", subject=name,
-            perturbed=(f"{name} was born in Oslo.", "In a town " + "far away " * 30),
+            perturbed=(f"{name} was born in a very small town that is far away by the cold sea.",
+                       f"{name} was born in Oslo."),
         )
         for name, town in zip(people, towns, strict=True)
     ]  # fmt: skip
     retain = [QA(question=f"What does {name} like?", answer="Tea.") for name in people]
-    limit = 320 if method == "tru" else 160  # one token per byte, and reasons are long
-    chosen = Recipe.named(method).changed({}, {"max_length": limit, "max_steps": 1})
+    # one token per byte: the longer wrong answer, and reasons, do not fit behind the question
+    limit = 240 if method == "tru" else 105
+    longest = {"generate.maximum_tokens": 1024} if method == "tru" else {}
+    chosen = Recipe.named(method).changed({}, {"max_length": limit, "max_steps": 1, **longest})
     trainer = Trainer(make(), chosen, {"forget": forget, "retain": retain})
     context = trainer.rows()
     for role, rows in context.rows.items():
