@@ -175,7 +175,7 @@ def _place_to_cut(template: Template, text: str, total: int) -> int:
     """Where the first of the fewest pieces of like length ends."""
     wanted = -(-total // -(-total // template.max_length))
     ends = [match.end() for match in _PIECE.finditer(text)]
-    if len(ends) < 2:  # no spaces
+    if _passage_tokens(template, text[: ends[0]]) > template.max_length:  # a word is longer
         ends = list(range(1, len(text) + 1))
 
     def last(most: int) -> int:
