@@ -153,6 +153,16 @@ def test_every_family_is_needed(family: str) -> None:
     assert "it says nothing" in told
 
 
+def test_an_attack_that_was_not_run_says_why() -> None:
+    skipped = Leak(
+        attack="relearn", title="Relearning", family="relearning", knowledge={}, erased={},
+        note="not run: all rows are of one fact",
+    )  # fmt: skip
+    found, told = label(attacks=battery(relearning=skipped))
+    assert found == "undetermined"
+    assert "Relearning: not run: all rows are of one fact" in told
+
+
 def test_a_control_is_no_evidence_of_removal_but_what_it_finds_counts() -> None:
     control = row(1.0, attack="quantize", family="quantization", control=True)
     found, told = label(attacks=battery(quantization=control))

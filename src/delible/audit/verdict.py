@@ -370,16 +370,16 @@ def _missing(attacks: Sequence[Leak]) -> list[str]:
         if not rows:
             said.append(f"no {family} attack was run, and removal is not said without one.")
             continue
-        why = [
-            f"{leak.name}: {next(iter(leak.no_power.values()), None) or _control(leak)}"
-            for leak in rows
-        ]
+        why = [f"{leak.name}: {_why_not(leak)}" for leak in rows]
         said.append(f"no {family} attack could have told ({'; '.join(why)}).")
     return said
 
 
-def _control(leak: Leak) -> str:
-    return "it is only a control" if leak.control else "no knowledge score was measured"
+def _why_not(leak: Leak) -> str:
+    """Why a row is no evidence."""
+    if worst(leak) is not None:
+        return "it is only a control"
+    return next(iter(leak.no_power.values()), leak.note) or "no knowledge score was measured"
 
 
 def _left_out(attacks: Sequence[Leak]) -> list[str]:
