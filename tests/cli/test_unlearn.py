@@ -199,7 +199,7 @@ def test_without_a_terminal_a_stage_is_told_every_twenty_seconds(
     assert capsys.readouterr().out.splitlines() == [
         "  measuring",
         *(
-            f"  measuring  {done}/100  {output.duration(5 * (100 - done))} left"
+            f"  measuring  {done}/100  {watching.duration(5 * (100 - done))} left"
             for done in range(44, 100, 4)
         ),
     ]
@@ -219,7 +219,7 @@ def test_a_stage_that_begins_to_count_anew_is_timed_anew(
         reporter.stage("relearning", done, 300)
         clock[0] += 15
     assert capsys.readouterr().out.splitlines() == [
-        f"  relearning  {done}/300  {output.duration((300 - done) / 2)} left"
+        f"  relearning  {done}/300  {watching.duration((300 - done) / 2)} left"
         for done in (60, 120, 180, 240)
     ]
 
@@ -272,11 +272,13 @@ def test_a_bar_ends_when_other_work_begins() -> None:
     reporter = output.Reporter()
     screen = io.StringIO()
     reporter.console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    report = reporter.progress("learning")
     reporter.stage("gradients", 3, 9)
-    reporter.progress("learning")(1, 4, {"forget_loss": 1.5})
+    report(1, 4, {"forget_loss": 1.5})
     reporter.finish_bar()
     assert "gradients" in screen.getvalue()
-    assert "learning" in screen.getvalue().splitlines()[-1]
+    assert "learning" in screen.getvalue()
+    assert "forget 1.500" in screen.getvalue()
 
 
 def test_without_a_terminal_long_runs_are_told_in_few_lines(

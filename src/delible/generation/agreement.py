@@ -142,10 +142,13 @@ def held(topic: Topic, replies: Sequence[tuple[str, str]]) -> Fact | str:
         return "unstable"
     question, answer = usable[best]
     rewordings = dict.fromkeys(one for one, _ in supporters[best] if one != question)
-    texts = {" ".join(filters.words(text)): text for _, text in reversed(supporters[best])}
-    texts.pop(" ".join(filters.words(answer)))
-    others = tuple(reversed(texts.values()))
-    return Fact(topic, question, answer, agreed, len(replies), tuple(rewordings), others)
+    others: dict[tuple[str, ...], str] = {}
+    for _, text in supporters[best]:
+        others.setdefault(tuple(filters.words(text)), text)
+    del others[tuple(filters.words(answer))]
+    return Fact(
+        topic, question, answer, agreed, len(replies), tuple(rewordings), tuple(others.values())
+    )
 
 
 def said_of_anybody(fact: Fact, others: Sequence[Fact | str]) -> bool:

@@ -291,7 +291,8 @@ class Bilevel(Config):
             if prompt is not None and answer is not None:
                 rejected.append(make_row(context.lm.template, prompt, answer, row.index, record))
         reference = Reference()
-        reference.prepare(context.lm, [*rejected, *(row for _, row in pairs)], ("logprobs",))
+        both = [*rejected, *(row for _, row in pairs)]
+        reference.prepare(context.lm, both, ("logprobs",), context.stage)
         return PreferenceLoss(rejected, reference, self.outer_beta)
 
     def _grow(self, context: Context, found: Solution, gains: Tensor, size: int) -> bool:

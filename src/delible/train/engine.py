@@ -420,5 +420,5 @@ class Trainer:
         start = self.start or (lambda: self.lm)
         return FinishContext(
             self.lm, start, self.records, folder, self.say, loop.notes,
-            loop.placement.parameters, loop.memory,
+            loop.placement.parameters, loop.memory, self.stage,
         )  # fmt: skip

@@ -211,6 +211,7 @@ class FinishContext:
         folder: Where the finisher may leave a record of what it did.
         parameters: What was trained, by name.
         memory: What :meth:`Finish.observe` wrote down.
+        stage: Told as ``stage(title, done, total)`` by work that takes long.
     """
 
     lm: LM
@@ -221,6 +222,7 @@ class FinishContext:
     notes: dict[str, object] = field(default_factory=dict)
     parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)
+    stage: Stage = unwatched
 
 
 class Finish(Component):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,7 +144,8 @@ class Calibrate(Finish):
 
         def strengths(*roles: str) -> dict[str, float | None]:
             chosen = {role: splits[role] for role in roles if role in splits}
-            return dict(evaluate(lm, chosen, [metric]).means["extraction_strength"])
+            values = evaluate(lm, chosen, [metric], progress=partial(context.stage, "calibrating"))
+            return dict(values.means["extraction_strength"])
 
         with tempfile.TemporaryDirectory(dir=context.folder, prefix=".calibrate.") as folder:
             trained = strengths("retain", "forget")
