@@ -29,6 +29,17 @@ DESCRIBED = {
     "ort": "The same facts in four forms (blank, question, choice, spelled); what is left is the "
     "probability after unlearning as a share of that before.",
 }
+#: The question of each experiment, which the page answers first.
+QUESTIONS = {
+    "path": "Does the order of stages show after the same unlearning?",
+    "path_depth": "Does the order decide how deep the forgetting goes?",
+    "coreset": "Do 5 % of the rows do what all do, where one theme is repeated?",
+    "calibrated": "Does a calibrated comparison change the ranking?",
+    "meta": "Which metrics tell pools of models apart?",
+    "novice": "Does unlearning make a novice who can learn again?",
+    "rwku": "Do blanks and attacks leak what plain questions no longer tell?",
+    "ort": "Does forgetting depend on the form, and redirecting a name not?",
+}
 #: A difference of extraction strength that counts, in the calibrated comparison.
 APART = 0.02
 

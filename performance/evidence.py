@@ -1,9 +1,9 @@
 """How numbers of runs become a verdict about a claim: intervals, and one rule.
 
 A claim says in which range a number lies. It shows when the whole 95 % interval lies there, does
-not show when all of it lies outside, and cannot be told otherwise. The interval is the wider one
-of two: Student's over the seeds, and the percentile bootstrap over the records of the mean over
-seeds, where the number is made of records. (Seeds alone say nothing about other questions: a
+not show when all of it lies outside, and cannot be told otherwise. The interval covers two:
+Student's over the seeds, and the percentile bootstrap over the records of the mean over seeds,
+where the number is made of records. (Seeds alone say nothing about other questions: a
 method whose rows fit in one batch does the same under every seed. Records alone say nothing about
 another run.)
 """
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from delible.bench.stages import mean
 from delible.bench.table import Number, mean_of_runs
 from delible.measure.scoring.separation import area_under_curve
 
@@ -126,18 +127,18 @@ def over_seeds(value: Callable[[Entry, int], float | None]) -> Callable[[Entry],
 
 
 def over_records(value: Callable[[Entry, int, Pick], float | None]) -> Callable[[Entry], Number]:
-    """The mean of a number per seed; the interval over seeds or over records, the wider one."""
+    """The mean of a number per seed; the interval covers that over seeds and that over records."""
 
     def number(entry: Entry) -> Number:
-        def mean(pick: Pick) -> Number:
-            return mean_of_runs([value(entry, seed, pick) for seed in range(entry.seeds)])
+        def values(pick: Pick) -> list[float | None]:
+            return [value(entry, seed, pick) for seed in range(entry.seeds)]
 
-        found = mean(all_of)
+        found = mean_of_runs(values(all_of))
         if found.mean is None:
             return found
         generator = np.random.default_rng(0)
-        means = [mean(drawn(generator)).mean for _ in range(RESAMPLES)]
-        known = [one for one in means if one is not None and math.isfinite(one)]
+        means = [mean(values(drawn(generator))) for _ in range(RESAMPLES)]
+        known = [one for one in means if one is not None]
         if len(known) < RESAMPLES / 2:  # a ratio whose divisor is often nothing
             return found
         low, high = (float(end) for end in np.quantile(known, [0.025, 0.975]))

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from claims import CLAIMS, DESCRIBED
+from claims import CLAIMS, DESCRIBED, QUESTIONS
 from evidence import Entry, interval, verdict
 
 from delible import registry
-from delible.bench.table import ORIGINAL, REFERENCE
+from delible.bench.table import ORIGINAL, REFERENCE, Number
 from delible.component import build
 from delible.files import atomic_file, read_json
 from delible.measure.benchmark import Benchmark
@@ -122,18 +122,22 @@ def write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The Markdown page of a JSON file's content."""
+    found = {
+        key: [claim.number(_entry(entry)) for claim in CLAIMS[key.split()[0]]]
+        for key, entry in entries.items()
+    }
     parts = [
         "# Experiments: what papers claim, and what shows at this scale\n",
         "Every table has the paper's claim, a number that would be in the stated range if it held, "
         "and whether it does. *Shows* is said when the whole 95 % interval lies in the range, "
         "*does not show* when all of it lies outside, *cannot be told* otherwise, and for a "
-        "single number without an interval. The interval is the wider one of two: over seeds "
-        "(t), and over records (bootstrap of the mean over seeds, where records have values; for "
-        "areas Newcombe's, over models). `tiny` has 1.4 million weights and `default` 135 "
+        "single number without an interval. The interval covers two: over seeds (Student's), and "
+        "over records (bootstrap of the mean over seeds, where records have values); for areas it "
+        "is Newcombe's, over models. `tiny` has 1.4 million weights and `default` 135 "
         "million, so that something does not show here says nothing about large models. Made by "
         "`benchmarks/experiments.py` from `experiments.json`; the claims are in "
         "`benchmarks/claims.py`.\n",
-        *_summary(entries),
+        *_summary(found),
     ]
     for name, described in DESCRIBED.items():
         mine = {key: entry for key, entry in entries.items() if key.split()[0] == name}
@@ -142,35 +146,39 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         if not mine:
             parts.append("Not run.\n")
             continue
-        parts += _claims(name, mine)
+        parts += _claims(name, {key: found[key] for key in mine})
         for key in sorted(mine, reverse=True):
             parts += _about(key, mine[key]["about"])
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _summary(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = ["| experiment | model | shows | does not | cannot be told |", "|---|---|---|---|---|"]
-    for name in DESCRIBED:
-        for key, entry in sorted(entries.items(), reverse=True):
+def _summary(found: Mapping[str, Sequence[Number]]) -> list[str]:
+    lines = [
+        "| question | experiment | model | claims that show | that do not | that cannot be told |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, question in QUESTIONS.items():
+        for key, numbers in sorted(found.items(), reverse=True):
             if key.split()[0] != name:
                 continue
-            said = [verdict(claim, claim.number(_entry(entry))) for claim in CLAIMS[name]]
+            said = [verdict(*pair) for pair in zip(CLAIMS[name], numbers, strict=True)]
             counts = [sum(one.strip("*").startswith(word) for one in said)
                       for word in ("shows", "does not", "cannot")]  # fmt: skip
-            lines.append(f"| {name} | {key.split()[1]} | " + " | ".join(map(str, counts)) + " |")
+            cells = [question, f"`{name}`", key.split()[1], *map(str, counts)]
+            lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
-def _claims(name: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    keys = sorted(entries, reverse=True)
+def _claims(name: str, found: Mapping[str, Sequence[Number]]) -> list[str]:
+    keys = sorted(found, reverse=True)
     head = ["claim", "number", "range"]
     for key in keys:
         head += [f"{key.split()[1]}", "at this scale"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for claim in CLAIMS[name]:
+    for place, claim in enumerate(CLAIMS[name]):
         cells = [claim.says, claim.measured, claim.range_text()]
         for key in keys:
-            number = claim.number(_entry(entries[key]))
+            number = found[key][place]
             cells += [interval(number, claim.digits), verdict(claim, number)]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]

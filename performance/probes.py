@@ -28,7 +28,7 @@ from delible.records import QA, Record
 from delible.world import Person, World
 from delible.world.facts import Fact
 
-PEOPLE, TARGETS, NEIGHBOURS = 12, 2, 2
+PEOPLE, TARGETS, NEIGHBOURS = 8, 2, 1
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument", "pet", "residence")
 Row = dict[str, Any]
 

@@ -233,7 +233,7 @@ def test_what_is_left_of_forms(scripts: dict[str, Any]) -> None:
 def test_claims_are_about_what_exists(scripts: dict[str, Any]) -> None:
     claims = scripts["claims"]
     known = {card.name for card in registry.cards("benchmark")}
-    assert set(claims.DESCRIBED) == set(claims.CLAIMS) <= known
+    assert set(claims.DESCRIBED) == set(claims.CLAIMS) == set(claims.QUESTIONS) <= known
     assert set(claims.REPLICATED) <= {card.name for card in registry.cards("metric")}
 
 
@@ -275,7 +275,7 @@ def test_a_run_is_read_and_others_stay(scripts: dict[str, Any], tmp_path: Path) 
     kept = json.loads(numbers.read_text())
     assert kept == {**before, name: content}
     text = experiments.page(kept)
-    assert "| path | tiny | 0 | 0 | 3 |" in text
+    assert "| `path` | tiny | 0 | 0 | 3 |" in text
     assert "cannot be told (one run)" in text
     assert "1 minutes" in text
     assert text.count("Not run.") == len(scripts["claims"].DESCRIBED) - 1

@@ -427,6 +427,14 @@ def test_a_method_that_fails_does_not_end_the_others(
     assert "npo failed: the loss is no number." in found.notes
 
 
+def test_a_method_of_the_paper_has_its_options_whether_named_or_not(tmp_path: Path) -> None:
+    own = PathDependence().recipes(Setting("tiny", (), 1, tmp_path))
+    named = PathDependence().recipes(Setting("tiny", ("npo", "graddiff"), 1, tmp_path))
+    assert named["npo"].spec() == own["npo"].spec()
+    assert named["npo"].spec()["objective"]["beta"] == 0.5
+    assert set(named) == {"npo", "graddiff"}
+
+
 def test_an_order_that_was_settled_before_is_told() -> None:
     curves = {"C": [-9.0, -20.0], "U": [-1.0, -30.0], "R": [-5.0, -6.0]}
     runs = [{"steps": [0, 4], "curves": curves, "stopped": None}]

@@ -399,7 +399,10 @@ def _notes(name: str, lines: Mapping[str, Mapping[str, Any]], cells: Sequence[Ce
         if back is not None and back > CONTROL and now - none["forget accuracy"] > CONTROL:
             told.append(f"{name}: a lesson about something else brings knowledge back: suppressed.")
     missed = "the level was not reached; more epochs, or a higher rate"
-    return told + [f"{name}: {cell['stopped'] or missed}." for cell in cells]
+    return told + [
+        f"{name}, run {number} of {len(cells)}: {cell['stopped'] or missed}."
+        for number, cell in enumerate(cells, 1)
+    ]
 
 
 def _at(cell: Mapping[str, Any], path: Sequence[str]) -> Any:

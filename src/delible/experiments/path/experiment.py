@@ -192,7 +192,7 @@ class PathDependence(Experiment):
 
     def recipes(self, setting: Setting) -> dict[str, Recipe]:
         """The methods under one budget; told before anything is trained."""
-        named: Mapping[str, Mapping[str, Any]] = {name: {} for name in setting.methods} or PAPER
+        named = {name: PAPER.get(name, {}) for name in setting.methods or PAPER}
         found = {}
         for name, extra in named.items():
             rate = self.learning_rate or (1e-4 if setting.model == "tiny" else 1e-5)
