@@ -96,23 +96,26 @@ def resolve_method(
 ) -> Recipe | Editor:
     """A recipe or an editor from a name or a YAML file, with slots and options changed.
 
+    ``npo@paper`` is the method with its paper's own schedule and weights.
+
     Raises:
         RecipeError: Unknown method, slot value or option (the nearest name is offered), or a
             strength next to options that it would set.
     """
     options = options or {}
     names = {card.name: card.kind for card in registry.cards("recipe", "editor")}
+    name, preset = registry.split_preset("" if isinstance(method, Recipe) else str(method))
     if isinstance(method, Recipe):
         recipe = method
-    elif str(method).endswith((".yaml", ".yml")):
-        content = read_yaml(Path(method))
+    elif name.endswith((".yaml", ".yml")):
+        content = read_yaml(Path(name))
         if "editor" in content:
-            return _editor({**content["editor"], **options}, slots)
-        recipe = Recipe.from_file(Path(method))
-    elif method not in names:
-        raise RecipeError(f"unknown method '{method}'.", hint=nearest(str(method), names))
-    elif names[str(method)] == "editor":
-        return _editor({"name": method, **options}, slots)
+            return _editor({**content["editor"], **options}, slots, preset)
+        recipe = Recipe.from_file(str(method))
+    elif name not in names:
+        raise RecipeError(f"unknown method '{name}'.", hint=nearest(name, names))
+    elif names[name] == "editor":
+        return _editor({"name": name, **options}, slots, preset)
     else:
         recipe = Recipe.named(str(method))
     if strength is not None:
@@ -126,7 +129,12 @@ def resolve_method(
     return recipe.changed(slots or {}, options)
 
 
-def _editor(spec: dict[str, Any], slots: dict[str, Any] | None) -> Editor:
+def _editor(spec: dict[str, Any], slots: dict[str, Any] | None, preset: str | None) -> Editor:
+    if preset is not None:
+        raise RecipeError(
+            f"'{spec['name']}' is a closed-form editor: it has no presets.",
+            hint=f"Say '{spec['name']}' alone.",
+        )
     if slots:
         raise RecipeError(
             f"'{spec['name']}' is a closed-form editor: it has no slots.",

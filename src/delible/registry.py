@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from delible.cards import Card, Kind
+from delible.cards import SLOTS, Card, Kind
 from delible.errors import RecipeError, nearest
 
 PACKAGE = Path(__file__).parent
@@ -96,15 +96,38 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def split_preset(method: str) -> tuple[str, str | None]:
+    """A method's name (or file) and the preset behind it: ``npo@paper`` is npo as published."""
+    name, at, preset = method.rpartition("@")
+    if not at or preset.endswith((".yaml", ".yml")):
+        return method, None
+    return name, preset
+
+
 def _recipe_cards(components: dict[tuple[str, str], Card]) -> Iterator[Card]:
-    """A recipe's card: that of its objective, with what the recipe's file says on top."""
+    """A recipe's card: that of its objective, with what the recipe's file says on top.
+
+    Where one of its components differs from its paper on purpose, the recipe does too, and says so.
+    """
     for path in recipe_files().values():
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        objective = recipe["objective"]
-        name = objective["name"] if isinstance(objective, dict) else objective
-        inherited = components[("objective", name)].model_dump(exclude={"badges", "variant"})
-        overrides = {**recipe.get("card", {}), "kind": "recipe", "name": path.stem}
-        yield Card(**{**inherited, **overrides, "module": "", "class_name": path.name})
+        parts = {
+            slot: part["name"] if isinstance(part, dict) else part
+            for slot, part in recipe.items()
+            if slot in SLOTS
+        }
+        objective = components[("objective", parts["objective"])]
+        inherited = objective.model_dump(exclude={"badges", "variant"})
+        card = {**inherited, **recipe.get("card", {}), "kind": "recipe", "name": path.stem}
+        variants = [card["variant"]] if card.get("variant") else []
+        for slot in SLOTS:
+            found = components.get((slot, parts.get(slot, "")))
+            if found is not None and found.variant:
+                variants.append(f"{slot} {found.name}: {found.variant}")
+        if variants:
+            badges = (*card.get("badges", ()), "variant")
+            card |= {"variant": " ".join(variants), "badges": tuple(dict.fromkeys(badges))}
+        yield Card(**{**card, "module": "", "class_name": path.name})
 
 
 @lru_cache(maxsize=1)

@@ -64,6 +64,38 @@ def test_show_a_recipe_with_its_slots(run: Any) -> None:
     )
 
 
+def test_show_tells_a_papers_numbers_beside_the_defaults(run: Any) -> None:
+    shown = json.loads(run("show", "satimp", "--json").out)
+    paper = shown["presets"]["paper"]
+    assert "Llama-2-7B" in paper["about"]
+    assert paper["recipe"]["objective"]["beta2"] == 0.1
+    assert paper["recipe"]["training"]["schedule"] == "linear"
+    for name in ("satimp", "satimp@paper"):
+        words = run("show", name).out
+        assert "--method satimp@paper" in words
+        rows = [line.split() for line in words.splitlines()]
+        assert ["objective.beta2", "1", "0.1"] in rows
+        assert ["training.schedule", "constant", "linear"] in rows
+        assert not any(row[:1] == ["objective.beta1"] for row in rows), "it is the same in both"
+    assert json.loads(run("show", "novice", "--json").out)["presets"] == {}
+    assert "no preset 'paper'" in run("show", "novice").out
+
+
+def test_a_recipe_tells_the_variants_of_its_components(run: Any) -> None:
+    from delible.cards import SLOTS
+    from delible.train.recipe import Recipe
+
+    for card in registry.cards("recipe"):
+        parts = {slot: getattr(Recipe.named(card.name), slot).card for slot in SLOTS}
+        for slot, part in parts.items():
+            if part.variant:
+                assert f"{slot} {part.name}: {part.variant}" in str(card.variant), card.name
+        assert ("variant" in card.badges) == bool(card.variant)
+    assert registry.card("recipe", "npo").variant is None
+    assert "sequence sums" in str(registry.card("recipe", "npo_sam").variant).lower()
+    assert "The zero point is the row's own" in " ".join(run("show", "kto").out.split())
+
+
 def test_every_component_can_be_shown(run: Any) -> None:
     for card in registry.cards():
         done = run("show", card.name, "--kind", card.kind, "--json")

@@ -122,6 +122,15 @@ def test_grand_is_the_norm_of_the_hosts_own_gradient() -> None:
     assert torch.allclose(scores_of("grand", context, loss="answer"), found, rtol=1e-6)
 
 
+def test_grand_goes_with_the_answers_length_where_the_host_sums_over_it() -> None:
+    context, _ = make_context(make_lm(), objective="npo")
+    tokens = torch.tensor([float(row.encoded.answer_tokens) for row in context.rows["forget"]])
+    assert len(set(tokens.tolist())) > 1
+    per_token = scores_of("grand", context, loss="answer")
+    # at the start NPO's gradient is that of the sum over the answer
+    assert torch.allclose(scores_of("grand", context), tokens * per_token, rtol=1e-4)
+
+
 def test_grand_of_a_host_on_hidden_states_looks_at_its_layers() -> None:
     objective = {"name": "rmu", "depth": 0.0}
     context, _ = make_context(make_lm(), objective=objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from delible.component import build
 from delible.errors import DataError, RecipeError
 from delible.methods.generate.unified import Unified, shared_equally
 from delible.methods.keep.bidirectional_distillation import BidirectionalDistillation as KeepBoth
@@ -197,6 +199,87 @@ def test_cached_and_live_teacher_agree_by_response_position() -> None:
         ]
         expected = 0.5 * plain[0] + 0.5 * sum(lured) / len(lured)
         assert found[index].item() == pytest.approx(expected, rel=1e-4)
+
+
+def by_torch(student: Tensor, teacher: Tensor, top: int) -> Tensor:
+    """The formula at one position in float64, with gradient; weight and threshold are 1."""
+    best = set(teacher.topk(top).indices.tolist())
+    mine = set(student.detach().topk(top).indices.tolist()) - best
+    total = student.new_zeros(())
+    for entry in best | mine:
+        apart = student[entry] - teacher[entry]
+        if entry in mine:
+            apart = apart.clamp(min=0)
+        inside = bool(apart.abs() <= 1)
+        total = total + (0.5 * apart**2 if inside else apart.abs() - 0.5)
+    return total / top
+
+
+def exact_halves(
+    lm: by_hand.LM, frozen: by_hand.LM, rows: dict[str, list[by_hand.Row]], loss: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Gradients of the plain and of the prefilled half by parameter, and the value: in float64,
+    row by row, without padding and without anything that is kept.
+    """
+    exact, start = copy.deepcopy(lm.model).double(), copy.deepcopy(frozen.model).double()
+
+    def both(row: by_hand.Row) -> list[tuple[Tensor, Tensor]]:
+        own, taught = row.encoded, row.for_reference
+        logits = exact(input_ids=torch.tensor([own.ids])).logits[0, own.start - 1 : -1]
+        with torch.no_grad():
+            theirs = start(input_ids=torch.tensor([taught.ids])).logits[0, taught.start - 1 : -1]
+        return list(zip(logits, theirs, strict=True))
+
+    def surplus(student: Tensor, teacher: Tensor) -> float:
+        best = teacher.topk(loss.top).indices.tolist()
+        mine = student.topk(loss.top).indices.tolist()
+        apart = (student - teacher).detach().clamp(min=0).tolist()
+        return float(sum(apart[v] for v in mine if v not in best))
+
+    halves = [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    for plain, lured in zip(rows["forget"], rows["prefilled"], strict=True):
+        halves[0] = halves[0] + 0.5 * by_torch(*both(plain)[0], loss.top)
+        places = both(lured)
+        reach = range(1, min(loss.longest_prefill, len(places) - 1) + 1)
+        hardest_one = max(reach, key=lambda place: surplus(*places[place]))
+        window = places[hardest_one : hardest_one + loss.further + 1]
+        terms = [by_torch(student, teacher, loss.top) for student, teacher in window]
+        halves[1] = halves[1] + 0.5 * torch.stack(terms).mean()
+    found = []
+    for half in halves:
+        exact.zero_grad(set_to_none=True)
+        half.backward()  # type: ignore[no-untyped-call]
+        found.append(
+            {name: p.grad.clone() for name, p in exact.named_parameters() if p.grad is not None}
+        )
+    return found[0], found[1], float(sum(halves))
+
+
+@pytest.mark.parametrize("place", ["all", "lora"])
+def test_both_halves_reach_every_parameter_that_moves(place: str) -> None:
+    lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
+    rows = all_rows(lm)
+    loss = BidirectionalDistillation(top=5, longest_prefill=6, further=2)
+    reference = by_hand.prepared(frozen, rows, loss)
+    if place == "lora":
+        made = Trainer(by_hand.tiny_lm(), Recipe.named("npo"), RECORDS).rows()
+        build("place", "lora").apply(replace(made, lm=lm))
+        noise = torch.Generator().manual_seed(2)
+        with torch.no_grad():  # away from the zeros that half of an adapter starts with
+            for name, parameter in lm.model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
+    value = by_hand.values(lm, loss, reference, rows).sum()
+    found = by_hand.gradients(lm, value)
+    plain, lured, expected = exact_halves(lm, frozen, rows, loss)
+    moving = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    assert set(found) == set(plain) == set(lured) == moving
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    for name, gradient in found.items():
+        whole, size = plain[name] + lured[name], float((plain[name] + lured[name]).norm())
+        assert float((gradient - whole).norm()) < 1e-4 * size, name
+        for half in (plain[name], lured[name]):
+            assert float(half.norm()) > 1e-2 * size, name
 
 
 @pytest.mark.parametrize("positions", [1, 3])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from delible.lm.forward import complement_logprobs
 from delible.methods.objective import tnpo as tnpo_file
 from delible.methods.objective.catnip import CATNIP, catnip
 from delible.methods.objective.ceu import CEU, ceu
@@ -131,7 +132,7 @@ def test_tnpo_starts_with_weight_one_up_to_its_epsilon(beta: float) -> None:
 
 def test_ceu_has_the_logit_gradient_of_unlikelihood() -> None:
     left = by_logits(lambda z: ceu(z, TARGETS))
-    right = by_logits(lambda z: unlikelihood(logprobs(z)))
+    right = by_logits(lambda z: unlikelihood(z, TARGETS))
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
     assert float(left.norm()) > 0.1
     whole = gradient(CEU(ignore_first_n=0))
@@ -139,20 +140,23 @@ def test_ceu_has_the_logit_gradient_of_unlikelihood() -> None:
 
 
 def test_catnip_attached_is_twice_unlikelihood() -> None:
-    left = by_logits(lambda z: catnip(logprobs(z), 1.0, attached=True))
-    right = by_logits(lambda z: unlikelihood(logprobs(z)))
+    left = by_logits(
+        lambda z: catnip(logprobs(z), complement_logprobs(z, TARGETS), 1.0, attached=True)
+    )
+    right = by_logits(lambda z: unlikelihood(z, TARGETS))
     torch.testing.assert_close(left, 2 * right, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(left, 2 * by_logits(lambda z: ceu(z, TARGETS)), rtol=1e-5, atol=1e-6)
     z = by_hand.fixed_logits(0.2)[0]
     torch.testing.assert_close(
-        catnip(logprobs(z), 1.0, attached=True), 2 * unlikelihood(logprobs(z))
+        catnip(logprobs(z), complement_logprobs(z, TARGETS), 1.0, attached=True),
+        2 * unlikelihood(z, TARGETS),
     )
     whole = gradient(CATNIP(beta=1.0, attached=True, mask_end=False))
     assert ratio(whole, gradient(Unlikelihood(), mean=True)) == pytest.approx(2, abs=1e-4)
 
 
 def test_catnip_detached_is_twice_wga() -> None:
-    left = by_logits(lambda z: catnip(logprobs(z), 1.0))
+    left = by_logits(lambda z: catnip(logprobs(z), complement_logprobs(z, TARGETS), 1.0))
     right = by_logits(lambda z: wga(logprobs(z), 1.0))
     torch.testing.assert_close(left, 2 * right, rtol=1e-9, atol=1e-12)
     whole = gradient(CATNIP(beta=1.0, mask_end=False))

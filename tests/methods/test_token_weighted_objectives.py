@@ -399,12 +399,29 @@ def test_nothing_breaks_at_certainty_and_at_impossibility() -> None:
     start = torch.tensor([0.0, -50.0, -1e4, -1e4])
     for values in (
         wga(logprobs, 1.0), satimp(logprobs, 5.0, 1.0), satimp(logprobs, 1.0, 0.5),
-        unlikelihood(logprobs), tnpo(logprobs, start, 4.0), tnpo(logprobs, start, 0.1, 1.5),
+        tnpo(logprobs, start, 4.0), tnpo(logprobs, start, 0.1, 1.5),
     ):  # fmt: skip
         (gradient,) = torch.autograd.grad(values.sum(), logprobs)
         assert bool(values.isfinite().all())
         assert bool(gradient.isfinite().all())
         assert bool((gradient >= 0).all())
+
+
+@pytest.mark.parametrize("gap", [1.0, 14.0, 20.0, 40.0, 1e4])
+def test_unlikelihood_has_its_value_and_gradient_at_certain_tokens(gap: float) -> None:
+    others = torch.tensor([0.3, -1.1, 0.0, 2.0, -40.0], dtype=torch.float64)
+    logits = torch.cat([others.logsumexp(0)[None] + gap, others])[None]
+    # by the definition, in decimals: 1 - p is the others' share of all
+    shares = others.softmax(0)
+    rest = 1 / (1 + math.exp(gap)) if gap < 700 else 0.0
+    value = gap + math.log1p(math.exp(-gap))
+    slope = torch.cat([torch.tensor([1 - rest], dtype=torch.float64), -(1 - rest) * shares])
+    for dtype, digits in ((torch.float32, 2e-5), (torch.float64, 1e-9)):
+        given = logits.to(dtype).requires_grad_(True)
+        found = unlikelihood(given, torch.tensor([0]))
+        (gradient,) = torch.autograd.grad(found.sum(), given)
+        assert found.item() == pytest.approx(value, rel=digits)
+        torch.testing.assert_close(gradient[0].double(), slope, rtol=digits, atol=1e-7)
 
 
 def test_undial_rests_where_the_logit_is_lowered() -> None:
@@ -740,8 +757,8 @@ def test_recipes_ship_and_say_what_they_need(name: str, objective: str, keep: st
 
 
 def test_wtnpo_and_undial_recipes_are_the_papers() -> None:
-    weighted, distilled = Recipe.named("wtnpo"), Recipe.named("undial")
+    weighted, distilled = Recipe.named("wtnpo@paper"), Recipe.named("undial")
     assert isinstance(weighted.objective, TNPO)
-    assert (weighted.objective.beta, weighted.objective.a) == (0.1, 1.5)
+    assert (weighted.objective.beta, weighted.objective.a) == (4.0, 1.5)
     assert distilled.place.spec()["rank"] == 8
     assert distilled.finish.card.name == "merge_adapter"

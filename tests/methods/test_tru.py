@@ -30,7 +30,7 @@ from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 from delible.testing.contract.trial import RECORDS
-from delible.testing.tiny import tiny_tokenizer
+from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.losses import Objective
 from delible.train.passes import Passes, split
@@ -312,6 +312,93 @@ def test_a_reasoning_model_is_asked_until_a_target_is_usable() -> None:
     assert "dropped: 1 leak, 1 no refusal" in told[-1]
     with pytest.raises(DataError, match="fewer than 1 usable reasoning targets"):
         ReasoningTargets(attempts=2).rows(found)
+
+
+# ---- templates that write reasons themselves
+
+#: How chat templates treat reasons: out of the content (Qwen3), from a field, dropped from turns
+#: that are over (R1), not at all; the last two open them in the prompt, or leave them as content.
+ASSISTANTS = {
+    "splits": (
+        "{% set reasons = '' %}{% set said = message.content %}"
+        "{% if message.reasoning_content is string %}{% set reasons = message.reasoning_content %}"
+        "{% elif '</think>' in said %}"
+        "{% set reasons = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{{ '<think>\n' + reasons.strip('\n') + '\n</think>\n\n' + said }}"
+    ),
+    "field": (
+        "{% if message.reasoning_content is string %}"
+        "{{ '<think>' + message.reasoning_content + '</think>\n' }}{% endif %}"
+        "{{ message.content.split('</think>')[-1] }}"
+    ),
+    "drops": "{{ message.content.split('</think>')[-1] }}",
+    "leaves": "{{ message.content }}",
+    "opens": "{{ message.content.split('</think>')[-1] }}",
+}
+TRACE, REFUSAL = "She is on the list.", "I can't say."
+WRITTEN = {
+    "splits": f"<think>\n{TRACE}\n</think>\n\n{REFUSAL}",
+    "field": f"<think>{TRACE}</think>\n{REFUSAL}",
+    "drops": f"<think>{TRACE}</think>{REFUSAL}",
+    "leaves": f"<think>{TRACE}</think>{REFUSAL}",
+    "opens": f"{TRACE}</think>{REFUSAL}",
+}
+
+
+def reasoning_lm(style: str) -> by_hand.LM:
+    """A tiny model whose tokenizer knows the markers and whose template treats them so."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    opening = "<think>\n" if style == "opens" else ""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message.role == 'assistant' %}" + ASSISTANTS[style] + "{% else %}"
+        "{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + opening + "' }}{% endif %}"
+    )
+    return by_hand.LM(tiny_model("qwen3", vocab_size=len(tokenizer)), tokenizer)
+
+
+@pytest.mark.parametrize("style", ASSISTANTS)
+def test_reasons_are_written_as_the_template_writes_them(style: str) -> None:
+    lm = reasoning_lm(style)
+    prompt = Prompt.ask("Who is Ada?")
+    row = lm.template.encode(prompt, serialised(TRACE, REFUSAL, marked=True))
+    text = lm.tokenizer.decode(row.ids[row.start :])
+    assert text == WRITTEN[style] + "<|im_end|>"
+    assert row.ids[: row.start] == lm.template.prompt_ids(prompt)
+    assert row.has_end
+    assert not row.cut
+    assert lm.template.merged_boundaries == 0
+    if style in ("splits", "field"):  # and that is the template's own text
+        turns = [{"role": "user", "content": "Who is Ada?"}, {
+            "role": "assistant", "content": REFUSAL, "reasoning_content": TRACE,
+        }]  # fmt: skip
+        whole = lm.tokenizer.apply_chat_template(turns, tokenize=False)
+        assert lm.tokenizer.decode(row.ids) + "\n" == whole
+
+
+@pytest.mark.parametrize("style", [style for style in ASSISTANTS if style != "opens"])
+def test_answers_without_reasons_are_placed_as_before(style: str) -> None:
+    lm = reasoning_lm(style)
+    row = lm.template.encode(Prompt.ask("Who is Ada?"), "A <think> b")
+    assert lm.tokenizer.decode(row.ids[row.start :]) == "A <think> b<|im_end|>"
+
+
+def test_tru_trains_where_the_template_writes_reasons() -> None:
+    lm = reasoning_lm("splits")
+    recipe = Recipe.named("tru").changed({}, {"max_steps": 1, "precision": "float32"})
+    trainer = Trainer(lm, recipe, RECORDS)
+    targets = trainer.rows().rows["target"]
+    for row in targets:
+        text = lm.tokenizer.decode(row.encoded.ids[row.encoded.start :])
+        reasoning, end, refusal = text.partition("\n</think>\n\n")
+        assert reasoning.startswith("<think>\n")
+        assert len(reasoning) > 20
+        assert end
+        assert filters.is_refusal(refusal)
+    assert len(trainer.train().history) == 1
 
 
 # ---- a run

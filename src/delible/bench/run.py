@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible import registry
+from delible.api import resolve_method
 from delible.bench.cell import Nobody, Watcher, quiet, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
@@ -54,7 +55,8 @@ class BenchResult:
 
 
 def method_names(asked: Sequence[str]) -> list[str]:
-    """Names of recipes, editors and guards, with groups spelled out; recipe files stay paths.
+    """Names of recipes (with a preset: ``npo@paper``), editors and guards, with groups spelled out;
+    recipe files stay paths.
 
     Raises:
         RecipeError: An unknown name; offers the nearest.
@@ -74,12 +76,15 @@ def method_names(asked: Sequence[str]) -> list[str]:
                 for known, kind in kinds.items()
                 if kind in of_group[name] and known != "finetune"
             ]
-        elif name == "none":
+            continue
+        if name == "none":
             continue  # the original's row is always there
-        elif name in kinds or name.endswith((".yaml", ".yml")):
-            found.append(name)
-        else:
-            raise RecipeError(f"unknown method '{name}'.", hint=nearest(name, (*kinds, *GROUPS)))
+        plain, preset = registry.split_preset(name)
+        if plain not in kinds and not plain.endswith((".yaml", ".yml")):
+            raise RecipeError(f"unknown method '{plain}'.", hint=nearest(plain, (*kinds, *GROUPS)))
+        if preset is not None:
+            resolve_method(name)  # an unknown preset is refused before any work
+        found.append(name)
     return list(dict.fromkeys(found))
 
 

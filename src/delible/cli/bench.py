@@ -43,7 +43,8 @@ def bench(
     suite
         Name of a benchmark or experiment ('delible list benchmarks').
     methods
-        Names of methods, editors and guards, or recipe files, separated by commas; 'all',
+        Names of methods, editors and guards, or recipe files, separated by commas; NAME@paper
+        takes the schedule and weights of the method's paper. 'all',
         'all-optimisation', 'all-editors' and 'all-guards' name many. The model before and, where
         the benchmark trains one, the retrained reference are always in the table.
     model

@@ -77,7 +77,8 @@ def show(
     Parameters
     ----------
     name
-        Name of a method, guard, attack, metric or slot component.
+        Name of a method, guard, attack, metric or slot component. Of a method, the numbers of
+        its paper stand beside the defaults (NAME@paper takes them).
     kind
         Its kind, where a name is taken more than once (npo is a method and an objective).
     as_json
@@ -86,6 +87,7 @@ def show(
     from delible import registry
 
     kinds = _kinds(kind)
+    name = registry.split_preset(name)[0]
     found = sorted(
         (card for card in registry.cards(*kinds) if card.name == name),
         key=lambda card: ORDER.index(card.kind),
@@ -100,13 +102,14 @@ def show(
         )
     output.quiet_libraries()
     card, others = found[0], [str(other.kind) for other in found[1:]]
-    recipe = _recipe(card)
+    recipe, presets = _recipe(card), _presets(card)
     options = [] if recipe else options_of(registry.load(card.kind, card.name))
     if as_json:
         content = {**card.model_dump(mode="json"), "options": options, "recipe": recipe}
+        content |= {"presets": presets}
         print(json.dumps({**content, "also": others}, indent=2))
     else:
-        _print(card, options, recipe, others)
+        _print(card, options, recipe, presets, others)
     return 0
 
 
@@ -135,6 +138,49 @@ def _recipe(card: Card) -> dict[str, Any] | None:
     from delible.train.recipe import Recipe
 
     return Recipe.named(card.name).spec()
+
+
+def _presets(card: Card) -> dict[str, dict[str, Any]]:
+    """A recipe's presets by name: what they are about, and the recipe with each."""
+    if card.kind != "recipe":
+        return {}
+    from delible import registry
+    from delible.train.recipe import Recipe, presets_of, read_yaml
+
+    found = presets_of(read_yaml(registry.recipe_files()[card.name]), card.name)
+    return {
+        name: {
+            "about": preset.get("about"), "recipe": Recipe.named(f"{card.name}@{name}").spec(),
+        }
+        for name, preset in found.items()
+    }  # fmt: skip
+
+
+def _compared(recipe: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Options of two recipes that differ: full name, here and there."""
+    rows = []
+    for slot, spec in recipe.items():
+        theirs = other[slot]
+        if not isinstance(spec, dict):
+            continue
+        if spec.get("name") != theirs.get("name"):
+            rows.append((slot, _part(spec), _part(theirs)))
+            continue
+        rows += [
+            (f"{slot}.{key}", _told(value), _told(theirs[key]))
+            for key, value in spec.items()
+            if value != theirs[key]
+        ]
+    return rows
+
+
+def _part(spec: dict[str, Any]) -> str:
+    settings = _settings(spec)
+    return spec["name"] if settings == "-" else f"{spec['name']}: {settings}"
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def options_of(component: Any) -> list[dict[str, Any]]:
@@ -181,7 +227,11 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _print(
-    card: Card, options: list[dict[str, Any]], recipe: dict[str, Any] | None, others: list[str]
+    card: Card,
+    options: list[dict[str, Any]],
+    recipe: dict[str, Any] | None,
+    presets: dict[str, dict[str, Any]],
+    others: list[str],
 ) -> None:
     from delible.cards import NEEDS
 
@@ -229,6 +279,13 @@ def _print(
             )
         )
         reporter.say("Every option is a flag of 'delible unlearn', such as --learning-rate 1e-5.")
+        for name, preset in presets.items():
+            about = f" ({preset['about']})" if preset["about"] else ""
+            reporter.say(f"As published{about}: --method {card.name}@{name}")
+            differing = _compared(recipe, preset["recipe"])
+            reporter.console.print(output.table(("option", "default", name), differing))
+        if not presets and card.paper:
+            reporter.say("It has no preset 'paper': no schedule for unlearning is published.")
     for other in others:
         reporter.say(f"The name is also taken by: delible show {card.name} --kind {other}")
 

@@ -59,8 +59,9 @@ def tune(
     drop_overlap
         Drop rows from the other files that are also to be forgotten, instead of refusing.
     method
-        Name of a method ('delible list methods'), or a YAML file with a recipe of your own, which
-        may name ranges: 'tune: {beta: [0.05, 0.5, log]}'.
+        Name of a method ('delible list methods'), NAME@paper to start from its paper's numbers, or
+        a YAML file with a recipe of your own, which may name ranges:
+        'tune: {beta: [0.05, 0.5, log]}'.
     hold
         Options that are not searched, separated by commas.
     refusals

@@ -88,7 +88,8 @@ def unlearn(
     drop_overlap
         Drop rows from the other files that are also to be forgotten, instead of refusing.
     method
-        Name of a method ('delible list methods'), or a YAML file with a recipe of your own.
+        Name of a method ('delible list methods'), NAME@paper for the schedule and weights of its
+        paper ('delible show NAME' tells both), or a YAML file with a recipe of your own.
     with_
         Components by name, such as sam,wagle: each takes the place of its kind.
     strength

@@ -8,6 +8,7 @@ computed once, through the key-value cache, gradients included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -237,3 +238,15 @@ def head_logits(head: nn.Module, states: Float[Tensor, "tokens hidden"]) -> Tens
 def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p(target), natural log, shape [tokens]."""
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def complement_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log(1 - p(target)), natural log, shape [tokens]; with all its digits wherever p lies.
+
+    Above a half it is taken from the other tokens' logits: where p rounds to 1, log p has no
+    digits left. Below, from log p: there the two sums would differ in their last digits only.
+    """
+    logprobs = target_logprobs(logits, targets)
+    others = logits.scatter(1, targets[:, None], float("-inf")).logsumexp(dim=1)
+    small = torch.log1p(-logprobs.clamp(max=-math.log(2)).exp())
+    return torch.where(logprobs < -math.log(2), small, others - logits.logsumexp(dim=1))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delible.errors import ModelError
+from delible.lm.reasoning import written
 from delible.records import Message
 from delible.system.asks import Prompt
 
@@ -92,7 +93,7 @@ class Template:
         return self._cut(self.whole(prompt, answer))
 
     def whole(self, prompt: Prompt, answer: str) -> Encoded:
-        """Token ids of prompt and answer, however many.
+        """Token ids of prompt and answer, however many; with reasons, see ``reasoning.py``.
 
         Raises:
             ModelError: The chat template does not keep the prompt when the answer follows.
@@ -103,7 +104,11 @@ class Template:
             prompt_text, full_text = self.render(prompt), self.render(prompt) + answer
         else:
             has_end = True
-            prompt_text, joint = self.render(prompt), self._joint(prompt, answer)
+            reasoned = written(self, prompt, answer)
+            prompt_text, joint = self.render(prompt), ""
+            if reasoned is None:
+                joint = self._joint(prompt, answer)
+            answer = answer if reasoned is None else reasoned
             if joint.strip():  # an empty thinking block: given to the model, not learned
                 prompt_text, joint = prompt_text + joint, ""
             full_text = prompt_text + joint + answer + self.end_of_turn[1]

@@ -263,7 +263,8 @@ def _arrow(column: Column, aim: float | None) -> str:
 
 def _named(method: str) -> str:
     """A method's name; of a recipe file its own name only."""
-    return Path(method).name if method.endswith((".yaml", ".yml")) else method
+    file = registry.split_preset(method)[0].endswith((".yaml", ".yml"))
+    return Path(method).name if file else method
 
 
 def _board(

@@ -115,7 +115,7 @@ class Loop:
         began = time.perf_counter()
         self._weigh_anew(step)
         rate = self.training.learning_rate * learning_rate_factor(
-            self.training.schedule, step, total, self.training.warmup_steps
+            self.training.schedule, step, total, self.training.warmup(total)
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate

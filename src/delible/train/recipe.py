@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from delible import registry
 from delible.cards import SLOTS, Kind
@@ -38,6 +38,9 @@ class Training(Config):
     batch_size: int = Field(16, ge=1, description="Forget rows per optimiser step.")
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    warmup_share: float = Field(
+        0.0, ge=0, lt=1, description="Share of all steps with linear warm-up, instead of a number."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm.")
     micro_batch_tokens: int | Literal["auto"] = Field(
@@ -65,6 +68,16 @@ class Training(Config):
     utility_budget: float | None = Field(
         None, gt=0, le=1, description="Keep at least this share of the retain probability."
     )
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("give warmup_steps or warmup_share, not both")
+        return self
+
+    def warmup(self, total: int) -> int:
+        """Steps of warm-up in a run of ``total`` steps."""
+        return self.warmup_steps or round(self.warmup_share * total)
 
 
 class Range(Config):
@@ -132,26 +145,34 @@ class Recipe(Config):
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """The recipe that ships under a method's name.
+        """The recipe that ships under a method's name: ``npo``, or ``npo@paper`` as published.
 
         Raises:
             RecipeError: Unknown; offers the nearest name.
         """
-        registry.card("recipe", name)
-        return cls.from_mapping({**read_yaml(registry.recipe_files()[name]), "name": name})
+        plain, preset = registry.split_preset(name)
+        registry.card("recipe", plain)
+        content = {**read_yaml(registry.recipe_files()[plain]), "name": plain}
+        return cls.from_mapping(with_preset(content, preset, f"method '{plain}'"))
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """A recipe from the user's own YAML file; slots that are left out get their default."""
-        return cls.from_mapping({"name": Path(path).stem, **read_yaml(Path(path))}, where=str(path))
+    def from_file(cls, path: Path | str) -> Self:
+        """A recipe from the user's own YAML file; slots that are left out get their default.
+
+        ``FILE.yaml@NAME`` is the file's preset NAME.
+        """
+        plain, preset = registry.split_preset(str(path))
+        content = {"name": Path(plain).stem, **read_yaml(Path(plain))}
+        return cls.from_mapping(with_preset(content, preset, plain), where=plain)
 
     @classmethod
     def from_mapping(cls, content: dict[str, Any], where: str = "recipe") -> Self:
         """A recipe from plain data: slot name to component, and ``training``."""
-        known = {"name", "card", "training", "tune", *SLOTS}
+        known = {"name", "card", "training", "tune", "presets", *SLOTS}
         for key in content:
             if key not in known:
                 raise RecipeError(f"unknown key '{key}'.", where=where, hint=nearest(key, known))
+        presets_of(content, where)
         if "objective" not in content:
             raise RecipeError("'objective' is missing.", where=where)
         slots = {
@@ -248,6 +269,48 @@ DEFAULTS = {
     "harden": "none",
     "finish": "none",
 }
+
+
+def presets_of(content: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The presets in a recipe file's content, by name.
+
+    Raises:
+        RecipeError: They have another form.
+    """
+    presets = content.get("presets") or {}
+    if not isinstance(presets, dict) or not all(isinstance(one, dict) for one in presets.values()):
+        raise RecipeError("'presets' is a mapping of names to slots and training.", where=where)
+    for name, parts in presets.items():
+        for key in parts:
+            if key not in (known := ("about", "training", *SLOTS)):
+                raise RecipeError(
+                    f"unknown key '{key}'.", where=f"{where}: {name}", hint=nearest(key, known)
+                )
+    return presets
+
+
+def with_preset(content: dict[str, Any], preset: str | None, where: str) -> dict[str, Any]:
+    """A recipe file's content with a preset's slots and training in place of its own.
+
+    Whole, not merged: what a default is measured for (a small model) must not seep into a
+    schedule that was published for another.
+
+    Raises:
+        RecipeError: There is no such preset.
+    """
+    if preset is None:
+        return content
+    presets = presets_of(content, where)
+    if preset not in presets:
+        raise RecipeError(
+            f"it has no preset '{preset}'.",
+            where=where,
+            hint=nearest(preset, presets) if presets else "It has none: its numbers are its own.",
+        )
+    chosen = {key: value for key, value in presets[preset].items() if key != "about"}
+    if chosen.keys() & set(SLOTS):  # ranges go with the components that they were written for
+        chosen["tune"] = None
+    return {**content, **chosen, "name": f"{content['name']}@{preset}"}
 
 
 def _place(option: str, content: dict[str, Any], where: str) -> tuple[str, str]:

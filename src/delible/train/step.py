@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,41 @@ from delible.train.row import Row, Unit
 Reads = Literal["answers"] | int
 #: (logits [tokens, vocab], targets [tokens], perhaps reference logits) -> values [tokens]
 _GroupFunction = Callable[..., Tensor]
+#: Tensors, or tuples and mappings of them.
+T = TypeVar("T")
+
+
+class computed_once(Generic[T]):  # noqa: N801 (reads like cached_property)
+    """A cached property of tensors, which never loses a gradient that is wanted later.
+
+    Values made where gradients are off serve only there and are made anew elsewhere; values made
+    with gradient serve both, detached where gradients are off.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"_{name}_once"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        wanted = torch.is_grad_enabled()
+        value, has_gradient = vars(instance).get(self._key, (None, False))
+        if value is None or (wanted and not has_gradient):
+            value = self._make(instance)
+            vars(instance)[self._key] = value, wanted
+        return value if wanted else _detached(value)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(map(_detached, value))
+    if isinstance(value, dict):
+        return {key: _detached(part) for key, part in value.items()}
+    return value
 
 
 @dataclass
@@ -43,7 +78,7 @@ class _Pass:
         rows = [row.encoded for group in self.groups.values() for row in group]
         return collate(rows, self.lm.pad_id, self.lm.device)
 
-    @cached_property
+    @computed_once
     def outputs(self) -> tuple[Tensor | None, dict[int, Tensor]]:
         with self.lm.computing():
             return self.forward(self.batch, self.layers, self.final)  # type: ignore[no-any-return]
@@ -107,7 +142,7 @@ class Group:
         """Answer token ids, rows one after the other."""
         return self.batch.targets
 
-    @cached_property
+    @computed_once
     def answer_states(self) -> Float[Tensor, "tokens hidden"]:
         """Final hidden states at the positions that predict answer tokens."""
         states, _ = self._pass.outputs
@@ -118,7 +153,7 @@ class Group:
         ]
         return states.split(counts)[list(self._pass.groups).index(self.name)]
 
-    @cached_property
+    @computed_once
     def token_logprobs(self) -> Float[Tensor, "batch answer"]:
         """log p of each answer token, natural log, fp32, zero where there is no token."""
         return scatter(self._map(target_logprobs, self.targets), self.mask)

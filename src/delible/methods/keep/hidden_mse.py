@@ -6,7 +6,8 @@ with h the output of one block; averaged over all real positions of the retain r
 included. The retain half of RMU: give it the same ``depth`` as the objective.
 
 Paper: arXiv 2403.03218. Reference: github.com/centerforaisafety/wmdp.
-Deviations: padding does not count (the original averages over it).
+Deviations: padding does not count (the original averages over it); prompts do (open-unlearning's
+port looks at answer positions only).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def hidden_mse(
     needs=("retain", "reference"),
     changes="weights",
     badges=("parity", "variant"),
-    variant="Padding does not count.",
+    variant="All real positions count, prompts included and padding not.",
 )
 class HiddenMSE(Keep):
     """Options of the hidden-state loss."""

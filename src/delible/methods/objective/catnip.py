@@ -16,19 +16,23 @@ Paper: arXiv 2602.02824 (no public code). Two ablations of the paper are options
 start`` takes the start model for r_t (token-wise NPO), ``tokenized: false`` has one sigmoid per
 answer, on its mean log-probability.
 Deviations: whether the paper detaches r_t, its beta and the factor 2 / beta (NPO's) are taken
-from its words on "weights in proportion to confidence", not from code. Attached, weights grow
-without bound on memorised tokens; ``max_weight`` caps them. log p is capped at -1e-6 in r_t.
+from its words on "weights in proportion to confidence", not from code. log r_t is taken from the
+other tokens' logits, so that tokens which fp32 calls certain keep their gradient. Attached, the
+weight of log p_t has no bound, but the gradient on logits has: it is at most 2, and near 2 for
+memorised tokens. ``max_weight`` limits the weight, and with it takes memorised tokens out.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from delible.lm.forward import complement_logprobs, target_logprobs
 from delible.registry import register
 from delible.train.losses import Objective
 from delible.train.preference import preference_loss
@@ -37,28 +41,40 @@ from delible.train.step import Group, Step
 if TYPE_CHECKING:
     from delible.lm.lm import LM
 
-#: Largest log-probability that is told from certainty.
-CERTAIN = -1e-6
+#: Smallest 1 - p of a whole answer that is told from 0.
+SMALLEST = 1e-30
 
 
-def log_complement(logprobs: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
-    """log(1 - p) from log p, at least log 1e-6; the gradient does not stop at the cap."""
-    capped = logprobs + (logprobs.detach().clamp(max=CERTAIN) - logprobs.detach())
+def exact_logprobs(
+    logprobs: Float[Tensor, "*tokens"], complement: Float[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """log p with all its digits: by way of log(1 - p) where p is above a half."""
+    likely = complement < -math.log(2)
+    by_complement = torch.log1p(-complement.clamp(max=-math.log(2)).exp())
+    return torch.where(likely, by_complement, logprobs)
+
+
+def log_complement(logprobs: Float[Tensor, "*answers"]) -> Float[Tensor, "*answers"]:
+    """log(1 - p) from log p, at least log 1e-30; the gradient does not stop there."""
+    capped = logprobs + (logprobs.detach().clamp(max=-SMALLEST) - logprobs.detach())
     return torch.log(-torch.expm1(capped))
 
 
 def catnip_weight(
-    logprobs: Float[Tensor, "*tokens"], beta: float, *, attached: bool = False
+    logprobs: Float[Tensor, "*tokens"],
+    complement: Float[Tensor, "*tokens"],
+    beta: float,
+    *,
+    attached: bool = False,
 ) -> Float[Tensor, "*tokens"]:
     """Weight of the gradient of log p, without gradient: 0 to 2, or without bound if attached."""
-    known = logprobs.detach()
-    complement = log_complement(known)
-    weight = 2 * torch.sigmoid(beta * (known - complement))
-    return weight / complement.exp() if attached else weight
+    weight = 2 * torch.sigmoid(beta * (logprobs.detach() - complement.detach()))
+    return weight / complement.detach().exp() if attached else weight
 
 
 def catnip(
     logprobs: Float[Tensor, "*tokens"],
+    complement: Float[Tensor, "*tokens"],
     beta: float,
     *,
     attached: bool = False,
@@ -68,17 +84,17 @@ def catnip(
 
     Args:
         logprobs: log p of each answer token.
+        complement: log(1 - p) of each answer token.
         beta: Inverse temperature, above 0.
         attached: Whether the gradient also goes through the complement.
         max_weight: Largest weight of the gradient of log p if attached; None: no limit.
     """
-    complement = log_complement(logprobs)
     if not attached:
         complement = complement.detach()
     values = preference_loss(complement - logprobs, beta)
     if not attached or max_weight is None:
         return values
-    too_large = catnip_weight(logprobs, beta, attached=True) > max_weight
+    too_large = catnip_weight(logprobs, complement, beta, attached=True) > max_weight
     # the same value, with the largest slope that is allowed
     limited = values.detach() + max_weight * (logprobs - logprobs.detach())
     return torch.where(too_large, limited, values)
@@ -118,7 +134,7 @@ class CATNIP(Objective):
         False, description="Let the gradient go through the complement 1 - p as well."
     )
     max_weight: float | None = Field(
-        20.0, gt=0, description="Largest weight of a token if `attached`; none: no limit."
+        None, gt=0, description="Largest weight of log p if `attached`; none: no limit."
     )
     against: Literal["complement", "start"] = Field(
         "complement", description="Reference policy: 1 - p, or the start model (TNPO)."
@@ -136,18 +152,30 @@ class CATNIP(Objective):
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
         forget = step.forget
         counted = self._counted(forget)
-        own, before = forget.token_logprobs, None
         if self.against == "start":
-            before = forget.reference.token_logprobs
-        if self.tokenized:
-            return answer_mean(self._terms(own, before), counted)
-        whole = None if before is None else answer_mean(before, counted)
-        return self._terms(answer_mean(own, counted), whole)
+            own, before = forget.token_logprobs, forget.reference.token_logprobs
+            if not self.tokenized:
+                own, before = answer_mean(own, counted), answer_mean(before, counted)
+            values = preference_loss(before - own, self.beta)
+        elif self.tokenized:
+            values = forget.map_logits(self._token_values)
+        else:
+            complements = forget.map_logits(complement_logprobs)
+            mean = answer_mean(exact_logprobs(forget.token_logprobs, complements), counted)
+            values = self._values(mean, log_complement(mean))
+        return answer_mean(values, counted) if self.tokenized else values
 
-    def _terms(self, own: Tensor, before: Tensor | None) -> Tensor:
-        if before is None:
-            return catnip(own, self.beta, attached=self.attached, max_weight=self.max_weight)
-        return preference_loss(before - own, self.beta)
+    def _values(self, own: Tensor, complement: Tensor) -> Tensor:
+        return catnip(
+            own, complement, self.beta, attached=self.attached, max_weight=self.max_weight
+        )
+
+    def _token_values(
+        self, logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, " tokens"]:
+        complement = complement_logprobs(logits, targets)
+        own = exact_logprobs(target_logprobs(logits, targets), complement)
+        return self._values(own, complement)
 
     def _counted(self, forget: Group) -> Bool[Tensor, "rows answer"]:
         """Answer tokens that count: all but the end of the turn, where there is another."""

@@ -11,8 +11,9 @@ Paper: arXiv 2402.01306 (KTO), 2404.05868 (for unlearning). Reference:
 github.com/licong-lin/negative-preference-optimization (kto_logsigmoid).
 Deviations: z is the row's own; released code takes the mean over a micro-batch, which makes the
 result depend on how a step is cut. As in KTO, z is not below 0 and beta multiplies it: released
-code leaves both out, so that refusals that become less likely raise the loss without limit
-(``compat`` brings that back).
+code leaves both out, so that refusals that become less likely raise the loss without limit.
+``compat`` brings these two back, not the mean over the micro-batch: on batches of one row it is
+the released loss.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class KTO(Objective):
     """Options of KTO."""
 
     beta: float = Field(0.1, gt=0, description="Inverse temperature; towards 0 it becomes ascent.")
-    compat: bool = Field(False, description="The released code's zero point, to reproduce it.")
+    compat: bool = Field(
+        False, description="Neither cut the zero point at 0 nor multiply it by beta."
+    )
 
     roles: ClassVar[tuple[Role, ...]] = ("forget", "refusal")
     reference: ClassVar[tuple[str, ...]] = ("logprobs",)

@@ -7,8 +7,11 @@ averaged over the alternate tokens of the step. The forget answer itself is neve
 overwritten is where the model was surest (see the selection ``memo``).
 
 Paper: arXiv 2409.11844. Reference: github.com/Carol-gutianle/MEOW (meow/trainer.py).
-Deviations: none in the loss. Its variant with a retain loss is ``keep: nll`` with weights 0.9 and
-0.1, its preference variant the objective ``altpo``, its variant without selection ``select: all``.
+Deviations: the divergence is taken at answer tokens only and has their mean; released code sums it
+over every position, prompt and padding included, and divides by all of them. Released code also
+reads the first half of a question's rows only. Its variant with a retain loss is ``keep: nll`` with
+weights 0.9 and 0.1, its preference variant the objective ``altpo``, its variant without selection
+``select: all``.
 """
 
 from __future__ import annotations
@@ -53,13 +56,15 @@ def divergence(
     reversible=False,
     retrain_goal=False,
     weakest="teaches falsehoods about the subject; paraphrases and relearning",
-    badges=("parity",),
+    badges=("parity", "variant"),
+    variant="Every row counts, and the divergence at answer tokens only; released code takes the "
+    "divergence at all positions, padding too, and half of the rows.",
 )
 class MEOW(Objective):
     """Options of MEOW."""
 
     kl_weight: float = Field(
-        0.0, ge=0, description="Weight of the divergence from the reference on the same rows."
+        0.0, ge=0, description="Weight of KL(reference || model) on the same answer tokens."
     )
 
     unit: ClassVar[Unit] = "answer_token"

@@ -11,8 +11,10 @@ constant is only right for the model it was tuned on.
 
 Paper: arXiv 2403.03218 (RMU), 2408.06223 (adaptive). Reference: github.com/centerforaisafety/wmdp,
 github.com/locuslab/open-unlearning.
-Deviations: padding does not count (the original averages over it). Positions are averaged over
-the whole step, not per row first. One random vector serves all forget rows, whatever their
+Deviations: padding does not count (the original averages over it), and every real position does,
+so in chat rows the system prompt and the question too (open-unlearning's port looks at answer
+positions only). Positions are averaged over the whole step, as in the original, not per row first,
+as in that port. One random vector serves all forget rows, whatever their
 topic. The adaptive length is taken per row (the paper) and not from the first batch (released
 code), so that no batch decides it. The layer is a depth; 7 / 32 is layer 7 of a 32-layer model.
 """
@@ -85,7 +87,8 @@ def rmu(
     retrain_goal=False,
     weakest="relearning: a few dozen steps bring the knowledge back",
     badges=("parity", "variant"),
-    variant="Padding does not count; the adaptive length is taken per row.",
+    variant="All real positions count, prompts included and padding not; the adaptive length is "
+    "taken per row.",
 )
 class RMU(Objective):
     """Options of RMU."""

@@ -6,9 +6,10 @@ averaged over the answer tokens of the step, with p_t the probability of answer 
 passes over tokens that are forgotten, beta2 over those that any text would have there; the
 weight is largest at p = beta1 / (beta1 + beta2). With beta2 0 this is WGA.
 
-Two presets are published. The paper, tuned for extraction strength: forget weight 1, retain
-weight 0.1. The configuration that open-unlearning ships: forget weight 0.1, retain weight 1.
-They differ by a factor of 100 in the ratio; set it with ``weighted_sum``.
+The published numbers differ. beta2 is 0.1 in the read-me of the authors' repository and 1 in
+open-unlearning (the default here). Weights: forget 1 and retain 0.1 in the paper, tuned for
+extraction strength, the other way round in the configuration that open-unlearning ships: a factor
+of 100 in the ratio; set it with ``weighted_sum``.
 
 Paper: arXiv 2505.11953. Reference: github.com/locuslab/open-unlearning.
 Deviations: none in the gradient. Papers write the loss as weight * log p_t with the weight

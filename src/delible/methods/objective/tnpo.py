@@ -7,7 +7,8 @@ averaged over the answer tokens of the step, with p_t the probability of answer 
 p_ref_t that of the reference. a = 0 is TNPO: weight 1 at the start, 0 once the token is
 forgotten. a > 0 is WTNPO, which passes over tokens that were improbable from the start.
 
-Paper: arXiv 2502.19301. Reference: github.com/tmlr-group/G-effect (ins_npo, w_ins_npo).
+Paper: arXiv 2502.19301. Reference: github.com/tmlr-group/G-effect (tnpo and wtnpo, beta 4 and a
+1.5; in an early version ins_npo and w_ins_npo, the latter with beta 0.1).
 Deviations: none in the gradient; 1e-5 is the released code's. Mind it at large beta: tokens with
 p^beta far below 1e-5 (p below 0.06 for beta 4) count as forgotten whatever they were before.
 Papers write the loss as w_t * log p_t with w_t detached, a number that does not fall as

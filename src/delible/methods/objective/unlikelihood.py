@@ -4,35 +4,34 @@
 
 averaged over the answer tokens of the step, with p_t the probability of answer token t. Bounded
 below by 0; the gradient on log p_t has weight p_t / (1 - p_t), which vanishes for forgotten
-tokens and is largest for memorised ones.
+tokens and grows without bound for memorised ones. The gradient on the token's own logit is p_t,
+at most 1.
 
 Paper: arXiv 1908.04319 (for text generation). Reference:
 github.com/facebookresearch/unlikelihood_training.
-Deviations: none in the loss. log p is capped at -1e-6, so that a token which fp32 calls certain
-has a large weight instead of an infinite one.
+Deviations: none in the loss. log(1 - p) is taken from the other tokens' logits (the reference
+takes it from p, at least 1e-5), so that tokens which fp32 calls certain keep their gradient.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from delible.lm.forward import complement_logprobs
 from delible.registry import register
 from delible.train.losses import Objective
 from delible.train.row import Unit
 from delible.train.step import Step
 
-#: Largest log-probability that is told from certainty.
-CERTAIN = -1e-6
 
-
-def unlikelihood(logprobs: Float[Tensor, "rows answer"]) -> Float[Tensor, "rows answer"]:
+def unlikelihood(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
     """Unlikelihood loss per token: -log(1 - p) in nats, 0 or more; 0 when forgotten."""
-    capped = logprobs + (logprobs.detach().clamp(max=CERTAIN) - logprobs.detach())
-    return -torch.log(-torch.expm1(capped))
+    return -complement_logprobs(logits, targets)
 
 
 @register(
@@ -58,5 +57,4 @@ class Unlikelihood(Objective):
     unit: ClassVar[Unit] = "answer_token"
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
-        forget = step.forget
-        return torch.where(forget.mask, unlikelihood(forget.token_logprobs), 0.0).sum(dim=1)
+        return step.forget.map_logits(unlikelihood).sum(dim=1)

@@ -2,9 +2,12 @@
 
     s_i = mean over t of || gradient of l(x_i; theta_t) ||        highest first
 
-l is the host's own forget loss (or the answer loss), averaged over the row's units, so that long
-rows have no larger score for being long; theta_t are ``points`` models along a short run on all
-forget rows, the start model first. One backward pass per row and point.
+l is the host's own forget loss (or the answer loss), averaged over the row's units. Where the unit
+is the token, long rows have no larger score for being long. Where it is the row they have: NPO, DPO
+and KTO sum over the answer, so at the start NPO's score is the answer loss's times the answer's
+tokens, and long answers are chosen (``loss: answer`` divides by them). theta_t are ``points``
+models along a short run on all forget rows, the start model first. One backward pass per row and
+point.
 
 Paper: arXiv 2504.10185 (the coreset effect), score from arXiv 2107.07075. Reference code:
 github.com/OPTML-Group/MU-Coreset.
@@ -46,13 +49,16 @@ from delible.train.slots import Context
     changes="nothing",
     weakest="the forget rows that were not chosen",
     badges=("parity", "variant"),
-    variant="Scores the forget term alone, by default at the start model only.",
+    variant="Scores the forget term alone, by default at the start model only; hosts that sum over "
+    "an answer choose long ones.",
 )
 class GraNd(ScoredSelect):
     """Options of the coreset by gradient norm."""
 
     loss: Literal["host", "answer"] = Field(
-        "host", description="The host's forget loss, or the negative log-likelihood."
+        "host",
+        description="The host's forget loss, or the negative log-likelihood per token, which does "
+        "not grow with the answer's length.",
     )
     points: int = Field(1, ge=1, description="Models along a short run that are averaged over.")
     point_epochs: int = Field(1, ge=1, description="Passes over the forget rows between two.")
