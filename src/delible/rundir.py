@@ -32,6 +32,15 @@ def identity(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _set(content: Any) -> Any:
+    """Plain data without what is none: an option that a later version added, and that is off."""
+    if isinstance(content, Mapping):
+        return {key: _set(value) for key, value in content.items() if value is not None}
+    if isinstance(content, list | tuple):
+        return [_set(value) for value in content]
+    return content
+
+
 class RunDirectory:
     """One run on disk.
 
@@ -79,18 +88,19 @@ class RunDirectory:
         found = self.manifest
         mine = identity(run)
         if found:
-            if found.get("identity") != mine:
-                changed = sorted(
-                    key
-                    for key in {*run, *found.get("run", {})}
-                    if json.dumps(run.get(key), sort_keys=True, default=str)
-                    != json.dumps(found.get("run", {}).get(key), sort_keys=True, default=str)
-                )
+            theirs = _set(found.get("run", {}))
+            changed = sorted(
+                key
+                for key in {*_set(run), *theirs}
+                if identity({key: _set(run).get(key)}) != identity({key: theirs.get(key)})
+            )
+            if found.get("identity") != mine and changed:
                 raise RunError(
                     f"this folder holds another run (different: {', '.join(changed)}).",
                     where=str(self.path),
                     hint="Choose another --out folder, or delete this one.",
                 )
+            mine = found.get("identity", mine)
             if found.get("status") == "done":
                 return True
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):

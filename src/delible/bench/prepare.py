@@ -54,6 +54,8 @@ def learned(
             out=folder,
             seed=seed,
             shown=0,
+            measured=False,
+            verify=False,
             say=say,
             progress=progress,
             **options,
