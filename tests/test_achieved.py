@@ -87,6 +87,14 @@ def test_a_run_that_works_says_how_far_it_came(taught: Path) -> None:
     assert "To forget more" not in found.sentence()
 
 
+@pytest.mark.parametrize("method", ["graddiff", "task_vector"])  # with a stop, and without
+def test_the_dial_forgets_more_and_more(taught: Path, method: str) -> None:
+    left = []
+    for strength in ("gentle", "normal", "strong"):
+        left.append(run(taught, method=method, strength=strength).changes["forget"].after)
+    assert left[0] > left[1] > left[2]
+
+
 def test_a_run_that_teaches_says_so(taught: Path) -> None:
     found = run(taught, method="finetune", learning_rate=1e-6, max_steps=1)
     assert found.sentence().startswith("Taught: ")

@@ -56,7 +56,7 @@ def test_a_save_of_the_start_model_is_noticed(
         shutil.copytree(tmp_path / "start", folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(LM, "save", wrong)
-    with pytest.raises(RunError, match="does not answer as shown.*mean log-probability"):
+    with pytest.raises(RunError, match=r"does not answer as shown.*mean log-probability"):
         unlearn(lm, REQUEST, out=tmp_path / "run", shown=shown, **QUICK)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "running", "a run whose result is wrong is not done"

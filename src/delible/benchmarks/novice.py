@@ -282,8 +282,8 @@ class NoviceStudents(Experiment):
         rows = [Dialogue(messages=tuple(said[at : at + 2])) for at in range(0, len(said), 2)]
         rate = self.study_rate or (1e-3 if setting.model == "tiny" else 2e-4)
         result = unlearn(
-            lm.copy(), ForgetRequest(forget=tuple(rows)), method="finetune", seed=seed, shown=0, measured=False,
-            say=setting.say,
+            lm.copy(), ForgetRequest(forget=tuple(rows)), method="finetune", seed=seed, shown=0,
+            measured=False, say=setting.say,
             slots={"place": {"name": "lora", "rank": 8, "alpha": 16.0}, "finish": "merge_adapter"},
             learning_rate=rate, epochs=self.epochs, batch_size=4,
         )  # fmt: skip

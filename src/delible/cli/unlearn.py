@@ -91,7 +91,8 @@ def unlearn(
     with_
         Components by name, such as sam,wagle: each takes the place of its kind.
     strength
-        The one dial: how far to go (learning rate and epochs).
+        The one dial: how far to go. It moves the point where a method stops (or its learning rate
+        and epochs, if it has none).
     anchor
         The model whose values count as "before" in the loss. Default: MODEL itself.
     reference
@@ -108,9 +109,10 @@ def unlearn(
     learning_rate
         Peak learning rate of AdamW.
     epochs
-        Passes over the forget rows.
+        Passes over the forget rows, all of them; without this (and max_steps) a method stops by
+        itself once the forget answers are improbable enough.
     max_steps
-        Stop after this many optimiser steps.
+        Stop after this many optimiser steps, and not before.
     batch_size
         Forget rows per optimiser step.
     generate

@@ -505,8 +505,8 @@ class _Search:
                 call["method"] = call.pop("name")
             model = self.model if isinstance(self.model, str) else self.model.copy()
             result = unlearn(
-                model, parts.request, seed=self.seed, shown=0, measured=False, progress=self._stage(title),
-                **self.given, **call,
+                model, parts.request, seed=self.seed, shown=0, measured=False,
+                progress=self._stage(title), **self.given, **call,
             )  # fmt: skip
             stopped = result.stopped
             after = measured(result.model, parts.splits)
