@@ -15,7 +15,7 @@ from delible.bench.table import Number, TableRow
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
-PAGES = sorted(RESULTS.glob("*.json"))
+PAGES = sorted(RESULTS.glob("optimisation-*.json"))
 
 
 @pytest.fixture(scope="module")
