@@ -5,11 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def reopened_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved model is opened in this process: a new one takes seconds for every test.
+
+    Tests marked ``new_process`` get the real thing.
+    """
+    if request.node.get_closest_marker("new_process") is None:
+        from delible import reload
+
+        def here(folder: Path, precision: str, content: list[dict[str, Any]]) -> Any:
+            return reload.reopened(str(folder), precision, content)
+
+        monkeypatch.setattr(reload, "ask_again", here)
 
 
 @pytest.fixture

@@ -8,12 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from delible import registry
+from delible import registry, reload
+from delible.achieved import (
+    Achieved,
+    Measured,
+    advice,
+    as_metrics,
+    compare,
+    probabilities,
+    teaches,
+)
 from delible.component import build
 from delible.edit.base import Editor, Patch
 from delible.errors import RecipeError, RunError, nearest
+from delible.files import atomic_file
 from delible.generation import elicited
 from delible.generation.writing import open_writer
 from delible.lm.lm import LM
@@ -31,6 +41,9 @@ from delible.train.plan import make_plan
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml
 from delible.watching import Stage, unwatched
+
+if TYPE_CHECKING:
+    from delible.audit.result import SystemRole
 
 Say = Callable[[str], None]
 #: Questions per split that are answered before and after.
@@ -68,6 +81,7 @@ class UnlearnResult:
         examples: Answers before and after.
         history: Numbers of every training step (empty for editors).
         patch: The removable edit (editors only).
+        achieved: Answer probabilities before and after; None if they were not measured.
         to_review: The rows to look at and edit before training (with ``review``).
     """
 
@@ -78,6 +92,7 @@ class UnlearnResult:
     stopped: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     patch: Patch | None = None
+    achieved: Achieved | None = None
     resumed_finished: bool = False
     to_review: Path | None = None
 
@@ -179,12 +194,15 @@ def unlearn(
     strength: Strength | None = None,
     out: Path | str | None = None,
     seed: int = 0,
+    anchor: str | LM | None = None,
     reference: str | LM | None = None,
     refusals: Sequence[str] | None = None,
     generator: str | System | None = None,
     generated: Path | str | None = None,
     review: bool = False,
     shown: int = SHOWN,
+    measured: bool = True,
+    verify: bool = True,
     say: Say = _quiet,
     progress: Progress | None = None,
     stage: Stage = unwatched,
@@ -203,7 +221,12 @@ def unlearn(
         out: Run directory; a killed run resumes from it. None keeps nothing on disk.
         seed: Of every random choice.
         shown: Forget and retain questions that are answered before and after.
-        reference: The model whose values count as "before"; None is the start model.
+        measured: Measure forget, retain and neighbour answers before and after
+            (:class:`delible.achieved.Achieved`).
+        verify: Open what was saved in a new process and ask it again; it must answer as shown.
+        anchor: The model whose values count as "before" in the loss; None is the start model.
+        reference: A model that never saw the forget records; only measured, to tell how far
+            along the way the result is.
         generator: What writes generated rows, for methods that need some: a name for
             :func:`load`, ``"self"`` (the model before it forgets), or any system. None: offline
             templates do.
@@ -233,7 +256,7 @@ def unlearn(
         _check_review(elicits, out)
     writer = open_writer(generator, lm, say) if isinstance(chosen, Recipe) else None
     run = RunDirectory(out) if out is not None else None
-    described = _described(lm, request, chosen, seed, reference, refusals, writer, made)
+    described = _described(lm, request, chosen, seed, anchor, reference, refusals, writer, made)
     if run is not None and run.begin(described):
         say(f"{run.path} holds this run already, finished.")
         return _finished(run)
@@ -247,6 +270,13 @@ def unlearn(
             elicited.start(run, request.forget)
     asked = _asked(request, shown)
     before = lm.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
+    found: dict[SystemRole, Measured] = {}
+    if measured:
+        found["original"] = probabilities(lm, request)
+        if reference is not None:
+            never = LM.load(reference, say=say) if isinstance(reference, str) else reference
+            found["reference"] = probabilities(never, request)
+            del never
     began = time.perf_counter()
     result = (
         _train(
@@ -255,7 +285,7 @@ def unlearn(
             chosen,
             run,
             seed,
-            reference,
+            anchor,
             load_start,
             refusals,
             say,
@@ -273,8 +303,19 @@ def unlearn(
         BeforeAfter(split, _question(record), answer_of(record), str(old), str(new))
         for (split, record, _), old, new in zip(asked, before, after, strict=True)
     ]
+    if measured:
+        found["unlearned"] = probabilities(result.model, request)
+        changes = compare(found["original"], found["unlearned"], found.get("reference"))
+        result.achieved = Achieved(changes, *advice(chosen, lm), teaches=teaches(chosen))
     if run is not None and run.writes:
-        _keep(run, result, request, seconds)
+        questions = [
+            (prompt, one.after) for (*_, prompt), one in zip(asked, result.examples, strict=True)
+        ]
+        _keep(run, result, request, seconds, _probe(result.model, questions) if verify else [])
+        if found:
+            metrics = as_metrics(found, request, seed)
+            with atomic_file(run.path / "metrics.json") as handle:
+                handle.write(metrics.model_dump_json(indent=2))
         run.release()
     return result
 
@@ -377,6 +418,7 @@ def _described(
     request: ForgetRequest,
     method: Recipe | Editor,
     seed: int,
+    anchor: str | LM | None,
     reference: str | LM | None,
     refusals: Sequence[str] | None,
     writer: System | None,
@@ -388,6 +430,7 @@ def _described(
         "model_fingerprint": lm.fingerprint,
         "method": method.spec(),
         "seed": seed,
+        "anchor": anchor.name if isinstance(anchor, LM) else anchor,
         "reference": reference.name if isinstance(reference, LM) else reference,
         "subjects": list(request.subjects),
         "refusals": None if refusals is None else identity({"refusals": list(refusals)}),
@@ -411,7 +454,7 @@ def _train(
     recipe: Recipe,
     run: RunDirectory | None,
     seed: int,
-    reference: str | LM | None,
+    anchor: str | LM | None,
     start: Callable[[], LM],
     refusals: Sequence[str] | None,
     say: Say,
@@ -426,7 +469,7 @@ def _train(
         {"forget": request.forget, "retain": _retained(request)},
         seed=seed,
         run=run,
-        reference=LM.load(reference) if isinstance(reference, str) else reference,
+        reference=LM.load(anchor) if isinstance(anchor, str) else anchor,
         start=start,
         refusals=refusals,
         say=say,
@@ -474,12 +517,35 @@ def _question(record: RecordBase) -> str:
     return prompt.messages[-1].content if prompt and prompt.messages else ""
 
 
-def _keep(run: RunDirectory, result: UnlearnResult, request: ForgetRequest, seconds: float) -> None:
-    """Writes the artefact and closes the run."""
+def _probe(lm: LM, shown: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:
+    """Three questions with the model's answers: the first shown ones, and a retained one."""
+    from delible.world import general
+
+    chosen = list(shown[: reload.QUESTIONS - 1]) + list(shown[-1:])
+    chosen = [pair for place, pair in enumerate(chosen) if pair not in chosen[:place]]
+    missing = [
+        Prompt.ask(record.question) for record in general()[: reload.QUESTIONS - len(chosen)]
+    ]
+    told = lm.generate(missing, Decoding(SHOWN_TOKENS)) if missing else []
+    return chosen + [(prompt, str(text)) for prompt, text in zip(missing, told, strict=True)]
+
+
+def _keep(
+    run: RunDirectory,
+    result: UnlearnResult,
+    request: ForgetRequest,
+    seconds: float,
+    probe: Sequence[tuple[Prompt, str]],
+) -> None:
+    """Writes the artefact, looks that it answers as shown, and closes the run."""
     from delible.loaders import write_records
 
     adapter = hasattr(result.model.model, "peft_config")
-    result.model.save(run.path / ("adapter" if adapter else "model"))
+    artefact = "adapter" if adapter else "model"
+    result.model.save(run.path / artefact)
+    if probe:
+        prompts, shown = zip(*probe, strict=True)
+        reload.check(run.path / artefact, result.model, prompts, shown)
     if result.patch is not None:
         result.patch.save(run.path / "patch")
     for name in ("forget", "retain", "neighbours", "holdout"):
@@ -490,7 +556,9 @@ def _keep(run: RunDirectory, result: UnlearnResult, request: ForgetRequest, seco
         stopped=result.stopped,
         notes=result.notes,
         examples=[asdict(example) for example in result.examples],
-        artefact="adapter" if adapter else "model",
+        achieved=None if result.achieved is None else result.achieved.as_json(),
+        verified=bool(probe),
+        artefact=artefact,
         artefact_fingerprint=result.model.fingerprint,
     )
     shutil.rmtree(run.path / "checkpoint", ignore_errors=True)
@@ -508,6 +576,7 @@ def _finished(run: RunDirectory) -> UnlearnResult:
         [event for event in run.events() if event.get("kind") == "step"],
         manifest.get("stopped"),
         manifest.get("notes", {}),
+        achieved=Achieved.from_json(told) if (told := manifest.get("achieved")) else None,
         resumed_finished=True,
     )
 

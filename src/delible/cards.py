@@ -65,6 +65,9 @@ class Card(BaseModel):
     reversible: bool | None = Field(None, description="Dropping a part restores everything.")
     retrain_goal: bool | None = Field(None, description="Claims equality with retraining.")
     weakest: str | None = Field(None, description="The test that is expected to fail first.")
+    advice: str | None = Field(
+        None, description="What to set where the defaults alone do not do it, and why (methods)."
+    )
     capability: Literal["generate", "score", "distribution", "hidden", "weights"] | None = Field(
         None, description="What it asks of the system (metrics and attacks)."
     )

@@ -119,8 +119,7 @@ def run(
         method: A recipe or editor.
     """
     out = Path(out)
-    world = World(people=people, seed=seed, relations=RELATIONS)
-    split = world.split(forget=forget, holdout=max(2, people // 5))
+    split = world_of(people, forget, seed)
     names = " and ".join(person.name for person in split.forget)
     known, kept = split.records("known"), split.records("kept")
     say(
@@ -130,16 +129,10 @@ def run(
     data = write_world(split, out / "world")
     say(f"   Its questions and answers are in {data}.")
     say(f"2. The model '{model}' learns this world.")
-    target = _learn(model, known, seed, "target", say, progress)
+    target = learn(model, known, seed, "target", say, progress)
     say(f"3. The reference learns the same world without {names}: this is where to arrive.")
-    reference = _learn(model, kept, seed, "reference", say, progress)
-    request = ForgetRequest(
-        forget=tuple(split.records("forget")),
-        subjects=tuple(person.name for person in split.forget),
-        retain=tuple(split.records("retain")),
-        neighbours=tuple(split.records("neighbours")),
-        holdout=tuple(split.records("holdout")),
-    )
+    reference = learn(model, kept, seed, "reference", say, progress)
+    request = request_of(split)
     say(f"4. The target unlearns {len(request.forget)} facts about {names} ({method}).")
     options = of(UNLEARNING, model) if method == "npo" else {}
     result = unlearn(
@@ -148,11 +141,14 @@ def run(
         method=method,
         out=out / "unlearned",
         seed=seed,
+        reference=str(reference),
         say=lambda line: say(f"   {line}"),
         progress=progress("Unlearning"),
         stage=stage,
         **options,
     )
+    if result.achieved is not None:
+        say(f"   {result.achieved.sentence()}")
     RunDirectory(out / "unlearned").update(
         title=f"A language model forgets {names}",
         story=[
@@ -187,6 +183,23 @@ def run(
     return DemoResult(out, report, found, result.examples, target, reference)
 
 
+def world_of(people: int = 10, forget: int = 2, seed: int = 0) -> Split:
+    """The demo's world: who is known, who is to be forgotten, whom no model saw."""
+    world = World(people=people, seed=seed, relations=RELATIONS)
+    return world.split(forget=forget, holdout=max(2, people // 5))
+
+
+def request_of(split: Split) -> ForgetRequest:
+    """What is to be forgotten of a world, and everything that is kept."""
+    return ForgetRequest(
+        forget=tuple(split.records("forget")),
+        subjects=tuple(person.name for person in split.forget),
+        retain=tuple(split.records("retain")),
+        neighbours=tuple(split.records("neighbours")),
+        holdout=tuple(split.records("holdout")),
+    )
+
+
 def write_world(split: Split, folder: Path) -> Path:
     """The demo's records as files, so that every command can be tried on them."""
     for part in ("forget", "retain", "neighbours", "holdout"):
@@ -196,14 +209,15 @@ def write_world(split: Split, folder: Path) -> Path:
     return folder
 
 
-def _learn(
+def learn(
     model: str,
     records: Sequence[RecordBase],
     seed: int,
     title: str,
     say: Say,
-    progress: ProgressFactory,
+    progress: ProgressFactory = lambda title: None,
 ) -> Path:
+    """The folder of a model that has learned these records; it comes from the cache if it can."""
     return learned(
         model,
         cast(Sequence[Record], records),

@@ -41,6 +41,15 @@ def identity(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _set(content: Any) -> Any:
+    """Plain data without what is none: an option that a later version added, and that is off."""
+    if isinstance(content, Mapping):
+        return {key: _set(value) for key, value in content.items() if value is not None}
+    if isinstance(content, list | tuple):
+        return [_set(value) for value in content]
+    return content
+
+
 class RunDirectory:
     """One run on disk.
 
@@ -93,7 +102,8 @@ class RunDirectory:
         if self._is_done(run):  # by a process that has ended just now
             self.release()
             return True
-        found, mine = self.manifest, identity(run)
+        found = self.manifest
+        mine = found.get("identity", identity(run))
         manifest = {
             "identity": mine,
             "status": "running",
@@ -117,17 +127,18 @@ class RunDirectory:
         """
         found = self.manifest
         if found and found.get("identity") != identity(run):
+            mine, theirs = _set(run), _set(found.get("run", {}))
             changed = sorted(
                 key
-                for key in {*run, *found.get("run", {})}
-                if json.dumps(run.get(key), sort_keys=True, default=str)
-                != json.dumps(found.get("run", {}).get(key), sort_keys=True, default=str)
+                for key in {*mine, *theirs}
+                if identity({key: mine.get(key)}) != identity({key: theirs.get(key)})
             )
-            raise RunError(
-                f"this folder holds another run (different: {', '.join(changed)}).",
-                where=str(self.path),
-                hint="Choose another --out folder, or delete this one.",
-            )
+            if changed:
+                raise RunError(
+                    f"this folder holds another run (different: {', '.join(changed)}).",
+                    where=str(self.path),
+                    hint="Choose another --out folder, or delete this one.",
+                )
         return found.get("status") == "done"
 
     def lock(self) -> None:

@@ -117,8 +117,8 @@ def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[s
 
     def folder(**other: Any) -> Path:
         told = {
-            "spec": spec, "model": "m", "request": request, "seed": 0, "reference": None,
-            "refusals": None, "generator": None, "generated": None,
+            "spec": spec, "model": "m", "request": request, "seed": 0, "anchor": None,
+            "reference": None, "refusals": None, "generator": None, "generated": None,
         }  # fmt: skip
         return _folder(**{**told, **other})
 
@@ -129,13 +129,14 @@ def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[s
         folder(model="n"),
         folder(seed=1),
         folder(reference="r"),
+        folder(anchor="r"),
         folder(refusals=["No."]),
         folder(request=build_request(forget="retain.jsonl")),
         folder(spec=resolve_method("npo", options={"beta": 0.2}).spec()),
         folder(generator="self"),
         folder(generated=Path("rows")),
     }
-    assert len(others - {first}) == 8
+    assert len(others - {first}) == 9
 
 
 @pytest.mark.parametrize(

@@ -433,7 +433,7 @@ def test_recipes_name_their_parts(name: str) -> None:
         steered = recipe.objective.spec()["depth"]
         assert recipe.harden.depth < steered
     if name == "lau_ga":
-        assert recipe.training.stop_at_forget_probability is not None
+        assert recipe.training.stop_at_forget_share is not None
 
 
 def test_the_trained_model_holds_better_under_the_attack_than_its_host() -> None:

@@ -15,7 +15,13 @@ from delible.records import QA, Choice, Passage
 from delible.rundir import RunDirectory
 from delible.train import monitor as monitor_module
 from delible.train.engine import Trainer
-from delible.train.monitor import LEVEL_MARGIN, Monitor, knowledge_level, level_questions
+from delible.train.monitor import (
+    LEVEL_MARGIN,
+    Monitor,
+    answer_probability,
+    knowledge_level,
+    level_questions,
+)
 from delible.train.recipe import Recipe
 
 
@@ -113,8 +119,42 @@ def test_state_goes_through_a_checkpoint(forget: list[QA]) -> None:
     training = recipe("gradient_ascent", stop_at_accuracy=0.3).training
     records = {"forget": forget}
     first = Monitor(make(), training, records, {}, None, lambda _: None, 0)
-    assert first.state() == {"start_retain": None, "nearest": None}
-    first.begin({"start_retain": None, "nearest": None})
+    empty = {"start_retain": None, "start_forget": None, "nearest": None}
+    assert first.state() == empty
+    first.begin(empty)
     assert first.nearest == math.inf
-    first.begin({"start_retain": 0.5, "nearest": 0.25})
-    assert first.state() == {"start_retain": 0.5, "nearest": 0.25}
+    known = {"start_retain": 0.5, "start_forget": 0.75, "nearest": 0.25}
+    first.begin(known)
+    assert first.state() == known
+
+
+@pytest.mark.parametrize("share", [0.7, 0.3])
+def test_stops_at_a_share_of_the_start(share: float, forget: list[QA], pupil: LM) -> None:
+    start = answer_probability(pupil, forget)
+    looks: list[float] = []
+
+    class Told(RunDirectory):
+        def event(self, kind: str, **fields: object) -> None:
+            if kind == "monitor":
+                looks.append(float(str(fields["forget"])))
+
+    chosen = recipe("gradient_ascent", learning_rate=1e-3, epochs=60)
+    chosen = chosen.changed({}, {"stop_at_forget_share": share})
+    monitor_run = Told("unused")
+    monitor_run.writes = False
+    result = Trainer(pupil, chosen, {"forget": forget}, run=monitor_run).train()
+    assert result.stopped is not None
+    assert "forget target" in result.stopped
+    assert looks[-1] <= share * start
+    assert all(look > share * start for look in looks[:-1])
+    assert answer_probability(pupil, forget) == pytest.approx(looks[-1], rel=1e-4)
+
+
+def test_of_two_forget_targets_the_first_stops(forget: list[QA]) -> None:
+    options = {"stop_at_forget_share": 0.5, "stop_at_forget_probability": 0.3}
+    training = recipe("gradient_ascent").changed({}, options).training
+    monitor = Monitor(make(), training, {"forget": list(forget)}, {}, None, lambda _: None, 0)
+    assert monitor.target == pytest.approx(0.3), "before the start is known"
+    for start, target in ((0.9, 0.45), (0.2, 0.3)):
+        monitor.begin({"start_retain": None, "start_forget": start, "nearest": None})
+        assert monitor.target == pytest.approx(target)

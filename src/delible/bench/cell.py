@@ -247,7 +247,7 @@ def _system(
         return guard(LM.load(str(manifest["start"])), asked, method, **options), {}
     result = unlearn(
         _start(manifest, earlier), task.request, method=method, seed=manifest["seed"],
-        out=_model_folder(manifest, task.name), shown=0,
+        out=_model_folder(manifest, task.name), shown=0, measured=False, verify=False,
         progress=watch.progress(f"{method}, seed {manifest['seed']}"), stage=watch.stage,
         **options,
     )  # fmt: skip

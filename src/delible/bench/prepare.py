@@ -61,6 +61,8 @@ def learned(
             out=folder,
             seed=seed,
             shown=0,
+            measured=False,
+            verify=False,
             say=say,
             progress=progress,
             **options,

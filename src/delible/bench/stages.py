@@ -105,7 +105,9 @@ def trajectory(
         if step % every == 0 and step < total:
             points.append((step, look(lm)))
 
-    result = unlearn(lm, request, method=recipe, seed=seed, shown=0, say=say, progress=step_done)
+    result = unlearn(
+        lm, request, method=recipe, seed=seed, shown=0, measured=False, say=say, progress=step_done
+    )
     last = len(result.history)
     points = [point for point in points if point[0] < max(1, last)]  # a finisher may change the end
     points.append((last, look(result.model)))

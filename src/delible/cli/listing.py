@@ -253,6 +253,7 @@ def _print(
         "reversible": words[card.reversible],
         "retraining": card.retrain_goal and "claims to equal retraining",
         "weakest": card.weakest,
+        "advice": card.advice,
         "badges": ", ".join(card.badges) or None,
         "variant": card.variant,
         "file": card.module or None,

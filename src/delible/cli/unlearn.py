@@ -40,6 +40,7 @@ def unlearn(
     strength: Annotated[
         Literal["gentle", "normal", "strong"] | None, Parameter(group=flags.METHOD)
     ] = None,
+    anchor: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
     reference: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
     refusals: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
     generator: Annotated[str | None, Parameter(group=flags.METHOD)] = None,
@@ -61,6 +62,7 @@ def unlearn(
     out: flags.Out = None,
     seed: flags.Seed = 0,
     review: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    verify: Annotated[bool, Parameter(group=flags.RUN)] = True,
     dry_run: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     **options: Annotated[str, Parameter(group=flags.OTHER)],
 ) -> int:
@@ -93,9 +95,13 @@ def unlearn(
     with_
         Components by name, such as sam,wagle: each takes the place of its kind.
     strength
-        The one dial: how far to go (learning rate and epochs).
+        The one dial: how far to go. It moves the point where a method stops (or its learning rate
+        and epochs, if it has none).
+    anchor
+        The model whose values count as "before" in the loss. Default: MODEL itself.
     reference
-        The model whose values count as "before". Default: MODEL itself.
+        A model that never saw the forget records, if you have one: it is only measured, and tells
+        how far along the way the result is.
     refusals
         A text file with one refusal sentence a line, for methods that teach refusals.
     generator
@@ -108,9 +114,10 @@ def unlearn(
     learning_rate
         Peak learning rate of AdamW.
     epochs
-        Passes over the forget rows.
+        Passes over the forget rows, all of them; without this (and max_steps) a method stops by
+        itself once the forget answers are improbable enough.
     max_steps
-        Stop after this many optimiser steps.
+        Stop after this many optimiser steps, and not before.
     batch_size
         Forget rows per optimiser step.
     generate
@@ -141,6 +148,9 @@ def unlearn(
     review
         With names alone: stop when the rows that the model was asked for are written, to be read
         and edited. The same command without it goes on with them.
+    verify
+        Open the saved result in a new process and ask three questions again: it must answer as
+        shown.
     dry_run
         Train nothing: print the resolved recipe (YAML, on stdout), and the memory and the time
         that it would take.
@@ -184,14 +194,14 @@ def unlearn(
             return _dry_run(reporter, model, request, plan)
         spec = chosen.spec()
         folder = out or _folder(
-            spec, model, request, seed, reference, sentences, generator, generated
+            spec, model, request, seed, anchor, reference, sentences, generator, generated
         )
         _announce(reporter, model, request, chosen, folder)
         began = time.perf_counter()
         result = api.unlearn(
-            model, request, **plan, out=folder, reference=reference, refusals=sentences,
-            generator=generator, generated=generated, review=review, say=reporter.say,
-            progress=reporter.progress(), stage=reporter.stage,
+            model, request, **plan, out=folder, anchor=anchor, reference=reference,
+            refusals=sentences, generator=generator, generated=generated, review=review,
+            verify=verify, say=reporter.say, progress=reporter.progress(), stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         if result.to_review is not None:
@@ -364,14 +374,16 @@ def _folder(
     model: str,
     request: ForgetRequest,
     seed: int,
+    anchor: str | None,
     reference: str | None,
     refusals: Sequence[str] | None,
     generator: str | None,
     generated: Path | None,
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
-    content = [spec, model, request.model_dump(mode="json"), seed, reference, refusals]
+    content = [spec, model, request.model_dump(mode="json"), seed, anchor, refusals]
     content += [generator, generated]
+    content += [] if reference is None else [reference]
     text = json.dumps(content, sort_keys=True, default=str)
     return Path("runs") / f"{spec['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -404,13 +416,25 @@ def _announce(
     reporter.field("method", f"{spec['name']}{made_of}")
     training = spec.get("training")
     if training:
-        length = (
-            f"{training['max_steps']} steps at most"
-            if training["max_steps"]
-            else output.plural(training["epochs"], "epoch")
-        )
-        reporter.field("training", f"{length}, learning rate {training['learning_rate']:g}")
+        reporter.field("training", _length(training))
     reporter.field("folder", str(folder))
+
+
+def _length(training: Mapping[str, Any]) -> str:
+    """How long and how fast, in words."""
+    length = (
+        f"{training['max_steps']} steps at most"
+        if training["max_steps"]
+        else output.plural(training["epochs"], "epoch")
+    )
+    if training["least_steps"]:
+        length += f" (at least {training['least_steps']} steps)"
+    if share := training["stop_at_forget_share"]:
+        length = f"until forget answers are {share:.0%} as probable, {length} at most"
+    rate = f"learning rate {training['learning_rate']:g}"
+    if width := training["learning_rate_width"]:
+        rate += f" at a width of {width}"
+    return f"{length}, {rate}"
 
 
 def _conclude(
@@ -429,10 +453,21 @@ def _conclude(
             f"{duration(seconds)} in all",
         ]
         reporter.say(", ".join(word for word in words if word).capitalize() + ".")
+    if result.achieved is not None:
+        reporter.say(result.achieved.sentence())
     artefact = "adapter" if (folder / "adapter").exists() else "model"
     reporter.say(f"The result lies in {folder / artefact} (safetensors and tokenizer).")
+    reporter.say(f"Its page, for a browser: {_page(folder)}")
     reporter.say("Next, see how deep the forgetting goes:")
     reporter.say(f"  delible audit {folder}")
+
+
+def _page(folder: Path) -> Path:
+    """Writes the run's page, unless there is one already (of an audit, perhaps)."""
+    from delible.report import read_run, write
+
+    path = folder / "report.html"
+    return path if path.exists() else write(read_run(folder), path)
 
 
 def _dry_run(

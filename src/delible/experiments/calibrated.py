@@ -165,7 +165,9 @@ class Calibrated(Experiment):
         request = task.request
         lm = LM.load(start)
         if isinstance(method, Recipe):
-            result = unlearn(lm, request, method=method, seed=seed, shown=0, say=setting.say)
+            result = unlearn(
+                lm, request, method=method, seed=seed, shown=0, measured=False, say=setting.say
+            )
             lm = result.model
         else:
             method.edit(lm, request, seed=seed, say=setting.say)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from delible.achieved import Achieved
 from delible.audit.result import AuditResult, SystemRole
 from delible.errors import RunError
 from delible.report import charts
@@ -144,7 +145,7 @@ def read_run(directory: str | Path) -> ReportData:
                 where=str(audit_path),
                 hint=hint,
             ) from None
-    else:
+    if audit is None or (audit.verdict is None and not audit.leaks):
         notes.append(f"This run has not been audited. Run 'delible audit {folder}'.")
     method, model = lookup(manifest, "method", "recipe"), lookup(manifest, "model")
     title = manifest.get("title")
@@ -153,6 +154,7 @@ def read_run(directory: str | Path) -> ReportData:
     story = manifest.get("story")
     if not isinstance(story, list):
         story = tell(named(method), named(model), events, audit)
+    story = [*story, *_achieved(manifest)]
     return ReportData(
         title=title,
         story=[str(sentence) for sentence in story],
@@ -208,7 +210,7 @@ def tell(
     steps = [event["step"] for event in events if charts.finite(event.get("step"))]
     if steps:
         sentences.append(f"Training took {max(steps):,} steps.")
-    if audit is not None:
+    if audit is not None and (audit.verdict is not None or audit.leaks):
         asked = ", ".join(f"{count:,} {split}" for split, count in audit.splits.items())
         attacks = sum(leak.attack != "none" for leak in audit.leaks)
         sentences.append(
@@ -221,6 +223,17 @@ def tell(
                 f"{'way' if attacks == 1 else 'ways'}."
             )
     return sentences
+
+
+def _achieved(manifest: dict[str, Any]) -> list[str]:
+    """What the run itself measured, as it was told on the screen."""
+    found = manifest.get("achieved")
+    if not isinstance(found, dict):
+        return []
+    try:
+        return [Achieved.from_json(found).sentence()]
+    except (KeyError, TypeError):  # of another version
+        return []
 
 
 def _and(words: Sequence[str]) -> str:

@@ -151,7 +151,7 @@ class Trainer:
         generated: Generated | None = None,
         stage: Stage = unwatched,
     ) -> None:
-        self.lm, self.recipe, self.records, self.seed = lm, recipe, records, seed
+        self.lm, self.recipe, self.records, self.seed = lm, recipe.fitted(lm), records, seed
         self.run, self.reference_lm, self.start = run, reference, start
         self.refusals, self.say, self.progress = refusals, say, progress
         self.writer, self.generated, self.stage = writer, generated, stage

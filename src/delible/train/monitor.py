@@ -1,9 +1,10 @@
 """Looks at a model while it trains, and says when to stop and which weights to keep.
 
-Three reasons to stop early, in any combination: forget answers are improbable enough; the forget
-records are known only to a chosen *level* (accuracy on multiple-choice questions about them);
-the retain records would lose more than a budget allows. For a level and for a budget the weights
-of the best look are kept and put back, so the result is a model that was really looked at.
+Three reasons to stop early, in any combination: forget answers are improbable enough, in
+themselves or against the start; the forget records are known only to a chosen *level* (accuracy on
+multiple-choice questions about them); the retain records would lose more than a budget allows. For
+a level and for a budget the weights of the best look are kept and put back, so the result is a
+model that was really looked at.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Monitor:
 
     Attributes:
         start_retain: Retain probability before the first step, if there is a budget.
+        start_forget: Forget probability before the first step, if a share of it is the goal.
         nearest: Distance of the kept look from the level; infinite before the first.
 
     Raises:
@@ -110,6 +112,7 @@ class Monitor:
         self.folder: Path | None = run.path / "checkpoint" / "good" if run else None
         self.kept: dict[str, Tensor] = {}
         self.start_retain: float | None = None
+        self.start_forget: float | None = None
         self.nearest = math.inf
         self.asked: list[Choice] = []
         if training.utility_budget is not None and not self.records.get("retain"):
@@ -135,13 +138,15 @@ class Monitor:
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """At the first step, or with the ``state`` of the checkpoint that a run goes on from."""
         if state is not None:
-            self.start_retain = state["start_retain"]
+            self.start_retain, self.start_forget = state["start_retain"], state["start_forget"]
             nearest = state["nearest"]
             self.nearest = math.inf if nearest is None else nearest
             return
         if self.training.utility_budget is not None:
             self.start_retain = answer_probability(self.lm, self.records["retain"])
             self._keep()  # should the first look already be outside the budget
+        if self.training.stop_at_forget_share is not None:
+            self.start_forget = answer_probability(self.lm, self.records["forget"])
         if self.asked:
             level = knowledge_level(self.lm, self.asked)
             self.say(f"Accuracy on {len(self.asked)} questions before the first step: {level:.3f}")
@@ -150,12 +155,24 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         nearest = self.nearest if math.isfinite(self.nearest) else None
-        return {"start_retain": self.start_retain, "nearest": nearest}
+        return {
+            "start_retain": self.start_retain,
+            "start_forget": self.start_forget,
+            "nearest": nearest,
+        }
+
+    @property
+    def target(self) -> float | None:
+        """The forget probability at which to stop; None if none was asked for."""
+        wanted = [self.training.stop_at_forget_probability]
+        if self.training.stop_at_forget_share is not None and self.start_forget is not None:
+            wanted.append(self.training.stop_at_forget_share * self.start_forget)
+        return max((one for one in wanted if one is not None), default=None)
 
     def after(self, step: int, *, last: bool = False) -> str | None:
         """After step ``step`` (from 1): why to stop here, or None to go on."""
         training = self.training
-        target, budget = training.stop_at_forget_probability, training.utility_budget
+        target, budget = self.target, training.utility_budget
         if target is None and not self.restores:
             return None
         if step % training.monitor_steps and not last:
@@ -163,7 +180,7 @@ class Monitor:
         self.lm.touch()
         forget = answer_probability(self.lm, self.records["forget"])
         retain = level = None
-        if self.records.get("retain"):
+        if budget is not None:
             retain = answer_probability(self.lm, self.records["retain"])
         if self.asked:
             level = knowledge_level(self.lm, self.asked)
@@ -179,7 +196,7 @@ class Monitor:
             if level <= training.stop_at_accuracy + LEVEL_MARGIN:
                 return f"the level of knowledge was reached at step {step}: accuracy {level:.3f}"
         if target is not None and forget <= target:
-            return f"the forget target was reached at step {step}"
+            return f"the forget target was reached at step {step} ({forget:.3f})"
         return None
 
     @torch.no_grad()

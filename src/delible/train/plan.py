@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
@@ -29,11 +30,14 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Plan:
-    """The plan of a run."""
+    """The plan of a run: as many epochs as asked for, or more until there are enough steps."""
     training = recipe.training
     steps: list[tuple[tuple[int, int | None], ...]] = []
     per_epoch = 1
-    for epoch in range(training.epochs):
+    least = training.least_steps or 0
+    for epoch in count():
+        if epoch >= training.epochs and (len(steps) >= least or not steps):
+            break
         random = generator(seed, "sample", epoch)
         pairs = recipe.sample.epoch(forget, retain, epoch, random)
         size = training.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import yaml
 from pydantic import Field, model_validator
@@ -26,6 +26,9 @@ from delible.train.slots import (
     Weigh,
 )
 
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
 Strength = Literal["gentle", "normal", "strong"]
 
 
@@ -33,7 +36,15 @@ class Training(Config):
     """How long, how fast and how carefully."""
 
     learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    learning_rate_width: int | None = Field(
+        None, ge=1,
+        description="Hidden size that the learning rate is meant for: another model's rate is "
+        "higher in proportion as it is narrower; none: the rate as it is.",
+    )  # fmt: skip
     epochs: int = Field(10, ge=1, description="Passes over the forget rows.")
+    least_steps: int | None = Field(
+        None, ge=1, description="More passes where there are few rows: at least so many steps."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Forget rows per optimiser step.")
     schedule: Schedule = Field("constant", description="Learning rate after the warm-up.")
@@ -60,6 +71,11 @@ class Training(Config):
     stop_at_forget_probability: float | None = Field(
         None, gt=0, lt=1, description="Stop once forget answers are this improbable on average."
     )
+    stop_at_forget_share: float | None = Field(
+        None, gt=0, lt=1,
+        description="Stop once forget answers are on average this share as probable as at the "
+        "start: 0.5 is half.",
+    )  # fmt: skip
     stop_at_accuracy: float | None = Field(
         None, gt=0, lt=1,
         description="Stop once so many of the multiple-choice questions about forget records are "
@@ -78,6 +94,18 @@ class Training(Config):
     def warmup(self, total: int) -> int:
         """Steps of warm-up in a run of ``total`` steps."""
         return self.warmup_steps or round(self.warmup_share * total)
+
+    def fitted(self, width: int) -> Self:
+        """These settings with the learning rate of a model of that hidden size.
+
+        AdamW moves every weight by about the learning rate, whatever its gradient; a narrower
+        model has fewer weights per sum, and larger ones, so the same change of what it says
+        takes a higher rate (in inverse proportion: arXiv 2203.03466).
+        """
+        if self.learning_rate_width is None:
+            return self
+        rate = min(1.0, self.learning_rate * self.learning_rate_width / width)
+        return self.model_copy(update={"learning_rate": rate, "learning_rate_width": None})
 
 
 class Range(Config):
@@ -216,7 +244,9 @@ class Recipe(Config):
         Args:
             slots: Slot name to a component, a name or a mapping.
             options: ``beta=0.2`` finds the one place that has it; ``{"npo.beta": …}``,
-                ``{"objective.beta": …}`` or ``{"training.epochs": …}`` name the place.
+                ``{"objective.beta": …}`` or ``{"training.epochs": …}`` name the place. A learning
+                rate is meant as it is, for any width; a length too: the recipe's own stop and
+                its least number of steps are gone where epochs or steps are said.
 
         Raises:
             RecipeError: No place, or more than one, has the option.
@@ -225,8 +255,11 @@ class Recipe(Config):
             slot: _spec(cast(Kind, slot), value) for slot, value in slots.items()
         }
         where = f"method '{self.name}'"
-        for option, value in options.items():
-            slot, key = _place(option, content, where)
+        given = [(*_place(option, content, where), value) for option, value in options.items()]
+        for slot, key, _ in given:
+            for implied in MEANT.get(key, ()) if slot == "training" else ():
+                content[slot][implied] = None
+        for slot, key, value in given:
             content[slot][key] = value
         content["tune"] = {  # a range goes with its component, and with its value
             option: found
@@ -242,21 +275,47 @@ class Recipe(Config):
         return {"name": self.name, **slots, "training": self.training.model_dump(mode="json")}
 
     def with_strength(self, strength: Strength) -> Self:
-        """The one dial: how far to go. Scales the learning rate and the number of epochs."""
-        rate, length = {"gentle": (0.5, 0.7), "normal": (1.0, 1.0), "strong": (1.5, 1.5)}[strength]
-        training = self.training.model_copy(
-            update={
-                "learning_rate": self.training.learning_rate * rate,
-                "epochs": max(1, round(self.training.epochs * length)),
+        """The one dial: how far to go.
+
+        A recipe that stops by itself is told to stop later (and may take twice as long for it);
+        any other one is scaled in learning rate and number of epochs.
+        """
+        training = self.training
+        share = training.stop_at_forget_share
+        update: dict[str, Any]
+        if share is not None:
+            power, length = {"gentle": (0.5, 1), "normal": (1.0, 1), "strong": (2.0, 2)}[strength]
+            least = training.least_steps
+            update = {
+                "stop_at_forget_share": share**power,
+                "epochs": training.epochs * length,
+                "least_steps": None if least is None else least * length,
             }
-        )
-        return self.model_copy(update={"training": training})
+        else:
+            rate, times = {"gentle": (0.5, 0.7), "normal": (1.0, 1.0), "strong": (1.5, 1.5)}[
+                strength
+            ]
+            update = {
+                "learning_rate": training.learning_rate * rate,
+                "epochs": max(1, round(training.epochs * times)),
+            }
+        return self.model_copy(update={"training": training.model_copy(update=update)})
+
+    def fitted(self, lm: LM) -> Self:
+        """The recipe with the learning rate of a model (:meth:`Training.fitted`)."""
+        return self.model_copy(update={"training": self.training.fitted(lm.anatomy.hidden_size)})
 
     def components(self) -> list[Component]:
         """The ten components in slot order."""
         return [getattr(self, slot) for slot in SLOTS]
 
 
+#: Training settings that a recipe chose itself, and that no longer hold where another is said.
+MEANT = {
+    "learning_rate": ("learning_rate_width",),
+    "epochs": ("least_steps", "stop_at_forget_share"),
+    "max_steps": ("least_steps", "stop_at_forget_share"),
+}
 #: What a slot holds when a recipe does not say.
 DEFAULTS = {
     "generate": "none",

@@ -510,7 +510,8 @@ class _Search:
                 call["method"] = call.pop("name")
             model = self.model if isinstance(self.model, str) else self.model.copy()
             result = unlearn(
-                model, parts.request, seed=self.seed, shown=0, progress=self._stage(title),
+                model, parts.request, seed=self.seed, shown=0, measured=False,
+                progress=self._stage(title),
                 stage=lambda what, done, total: self._told(f"{title}: {what}", done, total),
                 **self.given, **call,
             )  # fmt: skip

@@ -327,7 +327,15 @@ class _Experiment:
         self.say(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
         began = time.perf_counter()
         result = unlearn(
-            self.lm.copy(), request, method=recipe, out=folder, seed=seed, shown=0, say=self.say
+            self.lm.copy(),
+            request,
+            method=recipe,
+            out=folder,
+            seed=seed,
+            shown=0,
+            measured=False,
+            verify=False,
+            say=self.say,
         )
         seconds = time.perf_counter() - began
         steps = len(result.history)

@@ -363,7 +363,15 @@ class _Run:
         def make() -> Model:
             start = self._learned("P", "full", options, start_seed)
             result = unlearn(
-                str(start), request, method=method, seed=seed, out=folder, shown=0, **budget
+                str(start),
+                request,
+                method=method,
+                seed=seed,
+                out=folder,
+                shown=0,
+                measured=False,
+                verify=False,
+                **budget,
             )
             found = {**self._tested(result.model), "stopped": result.stopped}
             shutil.rmtree(folder, ignore_errors=True)

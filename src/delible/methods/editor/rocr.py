@@ -244,6 +244,8 @@ class _Edit:
     reversible=True,
     retrain_goal=False,
     weakest="aliases and descriptions without the name; it says wrong things, not nothing",
+    advice="a larger --rho edits less and keeps more; kept names that end in the same word are "
+    "hit, so name the forgotten ones in full",
     badges=("parity", "variant"),
     variant="Scale-free L2 and null space, residual in the chat context, built-in generic text.",
 )

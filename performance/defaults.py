@@ -1,0 +1,216 @@
+"""The page ``docs/results/defaults.md``: what every method does with no option given.
+
+A model is taught the world of ``delible demo`` (ten people; the same cached target and reference),
+and every recipe and editor then forgets two of them with its own defaults. Reached is the share of
+the way from the target's to the reference's answer probability on the forget rows; kept is what
+is left of the answer probability of retained and neighbouring rows. A default is sensible when it
+reaches half of the way and keeps nine tenths of both; a method that does not must say on its card
+what to set.
+
+Writes ``NAME.json``, the numbers, after every method, and ``NAME.md``. A method whose recipe has
+not changed since its row was measured is not run again; ``--again`` does.
+
+Run: python benchmarks/defaults.py docs/results/defaults.md
+     python benchmarks/defaults.py docs/results/defaults.md --methods npo,rmu --strengths all
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delible import registry
+from delible.api import resolve_method, unlearn
+from delible.demo import learn, request_of, world_of
+from delible.errors import DelibleError
+from delible.files import read_json, write_json
+from delible.lm.lm import LM
+from delible.records import ForgetRequest
+from delible.rundir import git_revision, hardware, identity, versions
+from delible.train.monitor import answer_probability
+
+#: A sensible default goes at least this share of the way, and keeps at least this share.
+WAY, KEPT = 0.5, 0.9
+#: Fine-tuning teaches; it is no method of forgetting.
+TEACHING = ("finetune",)
+SPLITS = ("forget", "retain", "neighbours")
+STRENGTHS = ("gentle", "normal", "strong")
+
+Probabilities = Mapping[str, float]
+
+
+def way(before: Probabilities, after: Probabilities, never: Probabilities) -> float:
+    """Share of the way from the target to the reference; over 1: further than the reference."""
+    return (before["forget"] - after["forget"]) / (before["forget"] - never["forget"])
+
+
+def kept(before: Probabilities, after: Probabilities, split: str) -> float:
+    """Share of a split's answer probability that is left."""
+    return after[split] / before[split]
+
+
+def sensible(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a row reaches half of the way and keeps nine tenths."""
+    if row.get("failed"):
+        return False
+    before, after, never = found["before"], row["after"], found["reference"]
+    shares = [kept(before, after, split) for split in ("retain", "neighbours")]
+    return way(before, after, never) >= WAY and min(shares) >= KEPT
+
+
+def verdict(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What the row shows, in words; what the card advises where it falls short."""
+    if sensible(row, found):
+        return "ok"
+    told = registry.card(row["kind"], row["method"]).advice
+    return f"card: {told}" if told else "**falls short**"
+
+
+def measured(lm: LM, request: ForgetRequest) -> dict[str, float]:
+    """Mean answer probability by split, to six digits."""
+    return {
+        split: float(f"{answer_probability(lm, getattr(request, split)):.6g}") for split in SPLITS
+    }
+
+
+def run(method: str, start: LM, request: ForgetRequest, strength: Any) -> dict[str, Any]:
+    """What the method does with its defaults to a copy of the taught model."""
+    lm, began = start.copy(), time.perf_counter()
+    try:
+        result = unlearn(lm, request, method=method, strength=strength, shown=0, measured=False)
+    except DelibleError as error:
+        return {"failed": str(error)}
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "steps": result.notes.get("steps", 0),
+        "stopped": result.stopped,
+        "after": measured(result.model, request),
+    }
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The Markdown page of a JSON file's content."""
+    before, never, machine = found["before"], found["reference"], found["hardware"]
+    rows = sorted(found["rows"], key=lambda row: (row["method"], STRENGTHS.index(row["strength"])))
+    plain = [row for row in rows if row["strength"] == "normal"]
+    good = sum(sensible(row, found) for row in plain)
+    parts = [
+        f"# Every method with its defaults, model `{found['model']}`\n",
+        f"The world of `delible demo`: ten people, {found['counts']['forget']} facts about two of "
+        "them to forget. Each method runs with no option at all. *Way* is how far the answer "
+        "probability of the forget rows went from the taught model's to the reference's, which "
+        "never saw them (over 100 %: below a model that never knew); *kept* is the share of the "
+        f"probability of retained and of neighbouring answers that is left. A row is ok at "
+        f"{WAY:.0%} of the way with {KEPT:.0%} kept; what falls short says on its card what to "
+        "set.\n",
+        f"The taught model gives {before['forget']:.3f} to the forget rows, {before['retain']:.3f} "
+        f"to the retained ones and {before['neighbours']:.3f} to neighbours; the reference "
+        f"{never['forget']:.3f}, {never['retain']:.3f} and {never['neighbours']:.3f}. "
+        f"{good} of {len(plain)} methods are ok.\n",
+        f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
+        f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
+        f"{machine['precision']}; other work ran beside it, so *seconds* are an upper bound. "
+        f"Code: {found['git'] or 'not a checkout'}. Made by `benchmarks/defaults.py`, whose head "
+        "has the command.\n",
+        "| method | way | retain kept | neighbours kept | forget before → after "
+        "| retain before → after | steps | seconds | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    parts += [_line(row, found) for row in plain]
+    others = {row["method"] for row in rows if row["strength"] != "normal"}
+    if others:
+        parts += [
+            "",
+            "## One dial: `--strength`\n",
+            "| method | gentle: way | normal | strong | gentle: least kept | normal | strong |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        parts += [_dial(method, rows, found) for method in sorted(others)]
+    return "\n".join(parts) + "\n"
+
+
+def _line(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    if row.get("failed"):
+        return f"| {row['method']} | | | | | | | | {verdict(row, found)} ({row['failed']}) |"
+    before, after = found["before"], row["after"]
+    cells = [
+        row["method"],
+        f"{way(before, after, found['reference']):.0%}",
+        *(f"{kept(before, after, split):.0%}" for split in ("retain", "neighbours")),
+        *(f"{before[split]:.3f} → {after[split]:.3f}" for split in ("forget", "retain")),
+        str(row["steps"] or "–"),
+        f"{row['seconds']:.0f}",
+        verdict(row, found),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _dial(method: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
+    by = {row["strength"]: row for row in rows if row["method"] == method and "after" in row}
+    before, never = found["before"], found["reference"]
+    ways, least = [], []
+    for strength in STRENGTHS:
+        after = by[strength]["after"] if strength in by else None
+        ways.append("–" if after is None else f"{way(before, after, never):.0%}")
+        least.append(
+            "–"
+            if after is None
+            else f"{min(kept(before, after, split) for split in ('retain', 'neighbours')):.0%}"
+        )
+    return f"| {' | '.join([method, *ways, *least])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("page", type=Path, help="the Markdown file to write")
+    parser.add_argument("--methods", help="names separated by commas; all without it")
+    parser.add_argument("--model", default="default", help="what learns the world")
+    parser.add_argument("--strengths", choices=("normal", "all"), default="normal")
+    parser.add_argument("--again", action="store_true", help="run rows that are there, too")
+    given = parser.parse_args()
+    kinds = {card.name: card.kind for card in registry.cards("recipe", "editor")}
+    methods = given.methods.split(",") if given.methods else list(kinds)
+    methods = [method for method in methods if method not in TEACHING]
+    split = world_of()
+    request = request_of(split)
+    target = learn(given.model, split.records("known"), 0, "target", print)
+    reference = learn(given.model, split.records("kept"), 0, "reference", print)
+    start = LM.load(str(target))
+    described = {"model": given.model, "target": target.parent.name}
+    numbers = given.page.with_suffix(".json")
+    found = read_json(numbers) if numbers.exists() else {}
+    if {key: found.get(key) for key in described} != described:
+        found = {
+            **described,
+            "before": measured(start, request),
+            "reference": measured(LM.load(str(reference)), request),
+            "counts": {split: len(getattr(request, split)) for split in SPLITS},
+            "rows": [],
+        }
+    strengths = STRENGTHS if given.strengths == "all" else ("normal",)
+    for method in methods:
+        for strength in strengths if kinds[method] == "recipe" else ("normal",):
+            chosen = strength if kinds[method] == "recipe" else None
+            spec = identity(resolve_method(method, strength=chosen).spec())
+            mine = [
+                one for one in found["rows"]
+                if (one["method"], one["strength"]) == (method, strength)
+            ]  # fmt: skip
+            if mine and mine[0]["spec"] == spec and not given.again:
+                continue
+            row = {
+                "method": method, "kind": kinds[method], "strength": strength, "spec": spec,
+                **run(method, start, request, chosen),
+            }  # fmt: skip
+            found["rows"] = [*(one for one in found["rows"] if one not in mine), row]
+            found |= {"hardware": hardware(), "versions": versions(), "git": git_revision()}
+            write_json(numbers, found)
+            given.page.write_text(page(found), encoding="utf-8")
+            print(_line(row, found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""What a run of unlearning achieved: answer probabilities before and after, and in one sentence.
+
+Measured on a few rows of each split, so that it costs little beside the training. It is no audit:
+it tells whether the run did what it was to do, not how deep the forgetting goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
+
+from delible import registry
+from delible.component import build
+from delible.measure.evaluate import bootstrap_interval, evaluate
+from delible.measure.metric import SystemValues
+
+if TYPE_CHECKING:
+    from delible.audit.result import AuditResult, SystemRole
+    from delible.edit.base import Editor
+    from delible.lm.lm import LM
+    from delible.records import ForgetRequest, RecordBase
+    from delible.system.base import System
+    from delible.train.recipe import Recipe
+
+#: Rows of a split that are asked, evenly spaced.
+ROWS = 50
+METRIC = "answer_probability"
+#: Splits that are measured, with the words for their answers.
+SPLITS = {"forget": "forget", "retain": "retained", "neighbours": "neighbouring"}
+#: Forget answers that lost a smaller share of their probability than this were not forgotten.
+NOTHING = 0.1
+#: Without a reference: forgotten in part where the loss is smaller than this; with one: where
+#: less than this share of the way is behind.
+PART = {False: 0.25, True: 0.5}
+#: At least this share of the retained (and of the neighbouring) probability should be left.
+KEPT = 0.9
+#: Further than the reference by this share of the way is too far.
+BEYOND = 1.25
+#: Smaller differences of mean probabilities are not told apart, nor such between two errors.
+SMALLEST, ERRORS = 0.02, 2.0
+
+State = Literal["unmeasured", "taught", "unknown", "nothing", "part", "forgotten", "too much"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Mean answer probability of one split, on the rows that all systems could be asked.
+
+    Attributes:
+        never: Of the reference, a model that never saw the forget rows; None without one.
+        error: Standard error of the mean difference (paired rows); 0 for a single row.
+    """
+
+    before: float
+    after: float
+    never: float | None
+    rows: int
+    error: float
+
+    @property
+    def kept(self) -> float:
+        """Share of the probability that is left, in [0, ...)."""
+        return self.after / self.before if self.before > 0 else math.nan
+
+    @property
+    def fell(self) -> bool:
+        """Whether less than :data:`KEPT` is left, by more than rows differ by chance."""
+        lost = self.before - self.after
+        return self.kept < KEPT and lost > max(SMALLEST, ERRORS * self.error)
+
+    @property
+    def way(self) -> float | None:
+        """How far from the start to the reference: 0 as at the start, 1 there, more: beyond."""
+        if self.never is None or self.before - self.never < SMALLEST:
+            return None
+        return (self.before - self.after) / (self.before - self.never)
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """What changed, split by split, and what there is to do about it.
+
+    Attributes:
+        changes: By split; a split without questions is missing.
+        further: What makes the method forget more, in words.
+        gentler: What makes it forget less.
+        teaches: The method teaches its rows, and forgets nothing.
+    """
+
+    changes: Mapping[str, Change]
+    further: str = ""
+    gentler: str = ""
+    teaches: bool = False
+
+    @property
+    def damaged(self) -> list[str]:
+        """The kept splits that lost too much."""
+        return [name for name, one in self.changes.items() if name != "forget" and one.fell]
+
+    @property
+    def state(self) -> State:
+        """The one word for it."""
+        forget = self.changes.get("forget")
+        if forget is None:
+            return "unmeasured"
+        if self.teaches:
+            return "taught"
+        if forget.before < SMALLEST or (
+            forget.never is not None and forget.way is None
+        ):  # nobody forgets what was never known
+            return "too much" if self.damaged else "unknown"
+        beyond = forget.way is not None and forget.way > BEYOND
+        if self.damaged or beyond:
+            return "too much"
+        lost = 1 - forget.kept
+        if lost < NOTHING:
+            return "nothing"
+        share = lost if forget.way is None else forget.way
+        return "part" if share < PART[forget.way is not None] else "forgotten"
+
+    def sentence(self) -> str:
+        """What was achieved, and what to change where it was too little or too much."""
+        state = self.state
+        if state == "unmeasured":
+            return (
+                "What was forgotten was not measured: there are no forget records with questions "
+                "and answers (--forget FILE)."
+            )
+        if state == "taught":
+            one = self.changes["forget"]
+            return (
+                f"Taught: the answers went from a probability of {one.before:.3f} to "
+                f"{one.after:.3f}."
+            )
+        told = f"{self._forgotten()}; {self._retained()}"
+        if state == "unknown":
+            return f"There was little to forget: {told}."
+        if state == "nothing":
+            return f"Nothing was forgotten: {told}. To forget more: {self.further}."
+        if state == "part":
+            return f"Only a part was forgotten: {told}. To forget more: {self.further}."
+        if state == "too much":
+            untouched = 1 - self.changes["forget"].kept < NOTHING
+            head = (
+                "The rest was damaged and nothing was forgotten"
+                if untouched
+                else ("Too much was forgotten")
+            )
+            return f"{head}: {told}. To lose less: {self.gentler}."
+        return f"Forgotten: {told}."
+
+    def _forgotten(self) -> str:
+        forget = self.changes["forget"]
+        words = (
+            f"forget answers went from a probability of {forget.before:.3f} to {forget.after:.3f}"
+        )
+        if forget.way is not None:
+            return f"{words} ({_way(forget.way)} of the way to the reference's {forget.never:.3f})"
+        if forget.never is not None:
+            return f"{words} (the reference, which never saw them, gives them {forget.never:.3f})"
+        return words
+
+    def _retained(self) -> str:
+        parts = [
+            f"{SPLITS[name]} answers from {one.before:.3f} to {one.after:.3f} "
+            f"({min(one.kept, 1.0):.0%} kept)"
+            for name, one in self.changes.items()
+            if name != "forget"
+        ]
+        return " and ".join(parts) or "no retained records were there to be measured"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` reads it."""
+        return {**asdict(self), "changes": {k: asdict(v) for k, v in self.changes.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Achieved:
+        """What :meth:`as_json` made."""
+        changes = {name: Change(**one) for name, one in content["changes"].items()}
+        return cls(**{**content, "changes": changes})
+
+
+def _way(share: float) -> str:
+    return f"{max(0.0, share):.0%}"
+
+
+# ---- measuring
+
+
+def asked(request: ForgetRequest) -> dict[str, Sequence[RecordBase]]:
+    """At most :data:`ROWS` evenly spaced records of every split that is measured."""
+    found: dict[str, Sequence[RecordBase]] = {}
+    for name in SPLITS:
+        records = getattr(request, name)
+        if len(records) > ROWS:
+            records = [records[int(place * len(records) / ROWS)] for place in range(ROWS)]
+        if records:
+            found[name] = records
+    return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One system's answer probabilities, and which system it was at that time."""
+
+    name: str
+    fingerprint: str | None
+    capabilities: tuple[str, ...]
+    values: SystemValues
+
+
+def probabilities(system: System, request: ForgetRequest) -> Measured:
+    """Answer probabilities of the rows of :func:`asked`."""
+    values = evaluate(system, asked(request), [build("metric", METRIC)])
+    return Measured(system.name, system.fingerprint, tuple(sorted(system.capabilities)), values)
+
+
+def compare(before: Measured, after: Measured, never: Measured | None = None) -> dict[str, Change]:
+    """The changes by split, on the rows that have a value in all systems."""
+    changes = {}
+    systems = [before, after, *([] if never is None else [never])]
+    for split in SPLITS:
+        columns = [one.values.items.get(METRIC, {}).get(split, ()) for one in systems]
+        rows = [
+            [float(item.value) for item in row if item.value is not None]
+            for row in zip(*columns, strict=True)
+        ]
+        rows = [row for row in rows if len(row) == len(systems)]
+        if not rows:
+            continue
+        lost = [row[0] - row[1] for row in rows]
+        error = stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+        means = [fmean(column) for column in zip(*rows, strict=True)]
+        changes[split] = Change(
+            means[0], means[1], means[2] if never is not None else None, len(rows), error
+        )
+    return changes
+
+
+# ---- what to do about it
+
+
+def advice(method: Recipe | Editor, lm: LM) -> tuple[str, str]:
+    """What makes a method forget more, and what makes it forget less."""
+    from delible.train.recipe import Recipe
+
+    card = next(
+        (card for card in registry.cards("recipe", "editor") if card.name == name_of(method)), None
+    )
+    own = f" ({card.advice})" if card is not None and card.advice else ""
+    if not isinstance(method, Recipe):
+        words = f"see 'delible show {method.card.name}' for its options{own}"
+        return words, words
+    rate = method.fitted(lm).training.learning_rate
+    further = f"--strength strong, a higher --learning-rate (it was {rate:.1e}) or more --epochs"
+    gentler = f"--strength gentle, a lower --learning-rate (it was {rate:.1e}) or fewer --epochs"
+    kept = method.keep.card.name
+    if kept == "none":
+        gentler += ", or a loss on retained rows (--keep nll)"
+    elif "retain_weight" in method.balance.spec():
+        gentler += (
+            f", or a higher --retain-weight (it was {method.balance.spec()['retain_weight']:g})"
+        )
+    return further + own, gentler + own
+
+
+def name_of(method: Recipe | Editor) -> str:
+    """The name of a recipe or an editor."""
+    return str(method.spec()["name"])
+
+
+def teaches(method: Recipe | Editor) -> bool:
+    """Whether a method's aim is that its rows are known."""
+    from delible.train.recipe import Recipe
+
+    return (
+        isinstance(method, Recipe)
+        and method.objective.card.name == "finetune"
+        and method.finish.card.name != "task_vector"
+    )
+
+
+# ---- as an audit's data
+
+
+def as_metrics(
+    found: Mapping[SystemRole, Measured], request: ForgetRequest, seed: int
+) -> AuditResult:
+    """The measurements as the content of ``metrics.json``: an audit of plain questions alone.
+
+    Args:
+        found: By role: original, unlearned, reference.
+    """
+    from delible.audit.result import AuditResult, Measurement, SystemInfo
+
+    rows = []
+    for role, one in found.items():
+        for split, items in one.values.items.get(METRIC, {}).items():
+            numbers = [float(item.value) for item in items if item.value is not None]
+            low, high = bootstrap_interval(numbers, seed)
+            rows.append(
+                Measurement(
+                    system=role, split=split, metric=METRIC,
+                    value=fmean(numbers) if numbers else None, low=low, high=high,
+                    n=len(numbers), skipped=len(items) - len(numbers),
+                    reason=next((item.reason for item in items if item.value is None), None),
+                )
+            )  # fmt: skip
+    return AuditResult(
+        systems={
+            role: SystemInfo(
+                name=one.name, capabilities=list(one.capabilities), fingerprint=one.fingerprint
+            )
+            for role, one in found.items()
+        },
+        splits={split: len(records) for split, records in asked(request).items()},
+        measurements=rows,
+        not_tested=["Nothing was attacked: the same questions were asked before and after."],
+    )
