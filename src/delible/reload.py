@@ -210,7 +210,7 @@ def reopened(folder: str, precision: str, content: list[dict[str, Any]]) -> list
 
 
 if __name__ == "__main__":
-    from delible.cli.output import quiet_libraries
+    from delible.lm.embedded import quiet
 
-    quiet_libraries()
-    print(json.dumps(reopened(sys.argv[1], sys.argv[2], json.load(sys.stdin))))
+    with quiet():
+        print(json.dumps(reopened(sys.argv[1], sys.argv[2], json.load(sys.stdin))))
