@@ -6,20 +6,30 @@ One step costs as much as the rows that are still speaking. A row that has ended
 of the stop texts, is dropped together with its keys and values; answers are cut before a stop
 text. Drawing is done per row with numbers that depend on the seed and the prompt alone, so that
 a batch's make-up cannot change an answer.
+
+Which of these a model can do is tried when it is loaded (:mod:`delible.lm.checks`). One with a
+state that padding, repeating or leaving rows would disturb (recurrent models, mostly) generates
+row by row with the library's own ``generate``.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm.attention import attention_window, token_by_token
@@ -29,6 +39,14 @@ from delible.measure.requests import Decoding
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+
+#: How prompts are read and rows go on: packed without padding; in batches that share a beginning;
+#: in batches whose rows stay to the end; each row alone, by the library's own ``generate``.
+Road = Literal["trees", "prefix", "padded", "plain"]
+#: From the fastest to the one that every model can take.
+ROADS: tuple[Road, ...] = get_args(Road)
+#: Next tokens, one per row that is left: (logits [rows, vocab], which rows, step) -> tokens.
+Choose = Callable[[Tensor, list[int], int], list[int]]
 
 #: Tokens by which a full cache grows at once: growing copies it.
 ROOM = 64
@@ -134,10 +152,37 @@ def continue_rows(
         rows: Token ids of the prompts; they go through the model as one batch.
         seeds: What a row's random numbers depend on (unused when greedy).
     """
+    draws = [random.Random(seed) for seed in seeds]
+
+    def choose(logits: Tensor, alive: list[int], step: int) -> list[int]:
+        return _choose(logits, decoding, [draws[row] for row in alive])
+
+    said = say(lm, rows, decoding.max_new_tokens, choose, decoding.stop)
+    return [None if ids is None else _text(lm, ids, decoding.stop) for ids in said]
+
+
+def say(
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    limit: int,
+    choose: Choose,
+    stop: Sequence[str] = (),
+) -> list[list[int] | None]:
+    """The tokens that follow each row, without its end; ``None`` where logits are not numbers.
+
+    Args:
+        limit: At most so many tokens.
+        choose: Takes the next tokens.
+        stop: Texts that end a row.
+    """
+    if lm.road == "plain":
+        return [_say_alone(lm, row, place, limit, choose, stop) for place, row in enumerate(rows)]
     padded, mask, shared = lm.padded(rows)
+    shared = shared if lm.road != "padded" else 0
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
     takes_positions = "position_ids" in signature(type(backbone).forward).parameters
     cache: Any = roomy_cache(lm)
+    ends = lm.ends
 
     def following(fed: Tensor) -> Float[Tensor, "batch hidden"]:
         extra: dict[str, Any] = {cache_argument(backbone): cache}
@@ -146,34 +191,33 @@ def continue_rows(
         found = backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
         return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
-    if lm.grows_trees and attention_window(lm) == math.inf:
+    if lm.road == "trees" and lm.grows_trees and attention_window(lm) == math.inf:
         states = read_prompts(lm, rows, mask, cache)
     else:
         if shared:
             fill_prefix(lm, cache, padded[:, :shared])
         states = following(padded[:, shared:])
-    draws = [random.Random(seed) for seed in seeds]
     said: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     done, broken = set[int](), set[int]()
-    for step in range(decoding.max_new_tokens):
+    for step in range(limit):
         logits = lm.head(states).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
-        tokens = _choose(logits, decoding, [draws[row] for row in alive])
+        tokens = choose(logits, alive, step)
         for row, token, fine in zip(alive, tokens, numbers, strict=True):
             if not fine:
                 broken.add(row)
                 done.add(row)
             if row not in done:
-                ended = token in lm.ends
+                ended = token in ends
                 if not ended:
                     said[row].append(token)
-                if ended or _stops(lm, said[row], decoding.stop):
+                if ended or _stops(lm, said[row], stop):
                     done.add(row)
-        if len(done) == len(rows) or step == decoding.max_new_tokens - 1:
+        if len(done) == len(rows) or step == limit - 1:
             break
         kept = _closed_up([row not in done for row in alive])
-        if lm.shares_prefix and len(kept) < len(alive):
+        if lm.road != "padded" and lm.shares_prefix and len(kept) < len(alive):
             places = torch.tensor(kept, device=mask.device)
             cache.batch_select_indices(places)
             mask, alive = mask[places], [alive[place] for place in kept]
@@ -181,9 +225,54 @@ def continue_rows(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         with token_by_token(lm):
             states = following(torch.tensor(tokens, device=mask.device)[:, None])
-    return [
-        None if row in broken else _text(lm, ids, decoding.stop) for row, ids in enumerate(said)
-    ]
+    return [None if row in broken else ids for row, ids in enumerate(said)]
+
+
+@contextmanager
+def plain_settings(lm: LM) -> Iterator[None]:
+    """The library's generation without the samplers and ends that a model brings along."""
+    before = lm.core.generation_config
+    lm.core.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.core.generation_config = before
+
+
+def _say_alone(
+    lm: LM, row: Sequence[int], place: int, limit: int, choose: Choose, stop: Sequence[str]
+) -> list[int] | None:
+    """What :func:`say` gives for one row, by the library's own generation."""
+    said: list[int] = []
+    ends = lm.ends
+    ended = broken = False
+
+    def forced(ids: Tensor, logits: Tensor) -> Tensor:
+        nonlocal ended, broken
+        token = choose(logits.float(), [place], int(ids.shape[1]) - len(row))[0]
+        broken = not bool(logits.amax().isfinite())
+        ended = broken or token in ends
+        if not ended:
+            said.append(token)
+        only = torch.full_like(logits, -math.inf)
+        only[0, token] = 0.0
+        return only
+
+    def stopped(ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        return torch.tensor([ended or _stops(lm, said, stop)], device=ids.device)
+
+    ids = torch.tensor([list(row)], device=lm.device)
+    with plain_settings(lm):
+        lm.core.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=lm.pad_id,
+            logits_processor=LogitsProcessorList([forced]),
+            stopping_criteria=StoppingCriteriaList([stopped]),
+        )
+    return None if broken else said
 
 
 def _closed_up(stays: Sequence[bool]) -> list[int]:
