@@ -450,3 +450,15 @@ def test_a_tokenizer_with_only_a_separator(base: Path) -> None:
     lm = LM.load(str(base), precision="float32")
     assert lm.pad_id == lm.template.end_of_turn[0] == 257
     assert all(isinstance(one, str) for one in lm.generate(PROMPTS, Decoding(4)))
+
+
+def test_the_engine_merges_by_itself(base: Path, tmp_path: Path) -> None:
+    from delible.train.engine import Trainer
+    from delible.train.recipe import Recipe
+
+    lm = LM.load(str(adapter_on(base, tmp_path / "adapter")), precision="float32")
+    recipe = Recipe.named("npo").changed({}, {"max_steps": 2, "learning_rate": 1e-2})
+    trained = Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}).train().lm
+    trained.save(tmp_path / "saved")
+    again = LM.load(str(tmp_path / "saved"), precision="float32")
+    assert again.generate(PROMPTS, Decoding(8)) == lm.generate(PROMPTS, Decoding(8))

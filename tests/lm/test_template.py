@@ -152,7 +152,9 @@ def test_an_answer_is_trimmed_as_its_template_does() -> None:
 
 
 def test_a_refusal_names_the_question() -> None:
-    shouting = tokenizer_with(TURNS.replace("| trim", "| upper").replace("END", "<|im_end|>"))
+    shouting = tokenizer_with(
+        TURNS.replace("| trim", "| replace('a', 'b')").replace("END", "<|im_end|>")
+    )
     with pytest.raises(ModelError, match=r"question 'Where was Ada born\?'.*answer 'a'"):
         Template(shouting).encode(ASKED, "a")
     forgetful = "{% if messages | length == 1 %}{{ messages[0].content }}{% else %}"

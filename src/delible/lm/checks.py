@@ -85,8 +85,8 @@ def _road(lm: LM) -> Road:
 
 
 def _tried(lm: LM, tolerance: float) -> Road:
-    start = _ordinary(lm, 21).tolist()
-    rows = [start[:12] + start[12:end] for end in (15, 18, 21)]
+    ids = _ordinary(lm, 30).tolist()
+    rows = [ids[:12] + own for own in (ids[12:15], ids[15:21], ids[21:30])]
     try:
         expected = [_own(lm, row) for row in rows]
     except Exception as error:  # whatever a model's code raises

@@ -177,8 +177,7 @@ def say(
     """
     if lm.road == "plain":
         return [_say_alone(lm, row, place, limit, choose, stop) for place, row in enumerate(rows)]
-    padded, mask, shared = lm.padded(rows)
-    shared = shared if lm.road != "padded" else 0
+    padded, mask, shared = lm.padded(rows, sharing=lm.road != "padded")
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
     takes_positions = "position_ids" in signature(type(backbone).forward).parameters
     cache: Any = roomy_cache(lm)

@@ -402,9 +402,11 @@ class LM:
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
         return answers
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
+    def padded(
+        self, rows: Sequence[Sequence[int]], sharing: bool = True
+    ) -> tuple[Tensor, Tensor, int]:
         """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
-        shared = shared_prefix(rows) if self.shares_prefix else 0
+        shared = shared_prefix(rows) if sharing and self.shares_prefix else 0
         longest = max(len(row) for row in rows)
         padded = torch.full((len(rows), longest), self.pad_id)
         mask = torch.zeros_like(padded)
