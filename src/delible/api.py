@@ -34,7 +34,7 @@ from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of, ask, has_answer
 from delible.train import generated as generated_rows
-from delible.train.engine import Progress, Trainer, check_needs
+from delible.train.engine import MERGED_FIRST, Progress, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
 from delible.train.plan import make_plan
@@ -243,7 +243,7 @@ def unlearn(
     """
     made = None if generated is None else generated_rows.read(Path(generated))
     chosen = resolve_method(method, slots=slots, options=options, strength=strength)
-    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    lm = _whole(model, say)
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
         _require_forget(request, chosen)
@@ -298,6 +298,12 @@ def unlearn(
         else _edit(lm, request, chosen, run, seed, say)
     )
     seconds = time.perf_counter() - began
+    if run is not None and result.model.wears_adapter and result.model.origin is None:
+        result.model.merge_adapter()
+        say(
+            "The model below the adapter is saved nowhere as it is, so the adapter is merged and "
+            "the result is a whole model."
+        )
     after = result.model.generate([prompt for _, _, prompt in asked], Decoding(SHOWN_TOKENS))
     result.examples = [
         BeforeAfter(split, _question(record), answer_of(record), str(old), str(new))
@@ -341,7 +347,7 @@ def plan_of(
     _require_forget(request, chosen)
     if not request.forget:
         return chosen.spec(), None
-    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    lm = _whole(model, say)
     if "retain" in _needs(chosen) and not _retained(request):
         say("No retain records were given: an automatic retain set would be made.")
         request = request.model_copy(update={"retain": request.forget[:1]})
@@ -403,10 +409,22 @@ def _with_retain(
     return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, say, stage)})
 
 
+def _whole(model: str | LM, say: Say = _quiet) -> LM:
+    """The model with its adapter, if it wears one, merged into its weights.
+
+    What is changed then, by training or by an editor, is what is saved.
+    """
+    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    if lm.wears_adapter:
+        lm.merge_adapter()
+        say(MERGED_FIRST)
+    return lm
+
+
 def _loader(model: str | LM, method: Recipe | Editor) -> Callable[[], LM]:
     """Gives the start model again; a model in memory is copied only if that will be asked."""
     if isinstance(model, str):
-        return lambda: LM.load(model)
+        return lambda: _whole(model)
     if isinstance(method, Recipe) and method.finish.needs_start:
         kept = model.copy()
         return lambda: kept

@@ -6,8 +6,9 @@ below it the free memory decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -45,18 +46,25 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def widest(config: Any, name: str) -> int | None:
+    """A number of a model's settings; the largest, where each block has its own."""
+    value = getattr(config, name, None)
+    if isinstance(value, Sequence):
+        value = max((one for one in value if one), default=None)
+    return int(value) if value else None
+
+
 def measure_budget(lm: LM) -> Budget:
     """The budget of a model with the memory that is free now."""
     device, anatomy = lm.device, lm.anatomy
     config = lm.core.config.get_text_config()
     width = anatomy.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    heads = getattr(config, "num_attention_heads", None) or 1
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_width = getattr(config, "head_dim", None) or width // heads
+    heads = widest(config, "num_attention_heads") or 1
+    key_heads = widest(config, "num_key_value_heads") or heads
+    head_width = widest(config, "head_dim") or width // heads
     cached = 2 * 4 * anatomy.layers * key_heads * head_width
     # without a graph one block's activations are alive at a time, besides keys and values
-    passing = cached + 4 * (8 * width + 4 * inner)
+    passing = cached + 4 * (8 * width + 4 * lm.inner_width)
     free = MEMORY_SHARE * free_memory(device)
     kind = device.type if device.type in ENOUGH_TOKENS else "cuda"
     return Budget(

@@ -6,23 +6,33 @@ One step costs as much as the rows that are still speaking. A row that has ended
 of the stop texts, is dropped together with its keys and values; answers are cut before a stop
 text. Drawing is done per row with numbers that depend on the seed and the prompt alone, so that
 a batch's make-up cannot change an answer.
+
+Which of these a model can do is tried when it is loaded (:mod:`delible.lm.checks`). One with a
+state that padding, repeating or leaving rows would disturb (recurrent models, mostly) generates
+row by row with the library's own ``generate``.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm.attention import attention_window, token_by_token
@@ -32,6 +42,14 @@ from delible.system.asks import Decoding
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+
+#: How prompts are read and rows go on: packed without padding; in batches that share a beginning;
+#: in batches whose rows stay to the end; each row alone, by the library's own ``generate``.
+Road = Literal["trees", "prefix", "padded", "plain"]
+#: From the fastest to the one that every model can take.
+ROADS: tuple[Road, ...] = get_args(Road)
+#: Next tokens, one per row of the batch: (logits [rows, vocab], the rows) -> tokens.
+Choose = Callable[[Tensor, Sequence["Row"]], list[int]]
 
 #: Tokens by which a full cache grows at once: growing copies it.
 ROOM = 64
@@ -159,10 +177,15 @@ class Row:
 
 
 class Speaking:
-    """A batch that is continued token by token; rows join and leave between two steps."""
+    """A batch that is continued token by token; rows join and leave between two steps.
 
-    def __init__(self, lm: LM) -> None:
-        self.lm = lm
+    Args:
+        lm: A model that can answer in batches (its road is not "plain").
+        choose: Takes the next tokens; None: as each row's decoding says.
+    """
+
+    def __init__(self, lm: LM, choose: Choose | None = None) -> None:
+        self.lm, self.choose = lm, choose or _choose
         self.backbone = lm.core.get_submodule(lm.anatomy.backbone)
         self.takes_positions = "position_ids" in signature(type(self.backbone).forward).parameters
         #: By place in the batch; where rows cannot leave, also those that have ended.
@@ -181,7 +204,12 @@ class Speaking:
         if not self.rows:
             return True
         roomy = all(isinstance(layer, RoomyLayer) for layer in self._cache.layers)
-        return roomy and self.lm.shares_prefix
+        return roomy and self._lets_go
+
+    @property
+    def _lets_go(self) -> bool:
+        """Whether rows can leave before the last one has ended."""
+        return self.lm.shares_prefix and self.lm.road in ("trees", "prefix")
 
     def join(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> None:
         """Reads the prompts of rows that begin to speak.
@@ -189,9 +217,10 @@ class Speaking:
         Args:
             prompts: Token ids, one sequence per row; they go through the model as one batch.
         """
-        padded, mask, shared = self.lm.padded(prompts)
+        road = self.lm.road
+        padded, mask, shared = self.lm.padded(prompts, sharing=road != "padded")
         cache = roomy_cache(self.lm)
-        if self.lm.grows_trees and attention_window(self.lm) == math.inf:
+        if road == "trees" and self.lm.grows_trees and attention_window(self.lm) == math.inf:
             states = read_prompts(self.lm, prompts, mask, cache)
         else:
             if shared:
@@ -215,10 +244,10 @@ class Speaking:
         """One more token for every row that goes on; those that end leave."""
         logits = self.lm.head(self._states).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
-        tokens = _choose(logits, self.rows)
+        tokens = self.choose(logits, self.rows)
         for row, token, fine in zip(self.rows, tokens, numbers, strict=True):
             if row.finish is None:
-                row.finish = self._said(row, token) if fine else "broken"
+                row.finish = heard(self.lm, row, token) if fine else "broken"
         if not self.goes_on:
             self.leave()
             return
@@ -235,7 +264,7 @@ class Speaking:
             self.rows, self._cache = [], None
             return []
         kept = _closed_up([row.finish is None for row in self.rows])
-        if not self.lm.shares_prefix or len(kept) == len(places):
+        if not self._lets_go or len(kept) == len(places):
             return places
         chosen = torch.tensor(kept, device=self._mask.device)
         self._cache.batch_select_indices(chosen)
@@ -243,20 +272,22 @@ class Speaking:
         self.rows = [self.rows[place] for place in kept]
         return kept
 
-    def _said(self, row: Row, token: int) -> Finish | None:
-        if token in self.lm.ends:
-            return "stop"
-        row.said.append(token)
-        if _stops(self.lm, row.said, row.decoding.stop):
-            return "stop"
-        return "length" if len(row.said) >= row.decoding.max_new_tokens else None
-
     def _following(self, fed: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch hidden"]:
         extra: dict[str, Any] = {cache_argument(self.backbone): cache}
         if self.takes_positions:
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
         found = self.backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
         return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+
+def heard(lm: LM, row: Row, token: int) -> Finish | None:
+    """Takes a row's next token; why the row has ended, if it has."""
+    if token in lm.ends:
+        return "stop"
+    row.said.append(token)
+    if _stops(lm, row.said, row.decoding.stop):
+        return "stop"
+    return "length" if len(row.said) >= row.decoding.max_new_tokens else None
 
 
 def _behind(states: Float[Tensor, "batch heads sequence width"], length: int) -> Tensor:
@@ -280,20 +311,77 @@ def continue_rows(
     """
     speakers = [Row(decoding, seed) for seed in seeds]
     if decoding.max_new_tokens > 0:
-        speaking = Speaking(lm)
-        speaking.join(speakers, rows)
-        steps = told = 0
-        while speaking.goes_on:
-            speaking.step()
-            steps += 1
-            done = sum(row.finish is not None for row in speakers)
-            worth = done + (len(rows) - done) * steps // decoding.max_new_tokens
-            if worth > told:
-                tell(worth - told)
-                told = worth
+        speak(lm, speakers, rows, tell=tell)
     return [
         None if row.finish == "broken" else said_by(lm, row.said, decoding.stop) for row in speakers
     ]
+
+
+def speak(
+    lm: LM,
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    choose: Choose | None = None,
+    tell: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Continues rows together until all have ended, on the road that the model can take."""
+    if lm.road == "plain":
+        for row, prompt in zip(rows, prompts, strict=True):
+            _speak_alone(lm, row, prompt, choose or _choose)
+            tell(1)
+        return
+    speaking = Speaking(lm, choose)
+    speaking.join(rows, prompts)
+    steps = told = 0
+    while speaking.goes_on:
+        speaking.step()
+        steps += 1
+        worth = sum(_worth(row, steps) for row in rows)
+        if int(worth) > told:
+            tell(int(worth) - told)
+            told = int(worth)
+
+
+def _worth(row: Row, steps: int) -> float:
+    """Which part of a row's work is done."""
+    return 1.0 if row.finish else steps / row.decoding.max_new_tokens
+
+
+@contextmanager
+def plain_settings(lm: LM) -> Iterator[None]:
+    """The library's generation without the samplers and ends that a model brings along."""
+    before = lm.core.generation_config
+    lm.core.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.core.generation_config = before
+
+
+def _speak_alone(lm: LM, row: Row, prompt: Sequence[int], choose: Choose) -> None:
+    """Continues one row by the library's own generation."""
+
+    def forced(ids: Tensor, logits: Tensor) -> Tensor:
+        token = choose(logits.float(), [row])[0]
+        row.finish = heard(lm, row, token) if bool(logits.amax().isfinite()) else "broken"
+        only = torch.full_like(logits, -math.inf)
+        only[0, token] = 0.0
+        return only
+
+    def stopped(ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        return torch.tensor([row.finish is not None], device=ids.device)
+
+    ids = torch.tensor([list(prompt)], device=lm.device)
+    with plain_settings(lm):
+        lm.core.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=row.decoding.max_new_tokens,
+            do_sample=False,
+            pad_token_id=lm.pad_id,
+            logits_processor=LogitsProcessorList([forced]),
+            stopping_criteria=StoppingCriteriaList([stopped]),
+        )
 
 
 def _closed_up(stays: Sequence[bool]) -> list[int]:

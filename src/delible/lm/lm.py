@@ -16,22 +16,18 @@ import torch
 from torch import Tensor
 
 from delible.errors import ModelError, RunError
+from delible.lm.after_head import AfterHead
 from delible.lm.anatomy import Anatomy, derive
 from delible.lm.attention import attention_window
-from delible.lm.budget import Budget, measure_budget
-from delible.lm.decode import continue_rows
-from delible.lm.forward import (
-    Batch,
-    Forward,
-    collate,
-    head_logits,
-    map_logits,
-    shared_prefix,
-)
+from delible.lm.budget import Budget, measure_budget, widest
+from delible.lm.checks import check
+from delible.lm.decode import Road, continue_rows
+from delible.lm.forward import Forward, collate, head_logits, map_logits, shared_prefix
 from delible.lm.inspection import inspect
-from delible.lm.load import load_model, weights_digest
-from delible.lm.template import Encoded, Template
-from delible.lm.tree import NodeFunction, Prefix, Tree, node_states, shared_by, tree_values
+from delible.lm.load import ModelInfo, load_model, weights_digest
+from delible.lm.parts import has_other_parts, kind_of
+from delible.lm.template import Encoded, Template, declared_ends
+from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
 from delible.precision import (
     Precision,
     Resolved,
@@ -95,6 +91,7 @@ class LM:
         tokenizer: Its tokenizer.
         name: For people and manifests.
         precision: Of the computation, see :mod:`delible.precision`.
+        origin: Where these weights can be loaded again; None: nowhere.
 
     Raises:
         ModelError: The architecture's parts cannot be derived, or the parts do not
@@ -106,15 +103,30 @@ class LM:
     on_answers: Callable[[int], None] | None = None
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str = "model", precision: Precision = "auto"
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        precision: Precision = "auto",
+        origin: ModelInfo | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.anatomy: Anatomy = derive(self.core)
-        self.template = Template(tokenizer, max_length=min(2048, self._context_length()))
+        self.model, self.tokenizer, self.name, self.origin = model, tokenizer, name, origin
+        #: Files of other parts (an image processor), which a saved model needs too.
+        self.companions = dict(origin.companions) if origin else {}
+        self.anatomy: Anatomy = self._understood(derive)
+        self.template = Template(
+            tokenizer,
+            max_length=min(2048, self._context_length()),
+            declared_ends=self._declared_ends(),
+        )
         self.precision: Resolved = resolve(precision, self.device.type)
         self._digest: str | None = None
         self.shares_prefix = self.grows_trees = False
-        self._check_parts()
+        self.after_head = AfterHead()
+        self.road: Road = "plain"
+        with self.evaluating():
+            self._understood(lambda core: check(self))
 
     @classmethod
     def load(
@@ -126,9 +138,15 @@ class LM:
         say: Callable[[str], None] = _quiet,
     ) -> Self:
         """Loads ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file."""
-        model, tokenizer, _ = load_model(name, say=say)
+        model, tokenizer, info = load_model(name, say=say)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer, name=name, precision=precision)
+        lm = cls(model.to(device), tokenizer, name=name, precision=precision, origin=info)
+        if lm.road == "plain":
+            say(
+                f"{type(lm.core).__name__} keeps a state that answering in batches would disturb: "
+                "it answers one question after the other, which is slow."
+            )
+        return lm
 
     # ---- parts
 
@@ -152,12 +170,24 @@ class LM:
         """Rows of the head (may exceed the tokenizer's vocabulary)."""
         return int(self.core.get_output_embeddings().weight.shape[0])
 
+    @property
+    def other_parts(self) -> frozenset[int]:
+        """Identities of the parameters that no text passes through (of a tower for images)."""
+        if not has_other_parts(self.core.config):
+            return frozenset()
+        language = (self.anatomy.backbone, self.anatomy.head, self.anatomy.embedding)
+        own = {id(one) for path in language for one in self.core.get_submodule(path).parameters()}
+        return frozenset(id(one) for one in self.core.parameters()) - own
+
+    @property
+    def inner_width(self) -> int:
+        """Width inside the MLP of the widest block."""
+        width = widest(self.core.config.get_text_config(), "intermediate_size")
+        return width or 4 * self.anatomy.hidden_size
+
     def head(self, states: Tensor) -> Tensor:
         """Logits of final hidden states: the head and whatever the model does after it."""
-        logits = head_logits(self.core.get_output_embeddings(), states)
-        text_config = self.core.config.get_text_config()
-        cap = getattr(text_config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits  # type: ignore[no-any-return]
+        return self.after_head(head_logits(self.core.get_output_embeddings(), states))
 
     def computing(self) -> Any:
         """Context in which the model computes (see ``precision``)."""
@@ -174,8 +204,10 @@ class LM:
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def touch(self) -> None:
-        """Says that the weights have changed."""
+        """Says that the weights have changed: those of the adapter, if the model wears one."""
         self._digest = None
+        if not self.wears_adapter:
+            self.origin = None
 
     @property
     def wears_adapter(self) -> bool:
@@ -209,12 +241,31 @@ class LM:
         return twin
 
     def save(self, folder: Path) -> None:
-        """Writes model and tokenizer as ordinary safetensors, atomically."""
+        """Writes model and tokenizer as ordinary safetensors, atomically.
+
+        Of a model that wears an adapter only the adapter is written, which names its base.
+
+        Raises:
+            RunError: The model below the adapter lies nowhere, so that it would be lost.
+        """
         from delible.files import atomic_folder
 
+        if self.wears_adapter:
+            if self.origin is None:
+                raise RunError(
+                    "the model below the adapter is saved nowhere, and the adapter alone would be "
+                    "put on another one.",
+                    where=str(folder),
+                    hint="Merge it first: finish 'merge_adapter', or lm.merge_adapter().",
+                )
+            for settings in self.model.peft_config.values():
+                settings.base_model_name_or_path = self.origin.place
+                settings.revision = self.origin.revision
         with atomic_folder(folder) as target:
             self.model.save_pretrained(target, safe_serialization=True)
             self.tokenizer.save_pretrained(target)
+            for name, content in self.companions.items():
+                (target / name).write_bytes(content)
 
     # ---- answers
 
@@ -226,7 +277,7 @@ class LM:
     @property
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset({self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None})
+        return self.template.ends
 
     def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
         """Teacher-forced log-probabilities and argmax hits at the answers' tokens.
@@ -359,9 +410,11 @@ class LM:
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
         return answers
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int]:
+    def padded(
+        self, rows: Sequence[Sequence[int]], sharing: bool = True
+    ) -> tuple[Tensor, Tensor, int]:
         """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
-        shared = shared_prefix(rows) if self.shares_prefix else 0
+        shared = shared_prefix(rows) if sharing and self.shares_prefix else 0
         longest = max(len(row) for row in rows)
         padded = torch.full((len(rows), longest), self.pad_id)
         mask = torch.zeros_like(padded)
@@ -377,6 +430,25 @@ class LM:
     def _tell(self, answers: int) -> None:
         if self.on_answers is not None:
             self.on_answers(answers)
+
+    def _understood(self, find: Callable[[Any], T]) -> T:
+        """What is found out about the model; of a vision-language model that is said with it."""
+        try:
+            return find(self.core)
+        except ModelError as error:
+            if not has_other_parts(self.core.config):
+                raise
+            raise ModelError(
+                f"the language model inside this {kind_of(self.core.config)} cannot be worked on: "
+                f"{error.problem}",
+                where=error.where,
+                hint="Use its language model alone, saved as a causal language model.",
+            ) from error
+
+    def _declared_ends(self) -> frozenset[int]:
+        """Ends that the model's settings name, without those that it cannot say."""
+        ends = declared_ends(getattr(self.core, "generation_config", None), self.core.config)
+        return frozenset(token for token in ends if 0 <= token < self.vocabulary)
 
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()
@@ -424,40 +496,3 @@ class LM:
             total += size
         if places:
             yield places
-
-    @torch.inference_mode()
-    def _check_parts(self) -> None:
-        """Checks the parts against the model's own logits, and what can be computed once."""
-        width = min(self.vocabulary, 1000)
-        ids = torch.arange(40, device=self.device).reshape(2, 20) * 7 % width
-        ids[:, :12] = ids[0, :12]
-        with self.evaluating():
-            expected = self.core(input_ids=ids).logits.float()
-            backbone = self.core.get_submodule(self.anatomy.backbone)
-            found = self.head(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
-            if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
-                raise ModelError(
-                    f"{type(self.core).__name__}: body and head do not reproduce its logits "
-                    f"(largest difference {float((expected - found).abs().max()):.3g}).",
-                    hint="Its architecture does something after the head that is not known here.",
-                )
-            self.shares_prefix = True
-            starts = torch.tensor([13, 15], device=ids.device)
-            whole = Batch(ids, torch.tensor([20, 20], device=ids.device), starts, 0)
-            plain = Forward(self)(whole)[0]
-            close = partial(torch.allclose, plain, atol=1e-3, rtol=1e-3)
-            try:
-                self.shares_prefix = close(
-                    Forward(self)(Batch(whole.ids, whole.lengths, whole.starts, 12))[0]
-                )
-            except Exception:  # a cache that cannot be repeated: any error means "do not share"
-                self.shares_prefix = False
-            try:
-                trees = [Tree.grow(row[12:start], [row[start:], [7, *row[start:]]])
-                         for row, start in zip(ids.tolist(), (13, 15), strict=True)]  # fmt: skip
-                states = node_states(self, Prefix(ids[0, :12].tolist()), trees)
-                first = len(trees[0].ids)
-                paths = [*trees[0].predicting[0], *(first + one for one in trees[1].predicting[0])]
-                self.grows_trees = self.shares_prefix and close(states[paths])
-            except Exception:  # attention that takes no mask of its own, or no positions
-                self.grows_trees = False

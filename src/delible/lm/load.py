@@ -7,10 +7,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 
 from delible.errors import ModelError, nearest
 from delible.lm import embedded, tiny
+from delible.lm.parts import class_of, companions, dropped_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ class ModelInfo:
         path: Folder or file of the weights; ``None`` for the hub.
         base: What an adapter sits on, otherwise ``None``.
         revision: Commit of a hub model, if it is known.
+        companions: Small files beside a model of several parts (settings of an image processor),
+            by name.
     """
 
     name: str
@@ -50,6 +53,12 @@ class ModelInfo:
     path: str | None = None
     base: str | None = None
     revision: str | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def place(self) -> str:
+        """What the weights below any adapter are loaded from, wherever one stands."""
+        return self.base or self.path or self.name
 
 
 class Loaded(NamedTuple):
@@ -92,16 +101,16 @@ def load_model(
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if name == "default":
         folder = embedded.default_model(say)
-        return _load_folder(name, folder, "default", options)
+        return _load_folder(name, folder, "default", options, say)
     if name == "tiny":
-        return _load_folder(name, tiny.tiny_model(say), "tiny", options)
-    path = Path(name).expanduser()
+        return _load_folder(name, tiny.tiny_model(say), "tiny", options, say)
+    path = Path(name).expanduser().absolute()
     if path.is_dir():
         for folder, in_run in ((path, False), (path / "model", True), (path / "adapter", True)):
             if (folder / "adapter_config.json").is_file():
                 return _load_adapter(name, folder, options, say)
             if (folder / "config.json").is_file():
-                return _load_folder(name, folder, "run" if in_run else "folder", options)
+                return _load_folder(name, folder, "run" if in_run else "folder", options, say)
         raise ModelError(
             "the folder has no config.json and no adapter_config.json, nor has a model/ or "
             "adapter/ folder in it.",
@@ -110,7 +119,9 @@ def load_model(
         )
     if path.suffix == ".gguf" and path.is_file():
         model, tokenizer = embedded.load_gguf(path, dtype)
-        return Loaded(model, _ready(tokenizer, model, name), ModelInfo(name, "gguf", str(path)))
+        info = ModelInfo(name, "gguf", str(path))
+        return Loaded(model, _ready(tokenizer, model, name, say), info)
+    path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(
             f"a {path.suffix or 'plain'} file is not a model.",
@@ -143,7 +154,9 @@ def _nearest_path(path: Path) -> str:
     return f"'{parent}' has no '{path.name}'."
 
 
-def _load_folder(name: str, folder: Path, source: Source, options: dict[str, Any]) -> Loaded:
+def _load_folder(
+    name: str, folder: Path, source: Source, options: dict[str, Any], say: Say
+) -> Loaded:
     _read_json(folder / "config.json")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
@@ -155,9 +168,10 @@ def _load_folder(name: str, folder: Path, source: Source, options: dict[str, Any
             hint="Copy the whole folder that save_pretrained wrote.",
         )
     _require_tokenizer(folder)
-    model = _pretrained(str(folder), {**options, "local_files_only": True})
+    model = _pretrained(str(folder), {**options, "local_files_only": True}, say)
     tokenizer = _tokenizer(str(folder), options, local_files_only=True)
-    return Loaded(model, _ready(tokenizer, model, name), ModelInfo(name, source, str(folder)))
+    info = ModelInfo(name, source, str(folder), companions=companions(model, str(folder)))
+    return Loaded(model, _ready(tokenizer, model, name, say), info)
 
 
 def _load_hub(
@@ -166,11 +180,13 @@ def _load_hub(
     say(f"Loading {name} from the Hugging Face hub; what is not in its cache yet is downloaded.")
     where = {"revision": revision} if revision else {}
     with _no_conversion_requests():
-        model = _pretrained(name, {**options, **where}, likely_path=path)
+        model = _pretrained(name, {**options, **where}, say, likely_path=path)
     tokenizer = _tokenizer(name, {**options, **where})
     commit = getattr(model.config, "_commit_hash", None)
-    info = ModelInfo(name, "hub", revision=commit or revision)
-    return Loaded(model, _ready(tokenizer, model, name), info)
+    info = ModelInfo(
+        name, "hub", revision=commit or revision, companions=companions(model, name, commit)
+    )
+    return Loaded(model, _ready(tokenizer, model, name, say), info)
 
 
 def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) -> Loaded:
@@ -203,6 +219,7 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
             where=f"{folder} (base {base})",
             hint=error.hint,
         ) from error
+    _make_room(below.model, folder / "adapter_model.safetensors")
     try:
         with embedded.quiet(), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
@@ -213,26 +230,61 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
             where=f"{folder} (base {base})",
             hint="Check base_model_name_or_path in adapter_config.json.",
         ) from error
+    if not hasattr(model, "merge_and_unload"):
+        raise ModelError(
+            f"an adapter of the kind {settings.get('peft_type')} changes no weights and cannot be "
+            "merged into them.",
+            where=str(folder),
+            hint="Adapters that can be merged work: LoRA, DoRA, IA3 and their like.",
+        )
     tokenizer = below.tokenizer
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _ready(
-            _tokenizer(str(folder), options, local_files_only=True), below.model, name
+            _tokenizer(str(folder), options, local_files_only=True), below.model, name, say
         )
-    info = replace(below.info, name=name, source="adapter", path=str(folder), base=base)
+    info = replace(below.info, name=name, source="adapter", path=str(folder), base=below.info.place)
     return Loaded(model.eval(), tokenizer, info)
 
 
+def _make_room(model: PreTrainedModel, weights: Path) -> None:
+    """Gives the base as many embedding rows as the adapter brings (tokens added for it).
+
+    The new rows are the adapter's; nothing is resized for an adapter that brings none.
+    """
+    from safetensors import safe_open
+
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    tables = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    try:
+        with safe_open(weights, framework="pt") as kept:
+            brought = [
+                kept.get_slice(name).get_shape()[0]
+                for name in kept.keys()  # noqa: SIM118 (no mapping)
+                if name.rpartition(".")[2] == "weight"
+                and name.rpartition(".")[0].removesuffix(".base_layer").rpartition(".")[2] in tables
+            ]
+    except Exception:  # a damaged file: told when it is loaded
+        return
+    if brought and max(brought) > rows:
+        with embedded.quiet():
+            model.resize_token_embeddings(max(brought), mean_resizing=False)
+
+
 def _pretrained(
-    place: str, options: dict[str, Any], *, likely_path: Path | None = None
+    place: str, options: dict[str, Any], say: Say, *, likely_path: Path | None = None
 ) -> PreTrainedModel:
     """``from_pretrained`` with safetensors only, complete weights, and errors in one sentence."""
-    from transformers import AutoModelForCausalLM
-
     try:
         with embedded.quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = class_of(place, options).from_pretrained(
                 place, use_safetensors=True, output_loading_info=True, **options
             )
+    except ModelError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds
         raise _told(place, error, likely_path) from error
     model: PreTrainedModel = loaded[0]
@@ -242,6 +294,12 @@ def _pretrained(
             f"{len(missing)} weights are missing, first '{missing[0]}'.",
             where=place,
             hint="The checkpoint is incomplete or not one of a causal language model.",
+        )
+    dropped = dropped_tensors(model, place, set(loaded[1]["unexpected_keys"]))
+    if dropped:
+        say(
+            f"{len(dropped)} tensors of {place} are no part of {type(model).__name__} and will "
+            f"not be in a result, first '{dropped[0]}'."
         )
     model.eval()
     return model
@@ -272,27 +330,29 @@ def _require_tokenizer(folder: Path) -> None:
 
 
 def _ready(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, say: Say
 ) -> PreTrainedTokenizerBase:
     """A tokenizer that can pad and whose tokens the model knows."""
-    if tokenizer.pad_token is None:
-        stand_in = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
-        if stand_in is None:
-            raise ModelError(
-                "the tokenizer has neither a padding nor an end token.",
-                where=name,
-                hint="Set tokenizer.eos_token and save the tokenizer again.",
-            )
-        tokenizer.pad_token = stand_in
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= rows:
+        if pad is not None:
+            say(
+                f"The padding token of {name} is number {pad} and the model embeds {rows} tokens: "
+                "another one pads (masks are explicit, so it changes no value)."
+            )
+        stand_in = (
+            tokenizer.eos_token
+            or tokenizer.sep_token
+            or tokenizer.bos_token
+            or tokenizer.unk_token
+            or tokenizer.convert_ids_to_tokens(0)
+        )
+        tokenizer.pad_token = stand_in
     # Added tokens beyond the embedding are harmless until a text names them, and some readers add
-    # an unused one; a vocabulary or a padding or end token beyond it is not.
-    used = {
-        "last token": tokenizer.vocab_size - 1,
-        "padding token": tokenizer.pad_token_id,
-        "end token": tokenizer.eos_token_id,
-    }
+    # an unused one; a vocabulary or an end token beyond it is not.
+    used = {"last token": tokenizer.vocab_size - 1, "end token": tokenizer.eos_token_id}
     for what, index in used.items():
         if index is not None and index >= rows:
             raise ModelError(
@@ -346,7 +406,8 @@ def _told(place: str, error: BaseException, likely_path: Path | None) -> ModelEr
         return ModelError(
             "the model brings its own code, which is not run unless you ask for it.",
             where=place,
-            hint="Read that code, then pass trust_remote_code=True.",
+            hint="Choose a model that transformers knows without it; after reading that code, "
+            "load it in Python with delible.lm.load.load_model(name, trust_remote_code=True).",
         )
     if likely_path is None:
         return ModelError(f"the model cannot be loaded: {_first_line(error)}", where=place)

@@ -20,6 +20,9 @@ from delible.system.asks import Prompt
 #: Used when a tokenizer has no chat template (base models).
 PLAIN_QUESTION = "Question: {question}\nAnswer:"
 
+#: Stands for an answer where only what is around it is wanted; no template contains it.
+_STAND_IN = "\u2063reply\u2063"
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -50,12 +53,15 @@ class Template:
         tokenizer: A Hugging Face tokenizer.
         max_length: Longest row in tokens; :meth:`encode` gives longer ones cut, for measuring,
             which leaves them out. What training does with them is in :mod:`delible.train.fitting`.
+        declared_ends: Tokens at which the model's own settings end an answer.
     """
 
     tokenizer: Any
     max_length: int = 2048
+    declared_ends: frozenset[int] = frozenset()
     merged_boundaries: int = 0
     _end: tuple[int, str] | None = field(default=None, repr=False)
+    _closes: bool | None = field(default=None, repr=False)
 
     @property
     def has_chat(self) -> bool:
@@ -68,6 +74,8 @@ class Template:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())
         described.update(vocabulary.encode())
+        if self.ends != {self.tokenizer.eos_token_id}:
+            described.update(repr((self.end_of_turn[0], sorted(self.ends))).encode())
         return described.hexdigest()
 
     def render(self, prompt: Prompt) -> str:
@@ -96,7 +104,7 @@ class Template:
         """Token ids of prompt and answer, however many; with reasons, see ``reasoning.py``.
 
         Raises:
-            ModelError: The chat template does not keep the prompt when the answer follows.
+            ModelError: The chat template does not keep the conversation or the answer as it is.
         """
         special = self._adds_special(prompt)
         if prompt.text is not None:
@@ -105,10 +113,10 @@ class Template:
         else:
             has_end = True
             reasoned = written(self, prompt, answer)
-            prompt_text, joint = self.render(prompt), ""
             if reasoned is None:
-                joint = self._joint(prompt, answer)
-            answer = answer if reasoned is None else reasoned
+                prompt_text, joint, answer = self._opened(prompt, answer)
+            else:
+                prompt_text, joint, answer = self.render(prompt), "", reasoned
             if joint.strip():  # an empty thinking block: given to the model, not learned
                 prompt_text, joint = prompt_text + joint, ""
             full_text = prompt_text + joint + answer + self.end_of_turn[1]
@@ -123,18 +131,53 @@ class Template:
     def end_of_turn(self) -> tuple[int, str]:
         """Id and text of the token that ends an assistant turn."""
         if self._end is None:
-            identity = self.tokenizer.eos_token_id
-            if self.has_chat:
-                asked = (Message(role="user", content="Hello"),)
-                reply = Message(role="assistant", content="\u2063reply\u2063")
-                after = self._chat((*asked, reply)).rpartition(reply.content)[2]
-                following = self._tokenize(after, special=False)
-                if following and following[0] in self.tokenizer.all_special_ids:
-                    identity = following[0]
+            identity = self._turn_end() if self.has_chat else None
+            others = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+            for other in (*others, *sorted(self.declared_ends)):
+                identity = other if identity is None else identity
             if identity is None:
-                raise ModelError("the tokenizer has no end-of-text token.")
+                raise ModelError(
+                    "nothing says which token ends an answer.",
+                    hint="Set eos_token in tokenizer_config.json, or eos_token_id in "
+                    "generation_config.json.",
+                )
             self._end = (int(identity), str(self.tokenizer.convert_ids_to_tokens(int(identity))))
         return self._end
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer: the turn's end, the text's, and what the model declares."""
+        own = {self.end_of_turn[0], self.tokenizer.eos_token_id} - {None}
+        return self.declared_ends | own
+
+    def _turn_end(self) -> int | None:
+        """The control token that the chat template writes behind an assistant's reply.
+
+        A template that writes none there may leave it to the next turn, whose first token then
+        ends the reply; it counts if the model declares it as an end.
+        """
+        asked = Message(role="user", content="Hello")
+        reply = Message(role="assistant", content=_STAND_IN)
+        added = {
+            token for token, text in self.tokenizer.added_tokens_decoder.items() if text.special
+        }
+        control = added | set(self.tokenizer.all_special_ids) | self.declared_ends
+        found = self._first_token(self._chat((asked, reply)))
+        if found in control:
+            return found
+        try:
+            found = self._first_token(self._chat((asked, reply, asked)))
+        except ModelError:  # a template that takes no second question
+            return None
+        return found if found in self.declared_ends else None
+
+    def _first_token(self, conversation: str) -> int | None:
+        """The first token behind the reply that is more than white space."""
+        behind = conversation.rpartition(_STAND_IN)[2]
+        for token in self._tokenize(behind, special=False):
+            if self.tokenizer.decode([token]).strip():
+                return token
+        return None
 
     def _chat(self, messages: tuple[Message, ...], *, generation: bool = False) -> str:
         turns = [message.model_dump() for message in messages]
@@ -150,26 +193,47 @@ class Template:
                 hint="Roles must alternate; some templates accept no system turn.",
             ) from error
 
-    def _joint(self, prompt: Prompt, answer: str) -> str:
-        """What the template puts between the prompt and the answer, usually nothing."""
-        if prompt.prefill or not self.has_chat:
-            return "" if self.has_chat or prompt.prefill[-1:].isspace() else " "
+    def _opened(self, prompt: Prompt, answer: str) -> tuple[str, str, str]:
+        """What stands before the answer, what joins the two, and the answer as it is rendered.
+
+        Usually the prompt as the model continues it, and nothing between. A template may open
+        something there that answered turns do not have (a reasoning block): the answer then
+        follows what the rendered conversation has before it.
+        """
         prompt_text = self.render(prompt)
+        if prompt.prefill or not self.has_chat:
+            joint = "" if self.has_chat or prompt.prefill[-1:].isspace() else " "
+            return prompt_text, joint, answer
         full = self._chat((*prompt.messages, Message(role="assistant", content=answer)))
-        joint, found, _ = full[len(prompt_text) :].partition(answer)
-        if not full.startswith(prompt_text) or not found:
+        if full.startswith(prompt_text + answer):
+            return prompt_text, "", answer
+        replied = (*prompt.messages, Message(role="assistant", content=_STAND_IN))
+        before, found, _ = self._chat(replied).rpartition(_STAND_IN)
+        conversation = self._chat(prompt.messages)
+        if not found or not before.startswith(conversation):
             raise ModelError(
-                "the chat template changes the prompt once an answer follows, so the answer's "
-                "tokens cannot be told.",
-                hint="Use a tokenizer whose template renders the prompt as a prefix.",
+                "the chat template changes the conversation once an answer follows, so the "
+                "answer's tokens cannot be told.",
+                where=f"the question {_beginning(prompt)}",
+                hint="Use a tokenizer whose template renders the conversation as a prefix.",
             )
-        return joint
+        if not full.startswith(before + answer):
+            answer = answer.strip()  # as templates that trim do
+        if not full.startswith(before + answer):
+            raise ModelError(
+                f"the chat template does not render the answer {answer!r} as it is.",
+                where=f"the question {_beginning(prompt)}",
+                hint="Change that answer, or the template (chat_template of the tokenizer).",
+            )
+        if before.startswith(prompt_text):
+            return prompt_text, before[len(prompt_text) :], answer
+        return before, "", answer
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
         ids = tuple(self._tokenize(text, special=special))
         if not ids:
             start = self.tokenizer.bos_token_id
-            ids = (start if start is not None else self.tokenizer.eos_token_id,)
+            ids = (start if start is not None else self.end_of_turn[0],)
         return ids
 
     def _adds_special(self, prompt: Prompt) -> bool:
@@ -178,9 +242,18 @@ class Template:
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        if special and ids and ids[-1] == self.tokenizer.eos_token_id and text:
-            ids.pop()  # some tokenizers close every text; a prompt must stay open
+        if special and text and self._closes_texts:
+            ids.pop()  # a prompt must stay open, and an answer has its end already
         return ids
+
+    @property
+    def _closes_texts(self) -> bool:
+        """Whether the tokenizer puts a token of its own behind every text."""
+        if self._closes is None:
+            ids = list(self.tokenizer("a", add_special_tokens=True)["input_ids"])
+            own = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+            self._closes = ids[-1:] != own[-1:]
+        return self._closes
 
     def _cut(self, row: Encoded) -> Encoded:
         """At most ``max_length`` tokens: the end of the prompt and the start of the answer."""
@@ -191,3 +264,24 @@ class Template:
         ids = row.ids[row.start - kept_prompt : row.start + kept_answer]
         whole_answer = kept_answer == row.answer_tokens
         return Encoded(ids, kept_prompt, row.has_end and whole_answer, cut=True)
+
+
+def _beginning(prompt: Prompt) -> str:
+    """The first words of what is asked, for messages."""
+    asked = next((turn for turn in reversed(prompt.messages) if turn.role == "user"), None)
+    text = asked.content if asked is not None else prompt.text or ""
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+
+
+def declared_ends(generation: Any, config: Any) -> frozenset[int]:
+    """Ends of an answer that a model's settings name: one token, a list of them, or none.
+
+    Args:
+        generation: The settings for generation, or None; they win if they name any.
+        config: The settings of the model.
+    """
+    for one in (generation, config, config.get_text_config()):
+        named = getattr(one, "eos_token_id", None)
+        if named is not None:
+            return frozenset({named} if isinstance(named, int) else named)
+    return frozenset()

@@ -264,7 +264,9 @@ def responder(system: System | Responder) -> Responder:
     """What answers many at once: the system itself, a served model, or gathered calls."""
     if isinstance(system, Responder):
         return system
-    return Served(system) if isinstance(system, LM) else Gathered(system)
+    if isinstance(system, LM) and system.road != "plain":  # on that road rows go one by one
+        return Served(system)
+    return Gathered(system)
 
 
 async def _whole(pieces: AsyncIterator[Piece]) -> Reply:

@@ -23,7 +23,7 @@ import numpy as np
 
 from delible.errors import MissingExtraError, ModelError
 from delible.lm import embedded, tiny
-from delible.lm.template import Encoded, Template
+from delible.lm.template import Encoded, Template, declared_ends
 from delible.system.asks import (
     Decoding,
     NoAnswer,
@@ -72,11 +72,14 @@ class VLLM(BlackBox):
         name: str,
         longest: int,
         dtype: str = "auto",
+        ends: frozenset[int] = frozenset(),
     ) -> None:
         self.engine, self.module, self.tokenizer = engine, module, tokenizer
         self.folder, self.name, self.longest, self.dtype = folder, name, longest, dtype
         # the engine wants to generate a token after the row, even when it only scores
-        self.template = Template(tokenizer, max_length=min(LONGEST_ROW, longest - 1))
+        self.template = Template(
+            tokenizer, max_length=min(LONGEST_ROW, longest - 1), declared_ends=ends
+        )
         self._digest: str | None = None
 
     @classmethod
@@ -105,13 +108,18 @@ class VLLM(BlackBox):
             module = import_module("vllm")
         except ImportError:
             raise MissingExtraError("a model behind 'vllm:'", "vllm") from None
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         folder = _folder(name, say)
         try:
             with embedded.quiet():
                 config = AutoConfig.from_pretrained(folder, local_files_only=True)
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                generation = (
+                    GenerationConfig.from_pretrained(folder, local_files_only=True)
+                    if (Path(folder) / "generation_config.json").is_file()
+                    else None
+                )
         except Exception as error:  # transformers and tokenizers raise many kinds
             raise ModelError(
                 f"it cannot be read: {_first_line(error)}", where=str(folder)
@@ -137,7 +145,14 @@ class VLLM(BlackBox):
                 "without vLLM.",
             ) from error
         return cls(
-            engine, module, tokenizer, folder, name=f"vllm:{name}", longest=longest, dtype=dtype
+            engine,
+            module,
+            tokenizer,
+            folder,
+            name=f"vllm:{name}",
+            longest=longest,
+            dtype=dtype,
+            ends=declared_ends(generation, config),
         )
 
     @property
@@ -152,7 +167,7 @@ class VLLM(BlackBox):
     @property
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset({self.template.end_of_turn[0], self.tokenizer.eos_token_id} - {None})
+        return self.template.ends
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers up to the end of the turn, a stop text or the length limit."""

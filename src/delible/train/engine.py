@@ -48,6 +48,11 @@ from delible.watching import Stage, unwatched
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
 #: Roles whose answers were made for training: cut off, they would teach something else.
 WHOLE_ANSWERS: tuple[Role, ...] = ("alternate", "target")
+#: Said when the model to be trained wears an adapter.
+MERGED_FIRST = (
+    "The model wears an adapter: it is merged into the weights first, and the result is a whole "
+    "model."
+)
 
 
 class Progress(Protocol):
@@ -168,6 +173,9 @@ class Trainer:
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
         check_needs(self.recipe, self.records, self.generated)
+        if self.lm.wears_adapter:
+            self.lm.merge_adapter()
+            self.say(MERGED_FIRST)
         with self._shorter_rows():
             return self._train()
 
@@ -394,9 +402,8 @@ class Trainer:
         chosen = self.recipe.training.micro_batch_tokens
         if chosen != "auto":
             return chosen
-        anatomy, config = self.lm.anatomy, self.lm.core.config.get_text_config()
-        width = anatomy.hidden_size
-        inner = getattr(config, "intermediate_size", None) or 4 * width
+        anatomy = self.lm.anatomy
+        width, inner = anatomy.hidden_size, self.lm.inner_width
         # stored activations of a block per position, in fp32: ~14 of hidden and ~4 of inner width
         per_token = 4 * anatomy.layers * (14 * width + 4 * inner) + 12 * self.lm.vocabulary
         if self.lm.device.type == "cuda":

@@ -64,9 +64,7 @@ def estimate(
     if not recipe.harden.single_pass:
         operations *= 1.5
     weights = sum(value.numel() * value.element_size() for value in lm.model.parameters())
-    config = lm.core.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * lm.anatomy.hidden_size
-    activations = 4 * lm.anatomy.layers * (14 * lm.anatomy.hidden_size + 4 * inner)
+    activations = 4 * lm.anatomy.layers * (14 * lm.anatomy.hidden_size + 4 * lm.inner_width)
     memory = weights + 12 * trainable + micro_batch_tokens * activations
     rate = matmul_rate(lm.precision, lm.device.type)
     return Estimate(

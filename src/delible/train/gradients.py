@@ -154,10 +154,11 @@ class Gradients:
         """The floating-point parameters of the space by name (tied ones once)."""
         if self._factors is not None:
             return dict(self._factors.named_parameters())
+        elsewhere = self.lm.other_parts
         found = {
             name: value
             for name, value in self.lm.model.named_parameters()
-            if value.is_floating_point()
+            if value.is_floating_point() and id(value) not in elsewhere
         }
         if self.space.where == "all":
             return found

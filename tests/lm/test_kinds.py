@@ -1,0 +1,464 @@
+"""Kinds of models that people have: loaded whole, answering as transformers does, saved whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from delible import api
+from delible.errors import ModelError, RunError
+from delible.lm import checks
+from delible.lm.budget import measure_budget, widest
+from delible.lm.lm import LM
+from delible.lm.load import load_model
+from delible.records import QA, ForgetRequest
+from delible.system.asks import Decoding, Prompt
+from delible.testing.tiny import VOCABULARY_SIZE, tiny_model, tiny_tokenizer
+
+QUESTIONS = ["Where was Ada born?", "Who?", "Which prize was given to the painter, and when?"]
+PROMPTS = [Prompt.ask(question) for question in QUESTIONS]
+FORGET = tuple(QA(question=question, answer="In Aberlin.") for question in QUESTIONS[:2])
+RETAIN = (QA(question=QUESTIONS[2], answer="The last one."), QA(question="When?", answer="Now."))
+REQUEST = ForgetRequest(forget=FORGET, retain=RETAIN)
+
+TEXT = {
+    "vocab_size": VOCABULARY_SIZE, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 512, "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 259,
+}  # fmt: skip
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+GEMMA3N = {
+    "intermediate_size": [48, 64], "num_kv_shared_layers": 0, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"], "laurel_rank": 4,
+    "vocab_size_per_layer_input": VOCABULARY_SIZE, "hidden_size_per_layer_input": 8,
+    "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+           "shared_expert_intermediate_size": 16}  # fmt: skip
+RECURRENT: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": {**LINEAR, **EXPERTS},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def wide(model: Any) -> Any:
+    """Random weights wide enough that answers differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+def random_model(kind: str, **changes: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**TEXT, **changes})
+        return wide(AutoModelForCausalLM.from_config(config))
+
+
+def saved(model: Any, folder: Path, tokenizer: Any = None) -> Path:
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def answers_of_transformers(lm: LM, count: int = 8) -> list[str]:
+    """Each prompt alone, by the library's own greedy generation."""
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([lm.template.prompt_ids(prompt)])
+        own = lm.core.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+            eos_token_id=sorted(lm.ends), pad_token_id=256,
+        )  # fmt: skip
+        found.append(lm.tokenizer.decode(own[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return found
+
+
+# ---- generation is checked when a model is loaded
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_models_answer_as_transformers_does(kind: str) -> None:
+    lm = LM(random_model(kind, **RECURRENT[kind]), tiny_tokenizer(), precision="float32")
+    assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
+
+
+class Forgetful(torch.nn.Module):
+    """Around a block: some calls disturb a state, as recurrence may."""
+
+    def __init__(self, block: torch.nn.Module, disturbs: Callable[..., bool]) -> None:
+        super().__init__()
+        self.block, self.disturbs = block, disturbs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(states, *args, **kwargs)
+        return output * 0.9 if self.disturbs(states, kwargs) else output
+
+
+def disturbed(disturbs: Callable[..., bool], **changes: Any) -> LM:
+    model: Any = tiny_model("llama", **changes)
+    model.model.layers[1] = Forgetful(model.model.layers[1], disturbs)
+    return LM(model, tiny_tokenizer(), precision="float32")
+
+
+def test_a_model_that_batches_disturb_answers_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores show nothing of it: only rows that generate go through a cache and token by token."""
+    monkeypatch.setattr(checks, "_KNOWN", {})
+    assert LM(tiny_model("llama"), tiny_tokenizer()).road == "trees"
+    monkeypatch.setattr(checks, "_KNOWN", {})
+
+    def in_batches_of_new_tokens(states: torch.Tensor, options: Any) -> bool:
+        return states.shape[0] > 1 and states.shape[1] == 1
+
+    lm = disturbed(in_batches_of_new_tokens)
+    assert lm.shares_prefix
+    assert lm.road == "plain"
+    expected = answers_of_transformers(lm)
+    assert lm.generate(PROMPTS, Decoding(8)) == expected
+    # the slow road knows ends, stop texts, seeds and broken numbers too
+    stop = expected[0][2:4]
+    assert lm.generate(PROMPTS[:1], Decoding(8, stop=(stop,))) == [
+        expected[0].partition(stop)[0].strip()
+    ]
+    monkeypatch.setattr(lm.template, "declared_ends", frozenset({ord(expected[0][3])}))
+    drawing = Decoding(8, temperature=1.0, seed=3)
+    drawn = lm.generate(PROMPTS, drawing)
+    assert drawn == [lm.generate([prompt], drawing)[0] for prompt in PROMPTS]
+    assert drawn != lm.generate(PROMPTS, Decoding(8, temperature=1.0, seed=4))
+
+
+def test_the_slow_road_gives_what_the_fast_one_gives() -> None:
+    lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    for decoding in (Decoding(8), Decoding(8, temperature=1.0, top_p=0.9, seed=1)):
+        found = []
+        for road in checks.ROADS:
+            lm.road = road
+            found.append(lm.generate(PROMPTS, decoding))
+        assert all(one == found[0] for one in found)
+    whole = str(found[0][0])
+    lm.template.declared_ends = frozenset(lm.tokenizer(whole)["input_ids"][3:4])
+    ended = []
+    for road in checks.ROADS:
+        lm.road = road
+        ended.append(lm.generate(PROMPTS, Decoding(8, temperature=1.0, top_p=0.9, seed=1)))
+    assert all(one == ended[0] for one in ended)
+    assert ended[0][0] == lm.tokenizer.decode(lm.tokenizer(whole)["input_ids"][:3]).strip()
+
+
+def test_a_model_that_cannot_generate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_KNOWN", {})
+    model: Any = tiny_model("llama")
+
+    def generate(*args: Any, **options: Any) -> None:
+        raise NotImplementedError("no")
+
+    model.generate = generate
+    with pytest.raises(ModelError, match=r"Llama.*own generation fails.*NotImplementedError: no"):
+        LM(model, tiny_tokenizer())
+
+
+def test_settings_for_generation_do_not_leak_into_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "_KNOWN", {})
+    model: Any = tiny_model("llama")
+    plain = LM(model, tiny_tokenizer(), precision="float32").generate(PROMPTS, Decoding(8))
+    model.generation_config.repetition_penalty = 5.0
+    monkeypatch.setattr(checks, "_KNOWN", {})
+    lm = LM(model, tiny_tokenizer(), precision="float32")
+    assert lm.road == "trees"
+    lm.road = "plain"
+    assert lm.generate(PROMPTS, Decoding(8)) == plain
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+# ---- numbers that each block has of its own
+
+
+def test_a_width_for_each_block() -> None:
+    lm = LM(random_model("gemma3n_text", **GEMMA3N), tiny_tokenizer(), precision="float32")
+    assert lm.inner_width == 64
+    assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
+    assert measure_budget(lm).tokens >= 64
+    assert api.unlearn(lm, REQUEST, max_steps=1, learning_rate=1e-4).history
+    config = lm.core.config
+    config.num_key_value_heads = [2, None]
+    assert widest(config, "num_key_value_heads") == 2
+    assert widest(config, "no_such_number") is None
+
+
+# ---- vision-language models
+
+
+def vision_language(folder: Path) -> Path:
+    config = AutoConfig.for_model(
+        "qwen3_5",
+        text_config={**TEXT, **LINEAR},
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+            "out_hidden_size": 32, "patch_size": 14,
+        },
+        image_token_id=250, video_token_id=251, vision_start_token_id=252, vision_end_token_id=253,
+    )  # fmt: skip
+    model = wide(transformers.AutoModelForImageTextToText.from_config(config))
+    saved(model, folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Any"}')
+    return folder
+
+
+def mistral3(folder: Path) -> Path:
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**TEXT), vision_config=vision, image_token_index=250
+    )
+    return saved(wide(transformers.Mistral3ForConditionalGeneration(config)), folder)
+
+
+@pytest.mark.parametrize("made", [vision_language, mistral3])
+def test_a_vision_language_model_keeps_all_its_tensors(made: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = made(tmp_path / "model")
+    lm = LM.load(str(folder), precision="float32")
+    assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
+    api.unlearn(lm, REQUEST, out=tmp_path / "run", max_steps=2, learning_rate=1e-3)
+    before, after = (
+        load_file(place / "model.safetensors") for place in (folder, tmp_path / "run" / "model")
+    )
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    vision = {name for name in before if "vis" in name or "projector" in name}
+    assert len(vision) > 5
+    assert moved
+    assert not moved & vision
+    for name in ("config.json", "preprocessor_config.json"):
+        kept = tmp_path / "run" / "model" / name
+        assert kept.exists() == (folder / name).exists()
+    architectures = json.loads((tmp_path / "run/model/config.json").read_text())["architectures"]
+    assert architectures == [type(lm.core).__name__]
+    again = LM.load(str(tmp_path / "run"), precision="float32")
+    assert again.generate(PROMPTS, Decoding(8)) == lm.generate(PROMPTS, Decoding(8))
+
+
+def test_what_cannot_be_worked_on_is_called_by_its_name(tmp_path: Path) -> None:
+    folder = mistral3(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Unheard"]}))
+    with pytest.raises(ModelError, match=r"model: it is a vision-language model \('Unheard'\)"):
+        load_model(folder)
+
+
+def test_tensors_that_nothing_takes_are_told(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(random_model("qwen3_5_text", **LINEAR), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    more = {"mtp.layers.0.weight": torch.ones(2), "stray.weight": torch.ones(2)}
+    save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    load_model(folder, say=said.append)
+    assert len(said) == 1
+    assert "2 tensors" in said[0]
+    assert "'mtp.layers.0.weight'" in said[0]
+
+
+# ---- adapters
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved(tiny_model("llama"), tmp_path / "base")
+
+
+def adapter_on(base: Path, folder: Path, **options: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj"], **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model: Any = get_peft_model(tiny_model("llama"), config)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("npo", {}),
+        ("npo", {"slots": {"place": "lora"}}),
+        ("npo", {"slots": {"place": "layers"}}),
+        ("task_vector", {}),
+        ("uwc", {}),
+    ],
+)
+def test_an_adapter_as_input_is_merged_and_the_result_is_what_was_shown(
+    base: Path, tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    adapter = adapter_on(base, tmp_path / "adapter")
+    before = LM.load(str(adapter), precision="float32").generate(PROMPTS, Decoding(48))
+    said: list[str] = []
+    result = api.unlearn(
+        str(adapter), REQUEST, method=method, out=tmp_path / "run", say=said.append, max_steps=3,
+        learning_rate=3e-2, precision="float32", **options,
+    )  # fmt: skip
+    assert any("wears an adapter" in one for one in said)
+    assert (tmp_path / "run" / "model").is_dir()
+    assert not (tmp_path / "run" / "adapter").exists()
+    again = LM.load(str(tmp_path / "run"), precision="float32")
+    assert not again.wears_adapter
+    assert again.generate(PROMPTS, Decoding(48)) == result.model.generate(PROMPTS, Decoding(48))
+    asked = {QUESTIONS.index(one.question): one for one in result.examples if one.question in
+             QUESTIONS}  # fmt: skip
+    assert {place: one.before for place, one in asked.items()} == {
+        place: before[place] for place in asked
+    }
+    shown = again.generate(PROMPTS, Decoding(48))
+    assert {place: one.after for place, one in asked.items()} == {
+        place: shown[place] for place in asked
+    }
+    if method != "uwc":  # which may give everything back
+        assert [one.before for one in asked.values()] != [one.after for one in asked.values()]
+
+
+def test_an_editor_edits_the_merged_model(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(base, tmp_path / "adapter")
+    request = ForgetRequest(forget=FORGET, retain=RETAIN, subjects=("Ada",))
+    result = api.unlearn(str(adapter), request, method="rocr", out=tmp_path / "run")
+    again = LM.load(str(tmp_path / "run"))
+    assert not again.wears_adapter
+    assert again.fingerprint == result.model.fingerprint
+
+
+def test_a_new_adapter_is_saved_alone_only_if_its_base_lies_somewhere(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick: dict[str, Any] = {
+        "method": "npo", "slots": {"place": "lora"}, "max_steps": 3, "learning_rate": 3e-2,
+        "precision": "float32",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    alone = api.unlearn("./base", REQUEST, out=tmp_path / "alone", **quick)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from everywhere
+    again = LM.load(str(tmp_path / "alone"), precision="float32")
+    assert again.wears_adapter
+    assert again.generate(PROMPTS, Decoding(48)) == alone.model.generate(PROMPTS, Decoding(48))
+    # in memory, and changed: nothing on disk is the model below the new adapter
+    lm = LM.load(str(base), precision="float32")
+    api.unlearn(lm, REQUEST, method="npo", max_steps=3, learning_rate=3e-2, precision="float32")
+    said: list[str] = []
+    changed = api.unlearn(lm, REQUEST, out=tmp_path / "changed", say=said.append, **quick)
+    assert any("saved nowhere" in one for one in said)
+    again = LM.load(str(tmp_path / "changed"), precision="float32")
+    assert not again.wears_adapter
+    assert again.generate(PROMPTS, Decoding(48)) == changed.model.generate(PROMPTS, Decoding(48))
+    unsaved = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    api.unlearn(unsaved, REQUEST, **quick)
+    with pytest.raises(RunError, match=r"saved nowhere.*merge"):
+        unsaved.save(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_an_adapter_with_added_tokens(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>", "<other>"]})
+    model: Any = tiny_model("llama")
+    model.resize_token_embeddings(VOCABULARY_SIZE + 2)
+    tables = ["embed_tokens", "lm_head"]
+    worn: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"],
+                                                 modules_to_save=tables))  # fmt: skip
+    with torch.no_grad():
+        for name, value in worn.named_parameters():
+            if "modules_to_save" in name or "lora" in name:
+                value.add_(torch.randn_like(value) * 0.1)
+    worn.peft_config["default"].base_model_name_or_path = str(base)
+    worn.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[72, VOCABULARY_SIZE, 70, VOCABULARY_SIZE + 1]])
+    with torch.no_grad():
+        expected = worn.eval()(input_ids=ids).logits
+    lm = LM.load(str(tmp_path / "adapter"), precision="float32")
+    assert lm.vocabulary == VOCABULARY_SIZE + 2
+    with torch.no_grad():
+        assert torch.allclose(lm.model(input_ids=ids).logits, expected, atol=1e-5)
+    lm.merge_adapter()
+    with torch.no_grad():
+        assert torch.allclose(lm.model(input_ids=ids).logits, expected, atol=1e-4)
+    lm.save(tmp_path / "merged")
+    again = LM.load(str(tmp_path / "merged"), precision="float32")
+    assert again.generate(PROMPTS, Decoding(8)) == lm.generate(PROMPTS, Decoding(8))
+
+
+def test_an_adapter_that_changes_no_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"kind PROMPT_TUNING changes no weights.*LoRA"):
+        load_model(tmp_path / "adapter")
+
+
+# ---- tokens
+
+
+def test_a_padding_token_outside_the_embedding_is_replaced(base: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    said: list[str] = []
+    lm = LM.load(str(base), precision="float32", say=said.append)
+    assert lm.pad_id == 259
+    assert "padding token" in said[0]
+    plain = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
+    assert lm.generate(PROMPTS, Decoding(8)) == plain.generate(PROMPTS, Decoding(8))
+
+
+def test_a_tokenizer_with_only_a_separator(base: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = None
+    tokenizer.sep_token = "<|endoftext|>"
+    tokenizer.chat_template = None
+    saved(tiny_model("llama", eos_token_id=None), base, tokenizer)
+    lm = LM.load(str(base), precision="float32")
+    assert lm.pad_id == lm.template.end_of_turn[0] == 257
+    assert all(isinstance(one, str) for one in lm.generate(PROMPTS, Decoding(4)))
+
+
+def test_the_engine_merges_by_itself(base: Path, tmp_path: Path) -> None:
+    from delible.train.engine import Trainer
+    from delible.train.recipe import Recipe
+
+    lm = LM.load(str(adapter_on(base, tmp_path / "adapter")), precision="float32")
+    recipe = Recipe.named("npo").changed({}, {"max_steps": 2, "learning_rate": 1e-2})
+    trained = Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}).train().lm
+    trained.save(tmp_path / "saved")
+    again = LM.load(str(tmp_path / "saved"), precision="float32")
+    assert again.generate(PROMPTS, Decoding(8)) == lm.generate(PROMPTS, Decoding(8))
