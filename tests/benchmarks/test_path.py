@@ -326,7 +326,7 @@ def test_looking_changes_nothing(model: str) -> None:
 
 
 def test_a_finisher_is_part_of_the_end(model: str) -> None:
-    recipe = forgetting("npo_wa", {**BUDGET, "start": 0.1, "every": 1}, keep=False)
+    recipe = forgetting("npo_wa", {**BUDGET, "start": 0.1, "every": 1, "points": 2}, keep=False)
     points, _ = trajectory(
         LM.load(model), REQUEST, recipe, lambda lm: token_sums(lm, scores_of(FORGET)), every=1
     )
