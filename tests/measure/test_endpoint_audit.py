@@ -131,7 +131,7 @@ def test_what_was_not_answered_is_said_on_the_screen_and_in_the_report(
     others = [one for one in found.not_tested if "questions not answered" in one and one != told]
     assert others
     assert all(
-        re.match(r"unlearned: \w.*: \d of \d+ questions not answered: ", one) for one in others
+        re.match(r"unlearned: \w.*: \d+ of \d+ questions not answered: ", one) for one in others
     )
     refused = "unlearned: The server refuses the option 'temperature'"
     assert [one.startswith(refused) for one in found.not_tested].count(True) == 1
