@@ -65,8 +65,9 @@ def with_rows(
                 hint="Delete the file, and the model is asked again.",
             )
         say(f"{len(rows)} forget rows are taken from {place(run)}.")
-        _check_unchanged(run, rows)
-        return _without_kept(request, rows, say)
+        taken = _without_kept(request, rows, say)
+        _check_unchanged(run, taken.forget)
+        return taken
     found = [
         elicit(lm, name, writer=writer, seed=seed, say=say, stage=stage)
         for name in request.subjects
