@@ -40,6 +40,23 @@ QUESTIONS = {
     "rwku": "Do blanks and attacks leak what plain questions no longer tell?",
     "ort": "Does forgetting depend on the form, and redirecting a name not?",
 }
+#: How each experiment is run where it has not been yet; small enough for two cores.
+COMMANDS = {
+    "path": "delible bench path --model {model} --seeds {seeds} --people 6 --strangers 8 "
+    "--limit 6 --every 6 --learned 0.5",
+    "path_depth": "delible bench path_depth --model {model} --seeds {seeds} --people 16 "
+    "--stage-epochs 10 --epochs 10 --limit 16",
+    "coreset": "delible bench coreset --model {model} --seeds {seeds} --rows 40 --fractions 0.05",
+    "calibrated": "delible bench calibrated --model {model} --seeds {seeds} "
+    "--methods graddiff,npo,simnpo,idk --records 60",
+    "meta": "delible bench meta --model {model} --people 8 --forget 2 --pool-seeds {seeds} "
+    "--methods npo",
+    "novice": "delible bench novice --model {model} --seeds {seeds} --people 8",
+    "rwku": "python benchmarks/probes.py rwku runs/rwku-{model} --model {model} --seeds {seeds}",
+    "ort": "python benchmarks/probes.py ort runs/ort-{model} --model {model} --seeds {seeds}",
+}
+#: Runs that the page should have: seeds by model.
+WANTED = {"tiny": 3, "default": 1}
 #: A difference of extraction strength that counts, in the calibrated comparison.
 APART = 0.02
 

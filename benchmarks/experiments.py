@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from claims import CLAIMS, DESCRIBED, QUESTIONS
+from claims import CLAIMS, COMMANDS, DESCRIBED, QUESTIONS, WANTED
 from evidence import Entry, interval, verdict
 
 from delible import registry
@@ -143,12 +143,15 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         mine = {key: entry for key, entry in entries.items() if key.split()[0] == name}
         card = next(card for card in registry.cards("benchmark") if card.name == name)
         parts += [f"## `{name}`: {card.title}\n", f"{described} (arXiv:{card.paper})\n"]
-        if not mine:
-            parts.append("Not run.\n")
-            continue
-        parts += _claims(name, {key: found[key] for key in mine})
-        for key in sorted(mine, reverse=True):
-            parts += _about(key, mine[key]["about"])
+        if mine:
+            parts += _claims(name, {key: found[key] for key in mine})
+        for model, seeds in WANTED.items():
+            key = f"{name} {model}"
+            if key in mine:
+                parts += _about(key, mine[key]["about"])
+            else:
+                command = COMMANDS[name].format(model=model, seeds=seeds)
+                parts.append(f"**{model}**: not run yet; `{command}`.\n")
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -194,8 +197,9 @@ def _about(key: str, about: Mapping[str, Any]) -> list[str]:
     seeds = about["seeds"] or 1
     return [
         f"**{key.split()[1]}**: `{about['command']}`; {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"{minutes:.0f} minutes on {machine['processors']} cores ({machine['machine']}, "
-        f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}, "
+        f"{minutes:.0f} minutes (other work on the machine included) on "
+        f"{machine['processors']} cores ({machine['machine']}, {machine['threads']} thread(s), "
+        f"{machine['accelerator'] or 'no accelerator'}, "
         f"{machine['precision']}), revision {(about['git_revision'] or 'unknown')[:10]}, torch "
         f"{about['versions'].get('torch', '?')}.\n"
     ]

@@ -234,6 +234,13 @@ def test_claims_are_about_what_exists(scripts: dict[str, Any]) -> None:
     claims = scripts["claims"]
     known = {card.name for card in registry.cards("benchmark")}
     assert set(claims.DESCRIBED) == set(claims.CLAIMS) == set(claims.QUESTIONS) <= known
+    assert set(claims.COMMANDS) == set(claims.DESCRIBED)
+    for name, command in claims.COMMANDS.items():
+        words = command.split()
+        if words[0] == "delible":
+            fields = set(registry.load("benchmark", name).model_fields)
+            flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+            assert flags <= fields | {"model", "seeds", "methods"}
     assert set(claims.REPLICATED) <= {card.name for card in registry.cards("metric")}
 
 
@@ -278,7 +285,9 @@ def test_a_run_is_read_and_others_stay(scripts: dict[str, Any], tmp_path: Path) 
     assert "| `path` | tiny | 0 | 0 | 3 |" in text
     assert "cannot be told (one run)" in text
     assert "1 minutes" in text
-    assert text.count("Not run.") == len(scripts["claims"].DESCRIBED) - 1
+    claims = scripts["claims"]
+    assert text.count("not run yet") == 2 * len(claims.DESCRIBED) - 2
+    assert "`python benchmarks/probes.py ort runs/ort-tiny --model tiny --seeds 3`" in text
     with pytest.raises(SystemExit, match="has the run ended"):
         experiments.read(tmp_path)
 
