@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
-from evidence import INFINITE, Claim, Entry, Pick, area, over_records, over_seeds
+from evidence import INFINITE, Claim, Entry, Pick, area, over_records, over_seeds, shares_apart
 
 from delible.bench.table import Number
 
@@ -163,11 +163,24 @@ def _first_or_not(
     return over_seeds(difference)
 
 
+def deep_if_first(entry: Entry) -> Number:
+    """Share of deep results where U was first, minus that elsewhere.
+
+    Only of runs in which C was likelier than the refusal before: elsewhere it is below from the
+    start, and forgetting need not do anything to be called deep.
+    """
+    groups: dict[bool, list[bool]] = {True: [], False: []}
+    for run in entry.runs:
+        if run["C before"] is not None and run["C before"] > run["R before"]:
+            groups[run["order"].startswith("U")].append(run["depth"] == "deep")
+    return shares_apart(groups[True], groups[False])
+
+
 DEPTH = [
     Claim(
         "orders that begin with U forget deeply, the others superficially",
-        "share of deep results, U first minus the others",
-        0, INFINITE, _first_or_not(lambda run: float(run["depth"] == "deep")),
+        "share of deep results, U first minus the others, where C was above R before",
+        0, INFINITE, deep_if_first,
     ),
     Claim(
         "where U was first, C falls with it",

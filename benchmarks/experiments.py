@@ -35,7 +35,8 @@ from delible.rundir import git_revision
 KEPT = {"rwku": ("rwku_recall",), "ort": ("form_probability",)}
 #: What one run of the page is: everything but the numbers.
 ABOUT = (
-    "command", "model", "methods", "seeds", "seconds", "git_revision", "versions", "hardware",
+    "command", "model", "methods", "seeds", "seconds", "notes", "git_revision", "versions",
+    "hardware",
 )  # fmt: skip
 
 
@@ -131,9 +132,10 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         "Every table has the paper's claim, a number that would be in the stated range if it held, "
         "and whether it does. *Shows* is said when the whole 95 % interval lies in the range, "
         "*does not show* when all of it lies outside, *cannot be told* otherwise, and for a "
-        "single number without an interval. The interval covers two: over seeds (Student's), and "
-        "over records (bootstrap of the mean over seeds, where records have values); for areas it "
-        "is Newcombe's, over models. `tiny` has 1.4 million weights and `default` 135 "
+        "number without an interval, which is that of one run or of seeds that all gave the same. "
+        "The interval covers two: over seeds (Student's), and "
+        "over records (bootstrap of the mean over seeds, where records have values); for areas and "
+        "shares of runs it is Newcombe's. `tiny` has 1.4 million weights and `default` 135 "
         "million, so that something does not show here says nothing about large models. Made by "
         "`benchmarks/experiments.py` from `experiments.json`; the claims are in "
         "`benchmarks/claims.py`.\n",
@@ -201,7 +203,9 @@ def _about(key: str, about: Mapping[str, Any]) -> list[str]:
         f"{machine['processors']} cores ({machine['machine']}, {machine['threads']} thread(s), "
         f"{machine['accelerator'] or 'no accelerator'}, "
         f"{machine['precision']}), revision {(about['git_revision'] or 'unknown')[:10]}, torch "
-        f"{about['versions'].get('torch', '?')}.\n"
+        f"{about['versions'].get('torch', '?')}.\n",
+        *(f"- {note}" for note in about.get("notes") or ()),
+        *([""] if about.get("notes") else []),
     ]
 
 
