@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
-from evidence import INFINITE, Claim, Entry, Pick, area, over_records, over_seeds
+from evidence import INFINITE, Claim, Entry, Pick, area, over_records, over_seeds, shares_apart
 
 from delible.bench.table import Number
 
@@ -40,6 +40,23 @@ QUESTIONS = {
     "rwku": "Do blanks and attacks leak what plain questions no longer tell?",
     "ort": "Does forgetting depend on the form, and redirecting a name not?",
 }
+#: How each experiment is run where it has not been yet; small enough for two cores.
+COMMANDS = {
+    "path": "delible bench path --model {model} --seeds {seeds} --people 6 --strangers 8 "
+    "--limit 6 --every 6 --learned 0.5",
+    "path_depth": "delible bench path_depth --model {model} --seeds {seeds} --people 16 "
+    "--stage-epochs 10 --epochs 10 --limit 16",
+    "coreset": "delible bench coreset --model {model} --seeds {seeds} --rows 40 --fractions 0.05",
+    "calibrated": "delible bench calibrated --model {model} --seeds {seeds} "
+    "--methods graddiff,npo,simnpo,idk --records 60",
+    "meta": "delible bench meta --model {model} --people 8 --forget 2 --pool-seeds {seeds} "
+    "--methods npo",
+    "novice": "delible bench novice --model {model} --seeds {seeds} --people 8",
+    "rwku": "python benchmarks/probes.py rwku runs/rwku-{model} --model {model} --seeds {seeds}",
+    "ort": "python benchmarks/probes.py ort runs/ort-{model} --model {model} --seeds {seeds}",
+}
+#: Runs that the page should have: seeds by model.
+WANTED = {"tiny": 3, "default": 1}
 #: A difference of extraction strength that counts, in the calibrated comparison.
 APART = 0.02
 
@@ -146,11 +163,24 @@ def _first_or_not(
     return over_seeds(difference)
 
 
+def deep_if_first(entry: Entry) -> Number:
+    """Share of deep results where U was first, minus that elsewhere.
+
+    Only of runs in which C was likelier than the refusal before: elsewhere it is below from the
+    start, and forgetting need not do anything to be called deep.
+    """
+    groups: dict[bool, list[bool]] = {True: [], False: []}
+    for run in entry.runs:
+        if run["C before"] is not None and run["C before"] > run["R before"]:
+            groups[run["order"].startswith("U")].append(run["depth"] == "deep")
+    return shares_apart(groups[True], groups[False])
+
+
 DEPTH = [
     Claim(
         "orders that begin with U forget deeply, the others superficially",
-        "share of deep results, U first minus the others",
-        0, INFINITE, _first_or_not(lambda run: float(run["depth"] == "deep")),
+        "share of deep results, U first minus the others, where C was above R before",
+        0, INFINITE, deep_if_first,
     ),
     Claim(
         "where U was first, C falls with it",

@@ -24,6 +24,8 @@ from delible.measure.scoring.separation import area_under_curve
 
 INFINITE = math.inf
 RESAMPLES = 500
+#: 97.5 % quantile of the normal distribution.
+NORMAL = 1.959964
 Run = Mapping[str, Any]
 #: Chooses records of a list of values: all, or drawn with replacement, alike for equal lengths.
 Pick = Callable[[Sequence[float | None]], npt.NDArray[np.float64]]
@@ -82,7 +84,7 @@ def verdict(claim: Claim, number: Number) -> str:
     if number.mean is None:
         return "not run"
     if number.low is None or number.high is None:
-        return "cannot be told (one run)"
+        return "cannot be told (no interval)"
     if claim.low < number.low and number.high < claim.high:
         return "shows"
     if number.high <= claim.low or claim.high <= number.low:
@@ -122,8 +124,17 @@ def drawn(generator: np.random.Generator) -> Pick:
 
 
 def over_seeds(value: Callable[[Entry, int], float | None]) -> Callable[[Entry], Number]:
-    """The mean of a number per seed, with Student's interval where there are several."""
-    return lambda entry: mean_of_runs([value(entry, seed) for seed in range(entry.seeds)])
+    """The mean of a number per seed, with Student's interval where there are several.
+
+    Without an interval where all seeds give one value: what did not vary says nothing about how
+    far it would.
+    """
+
+    def number(entry: Entry) -> Number:
+        found = mean_of_runs([value(entry, seed) for seed in range(entry.seeds)])
+        return found if found.low != found.high else Number(found.mean, runs=found.runs)
+
+    return number
 
 
 def over_records(value: Callable[[Entry, int, Pick], float | None]) -> Callable[[Entry], Number]:
@@ -149,6 +160,31 @@ def over_records(value: Callable[[Entry, int, Pick], float | None]) -> Callable[
     return number
 
 
+def shares_apart(one: Sequence[bool], other: Sequence[bool]) -> Number:
+    """A share of runs minus another's, with Newcombe's interval.
+
+    It is put together from Wilson's intervals of both, so that it has a width where all runs
+    agree (Newcombe, Statistics in Medicine 1998, method 10).
+    """
+    if not one or not other:
+        return Number(None)
+    (first, low, high), (second, least, most) = map(_wilson, (one, other))
+    return Number(
+        first - second,
+        first - second - math.hypot(first - low, most - second),
+        first - second + math.hypot(high - first, second - least),
+        len(one) + len(other),
+    )
+
+
+def _wilson(runs: Sequence[bool]) -> tuple[float, float, float]:
+    """A share, and its 95 % score interval."""
+    count, share, z = len(runs), sum(runs) / len(runs), NORMAL
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
+    return share, middle - half, middle + half
+
+
 def area(larger: Sequence[float | None], smaller: Sequence[float | None]) -> Number:
     """Area under the curve with Newcombe's score interval, which has a width at 0 and 1 too.
 
@@ -165,7 +201,7 @@ def area(larger: Sequence[float | None], smaller: Sequence[float | None]) -> Num
     def misses(true: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         extra = (middle - 1) * ((1 - true) / (2 - true) + true / (1 + true))
         variance = true * (1 - true) * (1 + extra) / (len(high) * len(low))
-        return np.asarray((true - seen) ** 2 <= 1.959964**2 * variance)
+        return np.asarray((true - seen) ** 2 <= NORMAL**2 * variance)
 
     grid = np.linspace(0, 1, 10_001)
     inside = grid[misses(grid)]

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from claims import CLAIMS, DESCRIBED, QUESTIONS
+from claims import CLAIMS, COMMANDS, DESCRIBED, QUESTIONS, WANTED
 from evidence import Entry, interval, verdict
 
 from delible import registry
@@ -35,7 +35,8 @@ from delible.rundir import git_revision
 KEPT = {"rwku": ("rwku_recall",), "ort": ("form_probability",)}
 #: What one run of the page is: everything but the numbers.
 ABOUT = (
-    "command", "model", "methods", "seeds", "seconds", "git_revision", "versions", "hardware",
+    "command", "model", "methods", "seeds", "seconds", "notes", "git_revision", "versions",
+    "hardware",
 )  # fmt: skip
 
 
@@ -131,9 +132,10 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         "Every table has the paper's claim, a number that would be in the stated range if it held, "
         "and whether it does. *Shows* is said when the whole 95 % interval lies in the range, "
         "*does not show* when all of it lies outside, *cannot be told* otherwise, and for a "
-        "single number without an interval. The interval covers two: over seeds (Student's), and "
-        "over records (bootstrap of the mean over seeds, where records have values); for areas it "
-        "is Newcombe's, over models. `tiny` has 1.4 million weights and `default` 135 "
+        "number without an interval, which is that of one run or of seeds that all gave the same. "
+        "The interval covers two: over seeds (Student's), and "
+        "over records (bootstrap of the mean over seeds, where records have values); for areas and "
+        "shares of runs it is Newcombe's. `tiny` has 1.4 million weights and `default` 135 "
         "million, so that something does not show here says nothing about large models. Made by "
         "`benchmarks/experiments.py` from `experiments.json`; the claims are in "
         "`benchmarks/claims.py`.\n",
@@ -143,12 +145,15 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         mine = {key: entry for key, entry in entries.items() if key.split()[0] == name}
         card = next(card for card in registry.cards("benchmark") if card.name == name)
         parts += [f"## `{name}`: {card.title}\n", f"{described} (arXiv:{card.paper})\n"]
-        if not mine:
-            parts.append("Not run.\n")
-            continue
-        parts += _claims(name, {key: found[key] for key in mine})
-        for key in sorted(mine, reverse=True):
-            parts += _about(key, mine[key]["about"])
+        if mine:
+            parts += _claims(name, {key: found[key] for key in mine})
+        for model, seeds in WANTED.items():
+            key = f"{name} {model}"
+            if key in mine:
+                parts += _about(key, mine[key]["about"])
+            else:
+                command = COMMANDS[name].format(model=model, seeds=seeds)
+                parts.append(f"**{model}**: not run yet; `{command}`.\n")
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -194,10 +199,13 @@ def _about(key: str, about: Mapping[str, Any]) -> list[str]:
     seeds = about["seeds"] or 1
     return [
         f"**{key.split()[1]}**: `{about['command']}`; {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"{minutes:.0f} minutes on {machine['processors']} cores ({machine['machine']}, "
-        f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}, "
+        f"{minutes:.0f} minutes (other work on the machine included) on "
+        f"{machine['processors']} cores ({machine['machine']}, {machine['threads']} thread(s), "
+        f"{machine['accelerator'] or 'no accelerator'}, "
         f"{machine['precision']}), revision {(about['git_revision'] or 'unknown')[:10]}, torch "
-        f"{about['versions'].get('torch', '?')}.\n"
+        f"{about['versions'].get('torch', '?')}.\n",
+        *(f"- {note}" for note in about.get("notes") or ()),
+        *([""] if about.get("notes") else []),
     ]
 
 

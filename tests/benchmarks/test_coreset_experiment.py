@@ -152,7 +152,7 @@ def test_it_runs_and_resumes(model: str, tmp_path: Path) -> None:
     experiment = build(
         "benchmark",
         {"name": "coreset", "rows": 8, "fractions": ("0.25",), "selectors": ("random_coreset",),
-         "data": ("independent facts",), "epochs": 1, "batch_size": 4, "learning_rate": 1e-3},
+         "kinds": ("independent facts",), "epochs": 1, "batch_size": 4, "learning_rate": 1e-3},
     )  # fmt: skip
     setting = Setting(model=model, methods=("gradient_ascent",), seeds=1, folder=tmp_path)
     found = experiment.run(setting)
@@ -171,7 +171,7 @@ def test_it_trains_until_as_much_is_forgotten(model: str, tmp_path: Path) -> Non
     experiment = build(
         "benchmark",
         {"name": "coreset", "rows": 8, "fractions": ("0.25",), "selectors": ("random_coreset",),
-         "data": ("independent facts",), "epochs": 1, "batch_size": 4, "learning_rate": 1e-3,
+         "kinds": ("independent facts",), "epochs": 1, "batch_size": 4, "learning_rate": 1e-3,
          "length": "shortest", "grid": 2, "least_effect": 1.0},
     )  # fmt: skip
     setting = Setting(model=model, methods=("gradient_ascent",), seeds=1, folder=tmp_path)
@@ -189,7 +189,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     setting = Setting(model="no such model", methods=(), seeds=1, folder=tmp_path)
     with pytest.raises(RecipeError, match="random_coreset"):
         CoresetEffect(selectors=("random_corset",)).run(setting)
-    with pytest.raises(RecipeError, match="data"):
-        build("benchmark", {"name": "coreset", "data": ("one topic",)})
+    with pytest.raises(RecipeError, match="kinds"):
+        build("benchmark", {"name": "coreset", "kinds": ("one topic",)})
     with pytest.raises(RecipeError, match="length"):
         build("benchmark", {"name": "coreset", "length": "longest"})

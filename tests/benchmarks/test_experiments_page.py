@@ -54,7 +54,7 @@ def nothing(entry: Any) -> Number:
         (-INFINITE, 0.1, Number(0.3, 0.2, 0.4, 3), "**does not show**"),
         (-0.1, 0.1, Number(0.0, -0.05, 0.05, 3), "shows"),
         (-0.1, 0.1, Number(0.0, -0.2, 0.2, 3), "cannot be told"),
-        (0.0, INFINITE, Number(5.0, runs=1), "cannot be told (one run)"),
+        (0.0, INFINITE, Number(5.0, runs=1), "cannot be told (no interval)"),
         (0.0, INFINITE, Number(None), "not run"),
     ],
 )
@@ -79,6 +79,8 @@ def test_an_interval_over_seeds_is_students(scripts: dict[str, Any]) -> None:
     assert found.high == pytest.approx(3.0 + 4.30265 * math.sqrt(7 / 3), rel=1e-4)
     alone = evidence.over_seeds(lambda entry, seed: values[seed])(entry(scripts, [], 1))
     assert (alone.mean, alone.low) == (1.0, None)
+    alike = evidence.over_seeds(lambda entry, seed: 0.25)(entry(scripts, [], 3))
+    assert (alike.mean, alike.low, alike.runs) == (0.25, None, 3)
 
 
 def test_the_wider_interval_counts(scripts: dict[str, Any]) -> None:
@@ -127,6 +129,20 @@ def test_areas_have_a_width_at_the_ends(scripts: dict[str, Any]) -> None:
     assert area([None], [1.0]).mean is None
 
 
+def test_shares_have_a_width_where_all_runs_agree(scripts: dict[str, Any]) -> None:
+    apart = scripts["evidence"].shares_apart
+    # Newcombe's own examples: 56 of 70 and 48 of 80, 10 of 10 and 0 of 20
+    found = apart([True] * 56 + [False] * 14, [True] * 48 + [False] * 32)
+    ends = (found.mean, found.low, found.high)
+    assert ends == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+    extreme = apart([True] * 10, [False] * 20)
+    assert (extreme.mean, extreme.low, extreme.high) == pytest.approx((1, 0.6791, 1), abs=1e-4)
+    none = apart([False] * 3, [False] * 3)
+    assert none.low == pytest.approx(-none.high)
+    assert none.high > 0.4
+    assert apart([], [True]).mean is None
+
+
 def path_run(learned: str, score: float, after: float = 1.0, seed: int = 0) -> dict[str, Any]:
     return {
         "method": "npo", "refusals learned": learned, "seed": seed, "forget score": score,
@@ -150,13 +166,16 @@ def test_numbers_of_paths(scripts: dict[str, Any]) -> None:
 def test_numbers_of_depth(scripts: dict[str, Any]) -> None:
     deep, fall = scripts["claims"].DEPTH
     runs = [
-        {"order": order, "seed": 0, "depth": depth, "C before": -1.0, "C after": after}
+        {"order": order, "seed": 0, "depth": depth, "C before": -1.0, "C after": after,
+         "R before": -2.0}
         for order, depth, after in (
             ("URC", "deep", -9.0), ("UCR", "superficial", -7.0), ("RCU", "superficial", -2.0),
             ("CUR", "none", -2.0),
         )
     ]  # fmt: skip
-    assert deep.number(entry(scripts, runs)).mean == pytest.approx(0.5)
+    settled = {**runs[3], "depth": "deep", "R before": -0.5}
+    assert deep.number(entry(scripts, [*runs, settled])).mean == pytest.approx(0.5)
+    assert deep.number(entry(scripts, runs)).low < 0
     assert fall.number(entry(scripts, runs)).mean == pytest.approx(7.0 - 1.0)
     assert deep.number(entry(scripts, runs[:2])).mean is None
 
@@ -234,6 +253,13 @@ def test_claims_are_about_what_exists(scripts: dict[str, Any]) -> None:
     claims = scripts["claims"]
     known = {card.name for card in registry.cards("benchmark")}
     assert set(claims.DESCRIBED) == set(claims.CLAIMS) == set(claims.QUESTIONS) <= known
+    assert set(claims.COMMANDS) == set(claims.DESCRIBED)
+    for name, command in claims.COMMANDS.items():
+        words = command.split()
+        if words[0] == "delible":
+            fields = set(registry.load("benchmark", name).model_fields)
+            flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+            assert flags <= fields | {"model", "seeds", "methods"}
     assert set(claims.REPLICATED) <= {card.name for card in registry.cards("metric")}
 
 
@@ -259,7 +285,8 @@ def test_a_run_is_read_and_others_stay(scripts: dict[str, Any], tmp_path: Path) 
     run = tmp_path / "run"
     run.mkdir()
     about = {
-        "experiment": {"name": "path", "people": 3}, "command": "delible bench path", "seeds": 1,
+        "experiment": {"name": "path", "people": 3}, "notes": ["a note"],
+        "command": "delible bench path", "seeds": 1,
         "model": "tiny", "methods": [], "seconds": 61.0, "git_revision": "abc",
         "versions": {"torch": "2"}, "runs": [path_run("1st", 1 / 3), path_run("last", 0.0)],
         "hardware": {"processors": 2, "machine": "x", "threads": 1, "accelerator": None,
@@ -276,9 +303,12 @@ def test_a_run_is_read_and_others_stay(scripts: dict[str, Any], tmp_path: Path) 
     assert kept == {**before, name: content}
     text = experiments.page(kept)
     assert "| `path` | tiny | 0 | 0 | 3 |" in text
-    assert "cannot be told (one run)" in text
+    assert "cannot be told (no interval)" in text
+    assert "- a note\n" in text
     assert "1 minutes" in text
-    assert text.count("Not run.") == len(scripts["claims"].DESCRIBED) - 1
+    claims = scripts["claims"]
+    assert text.count("not run yet") == 2 * len(claims.DESCRIBED) - 2
+    assert "`python benchmarks/probes.py ort runs/ort-tiny --model tiny --seeds 3`" in text
     with pytest.raises(SystemExit, match="has the run ended"):
         experiments.read(tmp_path)
 

@@ -199,10 +199,12 @@ class _Watch:
 
 
 def _listed(annotation: Any, value: Any) -> Any:
-    """A text for an option that takes several: parts between commas."""
-    if isinstance(value, str) and "tuple" in str(annotation):
+    """The values of an option that takes several: parts between commas, or one alone."""
+    if "tuple" not in str(annotation) or value is None or isinstance(value, list | tuple):
+        return value
+    if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+    return (value,)
 
 
 def _check_options(suite: str, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:

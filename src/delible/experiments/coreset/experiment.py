@@ -116,7 +116,7 @@ class CoresetEffect(Experiment):
         ("random_coreset", "grand", "moderate", "min_k"),
         description="Components of the slot 'select' that take a share.",
     )
-    data: tuple[Kind, ...] = Field(KINDS, description="Kinds of data, separated by commas.")
+    kinds: tuple[Kind, ...] = Field(KINDS, description="Kinds of data, separated by commas.")
     rows: int = Field(60, ge=8, description="Forget rows of each kind of data, about.")
     analyses: tuple[Variant, ...] = Field(
         (), description="Also unlearn on: keywords, without_keywords, random_words."
@@ -170,8 +170,8 @@ class CoresetEffect(Experiment):
             "epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": rate,
         }  # fmt: skip
         found: dict[tuple[str, str], list[CoresetRow]] = {}
-        total = len(self.data) * len(methods)
-        for kind in self.data:
+        total = len(self.kinds) * len(methods)
+        for kind in self.kinds:
             material = self.material(kind)
             setting.progress(f"learning {kind}", len(found), total)
             start = learned(

@@ -1,0 +1,62 @@
+"""``delible bench`` with an experiment: options as a user writes them, and what is left."""
+
+from __future__ import annotations
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delible import registry
+from delible.bench.suite import Findings, Setting
+from delible.benchmarks.coreset import CoresetEffect
+from delible.cli.bench import bench
+
+
+@pytest.mark.parametrize(
+    ("written", "understood"), [("0.05", (0.05,)), ("0.05,0.5", (0.05, 0.5)), ("1", (1.0,))]
+)
+def test_one_value_or_several(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, understood: Any
+) -> None:
+    seen: list[CoresetEffect] = []
+
+    def found(self: CoresetEffect, setting: Setting) -> Findings:
+        seen.append(self)
+        return Findings([{"share": 0.5}], runs=[{"share": 0.5, "seed": 0}])
+
+    monkeypatch.setattr(CoresetEffect, "run", found)
+    asked = ("bench", "coreset", "--fractions", written, "--kinds", "one theme", "--model", "none")
+    ran = run(*asked, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert seen[0].fractions == understood
+    assert seen[0].kinds == ("one theme",)
+
+
+@pytest.mark.parametrize("card", registry.cards("benchmark"), ids=lambda card: card.name)
+def test_no_option_hides_behind_one_of_the_command(card: Any) -> None:
+    own = {name for name in signature(bench).parameters if name not in ("suite", "options")}
+    assert own.isdisjoint(registry.load("benchmark", card.name).model_fields)
+
+
+def test_an_experiment_leaves_its_numbers_and_all_of_its_time(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter((0.0, 5.0, 100.0, 107.0))
+    monkeypatch.setattr("delible.cli.bench.time.perf_counter", lambda: next(times))
+
+    def broken(self: CoresetEffect, setting: Setting) -> Findings:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CoresetEffect, "run", broken)
+    asked = ("bench", "coreset", "--model", "none", "--out", tmp_path / "out")
+    assert run(*asked).code != 0
+    findings = Findings([{"share": 0.5}], runs=[{"share": 0.25, "seed": 1}])
+    monkeypatch.setattr(CoresetEffect, "run", lambda *_: findings)
+    assert run(*asked).code == 0
+    kept = json.loads((tmp_path / "out" / "experiment.json").read_text("utf-8"))
+    assert kept["runs"] == [{"share": 0.25, "seed": 1}]
+    assert kept["seconds"] == 12.0
+    assert kept["command"].startswith("delible bench coreset --model none")
