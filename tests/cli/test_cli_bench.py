@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from delible import registry
-from delible.bench.suite import Findings, Setting
-from delible.benchmarks.coreset import CoresetEffect
 from delible.cli.bench import bench
+from delible.experiments.coreset.experiment import CoresetEffect
+from delible.measure.benchmark import Findings, Setting
 
 
 @pytest.mark.parametrize(
