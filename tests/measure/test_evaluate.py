@@ -163,8 +163,10 @@ def test_a_value_that_is_no_number_is_no_value() -> None:
 def test_the_mean_over_variants_ignores_those_without_a_value() -> None:
     mixed = [Item(None, "first"), Item(0.25, detail="a"), Item(0.75, detail="b")]
     assert mean_item(mixed) == Item(0.5, None, "a | b", forms=(None, 0.25, 0.75))
-    assert mean_item([Item(None, "broken", "x"), *mixed]) == Item(0.5, None, "a | b")
-    assert mean_item([Item(None, "first"), Item(None, "second")]) == Item(None, "first")
+    broken = mean_item([Item(None, "broken", "x"), *mixed])
+    assert broken == Item(0.5, None, "a | b", forms=(None, None, 0.25, 0.75))
+    nothing = mean_item([Item(None, "first"), Item(None, "second")])
+    assert nothing == Item(None, "first", forms=(None, None))
 
 
 def test_a_third_partys_metric_needs_nothing_but_the_two_methods() -> None:
