@@ -10,8 +10,8 @@ what to set.
 Writes ``NAME.json``, the numbers, after every method, and ``NAME.md``. A method whose recipe has
 not changed since its row was measured is not run again; ``--again`` does.
 
-Run: python benchmarks/defaults.py docs/results/defaults.md
-     python benchmarks/defaults.py docs/results/defaults.md --methods npo,rmu --strengths all
+Run: python performance/defaults.py docs/results/defaults.md
+     python performance/defaults.py docs/results/defaults.md --methods npo,rmu --strengths all
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
         f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
         f"{machine['precision']}; other work ran beside it, so *seconds* are an upper bound. "
-        f"Code: {found['git'] or 'not a checkout'}. Made by `benchmarks/defaults.py`, whose head "
+        f"Code: {found['git'] or 'not a checkout'}. Made by `performance/defaults.py`, whose head "
         "has the command.\n",
         "| method | way | retain kept | neighbours kept | forget before → after "
         "| retain before → after | steps | seconds | verdict |",

@@ -57,8 +57,8 @@ TRAINING = {
     "learning_rate": 1e-3, "epochs": 2, "batch_size": 2, "max_steps": 3, "weight_decay": 0.1,
     "precision": "float32",
 }  # fmt: skip
-#: A finisher may want more steps than the others' runs have.
-LONGER: Mapping[str, Any] = {"epochs": 4, "max_steps": 6}
+#: What a run has at least to end with a finisher: it may need several steps.
+LONGER: Mapping[str, int] = {"epochs": 4, "max_steps": 6}
 #: Rates at one of which a loss of a tiny model falls within :data:`FALLING_STEPS` steps (a loss
 #: that starts near its floor is jumped over by the first).
 FALLING_RATES, FALLING_STEPS = (3e-3, 1e-4), 6
@@ -105,8 +105,10 @@ class Trial:
     def recipe(self, slots: Mapping[str, Any] | None = None, **training: Any) -> Recipe:
         """A recipe with the component in its slot."""
         content = {"name": "contract", **HOST, **self.slots, **(slots or {})}
-        length = LONGER if self.kind == "finish" else {}
-        content |= {self.kind: self.component, "training": {**TRAINING, **length, **training}}
+        length = {**TRAINING, **training}
+        if self.kind == "finish":
+            length |= {name: max(length[name], least) for name, least in LONGER.items()}
+        content |= {self.kind: self.component, "training": length}
         return Recipe.from_mapping(content)
 
     def trainer(
