@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from delible import kept
-from delible.api import unlearn
+from delible.api import resolve_method, unlearn
 from delible.files import explain_disk, refused_by_disk
 from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
@@ -34,7 +34,7 @@ def learned(
     """The folder of a model that has learned records by plain fine-tuning.
 
     The run lies in the cache under everything that decides its weights (model, records in
-    order, options, seed); a killed one goes on, and a second process waits for the first.
+    order, the resolved method, seed); a killed one goes on, and a second process waits for the first.
 
     Args:
         model: What learns.
@@ -42,9 +42,9 @@ def learned(
         slots: Other components of it.
         title: For people, in the folder's name.
     """
+    method = resolve_method("finetune", slots=dict(slots or {}), options=dict(options))
     described = {
-        "model": model, "data": digest(records), "seed": seed, "learning": dict(options),
-        "slots": dict(slots or {}),
+        "model": model, "data": digest(records), "seed": seed, "method": method.spec(),
     }  # fmt: skip
     folder = cache_folder() / "learned" / f"{title}-{identity(described)[:12]}"
     with _alone(folder):
@@ -56,8 +56,7 @@ def learned(
         result = unlearn(
             model,
             ForgetRequest(forget=tuple(records)),
-            method="finetune",
-            slots=dict(slots or {}),
+            method=method,
             out=folder,
             seed=seed,
             shown=0,
@@ -65,7 +64,6 @@ def learned(
             verify=False,
             say=say,
             progress=progress,
-            **options,
         )
         if not result.resumed_finished:
             kept.seal(folder / "model")
