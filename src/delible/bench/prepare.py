@@ -10,12 +10,13 @@ from typing import Any
 from filelock import FileLock
 
 from delible import kept
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.files import explain_disk, refused_by_disk
 from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
 from delible.rundir import RunDirectory, identity
 from delible.train.engine import Progress
+from delible.train.recipe import Recipe
 
 Say = Callable[[str], None]
 
@@ -34,7 +35,8 @@ def learned(
     """The folder of a model that has learned records by plain fine-tuning.
 
     The run lies in the cache under everything that decides its weights (model, records in
-    order, the resolved method, seed); a killed one goes on, and a second process waits for the first.
+    order, the resolved method, seed); a killed one goes on, and a second process waits for the
+    first.
 
     Args:
         model: What learns.
@@ -42,7 +44,7 @@ def learned(
         slots: Other components of it.
         title: For people, in the folder's name.
     """
-    method = resolve_method("finetune", slots=dict(slots or {}), options=dict(options))
+    method = Recipe.named("finetune").changed(dict(slots or {}), dict(options))
     described = {
         "model": model, "data": digest(records), "seed": seed, "method": method.spec(),
     }  # fmt: skip
