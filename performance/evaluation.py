@@ -36,7 +36,7 @@ from torch import Tensor
 
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
-from delible.lm.forward import shared_prefix
+from delible.lm.body import shared_prefix
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
 from delible.lm.tree import NodeFunction, Prefix, Tree

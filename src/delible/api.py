@@ -34,9 +34,10 @@ from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of, ask, has_answer
 from delible.train import generated as generated_rows
-from delible.train.engine import MERGED_FIRST, Progress, Trainer, check_needs
+from delible.train.engine import MERGED_FIRST, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
+from delible.train.loop import Progress
 from delible.train.plan import make_plan
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml

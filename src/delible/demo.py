@@ -18,8 +18,9 @@ from delible.audit.run import DEFAULT_METRICS, audit
 from delible.bench.prepare import learned
 from delible.loaders import write_records
 from delible.records import ForgetRequest, Record, RecordBase
+from delible.report import write_page
 from delible.rundir import RunDirectory
-from delible.train.engine import Progress
+from delible.train.loop import Progress
 from delible.watching import Stage, unwatched
 from delible.world import World
 from delible.world.split import Split
@@ -178,7 +179,7 @@ def run(
         say=lambda line: say(f"   {line}"),
         progress=stage,
     )
-    report = out / "unlearned" / "report.html"
+    report = write_page(out / "unlearned")
     say(f"6. The report: {report.resolve()}")
     return DemoResult(out, report, found, result.examples, target, reference)
 

@@ -13,6 +13,7 @@ from delible.audit.run import audit
 from delible.errors import DataError, ModelError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
+from delible.report import read_run, render
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
@@ -80,8 +81,7 @@ def test_the_original_as_its_own_result_is_incomplete(
 
     table = parquet.read_table(tmp_path / "run" / "items.parquet").to_pylist()
     assert {row["attack"] for row in table} == {"none", "prefill", "relearn", "quantize"}
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "Ada cake" in page
+    assert "Ada cake" in render(read_run(tmp_path / "run"))
 
 
 def test_the_reference_as_result_is_erased_under_every_attack(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from delible.errors import ModelError
-from delible.lm.after_head import AfterHead
+from delible.lm.body import AfterHead
 from delible.lm.lm import LM
 from delible.system.asks import Decoding, Prompt, Score
 from delible.testing.tiny import VOCABULARY_SIZE, tiny_model, tiny_tokenizer

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from delible.errors import ModelError
-from delible.lm.anatomy import ROLES, Anatomy, derive, verify
+from delible.lm.anatomy import ROLES, Anatomy, derive
+from delible.lm.verify import verify
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from delible import api
 from delible.errors import ModelError, RunError
 from delible.lm import checks
-from delible.lm.budget import measure_budget, widest
+from delible.lm.body import widest
+from delible.lm.budget import measure_budget
 from delible.lm.lm import LM
 from delible.lm.load import load_model
 from delible.records import QA, ForgetRequest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from delible.lm import forward
+from delible.lm import body
 from delible.lm.lm import LM
 from delible.system.asks import Decoding, Prompt, Score
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -75,13 +75,13 @@ def test_fingerprint_follows_the_weights() -> None:
 def test_logits_of_few_tokens_in_pieces_are_those_of_the_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forward, "PIECE", 100)  # does not divide the vocabulary
+    monkeypatch.setattr(body, "PIECE", 100)  # does not divide the vocabulary
     head = torch.nn.Linear(8, 260, bias=False)
     states = torch.randn(5, 8)
     expected = head(states)
     with torch.inference_mode():
-        assert torch.allclose(forward.head_logits(head, states), expected, atol=1e-6)
+        assert torch.allclose(body.head_logits(head, states), expected, atol=1e-6)
         hook = head.register_forward_hook(lambda module, args, out: out + 1)
-        assert torch.allclose(forward.head_logits(head, states), expected + 1, atol=1e-6)
+        assert torch.allclose(body.head_logits(head, states), expected + 1, atol=1e-6)
         hook.remove()
-    assert forward.head_logits(head, states).requires_grad
+    assert body.head_logits(head, states).requires_grad

@@ -20,7 +20,7 @@ from every_kind import ANSWERS, PROMPTS, every_kind, require_equal, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as draw
 
-from delible.lm.budget import Budget
+from delible.lm.body import Budget
 from delible.lm.lm import LM
 from delible.measure import engine
 from delible.measure.cache import Cache

@@ -429,7 +429,7 @@ def test_a_system_that_can_tells_of_answers_within_a_chunk() -> None:
 
 
 def test_a_model_tells_of_every_batch() -> None:
-    from delible.lm.budget import Budget
+    from delible.lm.body import Budget
     from delible.lm.lm import LM
     from delible.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -117,7 +117,7 @@ def audit(
             list none.
         leaks: Metrics that are measured under attack, as knowledge scores (larger = more known).
         guard: Name of a guard to put in front of the system (and of no other).
-        out: Run directory for ``metrics.json``, ``items.parquet`` and ``report.html``.
+        out: Run directory for ``metrics.json`` and ``items.parquet``.
         cache: Take answers of the same weights to the same questions from earlier audits.
         rows: Records per split that are asked at most.
 
@@ -591,9 +591,6 @@ class _Audit:
             handle.write(result.model_dump_json(indent=2))
         if self.out.manifest.get("status") != "done":
             self.out.finish(cost={"seconds": result.seconds})
-        from delible.report import read_run, write
-
-        write(read_run(self.out.path), self.out.path / "report.html")
 
 
 _TEXTS_ONLY = (

@@ -35,7 +35,7 @@ from delible.records import ForgetRequest, RecordBase
 from delible.rundir import identity
 from delible.system.base import System
 from delible.systems.guarded import guard
-from delible.train.engine import Progress
+from delible.train.loop import Progress
 
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")

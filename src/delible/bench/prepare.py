@@ -15,7 +15,7 @@ from delible.files import explain_disk, refused_by_disk
 from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
 from delible.rundir import RunDirectory, identity
-from delible.train.engine import Progress
+from delible.train.loop import Progress
 from delible.train.recipe import Recipe
 
 Say = Callable[[str], None]

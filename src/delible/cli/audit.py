@@ -167,7 +167,9 @@ def audit(
         reporter.finish_bar()
         show(reporter, result)
         reporter.say(f"The numbers lie in {place / 'metrics.json'}.")
-        reporter.say(f"The report: {place / 'report.html'}")
+        from delible.report import write_page
+
+        reporter.say(f"The report: {write_page(place)}")
         return _judge(reporter, result, thresholds)
 
 

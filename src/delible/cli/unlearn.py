@@ -464,10 +464,10 @@ def _conclude(
 
 def _page(folder: Path) -> Path:
     """Writes the run's page, unless there is one already (of an audit, perhaps)."""
-    from delible.report import read_run, write
+    from delible.report import PAGE, write_page
 
-    path = folder / "report.html"
-    return path if path.exists() else write(read_run(folder), path)
+    path = folder / PAGE
+    return path if path.exists() else write_page(folder)
 
 
 def _dry_run(

@@ -11,17 +11,13 @@ factor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from delible.errors import ModelError
-from delible.lm.forward import head_logits
-
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
+from delible.lm.body import AfterHead, Body, head_logits
 
 #: Largest logit of the probe that looks for a limit; known limits are 15 to 50.
 _LARGE = 1e5
@@ -31,26 +27,7 @@ _SMALL = 4.0
 _MANY = 0.25
 
 
-@dataclass(frozen=True)
-class AfterHead:
-    """A function of single logits, strictly increasing.
-
-    Attributes:
-        scale: Factor of every logit, above 0.
-        cap: Soft limit of the scaled logits' size, or None.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """The model's logits, in the shape and data type of the head's."""
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
-def measure(lm: LM, ids: Tensor) -> AfterHead:
+def measure(lm: Body, ids: Tensor) -> AfterHead:
     """The function that turns a model's head into its logits.
 
     Args:
@@ -82,7 +59,7 @@ def measure(lm: LM, ids: Tensor) -> AfterHead:
     )
 
 
-def _probes(lm: LM, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _probes(lm: Body, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The head's and the model's logits in float64, each [batch, sequence, vocab], of final states
     that are stretched so that the head's logits are large, and so that they are small.
     """

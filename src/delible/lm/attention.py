@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,8 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
+from delible.lm.body import Body
 
 _TEXTS, _TOKEN = "delible_texts", "delible_token"
 
@@ -61,7 +60,7 @@ class Texts:
     attention: str
 
 
-def texts_of(lm: LM, sees: Sequence[Bool[Tensor, "size all"]]) -> Texts:
+def texts_of(lm: Body, sees: Sequence[Bool[Tensor, "size all"]]) -> Texts:
     """Texts by what their positions see: first what all see, then their own positions."""
     parts, start = [], 0
     for one in sees:
@@ -71,14 +70,14 @@ def texts_of(lm: LM, sees: Sequence[Bool[Tensor, "size all"]]) -> Texts:
 
 
 @contextmanager
-def text_by_text(lm: LM, texts: Texts) -> Iterator[dict[str, Any]]:
+def text_by_text(lm: Body, texts: Texts) -> Iterator[dict[str, Any]]:
     """Within it the model's attention goes text by text; gives arguments for the backbone."""
     with _replaced(lm, _TEXTS):
         yield {"texts": texts}
 
 
 @contextmanager
-def token_by_token(lm: LM) -> Iterator[None]:
+def token_by_token(lm: Body) -> Iterator[None]:
     """Within it attention is fast for rows that get one new token at a time."""
     fused = _config(lm)._attn_implementation == "sdpa" and lm.device.type == "cpu"
     # a model that grows trees calls the attention that its configuration names
@@ -88,7 +87,7 @@ def token_by_token(lm: LM) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(lm: LM, name: str) -> Iterator[None]:
+def _replaced(lm: Body, name: str) -> Iterator[None]:
     config = _config(lm)
     own = config._attn_implementation
     config._attn_implementation = name
@@ -98,18 +97,18 @@ def _replaced(lm: LM, name: str) -> Iterator[None]:
         config._attn_implementation = own
 
 
-def attention_window(lm: LM) -> float:
+def attention_window(lm: Body) -> float:
     """The longest text of which every token sees all before it: no layer has forgotten any."""
     config = _config(lm)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((window for window in windows if window), default=math.inf)
 
 
-def _config(lm: LM) -> Any:
+def _config(lm: Body) -> Any:
     return lm.core.config.get_text_config()
 
 
-def _mask(lm: LM, sees: Bool[Tensor, "1 1 size all"]) -> Tensor:
+def _mask(lm: Body, sees: Bool[Tensor, "1 1 size all"]) -> Tensor:
     sees = sees.to(lm.device)
     if _config(lm)._attn_implementation == "sdpa":
         return sees

@@ -6,15 +6,10 @@ below it the free memory decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
 import psutil
 import torch
 
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
+from delible.lm.body import Body, Budget, widest
 
 #: Padded tokens per forward pass beyond which a device gets no faster.
 ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
@@ -24,21 +19,6 @@ ENOUGH_ROWS = {"cpu": 192, "cuda": 1024}
 MEMORY_SHARE = 0.25
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What fits.
-
-    Attributes:
-        tokens: Padded tokens per forward pass.
-        cached_tokens: Tokens whose keys and values may be alive while generating.
-        rows: Rows that generate together.
-    """
-
-    tokens: int
-    cached_tokens: int
-    rows: int
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":
@@ -46,15 +26,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def widest(config: Any, name: str) -> int | None:
-    """A number of a model's settings; the largest, where each block has its own."""
-    value = getattr(config, name, None)
-    if isinstance(value, Sequence):
-        value = max((one for one in value if one), default=None)
-    return int(value) if value else None
-
-
-def measure_budget(lm: LM) -> Budget:
+def measure_budget(lm: Body) -> Budget:
     """The budget of a model with the memory that is free now."""
     device, anatomy = lm.device, lm.anatomy
     config = lm.core.config.get_text_config()

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from delible.errors import ModelError
 from delible.lm import after_head
-from delible.lm.decode import ROADS, Road, Row, plain_settings, speak
+from delible.lm.body import ROADS, Body, Road
+from delible.lm.decode import Row, plain_settings, speak
 from delible.lm.forward import Batch, Forward
 from delible.lm.tree import Prefix, Tree, node_states
 from delible.system.asks import Decoding
-
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
 
 #: Tokens that are generated to compare with; the second of three rows leaves after half of them.
 STEPS = 4
@@ -33,7 +30,7 @@ _KNOWN: dict[str, Road] = {}
 
 
 @torch.inference_mode()
-def check(lm: LM) -> None:
+def check(lm: Body) -> None:
     """Sets ``after_head``, ``shares_prefix``, ``grows_trees`` and ``road`` of a model.
 
     Raises:
@@ -63,7 +60,7 @@ def check(lm: LM) -> None:
     lm.road = _road(lm)
 
 
-def _ordinary(lm: LM, count: int) -> Tensor:
+def _ordinary(lm: Body, count: int) -> Tensor:
     """Token ids of ordinary text: none that a model treats in a way of its own."""
     special = {*lm.tokenizer.all_special_ids, *lm.tokenizer.added_tokens_decoder}
     usable = [token for token in range(min(lm.vocabulary, 1000)) if token not in special]
@@ -71,7 +68,7 @@ def _ordinary(lm: LM, count: int) -> Tensor:
     return torch.tensor(chosen, device=lm.device)
 
 
-def _road(lm: LM) -> Road:
+def _road(lm: Body) -> Road:
     """The fastest way of generating that gives what the library's own ``generate`` gives.
 
     It is a property of the architecture: models of the same settings are tried once a process.
@@ -86,7 +83,7 @@ def _road(lm: LM) -> Road:
     return _KNOWN[known]
 
 
-def _tried(lm: LM, tolerance: float) -> Road:
+def _tried(lm: Body, tolerance: float) -> Road:
     ids = _ordinary(lm, 30).tolist()
     rows = [ids[:12] + own for own in (ids[12:15], ids[15:21], ids[21:30])]
     try:
@@ -107,7 +104,7 @@ def _tried(lm: LM, tolerance: float) -> Road:
     raise AssertionError("the last road is the library's own")
 
 
-def _own(lm: LM, row: list[int]) -> tuple[list[int], Tensor]:
+def _own(lm: Body, row: list[int]) -> tuple[list[int], Tensor]:
     """Tokens and logits [tokens, vocab] of the library's greedy generation of one row."""
     with plain_settings(lm):
         ids = torch.tensor([row], device=lm.device)
@@ -124,7 +121,7 @@ def _own(lm: LM, row: list[int]) -> tuple[list[int], Tensor]:
 
 
 def _gives(
-    lm: LM, rows: list[list[int]], expected: list[tuple[list[int], Tensor]], tolerance: float
+    lm: Body, rows: list[list[int]], expected: list[tuple[list[int], Tensor]], tolerance: float
 ) -> bool:
     """Whether the logits are those expected at every step, as rows say the expected tokens."""
     same, leaves = True, min(lm.ends)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -36,18 +36,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm.attention import attention_window, token_by_token
+from delible.lm.body import Body
 from delible.lm.forward import cache_argument, fill_prefix
 from delible.lm.tree import Prefix, Tree, node_states
 from delible.system.asks import Decoding
 
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
-
-#: How prompts are read and rows go on: packed without padding; in batches that share a beginning;
-#: in batches whose rows stay to the end; each row alone, by the library's own ``generate``.
-Road = Literal["trees", "prefix", "padded", "plain"]
-#: From the fastest to the one that every model can take.
-ROADS: tuple[Road, ...] = get_args(Road)
 #: Next tokens, one per row of the batch: (logits [rows, vocab], the rows) -> tokens.
 Choose = Callable[[Tensor, Sequence["Row"]], list[int]]
 
@@ -109,7 +102,7 @@ def _roomy(states: Tensor, wanted: int) -> Tensor:
     return room
 
 
-def roomy_cache(lm: LM) -> DynamicCache:
+def roomy_cache(lm: Body) -> DynamicCache:
     """An empty key-value cache; layers that keep only a window stay the library's."""
     cache = DynamicCache(config=lm.core.config.get_text_config())
     cache.layers = [RoomyLayer() if type(one) is DynamicLayer else one for one in cache.layers]
@@ -117,7 +110,7 @@ def roomy_cache(lm: LM) -> DynamicCache:
 
 
 def read_prompts(
-    lm: LM, rows: Sequence[Sequence[int]], mask: Int[Tensor, "batch sequence"], cache: Any
+    lm: Body, rows: Sequence[Sequence[int]], mask: Int[Tensor, "batch sequence"], cache: Any
 ) -> Float[Tensor, "batch hidden"]:
     """Fills an empty cache with the rows' keys and values; returns the last hidden states.
 
@@ -184,7 +177,7 @@ class Speaking:
         choose: Takes the next tokens; None: as each row's decoding says.
     """
 
-    def __init__(self, lm: LM, choose: Choose | None = None) -> None:
+    def __init__(self, lm: Body, choose: Choose | None = None) -> None:
         self.lm, self.choose = lm, choose or _choose
         self.backbone = lm.core.get_submodule(lm.anatomy.backbone)
         self.takes_positions = "position_ids" in signature(type(self.backbone).forward).parameters
@@ -280,7 +273,7 @@ class Speaking:
         return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
-def heard(lm: LM, row: Row, token: int) -> Finish | None:
+def heard(lm: Body, row: Row, token: int) -> Finish | None:
     """Takes a row's next token; why the row has ended, if it has."""
     if token in lm.ends:
         return "stop"
@@ -296,7 +289,7 @@ def _behind(states: Float[Tensor, "batch heads sequence width"], length: int) ->
 
 
 def continue_rows(
-    lm: LM,
+    lm: Body,
     rows: Sequence[Sequence[int]],
     decoding: Decoding,
     seeds: Sequence[str],
@@ -318,7 +311,7 @@ def continue_rows(
 
 
 def speak(
-    lm: LM,
+    lm: Body,
     rows: Sequence[Row],
     prompts: Sequence[Sequence[int]],
     choose: Choose | None = None,
@@ -348,7 +341,7 @@ def _worth(row: Row, steps: int) -> float:
 
 
 @contextmanager
-def plain_settings(lm: LM) -> Iterator[None]:
+def plain_settings(lm: Body) -> Iterator[None]:
     """The library's generation without the samplers and ends that a model brings along."""
     before = lm.core.generation_config
     lm.core.generation_config = GenerationConfig()
@@ -358,7 +351,7 @@ def plain_settings(lm: LM) -> Iterator[None]:
         lm.core.generation_config = before
 
 
-def _speak_alone(lm: LM, row: Row, prompt: Sequence[int], choose: Choose) -> None:
+def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> None:
     """Continues one row by the library's own generation."""
 
     def forced(ids: Tensor, logits: Tensor) -> Tensor:
@@ -415,14 +408,16 @@ def _drawn(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[in
     return [int(token) for token in tokens.gather(1, places)[:, 0]]
 
 
-def _stops(lm: LM, ids: Sequence[int], stop: Sequence[str]) -> bool:
+def _stops(lm: Body, ids: Sequence[int], stop: Sequence[str]) -> bool:
     if not stop:
         return False
     text = lm.tokenizer.decode(ids, skip_special_tokens=True)
     return any(one in text for one in stop)
 
 
-def said_by(lm: LM, ids: Sequence[int], stop: Sequence[str] = (), *, stripped: bool = True) -> str:
+def said_by(
+    lm: Body, ids: Sequence[int], stop: Sequence[str] = (), *, stripped: bool = True
+) -> str:
     """The text of an answer's tokens, cut before a stop text, without white space around it."""
     text = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
     for one in stop:

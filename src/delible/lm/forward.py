@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,20 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from delible.lm.body import Body, shared_prefix
 from delible.lm.hooks import capture, truncated
 from delible.lm.template import Encoded
 
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
-
-#: A shared prefix shorter than this is not worth a second call of the model.
-SHORTEST_SHARED_PREFIX = 8
 #: Vocabulary entries that may be alive at once: answer positions x vocabulary.
 HEAD_CHUNK_ELEMENTS = 64 * 1024 * 1024
-
-#: On a processor the fp32 product of at most so many tokens with a head is faster in pieces of so
-#: many vocabulary entries: 350 instead of 490 microseconds a token (160 tokens, 49,152 x 576).
-FEW_TOKENS, PIECE = 256, 1024
 
 #: Per-token values from logits: (logits [tokens, vocab] in fp32, targets [tokens]) -> [tokens]
 TokenFunction = Callable[[Tensor, Tensor], Tensor]
@@ -97,17 +89,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str) ->
     )
 
 
-def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens that all rows start with, less than any row has; 0 if it is not worth sharing."""
-    if len(rows) < 2:
-        return 0
-    limit, prefix = min(len(row) for row in rows) - 1, 0
-    while prefix < limit and all(row[prefix] == rows[0][prefix] for row in rows[1:]):
-        prefix += 1
-    return prefix if prefix >= SHORTEST_SHARED_PREFIX else 0
-
-
-def prefix_cache(lm: LM, ids: Int[Tensor, "batch prefix"]) -> Any:
+def prefix_cache(lm: Body, ids: Int[Tensor, "batch prefix"]) -> Any:
     """The key-value cache of a prefix that all rows share, computed once, for every row."""
     cache: Any = DynamicCache(config=lm.core.config.get_text_config())
     if ids.numel():
@@ -115,7 +97,7 @@ def prefix_cache(lm: LM, ids: Int[Tensor, "batch prefix"]) -> Any:
     return cache
 
 
-def fill_prefix(lm: LM, cache: Any, ids: Int[Tensor, "batch prefix"]) -> None:
+def fill_prefix(lm: Body, cache: Any, ids: Int[Tensor, "batch prefix"]) -> None:
     """Puts the keys and values of a prefix that all rows share into an empty cache."""
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
     backbone(input_ids=ids[:1], use_cache=True, **{cache_argument(backbone): cache})
@@ -129,10 +111,10 @@ class Forward(nn.Module):
     [tokens, hidden], and the outputs of the blocks in ``layers``, each [batch, sequence, hidden].
     """
 
-    def __init__(self, lm: LM) -> None:
+    def __init__(self, lm: Body) -> None:
         super().__init__()
         self.model = lm.model
-        self._lm = [lm]  # a list, so that the LM is not registered as a submodule
+        self._lm = [lm]  # a list, so that the Body is not registered as a submodule
 
     def forward(
         self, batch: Batch, layers: tuple[int, ...] = (), final: bool = True
@@ -153,7 +135,7 @@ class Forward(nn.Module):
         return (_answer_states(last, batch, offset=0) if final else None), states
 
 
-def _suffix_states(lm: LM, backbone: nn.Module, batch: Batch) -> Tensor:
+def _suffix_states(lm: Body, backbone: nn.Module, batch: Batch) -> Tensor:
     if not batch.prefix or not lm.shares_prefix:
         return backbone(
             input_ids=batch.ids, use_cache=False
@@ -213,26 +195,6 @@ def map_logits(
     return torch.cat(
         [checkpoint(run, part, wanted, use_reentrant=False) for part, wanted in pieces]
     )
-
-
-def head_logits(head: nn.Module, states: Float[Tensor, "tokens hidden"]) -> Tensor:
-    """The head's logits [tokens, vocab]; those of few tokens piece by piece of the vocabulary."""
-    if not (
-        type(head) is nn.Linear
-        and head.bias is None
-        and not (head._forward_hooks or head._forward_pre_hooks)
-        and torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and states.device.type == "cpu"
-        and states.dtype == head.weight.dtype == torch.float32
-        and states.ndim == 2
-        and len(states) <= FEW_TOKENS
-    ):
-        return head(states)  # type: ignore[no-any-return]
-    logits = states.new_empty(len(states), head.out_features)
-    for rows, piece in zip(head.weight.split(PIECE), logits.split(PIECE, dim=1), strict=True):
-        torch.mm(states, rows.T, out=piece)
-    return logits
 
 
 def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from delible.errors import ModelError, nearest
-from delible.lm.anatomy import unwrapped
-
-if TYPE_CHECKING:
-    from delible.lm.anatomy import Anatomy
+from delible.lm.anatomy import Anatomy, unwrapped
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

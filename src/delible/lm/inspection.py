@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from delible.lm.body import Body
 from delible.lm.forward import Batch, Forward, collate, map_logits, target_logprobs
 from delible.lm.template import Encoded
 from delible.system.asks import GradientNorm, Hidden, Inspection
 
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
-
 Values = npt.NDArray[np.float32]
 
 
-def inspect(lm: LM, requests: Sequence[Inspection], rows: Sequence[Encoded]) -> list[Values]:
+def inspect(lm: Body, requests: Sequence[Inspection], rows: Sequence[Encoded]) -> list[Values]:
     """Answers to requests of one kind; ``rows`` are their tokens."""
     first = requests[0]
     if isinstance(first, GradientNorm):
@@ -37,19 +35,19 @@ def inspect(lm: LM, requests: Sequence[Inspection], rows: Sequence[Encoded]) -> 
     return [one for one in found if one is not None]
 
 
-def _distributions(lm: LM, batch: Batch) -> list[Values]:
+def _distributions(lm: Body, batch: Batch) -> list[Values]:
     states, _ = Forward(lm)(batch)
     counts = (batch.lengths - batch.starts).tolist()
     return [lm.head(part).float().log_softmax(dim=1).cpu().numpy() for part in states.split(counts)]
 
 
-def _states(lm: LM, batch: Batch, layer: int) -> list[Values]:
+def _states(lm: Body, batch: Batch, layer: int) -> list[Values]:
     block = Forward(lm)(batch, (layer,), final=False)[1][layer]
     spans = zip(block, batch.starts.tolist(), batch.lengths.tolist(), strict=True)
     return [row[start - 1 : end - 1].float().cpu().numpy().copy() for row, start, end in spans]
 
 
-def gradient_norm(lm: LM, row: Encoded, order: float) -> Values:
+def gradient_norm(lm: Body, row: Encoded, order: float) -> Values:
     """Mean over parameter tensors of the norm of their gradient, shape [1].
 
     Of the mean loss over the answer's tokens, the end-of-turn token left out. One row at a time:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from delible.errors import ModelError, RunError
-from delible.lm.after_head import AfterHead
 from delible.lm.anatomy import Anatomy, derive
 from delible.lm.attention import attention_window
-from delible.lm.budget import Budget, measure_budget, widest
+from delible.lm.body import AfterHead, Body, Budget, Road
+from delible.lm.budget import measure_budget
 from delible.lm.checks import check
-from delible.lm.decode import Road, continue_rows
-from delible.lm.forward import Forward, collate, head_logits, map_logits, shared_prefix
+from delible.lm.decode import continue_rows
+from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.inspection import inspect
 from delible.lm.load import ModelInfo, load_model, weights_digest
 from delible.lm.parts import has_other_parts, kind_of
@@ -31,7 +30,6 @@ from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
 from delible.precision import (
     Precision,
     Resolved,
-    computing_in,
     resolve,
 )
 from delible.system.asks import (
@@ -83,7 +81,7 @@ def _statistics(logits: Tensor, moments: bool) -> list[Tensor]:
     return [best, tops + sums.log(), means - sums.log(), variances]
 
 
-class LM:
+class LM(Body):
     """A Hugging Face causal language model, white-box.
 
     Args:
@@ -151,26 +149,6 @@ class LM:
     # ---- parts
 
     @property
-    def core(self) -> Any:
-        """The Hugging Face model below any adapter."""
-        inner = getattr(self.model, "get_base_model", None)
-        return inner() if callable(inner) else self.model
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.template.end_of_turn[0])
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the head (may exceed the tokenizer's vocabulary)."""
-        return int(self.core.get_output_embeddings().weight.shape[0])
-
-    @property
     def other_parts(self) -> frozenset[int]:
         """Identities of the parameters that no text passes through (of a tower for images)."""
         if not has_other_parts(self.core.config):
@@ -178,20 +156,6 @@ class LM:
         language = (self.anatomy.backbone, self.anatomy.head, self.anatomy.embedding)
         own = {id(one) for path in language for one in self.core.get_submodule(path).parameters()}
         return frozenset(id(one) for one in self.core.parameters()) - own
-
-    @property
-    def inner_width(self) -> int:
-        """Width inside the MLP of the widest block."""
-        width = widest(self.core.config.get_text_config(), "intermediate_size")
-        return width or 4 * self.anatomy.hidden_size
-
-    def head(self, states: Tensor) -> Tensor:
-        """Logits of final hidden states: the head and whatever the model does after it."""
-        return self.after_head(head_logits(self.core.get_output_embeddings(), states))
-
-    def computing(self) -> Any:
-        """Context in which the model computes (see ``precision``)."""
-        return computing_in(self.precision, self.device.type)
 
     # ---- identity
 
@@ -273,11 +237,6 @@ class LM:
     def budget(self) -> Budget:
         """How many tokens go through the model at once, measured when first asked for."""
         return measure_budget(self)
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        return self.template.ends
 
     def score(self, requests: Sequence[Score]) -> list[TokenScores | NoAnswer]:
         """Teacher-forced log-probabilities and argmax hits at the answers' tokens.
@@ -410,21 +369,6 @@ class LM:
                     answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
         return answers
 
-    def padded(
-        self, rows: Sequence[Sequence[int]], sharing: bool = True
-    ) -> tuple[Tensor, Tensor, int]:
-        """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
-        shared = shared_prefix(rows) if sharing and self.shares_prefix else 0
-        longest = max(len(row) for row in rows)
-        padded = torch.full((len(rows), longest), self.pad_id)
-        mask = torch.zeros_like(padded)
-        for place, row in enumerate(rows):
-            padded[place, :shared] = torch.tensor(row[:shared])
-            padded[place, shared + longest - len(row) :] = torch.tensor(row[shared:])
-            mask[place, :shared] = 1
-            mask[place, shared + longest - len(row) :] = 1
-        return padded.to(self.device), mask.to(self.device), shared
-
     # ---- inside
 
     def _tell(self, answers: int) -> None:
@@ -453,46 +397,3 @@ class LM:
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 2048)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within it the model is in evaluation mode."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(was_training)
-
-    def batches(
-        self,
-        order: Sequence[int],
-        lengths: Sequence[int],
-        tokens: int | None = None,
-        rows: int | None = None,
-    ) -> Iterator[list[int]]:
-        """Cuts an order into batches of at most so many padded tokens, and rows."""
-        budget = self.budget.tokens if tokens is None else tokens
-        batch: list[int] = []
-        longest = 0
-        for index in order:
-            longest = max(longest, lengths[index])
-            full = longest * (len(batch) + 1) > budget or len(batch) == rows
-            if batch and full:
-                yield batch
-                batch, longest = [], lengths[index]
-            batch.append(index)
-        if batch:
-            yield batch
-
-    def filled(self, sizes: Sequence[int]) -> Iterator[list[int]]:
-        """Places of texts that stand in one row: as many as fit the budget of tokens."""
-        places, total = list[int](), 0
-        for place, size in enumerate(sizes):
-            if places and total + size > self.budget.tokens:
-                yield places
-                places, total = [], 0
-            places.append(place)
-            total += size
-        if places:
-            yield places

@@ -8,13 +8,10 @@ from every turn that is over, though the model writes them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from delible.records import Message
 from delible.system.asks import Prompt
-
-if TYPE_CHECKING:
-    from delible.lm.template import Template
 
 _REASONED = re.compile(r"\s*<think>(?P<reasons>.+?)</think>\s*(?P<answer>.+)", re.DOTALL)
 
@@ -25,22 +22,28 @@ class _Reply(Message):
     reasoning_content: str
 
 
-def written(template: Template, prompt: Prompt, answer: str) -> str | None:
+def written(
+    chat: Callable[[tuple[Message, ...]], str], before: str, prompt: Prompt, answer: str
+) -> str | None:
     """The text that follows the prompt: reasons and answer; None for an answer without reasons.
 
     As the template writes it, where it writes the reasons at all, else as the record has it. A
     prompt that has opened the reasons already is not followed by another mark.
+
+    Args:
+        chat: The template's text of a conversation.
+        before: The template's text of the prompt.
+        prompt: A conversation, without a prefill.
     """
     found = _REASONED.fullmatch(answer)
-    if found is None or prompt.prefill or not template.has_chat or prompt.text is not None:
+    if found is None:
         return None
     reasons, said = found["reasons"].strip(), found["answer"].strip()
-    before = template.render(prompt)
     for turn in (
         _Reply(role="assistant", content=said, reasoning_content=reasons),
         Message(role="assistant", content=answer),
     ):
-        whole = template._chat((*prompt.messages, turn))
+        whole = chat((*prompt.messages, turn))
         middle, there, _ = whole.removeprefix(before).rpartition(said)
         if whole.startswith(before) and there and reasons in middle:
             return middle + said

@@ -112,11 +112,7 @@ class Template:
             prompt_text, full_text = self.render(prompt), self.render(prompt) + answer
         else:
             has_end = True
-            reasoned = written(self, prompt, answer)
-            if reasoned is None:
-                prompt_text, joint, answer = self._opened(prompt, answer)
-            else:
-                prompt_text, joint, answer = self.render(prompt), "", reasoned
+            prompt_text, joint, answer = self._followed(prompt, answer)
             if joint.strip():  # an empty thinking block: given to the model, not learned
                 prompt_text, joint = prompt_text + joint, ""
             full_text = prompt_text + joint + answer + self.end_of_turn[1]
@@ -192,6 +188,15 @@ class Template:
                 f"the chat template refused the conversation: {error}",
                 hint="Roles must alternate; some templates accept no system turn.",
             ) from error
+
+    def _followed(self, prompt: Prompt, answer: str) -> tuple[str, str, str]:
+        """What stands before the answer, what joins the two, and the answer as it is rendered."""
+        if self.has_chat and not prompt.prefill:
+            before = self.render(prompt)
+            reasoned = written(self._chat, before, prompt, answer)
+            if reasoned is not None:
+                return before, "", reasoned
+        return self._opened(prompt, answer)
 
     def _opened(self, prompt: Prompt, answer: str) -> tuple[str, str, str]:
         """What stands before the answer, what joins the two, and the answer as it is rendered.

@@ -25,7 +25,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ from delible import kept
 from delible.errors import ModelError
 from delible.files import clear_unfinished, explain_disk
 from delible.lm import embedded
-from delible.lm.tiny_training import batches, threads, train
+from delible.lm.tiny_training import TinyOptions, batches, threads, train
 from delible.prompts import read_lines
 from delible.records import QA, Message
 from delible.system.questions import answer_of, ask
@@ -66,33 +65,6 @@ VERSION = 1
 LEARNED_WORLD, READ_WORLD = 730_001, 730_002
 #: Products this small gain little from more threads; fixed, for the last bits may depend on it.
 THREADS = 2
-
-
-@dataclass(frozen=True)
-class TinyOptions:
-    """How the model is built; the defaults are those of ``tiny``.
-
-    Attributes:
-        hidden_size: A multiple of 32, the width of an attention head.
-        vocabulary: Tokens, the 256 bytes and 6 special tokens included.
-        examples: Conversations and texts to learn from, each seen once.
-        batch_tokens: Padded tokens per optimiser step.
-        prompt_weight: What a token that is not of an answer counts; names in questions cannot be
-            foreseen, and learning to guess them takes steps that the answers need.
-        people: People whose facts are learned by heart.
-    """
-
-    seed: int = 0
-    hidden_size: int = 128
-    layers: int = 6
-    vocabulary: int = 2048
-    examples: int = 14_000
-    batch_tokens: int = 512
-    learning_rate: float = 3e-3
-    warmup_steps: int = 20
-    weight_decay: float = 0.1
-    prompt_weight: float = 0.3
-    people: int = 8
 
 
 #: What ``tiny`` means.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from delible.files import atomic_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from delible.lm.tiny import TinyOptions
 
 Say = Callable[[str], None]
 #: Rows among which those of like length meet in a step.
@@ -25,6 +25,33 @@ SORTED_TOGETHER = 160
 TIMED_STEPS = 20
 #: So much work is lost at most when a build is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+@dataclass(frozen=True)
+class TinyOptions:
+    """How the model is built; the defaults are those of ``tiny``.
+
+    Attributes:
+        hidden_size: A multiple of 32, the width of an attention head.
+        vocabulary: Tokens, the 256 bytes and 6 special tokens included.
+        examples: Conversations and texts to learn from, each seen once.
+        batch_tokens: Padded tokens per optimiser step.
+        prompt_weight: What a token that is not of an answer counts; names in questions cannot be
+            foreseen, and learning to guess them takes steps that the answers need.
+        people: People whose facts are learned by heart.
+    """
+
+    seed: int = 0
+    hidden_size: int = 128
+    layers: int = 6
+    vocabulary: int = 2048
+    examples: int = 14_000
+    batch_tokens: int = 512
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    prompt_weight: float = 0.3
+    people: int = 8
 
 
 def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Sequence[int]]]:

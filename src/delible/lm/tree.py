@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +32,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from delible.lm.attention import text_by_text, texts_of
-from delible.lm.forward import (
-    FEW_TOKENS,
-    HEAD_CHUNK_ELEMENTS,
-    cache_argument,
-    prefix_cache,
-    shared_prefix,
-)
-
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
+from delible.lm.body import FEW_TOKENS, Body, shared_prefix
+from delible.lm.forward import HEAD_CHUNK_ELEMENTS, cache_argument, prefix_cache
 
 #: Values of answer tokens from the logits that predict them: (logits [nodes, vocab] in fp32, which
 #: it may overwrite, the node before each token [tokens], targets [tokens]) -> [tokens, ...].
@@ -138,7 +130,7 @@ class Prefix:
         """What all prompts start with, if it is worth sharing."""
         return cls(prompts[0][: shared_prefix(prompts)] if prompts else ())
 
-    def cache(self, lm: LM) -> Any:
+    def cache(self, lm: Body) -> Any:
         """A key-value cache with the prefix in it, to be filled on."""
         if self._computed is None:
             ids = torch.tensor([self.ids], dtype=torch.long, device=lm.device)
@@ -148,7 +140,7 @@ class Prefix:
 
 @torch.no_grad()
 def node_states(
-    lm: LM, prefix: Prefix, trees: Sequence[Tree], cache: Any = None
+    lm: Body, prefix: Prefix, trees: Sequence[Tree], cache: Any = None
 ) -> Float[Tensor, "nodes hidden"]:
     """Final hidden states of all nodes, tree after tree.
 
@@ -181,7 +173,7 @@ def node_states(
 
 
 def tree_values(
-    lm: LM, prefix: Prefix, trees: Sequence[Tree], function: NodeFunction
+    lm: Body, prefix: Prefix, trees: Sequence[Tree], function: NodeFunction
 ) -> Float[Tensor, "tokens values"]:
     """``function`` of the logits at every answer token: tree by tree, answer by answer.
 

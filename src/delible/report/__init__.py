@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from delible.report.page import render, write
 from delible.report.reading import ReportData, read_run, read_runs
 
-__all__ = ["ReportData", "read_run", "read_runs", "render", "write"]
+__all__ = ["PAGE", "ReportData", "read_run", "read_runs", "render", "write", "write_page"]
+
+#: The page of a run, in its folder.
+PAGE = "report.html"
+
+
+def write_page(folder: Path) -> Path:
+    """Writes the page of a run from what lies in its folder."""
+    return write(read_run(folder), folder / PAGE)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ from delible.train import generated
 from delible.train.fitting import described, shortened, split_passages
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
-from delible.train.loop import Loop
+from delible.train.loop import Job, Loop, Progress
 from delible.train.losses import Keep, Role
 from delible.train.plan import Plan, make_plan
 from delible.train.processes import open_processes
@@ -53,12 +53,6 @@ MERGED_FIRST = (
     "The model wears an adapter: it is merged into the weights first, and the result is a whole "
     "model."
 )
-
-
-class Progress(Protocol):
-    """Where training reports to; the command line draws bars from it."""
-
-    def __call__(self, step: int, total: int, numbers: Mapping[str, float]) -> None: ...
 
 
 @dataclass
@@ -161,7 +155,6 @@ class Trainer:
         self.refusals, self.say, self.progress = refusals, say, progress
         self.writer, self.generated, self.stage = writer, generated, stage
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
-        self.budget = 0
         self.notes: dict[str, Any] = {}
         self.context_tokens = lm.template.max_length
 
@@ -223,9 +216,12 @@ class Trainer:
         optimizer = self._optimizer(placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
-        self.budget = self.token_budget()
+        job = Job(
+            self.lm, self.recipe, self.keep, self.records, self.seed, self.run, self.say,
+            self.progress, self.token_budget(),
+        )  # fmt: skip
         loop = Loop(
-            self,
+            job,
             accelerator,
             context,
             placement,

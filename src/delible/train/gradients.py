@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
-from delible.lm.forward import Forward, collate, shared_prefix
+from delible.lm.body import shared_prefix
+from delible.lm.forward import Forward, collate
 from delible.lm.lm import LM
 from delible.train.losses import Objective
 from delible.train.randomness import generator

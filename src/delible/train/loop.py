@@ -10,32 +10,62 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from delible.errors import RunError
+from delible.lm.lm import LM
 from delible.precision import is_out_of_memory
+from delible.records import RecordBase
+from delible.rundir import RunDirectory
 from delible.train import checkpoint
-from delible.train.losses import Memory, State
+from delible.train.losses import Keep, Memory, State
 from delible.train.monitor import Monitor
 from delible.train.moves import check_moves, sampled
 from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.plan import Plan
 from delible.train.reach import explain, has_gradient, probe
+from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.schedule import learning_rate_factor
 from delible.train.slots import Context, Placement
 from delible.train.step import Reads
 from delible.train.watch import CollapseWatch, watched_rows
 
-if TYPE_CHECKING:
-    from delible.train.engine import Trainer
-
 #: Where forget rows that were weighed anew keep their weights.
 WEIGHTS = "weigh.weights"
+
+
+class Progress(Protocol):
+    """Where training reports to; the command line draws bars from it."""
+
+    def __call__(self, step: int, total: int, numbers: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is, as far as its steps are concerned.
+
+    Attributes:
+        keep: The retain loss, if there is one.
+        records: As they were given, by role.
+        run: Where checkpoints and events go; None keeps nothing.
+        budget: Padded tokens per pass, at first.
+    """
+
+    lm: LM
+    recipe: Recipe
+    keep: Keep | None
+    records: Mapping[str, Sequence[RecordBase]]
+    seed: int
+    run: RunDirectory | None
+    say: Callable[[str], None]
+    progress: Progress | None
+    budget: int
 
 
 class Loop:
@@ -43,7 +73,7 @@ class Loop:
 
     def __init__(
         self,
-        trainer: Trainer,
+        job: Job,
         accelerator: Accelerator,
         context: Context,
         placement: Placement,
@@ -53,44 +83,45 @@ class Loop:
         forward: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.trainer, self.accelerator, self.context = trainer, accelerator, context
+        self.job, self.accelerator, self.context = job, accelerator, context
+        self.budget = job.budget
         self.placement, self.plan = placement, plan
         self.weights, self.reference = weights, reference
         self.forward, self.optimizer = forward, optimizer
-        self.training = trainer.recipe.training
-        self.state: State = trainer.recipe.balance.start()
+        self.training = job.recipe.training
+        self.state: State = job.recipe.balance.start()
         self.memory: Memory = {}
         self.masks = placement.masks
         self.history: list[dict[str, float]] = []
         self.stopped: str | None = None
         self.notes: dict[str, Any] = {}
         self.tokens, self.padding = 0, list[float]()
-        self.folder = trainer.run.path / "checkpoint" if trainer.run else None
+        self.folder = job.run.path / "checkpoint" if job.run else None
         self.last_saved = time.monotonic()
         self.monitor = Monitor(
-            trainer.lm, self.training, trainer.records, placement.parameters, trainer.run,
-            trainer.say, trainer.seed,
+            job.lm, self.training, job.records, placement.parameters, job.run,
+            job.say, job.seed,
         )  # fmt: skip
-        objective = trainer.recipe.objective
+        objective = job.recipe.objective
         self.reads: dict[str, Sequence[Reads]] = {
-            role: objective.reads(trainer.lm) for role in objective.roles
+            role: objective.reads(job.lm) for role in objective.roles
         }
-        if trainer.keep is not None:
-            self.reads["retain"] = trainer.keep.reads(trainer.lm)
+        if job.keep is not None:
+            self.reads["retain"] = job.keep.reads(job.lm)
         self.watch = CollapseWatch(
-            trainer.lm, forward, watched_rows(context.rows["retain"], plan.retain_indices),
-            in_passing="answers" in self.reads.get("retain", ()), budget=lambda: trainer.budget,
+            job.lm, forward, watched_rows(context.rows["retain"], plan.retain_indices),
+            in_passing="answers" in self.reads.get("retain", ()), budget=lambda: self.budget,
         )  # fmt: skip
 
     def run(self) -> None:
         begin = self._resume()
-        if self.trainer.keep is None and self.trainer.recipe.objective.card.intention:
-            self.trainer.say(
+        if self.job.keep is None and self.job.recipe.objective.card.intention:
+            self.job.say(
                 "There is no retain loss: nothing but numbers that are not finite stops a run that "
                 "damages the rest of the model."
             )
         total = len(self.plan.steps)
-        before = sampled(self.trainer.lm, self.placement) if begin == 0 else None
+        before = sampled(self.job.lm, self.placement) if begin == 0 else None
         try:
             for step in range(begin, total):
                 if self.stopped:
@@ -98,7 +129,7 @@ class Loop:
                 self._step(step, total)
                 if before is not None and step - begin == min(2, total - 1):
                     check_moves(
-                        self.trainer.lm, self.placement, before, self.trainer.recipe.place.card.name
+                        self.job.lm, self.placement, before, self.job.recipe.place.card.name
                     )
                 self._after(step, total)
         except KeyboardInterrupt:
@@ -131,7 +162,7 @@ class Loop:
         for parameter in self.placement.parameters.values():
             parameter.grad = None
         epoch = step / self.plan.steps_per_epoch
-        self.trainer.recipe.balance.observe(forget, keep, epoch, self.state)
+        self.job.recipe.balance.observe(forget, keep, epoch, self.state)
         seconds = time.perf_counter() - began
         tokens = passes.totals.tokens * self.accelerator.num_processes
         numbers = {
@@ -154,14 +185,14 @@ class Loop:
 
     def _weigh_anew(self, step: int) -> None:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
-        weigh = self.trainer.recipe.weigh
+        weigh = self.job.recipe.weigh
         if epoch and not within and weigh.due(epoch):
             self.weights = weigh.weights(self.context)
             self.memory[WEIGHTS] = [self.weights]
 
     def _gradient(self, step: int) -> Passes:
         """The step's gradient; micro-batches are halved until they fit the memory."""
-        beside = self.trainer.keep is not None  # a retain loss, which moves weights in any case
+        beside = self.job.keep is not None  # a retain loss, which moves weights in any case
         while True:
             passes = self._passes(step)
             try:
@@ -169,18 +200,16 @@ class Loop:
                     self._check_gradient(passes, probe)
                 if self.placement.each_step is not None:
                     self.masks = self.placement.each_step(passes)
-                self.trainer.recipe.balance.gradient(passes, self.trainer.recipe.harden)
+                self.job.recipe.balance.gradient(passes, self.job.recipe.harden)
                 if step == 0 and not beside:
                     self._check_gradient(passes, has_gradient)
                 return passes
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.trainer.budget <= 16:
+                if not is_out_of_memory(error) or self.budget <= 16:
                     raise
                 passes.clear()
-                self.trainer.budget //= 2
-                self.trainer.say(
-                    f"Out of memory: continuing with {self.trainer.budget} tokens per pass."
-                )
+                self.budget //= 2
+                self.job.say(f"Out of memory: continuing with {self.budget} tokens per pass.")
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
@@ -191,23 +220,23 @@ class Loop:
         masks = self.placement.masks if self.placement.each_step is None else None
         opened = {id(self.placement.parameters[name]): mask for name, mask in (masks or {}).items()}
         if passes.weights[0] and not look(passes, opened):
-            explain(passes, self.trainer.recipe.name, self.trainer.say)
+            explain(passes, self.job.recipe.name, self.job.say)
 
     def _passes(self, step: int) -> Passes:
         pairs = self.plan.steps[step]
-        recipe, rows = self.trainer.recipe, self.context.rows
+        recipe, rows = self.job.recipe, self.context.rows
         forget = [index for index, _ in pairs]
-        retain = [index for _, index in pairs if index is not None] if self.trainer.keep else []
+        retain = [index for _, index in pairs if index is not None] if self.job.keep else []
         roles = recipe.objective.roles
         units = sum(rows[roles[0]][i].units(recipe.objective.unit) for i in forget)
         keep_units = 1
-        if self.trainer.keep is not None:
-            keep_units = sum(rows["retain"][i].units(self.trainer.keep.unit) for i in retain)
+        if self.job.keep is not None:
+            keep_units = sum(rows["retain"][i].units(self.job.keep.unit) for i in retain)
         return Passes(
-            lm=self.trainer.lm,
+            lm=self.job.lm,
             forward=self.forward,
             objective=recipe.objective,
-            keep_loss=self.trainer.keep,
+            keep_loss=self.job.keep,
             reads=self.reads,
             reference=self.reference,
             micro_batches=self._micro_batches(forget, retain),
@@ -219,7 +248,7 @@ class Loop:
             accumulating=self._accumulating,
             backward=self.accelerator.backward,
             memory=self.memory,
-            seed=self.trainer.seed,
+            seed=self.job.seed,
             step=step,
             units=units_of({role: [rows[role][i] for i in forget] for role in roles}),
         )
@@ -227,7 +256,7 @@ class Loop:
     def _micro_batches(self, forget: list[int], retain: list[int]) -> list[MicroBatch]:
         """This process's share of a step; missing rows are filled up with weight 0."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows, roles = self.context.rows, self.trainer.recipe.objective.roles
+        rows, roles = self.context.rows, self.job.recipe.objective.roles
 
         def share(of: int) -> list[MicroBatch]:
             def part(indices: list[int]) -> tuple[list[int], list[float]]:
@@ -245,7 +274,7 @@ class Loop:
                     for weight, i in zip(mine_weights, mine, strict=True)
                 ],
                 kept_weights,
-                self.trainer.budget,
+                self.budget,
                 at_least=count,
                 at_most=limit,
             )
@@ -275,7 +304,7 @@ class Loop:
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found.float().to(self.accelerator.device), "sum")
         forget, keep, nats, tokens = found.tolist()
-        return forget, keep if self.trainer.keep is not None else None, nats, round(tokens)
+        return forget, keep if self.job.keep is not None else None, nats, round(tokens)
 
     def _clip(self) -> float:
         parameters = [p for p in self.placement.parameters.values() if p.grad is not None]
@@ -315,14 +344,14 @@ class Loop:
 
     def _after(self, step: int, total: int) -> None:
         numbers = self.history[-1]
-        if self.trainer.progress is not None:
-            self.trainer.progress(step + 1, total, numbers)
-        if self.trainer.run is not None:
-            self.trainer.run.event("step", **numbers)
+        if self.job.progress is not None:
+            self.job.progress(step + 1, total, numbers)
+        if self.job.run is not None:
+            self.job.run.event("step", **numbers)
         done = step + 1
         self.stopped = self.monitor.after(done, last=done == total)
         if not self.stopped:
-            self.trainer.recipe.finish.observe(
+            self.job.recipe.finish.observe(
                 done, total, list(self.placement.parameters.values()), self.memory
             )
         due = (
@@ -336,11 +365,11 @@ class Loop:
     # ---- keeping and restoring
 
     def _save(self, step: int) -> None:
-        if self.folder is None or self.trainer.run is None or not self.trainer.run.writes:
+        if self.folder is None or self.job.run is None or not self.job.run.writes:
             return
         state = {
             "step": step,
-            "identity": self.trainer.run.manifest.get("identity") if self.trainer.run else None,
+            "identity": self.job.run.manifest.get("identity") if self.job.run else None,
             "balance": self.state,
             "history": self.history,
             "watch": self.watch.state(),
@@ -359,7 +388,7 @@ class Loop:
             self.monitor.begin(None)
             self.watch.begin(None)
             return 0
-        mine = self.trainer.run.manifest.get("identity") if self.trainer.run else None
+        mine = self.job.run.manifest.get("identity") if self.job.run else None
         if found["identity"] != mine:
             raise RunError(
                 "the checkpoint belongs to another run.",
@@ -367,7 +396,7 @@ class Loop:
                 hint="Choose another --out folder, or delete this one.",
             )
         checkpoint.restore(self.folder / "last", self.placement.parameters, self.optimizer)
-        self.memory = checkpoint.read_memory(self.folder / "last", self.trainer.lm.device)
+        self.memory = checkpoint.read_memory(self.folder / "last", self.job.lm.device)
         if WEIGHTS in self.memory:
             self.weights = self.memory[WEIGHTS][0].cpu()
         self.state = dict(found["balance"])
@@ -375,7 +404,7 @@ class Loop:
         self.tokens, self.padding = found["tokens"], found["padding"]
         self.monitor.begin(found["monitor"])
         self.watch.begin(found.get("watch"))
-        self.trainer.say(f"Resuming after step {found['step']}.")
+        self.job.say(f"Resuming after step {found['step']}.")
         return int(found["step"])
 
     def _collapse(self, step: int, reason: str) -> None:
@@ -384,6 +413,6 @@ class Loop:
             kept = f" The last good checkpoint is in {self.folder / 'last'}."
         raise RunError(
             f"training collapsed at step {step + 1}: {reason}.{kept}",
-            where=f"method '{self.trainer.recipe.name}'",
+            where=f"method '{self.job.recipe.name}'",
             hint="Lower --learning-rate, or use --strength gentle.",
         )

@@ -41,7 +41,7 @@ from delible.lm.lm import LM
 from delible.records import ForgetRequest, digest
 from delible.rundir import RunDirectory, identity
 from delible.train import generated as generated_rows
-from delible.train.engine import Progress as Steps
+from delible.train.loop import Progress as Steps
 from delible.train.recipe import Range, Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
