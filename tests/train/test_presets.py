@@ -24,12 +24,11 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "preset"), PUBLISHED)
-def test_presets_are_whole_recipes_that_differ_from_the_defaults(name: str, preset: str) -> None:
+def test_presets_are_whole_recipes_with_the_same_objective(name: str, preset: str) -> None:
     ours, theirs = Recipe.named(name), Recipe.named(f"{name}@{preset}")
     assert theirs.name == f"{name}@{preset}"
     assert Recipe.from_mapping(theirs.spec()) == theirs
     assert theirs.objective.card == ours.objective.card
-    assert theirs.training != ours.training
     assert theirs.training.learning_rate <= 1e-4, "a schedule for models of billions of weights"
 
 
