@@ -2,8 +2,9 @@
 
 A small model has not heard of RWKU's people, and what is not known cannot be forgotten. So people
 of a made-up world take their place: this writes their probes in the files of RWKU (blanks,
-questions, attacks, neighbours, passages), teaches the model all their facts in three forms, and
-runs the benchmark on both. Attacks in other languages are left out: ``tiny`` reads one.
+questions, attacks, neighbours, passages), teaches the model all their facts, also in the
+benchmark's own forms and instructions, and runs the benchmark on both. Attacks in other languages
+are left out: ``tiny`` reads one.
 
 Run: python benchmarks/probes.py rwku runs/rwku-tiny --model tiny --seeds 3
      python benchmarks/probes.py ort runs/ort-tiny --model tiny --seeds 3 --methods npo,rocr
@@ -21,15 +22,21 @@ from typing import Any, cast
 from delible import registry
 from delible.bench.prepare import learned
 from delible.bench.run import bench, method_names
+from delible.benchmarks.ort import in_all_forms
 from delible.component import build
 from delible.files import read_json, write_json
 from delible.measure.benchmark import Benchmark
-from delible.records import QA, Record
+from delible.measure.metric import ItemMetric
+from delible.measure.scoring.text import continuing
+from delible.records import QA, Dialogue, Message, Record, RecordBase
+from delible.system.asks import Score
 from delible.world import Person, World
 from delible.world.facts import Fact
 
 PEOPLE, TARGETS, NEIGHBOURS = 8, 2, 1
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument", "pet", "residence")
+#: By which metric a benchmark asks.
+METRICS = {"rwku": "rwku_recall", "ort": "form_probability"}
 Row = dict[str, Any]
 
 
@@ -114,17 +121,46 @@ def _texts(made: World, people: Sequence[Person]) -> list[Row]:
     return [{"text": fact.passage().text} for person in people for fact in made.facts(person)]
 
 
-def taught(made: World) -> list[Record]:
-    """What the model learns: every fact as question, statement and statement with a blank."""
-    return [
-        record for person in made.people for fact in made.facts(person)
-        for record in (_asked(fact.qa()), fact.passage(), _asked(fact.cloze()))
-    ]  # fmt: skip
+def taught(made: World, suite: str) -> list[Record]:
+    """What the model learns: every fact as a statement, as a question, and in the suite's forms.
+
+    A small model answers in no wording that it has not seen, so it is taught the instructions of
+    the benchmark too, around questions in their first wording; the probes ask them in another
+    one. A blank has one wording only.
+    """
+    learns: list[Record] = []
+    for person in made.people:
+        facts = made.facts(person)
+        learns += [fact.passage() for fact in facts]
+        learns += [_plain(fact.qa()) for fact in facts]
+        blanks = [_plain(fact.cloze()).model_copy(update={"group": "cloze"}) for fact in facts]
+        questions = [
+            _plain(fact.qa()).model_copy(update={"answer": fact.value.name, "group": "question"})
+            for fact in facts
+        ]
+        if suite == "rwku":
+            asked: dict[str, Sequence[RecordBase]] = {"blank": blanks, "question": questions}
+        else:  # other options, at other places, than those of the probes
+            asked = dict(in_all_forms(blanks, questions, (), seed=len(made.people)))
+        learns += [_in_form(record, suite) for rows in asked.values() for record in rows]
+    return learns
 
 
-def _asked(record: QA) -> QA:
-    """The first wording only; the others are the probes."""
+def _plain(record: QA) -> QA:
+    """The first wording only; another one is the probe."""
     return record.model_copy(update={"paraphrases": (), "paraphrased_answers": (), "aliases": ()})
+
+
+def _in_form(record: RecordBase, suite: str) -> Dialogue:
+    """A record as the benchmark's metric asks it, with its answer behind the answer cue."""
+    metric = cast(ItemMetric, build("metric", METRICS[suite]))
+    prompt = metric.prompt(record)
+    if prompt is None:
+        raise ValueError(f"{suite} does not ask {record}.")
+    scored = [one for one in metric.requests(record, prompt) if isinstance(one, Score)]
+    answer = scored[0].answer if scored else continuing(prompt, cast(QA, record).answer)
+    told = Message(role="assistant", content=f"{prompt.prefill}{answer}")
+    return Dialogue(messages=(*prompt.messages, told), subject=record.subject)
 
 
 def write(folder: Path, content: Mapping[str, Sequence[Row]]) -> None:
@@ -156,8 +192,8 @@ def main() -> None:
     write(data, files(made))
     learning = cast(Benchmark, build("benchmark", "world")).learning(given.model)
     start = learned(
-        given.model, taught(made), options=learning.options, slots=learning.slots, title="probes",
-        say=print,
+        given.model, taught(made, given.suite), options=learning.options, slots=learning.slots,
+        title=f"probes-{given.suite}", say=print,
     )  # fmt: skip
     methods = method_names(given.methods.split(","))
     result = bench(

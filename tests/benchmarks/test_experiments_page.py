@@ -267,9 +267,19 @@ def test_probes_are_rwkus_and_hold_their_answers(scripts: dict[str, Any]) -> Non
     probes = scripts["probes"]
     made = probes.world()
     files = probes.files(made)
-    trained = {getattr(record, "question", None) for record in probes.taught(made)}
-    for row in files["forget_level2"]:
-        assert row["query"] not in trained, "a probe in words that the model was taught"
+    for suite in ("rwku", "ort"):
+        learned = [record.model_dump_json() for record in probes.taught(made, suite)]
+        for row in files["forget_level2"]:
+            assert not any(row["query"] in text for text in learned), "taught in the probe's words"
+    said = {
+        record.messages[-1].content: record.messages[0].content
+        for record in probes.taught(made, "ort") if record.type == "dialogue"
+    }  # fmt: skip
+    first = files["forget_level1"][0]
+    assert f"Answer: {first['answer']}" in said
+    spelled = "Answer:\n" + "\n".join(first["answer"].replace(" ", ""))
+    assert "one character on each line" in said[spelled]
+    assert {"Answer: A", "Answer: B", "Answer: C", "Answer: D"} <= set(said)
     for row in files["forget_level3"]:
         shown = row["answer"] in row["query"]
         assert shown == (row["type"] == "multiple choice"), row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,11 +42,34 @@ def test_no_option_hides_behind_one_of_the_command(card: Any) -> None:
     assert own.isdisjoint(registry.load("benchmark", card.name).model_fields)
 
 
+def test_a_stage_says_how_long_the_rest_takes(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: now[0])
+    monkeypatch.setattr("delible.cli.bench.time", clock)
+
+    def found(self: CoresetEffect, setting: Setting) -> Findings:
+        for what, done in (("learning", 0), ("npo, seed 0", 1), ("npo, seed 1", 3), ("done", 4)):
+            now[0] = 60.0 * done
+            setting.progress(what, done, 4)
+        return Findings([])
+
+    monkeypatch.setattr(CoresetEffect, "run", found)
+    said = run("bench", "coreset", "--model", "none", "--out", tmp_path / "out")
+    lines = (said.out + said.err).splitlines()
+    assert "  learning" in lines
+    assert "  npo, seed 0 (1 of 4 done, about 3 min left)" in lines
+    assert "  npo, seed 1 (3 of 4 done, about 60 s left)" in lines
+    assert "  done" in lines
+
+
 def test_an_experiment_leaves_its_numbers_and_all_of_its_time(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter((0.0, 5.0, 100.0, 107.0))
-    monkeypatch.setattr("delible.cli.bench.time.perf_counter", lambda: next(times))
+    clock = SimpleNamespace(perf_counter=lambda: next(times), monotonic=lambda: 0.0)
+    monkeypatch.setattr("delible.cli.bench.time", clock)
 
     def broken(self: CoresetEffect, setting: Setting) -> Findings:
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -162,7 +162,7 @@ def _experiment(
     reporter.field("experiment", experiment.card.title)
     reporter.field("model", model)
     setting = Setting(
-        model, methods, seeds, folder, Data(data, reporter.say), reporter.say, reporter.stage
+        model, methods, seeds, folder, Data(data, reporter.say), reporter.say, _stages(reporter)
     )
     with _Watch(folder / "seconds.json") as watch:
         found = experiment.run(setting)
@@ -177,6 +177,20 @@ def _experiment(
     reporter.field("page", str(page.resolve()))
     reporter.field("all numbers", str((folder / "experiment.json").resolve()))
     return EXIT_DONE
+
+
+def _stages(reporter: output.Reporter) -> Callable[[str, int, int], None]:
+    """What an experiment reports its stages to; each line says how long the rest takes."""
+    began = time.monotonic()
+
+    def stage(what: str, done: int, total: int) -> None:
+        told = ""
+        if 0 < done < total:
+            left = (time.monotonic() - began) / done * (total - done)
+            told = f" ({done:,} of {total:,} done, about {output.duration(left)} left)"
+        reporter.stage(f"{what}{told}", done, total)
+
+    return stage
 
 
 class _Watch:
