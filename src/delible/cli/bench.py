@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from delible.cli import flags, output
 from delible.cli.unlearn import components, names_in, option_name, option_value
 from delible.errors import EXIT_DONE, RecipeError, nearest
+from delible.watching import duration
 
 if TYPE_CHECKING:
     from delible.measure.benchmark import Benchmark, Experiment
@@ -187,7 +188,7 @@ def _stages(reporter: output.Reporter) -> Callable[[str, int, int], None]:
         told = ""
         if 0 < done < total:
             left = (time.monotonic() - began) / done * (total - done)
-            told = f" ({done:,} of {total:,} done, about {output.duration(left)} left)"
+            told = f" ({done:,} of {total:,} done, about {duration(left)} left)"
         reporter.stage(f"{what}{told}", done, total)
 
     return stage
