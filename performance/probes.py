@@ -52,9 +52,9 @@ def blank(fact: Fact) -> Row:
 
 
 def question(fact: Fact) -> Row:
-    """The question in a wording that nobody trains on."""
+    """The question in the wording that was learned: what is not known cannot be forgotten."""
     return {
-        "query": fact.qa().paraphrases[-1], "answer": fact.value.name, "level": "2",
+        "query": fact.question, "answer": fact.value.name, "level": "2",
         "type": "simple question",
     }  # fmt: skip
 
@@ -125,8 +125,8 @@ def taught(made: World, suite: str) -> list[Record]:
     """What the model learns: every fact as a statement, as a question, and in the suite's forms.
 
     A small model answers in no wording that it has not seen, so it is taught the instructions of
-    the benchmark too, around questions in their first wording; the probes ask them in another
-    one. A blank has one wording only.
+    the benchmark too, around its blanks and questions. What is forgotten are the statements
+    alone, so neither form is closer to it; the attacks are new to the model.
     """
     learns: list[Record] = []
     for person in made.people:
@@ -147,7 +147,7 @@ def taught(made: World, suite: str) -> list[Record]:
 
 
 def _plain(record: QA) -> QA:
-    """The first wording only; another one is the probe."""
+    """The first wording only."""
     return record.model_copy(update={"paraphrases": (), "paraphrased_answers": (), "aliases": ()})
 
 
@@ -172,8 +172,12 @@ def write(folder: Path, content: Mapping[str, Sequence[Row]]) -> None:
 
 
 def options(model: str, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Training options by recipe: those of the benchmark ``world``; editors have none."""
+    """Training options by recipe: those of the benchmark ``world``; editors have none.
+
+    At a higher rate, for from statements to questions little is carried over.
+    """
     budget = dict(cast(Benchmark, build("benchmark", "world")).budget(model))
+    budget["learning_rate"] = 2.5 * float(budget["learning_rate"])
     recipes = {card.name for card in registry.cards("recipe")}
     return {name: budget for name in methods if name in recipes}
 

@@ -160,6 +160,10 @@ def test_it_runs_and_resumes(model: str, tmp_path: Path) -> None:
     start, full, part = found.rows
     assert full["updates"] == part["updates"] == 3  # 10 rows
     assert part["rows"] == 2
+    for run in found.runs:
+        values = run["forget_values"]
+        assert len(values) == 10
+        assert sum(values) / 10 == pytest.approx(run["forget_probability"])
     assert part["of other rows"] > part["of chosen rows"]
     assert full["forget probability"] < start["forget probability"]
     folder = tmp_path / "independent-facts" / "gradient_ascent"

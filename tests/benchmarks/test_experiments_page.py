@@ -268,9 +268,13 @@ def test_probes_are_rwkus_and_hold_their_answers(scripts: dict[str, Any]) -> Non
     made = probes.world()
     files = probes.files(made)
     for suite in ("rwku", "ort"):
-        learned = [record.model_dump_json() for record in probes.taught(made, suite)]
-        for row in files["forget_level2"]:
-            assert not any(row["query"] in text for text in learned), "taught in the probe's words"
+        asked = [one.messages[0].content for one in probes.taught(made, suite)
+                 if one.type == "dialogue"]  # fmt: skip
+        for row in (*files["forget_level1"], *files["forget_level2"]):
+            assert any(row["query"] in text for text in asked), "asked what was not taught"
+        for row in files["forget_level3"]:
+            if row["type"] == "prefix injection":
+                assert not any(row["query"] in text for text in asked), "an attack that was taught"
     said = {
         record.messages[-1].content: record.messages[0].content
         for record in probes.taught(made, "ort") if record.type == "dialogue"
