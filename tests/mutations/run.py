@@ -2,9 +2,9 @@
 
 `mutations.yaml` names small changes of the source (a flipped sign, a dropped mask, a constant
 instead of a measurement) and the tests that must notice each. Every change is made in a copy of
-the source; the tests run against the copy. A mutation that no test notices is a test that cannot
-fail: exit code 1. Takes some seconds to minutes per mutation; CI runs it weekly, not on every
-change.
+the source; the tests run against the copy, after they have passed against the source itself. A
+mutation that no test notices is a test that cannot fail: exit code 1. Takes some seconds to
+minutes per mutation, so it is run weekly or by hand, not on every change.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mutate(source: Path, mutation: Mutation) -> None:
 
 
 def test(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Exit code and last line of the tests, run against a copy of the source."""
+    """Exit code of the tests against a source, and the first that failed."""
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
@@ -84,8 +84,8 @@ def test(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 0, f"no end after {TIMEOUT_SECONDS} s"
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or [done.stderr[-200:]]
-    return done.returncode, lines[-1]
+    failed = (line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")))
+    return done.returncode, next(failed, done.stderr[-200:].strip())
 
 
 def main() -> int:
@@ -100,9 +100,15 @@ def main() -> int:
     if given.list:
         print("\n".join(f"{one.name}  ({one.file})" for one in mutations))
         return 0
-    survivors = []
+    survivors, passes = [], set[tuple[str, ...]]()
     for place, mutation in enumerate(mutations, 1):
         began = time.monotonic()
+        if mutation.tests not in passes:
+            code, line = test(ROOT / "src", mutation.tests)
+            if code != 0:
+                print(f"{mutation.name}: its tests fail without it. {line}", file=sys.stderr)
+                return 2
+            passes.add(mutation.tests)
         with tempfile.TemporaryDirectory(prefix="delible-mutation-") as folder:
             source = Path(folder) / "src"
             shutil.copytree(
