@@ -141,7 +141,7 @@ class LM(Body):
         lm = cls(model.to(device), tokenizer, name=name, precision=precision, origin=info)
         if lm.road == "plain":
             say(
-                f"{type(lm.core).__name__} keeps a state that answering in batches would disturb: "
+                f"{type(lm.core).__name__} does not answer in batches as it answers alone: "
                 "it answers one question after the other, which is slow."
             )
         return lm
