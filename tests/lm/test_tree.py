@@ -119,7 +119,7 @@ def test_values_are_those_of_plain_rows(family: str) -> None:
 def test_a_model_without_positions_is_scored_row_by_row() -> None:
     lm = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("delible.lm.lm.node_states", None)
+        patch.setattr("delible.lm.checks.node_states", None)
         plain = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
     assert lm.grows_trees
     assert not plain.grows_trees
