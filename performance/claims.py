@@ -52,8 +52,8 @@ COMMANDS = {
     "meta": "delible bench meta --model {model} --people 8 --forget 2 --pool-seeds {seeds} "
     "--methods npo",
     "novice": "delible bench novice --model {model} --seeds {seeds} --people 8",
-    "rwku": "python benchmarks/probes.py rwku runs/rwku-{model} --model {model} --seeds {seeds}",
-    "ort": "python benchmarks/probes.py ort runs/ort-{model} --model {model} --seeds {seeds}",
+    "rwku": "python performance/probes.py rwku runs/rwku-{model} --model {model} --seeds {seeds}",
+    "ort": "python performance/probes.py ort runs/ort-{model} --model {model} --seeds {seeds}",
 }
 #: Runs that the page should have: seeds by model.
 WANTED = {"tiny": 3, "default": 1}

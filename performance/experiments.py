@@ -3,12 +3,12 @@
 Reads the folders of finished runs and writes two files: ``experiments.json``, the numbers of
 every run, and ``experiments.md``. Runs that the JSON file has and that are not named now stay,
 so the page is built up over days. A run is made by one command, ``delible bench NAME …`` for an
-experiment or ``benchmarks/probes.py`` for RWKU and ORT on made-up people; the page tells them.
+experiment or ``performance/probes.py`` for RWKU and ORT on made-up people; the page tells them.
 
 The claims, and the rule that says whether they show, are in ``claims.py``.
 
 Run: delible bench path --model tiny --seeds 3 --out runs/path-tiny
-     python benchmarks/experiments.py runs/path-tiny docs/results/experiments.md
+     python performance/experiments.py runs/path-tiny docs/results/experiments.md
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         "over records (bootstrap of the mean over seeds, where records have values); for areas and "
         "shares of runs it is Newcombe's. `tiny` has 1.4 million weights and `default` 135 "
         "million, so that something does not show here says nothing about large models. Made by "
-        "`benchmarks/experiments.py` from `experiments.json`; the claims are in "
-        "`benchmarks/claims.py`.\n",
+        "`performance/experiments.py` from `experiments.json`; the claims are in "
+        "`performance/claims.py`.\n",
         *_summary(found),
     ]
     for name, described in DESCRIBED.items():

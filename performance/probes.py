@@ -6,8 +6,8 @@ questions, attacks, neighbours, passages), teaches the model all their facts, al
 benchmark's own forms and instructions, and runs the benchmark on both. Attacks in other languages
 are left out: ``tiny`` reads one.
 
-Run: python benchmarks/probes.py rwku runs/rwku-tiny --model tiny --seeds 3
-     python benchmarks/probes.py ort runs/ort-tiny --model tiny --seeds 3 --methods npo,rocr
+Run: python performance/probes.py rwku runs/rwku-tiny --model tiny --seeds 3
+     python performance/probes.py ort runs/ort-tiny --model tiny --seeds 3 --methods npo,rocr
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def main() -> None:
     asked = given.run / "command.json"
     spent = read_json(asked)["seconds"] if asked.exists() else 0.0
     write_json(asked, {
-        "command": f"python benchmarks/probes.py {given.suite} {given.run} --model {given.model} "
+        "command": f"python performance/probes.py {given.suite} {given.run} --model {given.model} "
         f"--seeds {given.seeds} --methods {given.methods}",
         "model": given.model, "methods": methods, "seeds": given.seeds,
         "seconds": round(spent + time.perf_counter() - began, 1),

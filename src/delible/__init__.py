@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "load": "delible.api",
     "unlearn": "delible.api",
-    "guard": "delible.guards",
+    "guard": "delible.systems.guarded",
     "DelibleError": "delible.errors",
     "QA": "delible.records",
     "Choice": "delible.records",

@@ -57,7 +57,9 @@ def test_the_label_is_the_truth(systems: Systems, name: str) -> None:
 def test_saying_it_in_other_words_is_found_by_the_answers_in_meaning(systems: Systems) -> None:
     found = audited(systems, systems.paraphrasing)
     plain = found.leaks[0]
-    assert plain.erased["answer_probability"] == pytest.approx(1.0, abs=0.2)
+    said_anew = plain.erased["answer_probability"]
+    assert said_anew is not None
+    assert said_anew > 0.5  # which alone looks as if most of it were gone
     assert plain.erased["outcome"] == pytest.approx(0.0, abs=0.1)
     assert plain.erased["paraphrase_probability"] is None or plain.knowledge[
         "paraphrase_probability"]["unlearned"] > 0.5  # type: ignore[operator]  # fmt: skip

@@ -183,7 +183,7 @@ def test_ray_gets_the_same_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ray:
         remote = Remote
         get = staticmethod(lambda one: one)
-        wait = staticmethod(lambda waiting, num_returns: (waiting[:1], waiting[1:]))
+        wait = staticmethod(lambda waiting, num_returns, timeout: (waiting[:1], waiting[1:]))
         is_initialized = staticmethod(lambda: True)
         cluster_resources = staticmethod(dict)
 

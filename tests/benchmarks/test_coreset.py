@@ -110,10 +110,11 @@ def test_the_row_says_what_became_of_chosen_and_other_records() -> None:
     assert part.unselected_probability is not None
     mixed = (2 * part.selected_probability + 6 * part.unselected_probability) / 8
     assert part.forget_probability == pytest.approx(mixed)
-    assert start.unselected_probability == start.forget_probability
+    assert start.unselected_probability == pytest.approx(start.forget_probability)
     assert part.selected_probability < part.unselected_probability
     strength = evaluate(result.model, splits, [build("metric", "extraction_strength")])
-    assert full.selected_extraction == strength.means["extraction_strength"]["forget"]
+    expected = strength.means["extraction_strength"]["forget"]
+    assert full.selected_extraction == pytest.approx(expected)
     assert full.unselected_extraction is None
     assert part.unselected_extraction is not None
     assert full.chosen == list(range(8))

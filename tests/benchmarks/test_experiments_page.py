@@ -23,11 +23,11 @@ INFINITE = math.inf
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, Any]]:
-    """The modules of ``benchmarks/`` that make the page, by name."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    """The modules of ``performance/`` that make the page, by name."""
+    sys.path.insert(0, str(ROOT / "performance"))
     found = {}
     for name in ("evidence", "claims", "experiments", "probes"):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "performance" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -35,7 +35,7 @@ def scripts() -> Iterator[dict[str, Any]]:
         spec.loader.exec_module(module)
         found[name] = module
     yield found
-    sys.path.remove(str(ROOT / "benchmarks"))
+    sys.path.remove(str(ROOT / "performance"))
 
 
 def nothing(entry: Any) -> Number:
@@ -322,7 +322,7 @@ def test_a_run_is_read_and_others_stay(scripts: dict[str, Any], tmp_path: Path) 
     assert "1 minutes" in text
     claims = scripts["claims"]
     assert text.count("not run yet") == 2 * len(claims.DESCRIBED) - 2
-    assert "`python benchmarks/probes.py ort runs/ort-tiny --model tiny --seeds 3`" in text
+    assert "`python performance/probes.py ort runs/ort-tiny --model tiny --seeds 3`" in text
     with pytest.raises(SystemExit, match="has the run ended"):
         experiments.read(tmp_path)
 

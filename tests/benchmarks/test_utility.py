@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import yaml
 
-from delible.benchmarks.utility.suite import OWN, harness, rows_of
+from delible.benchmarks.utility import harness
+from delible.benchmarks.utility.suite import OWN, rows_of
 from delible.component import build
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM

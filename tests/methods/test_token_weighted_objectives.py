@@ -670,7 +670,7 @@ def test_names_of_a_row_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> 
         looked.append(arguments)
         return name_tokens(*arguments)
 
-    monkeypatch.setattr("delible.train.step.name_tokens", counted)
+    monkeypatch.setattr("delible.train.row.name_tokens", counted)
     by_hand.values(lm, UNDIAL(), reference, rows)
     assert not looked
     for _ in range(2):

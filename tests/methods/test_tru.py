@@ -410,7 +410,7 @@ def test_refusals_are_learned_and_the_truth_is_lost() -> None:
     taught = Recipe.named("finetune").changed({}, {"epochs": 12, **learn})
     Trainer(lm, taught, RECORDS).train()
     before = lm.copy()
-    recipe = Recipe.named("tru").changed({}, {"epochs": 8, **learn})
+    recipe = Recipe.named("tru").changed({}, {"epochs": 12, **learn})
     trainer = Trainer(lm, recipe, RECORDS)
     rows = trainer.rows().rows
     after = trainer.train().lm

@@ -178,6 +178,7 @@ def test_a_checkpoint_of_another_run_is_refused(
         Trainer(
             make(), chosen, {"forget": forget, "retain": retain}, run=run, progress=stop
         ).train()
+    run.release()
     (run.path / "manifest.json").unlink()
     with pytest.raises(RunError, match="not a run directory"):
         run.begin({"name": "two"})

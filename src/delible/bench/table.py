@@ -159,7 +159,7 @@ def write_parquet(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
             rows.append((*head, key, None, value, cell.get("failed"), None))
         for label, by_split in cell.get("values", {}).get("items", {}).items():
             for split, items in by_split.items():
-                for place, (value, reason, detail) in enumerate(items):
+                for place, (value, reason, detail, *_) in enumerate(items):
                     rows.append((*head, f"{label}/{split}", place, value, reason, detail))
     columns = list(zip(*rows, strict=True)) or [()] * len(schema)
     table = arrow.table(

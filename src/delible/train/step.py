@@ -48,9 +48,10 @@ class computed_once(Generic[T]):  # noqa: N801 (reads like cached_property)
         wanted = torch.is_grad_enabled()
         value, has_gradient = vars(instance).get(self._key, (None, False))
         if value is None or (wanted and not has_gradient):
-            value = self._make(instance)
-            vars(instance)[self._key] = value, wanted
-        return value if wanted else _detached(value)
+            value, has_gradient = self._make(instance), wanted
+            vars(instance)[self._key] = value, has_gradient
+        # what was made without gradient may still carry the tangents of forward mode
+        return value if wanted or not has_gradient else _detached(value)
 
 
 def _detached(value: Any) -> Any:

@@ -503,7 +503,7 @@ class _Search:
         began = time.perf_counter()
         stopped = None
         try:
-            method = changed(self.method, options)
+            method = self._method(index, options)
             call: dict[str, Any] = {"method": method}
             if isinstance(method, Editor):
                 call = {**method.spec()}
@@ -544,6 +544,10 @@ class _Search:
             stopped,
             None if left is not None else "the model gives no finite numbers any more",
         )
+
+    def _method(self, index: int, options: Mapping[str, Value]) -> Recipe | Editor:
+        """The method of a trial; the first one is as it was given."""
+        return self.method if index == 0 else changed(self.method, options)
 
     def _told(self, title: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -601,7 +605,7 @@ class _Search:
 
     def _write(self, found: TuneResult, folder: Path) -> Path:
         """The winner as a file."""
-        method = changed(self.method, found.best.options)
+        method = self._method(found.best.index, found.best.options)
         spec = method.spec()
         kind = "recipe" if isinstance(method, Recipe) else "editor"
         content = {**spec, "name": f"{self.name}_tuned"} if kind == "recipe" else {kind: spec}

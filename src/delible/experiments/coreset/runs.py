@@ -554,9 +554,10 @@ def barrier(values: Sequence[float]) -> float:
         0 or more; at most :data:`CONNECTED` = linearly connected.
     """
     last = len(values) - 1
-    return max(
+    dips = (
         ((last - i) * values[0] + i * values[-1]) / last - value for i, value in enumerate(values)
     )
+    return max(0.0, *dips)  # the ends' own is 0, but for rounding
 
 
 def _drop_model(folder: Path) -> None:
