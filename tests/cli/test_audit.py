@@ -56,6 +56,7 @@ def audits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, dict[str, An
         return result()
 
     monkeypatch.setattr("delible.audit.run.audit", audit)
+    monkeypatch.setattr("delible.report.write_page", lambda folder: folder / "report.html")
     return calls
 
 
