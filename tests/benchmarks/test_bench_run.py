@@ -67,7 +67,7 @@ def test_every_row_is_there_and_measured(finished: runner.BenchResult) -> None:
         if recovered in cell["numbers"]:
             numbers = cell["numbers"]
             apart = numbers[after] - numbers["answer_probability/forget"]
-            assert numbers[recovered] == pytest.approx(apart, abs=1e-6)
+            assert numbers[recovered] == pytest.approx(apart, abs=1e-5)
     # behind a guard there are no scores, and no weights to attack
     assert rows["target_detector"].numbers["answer_probability/forget"].mean is None
     assert rows["target_detector"].numbers["rouge_l_recall/forget"].mean is not None
