@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from delible.achieved import Achieved, Change, Measured, State, asked, compare
+from delible.achieved import Achieved, Change, Measured, Said, State, asked, compare
 from delible.api import unlearn
 from delible.lm.lm import LM
 from delible.measure.metric import Item, SystemValues
@@ -75,7 +75,7 @@ def test_a_run_that_ruins_the_model_says_so(taught: Path) -> None:
 
 
 def test_a_run_that_works_says_how_far_it_came(taught: Path) -> None:
-    found = run(taught, reference=True)
+    found = run(taught, reference=True, strength="strong")
     forget, retain = found.changes["forget"], found.changes["retain"]
     assert forget.never is not None
     assert forget.never < 0.5 < forget.before
@@ -183,7 +183,12 @@ def test_a_run_leaves_its_numbers_and_its_sentence(taught: Path, tmp_path: Path)
     assert result.achieved is not None
     found = AuditResult.model_validate_json((tmp_path / "run" / "metrics.json").read_text())
     assert set(found.systems) == {"original", "unlearned", "reference"}
-    values = {(one.system, one.split): one.value for one in found.measurements}
+    assert {one.metric for one in found.measurements} == {"answer_probability", "outcome"}
+    values = {
+        (one.system, one.split): one.value
+        for one in found.measurements
+        if one.metric == "answer_probability"
+    }
     forget = result.achieved.changes["forget"]
     assert values["original", "forget"] == pytest.approx(forget.before)
     assert values["unlearned", "forget"] == pytest.approx(forget.after)
@@ -196,3 +201,49 @@ def test_a_run_leaves_its_numbers_and_its_sentence(taught: Path, tmp_path: Path)
     again = unlearn(str(taught / "target"), REQUEST, reference=str(taught / "never"), **options)
     assert again.resumed_finished
     assert again.achieved == result.achieved
+
+
+@pytest.mark.parametrize(
+    ("after", "never", "state"),
+    [(0, None, "forgotten"), (2, None, "forgotten"), (3, None, "part"), (10, None, "nothing"),
+     (4, 4, "forgotten"), (7, 4, "part"), (10, 4, "nothing")],
+)  # fmt: skip
+def test_what_is_still_said_is_not_forgotten(after: int, never: int | None, state: State) -> None:
+    """The probability went all the way; the model says the answers as before, or some of them."""
+    change = Change(0.9, 0.1, 0.1 if never is not None else None, 10, 0.01,
+                    Said(10, after, never, 10))  # fmt: skip
+    found = Achieved({"forget": change}, "more", "less")
+    assert found.state == state
+    told = f"{after} of 10 are still said (10 before" + (
+        f", the reference {never})" if never else ")"
+    )
+    assert told in found.sentence()
+    assert found.sentence().startswith("Forgotten") == (state == "forgotten")
+    assert Achieved.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_a_model_that_says_it_in_other_words_has_forgotten_nothing(taught: Path) -> None:
+    from delible.achieved import probabilities
+
+    known = LM.load(str(taught / "target"), precision="float32")
+    request = ForgetRequest(
+        forget=tuple(
+            one.model_copy(update={"aliases": (town,)})
+            for one, town in zip(REQUEST.forget, TOWNS, strict=True)
+        )
+    )
+    before = probabilities(known, request)
+    assert compare(before, before)["forget"].said == Said(4, 4, None, 4)
+    again = known.copy()
+    reworded = tuple(
+        QA(question=one.question, answer=f"{town}, of course.")
+        for one, town in zip(REQUEST.forget, TOWNS, strict=True)
+    )
+    unlearn(
+        again, ForgetRequest(forget=reworded), method="finetune", shown=0, measured=False,
+        learning_rate=5e-3, epochs=30, batch_size=4, precision="float32",
+    )  # fmt: skip
+    changes = compare(before, probabilities(again, request))
+    assert changes["forget"].kept < 0.5
+    assert changes["forget"].said == Said(4, 4, None, 4)
+    assert Achieved(changes).state == "nothing"

@@ -1,5 +1,7 @@
-"""What a run of unlearning achieved: answer probabilities before and after, and in one sentence.
+"""What a run of unlearning achieved: answers before and after, and in one sentence.
 
+Two measures: how probable the right answers are, and how many the model still says. The first alone
+would call forgotten what is said as before, in other words or because nothing is more probable.
 Measured on a few rows of each split, so that it costs little beside the training. It is no audit:
 it tells whether the run did what it was to do, not how deep the forgetting goes.
 """
@@ -7,15 +9,15 @@ it tells whether the run did what it was to do, not how deep the forgetting goes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from delible import registry
 from delible.component import build
 from delible.measure.evaluate import bootstrap_interval, evaluate
-from delible.measure.metric import SystemValues
+from delible.measure.metric import Item, SystemValues
 
 if TYPE_CHECKING:
     from delible.audit.result import AuditResult, SystemRole
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 #: Rows of a split that are asked, evenly spaced.
 ROWS = 50
 METRIC = "answer_probability"
+#: Rows of a split whose answers are generated, the longest answer in tokens, and the measure.
+SAID_ROWS, SAID_TOKENS, SAID = 20, 32, "outcome"
+#: More of what only the start model said right may not be said any more.
+STILL_SAID = 0.2
 #: Splits that are measured, with the words for their answers.
 SPLITS = {"forget": "forget", "retain": "retained", "neighbours": "neighbouring"}
 #: Forget answers that lost a smaller share of their probability than this were not forgotten.
@@ -46,12 +52,40 @@ State = Literal["unmeasured", "taught", "unknown", "nothing", "part", "forgotten
 
 
 @dataclass(frozen=True)
+class Said:
+    """How many answers are right, among the rows that were answered.
+
+    Attributes:
+        never: Of the reference; None without one.
+    """
+
+    before: int
+    after: int
+    never: int | None
+    rows: int
+
+    @property
+    def left(self) -> float | None:
+        """Share of what the start model says beyond the reference that is said still, in [0, ...).
+
+        None where it says no more.
+        """
+        never = self.never or 0
+        return (self.after - never) / (self.before - never) if self.before > never else None
+
+    def __str__(self) -> str:
+        never = f", the reference {self.never}" if self.never is not None else ""
+        return f"{self.after} of {self.rows} are still said ({self.before} before{never})"
+
+
+@dataclass(frozen=True)
 class Change:
     """Mean answer probability of one split, on the rows that all systems could be asked.
 
     Attributes:
         never: Of the reference, a model that never saw the forget rows; None without one.
         error: Standard error of the mean difference (paired rows); 0 for a single row.
+        said: How many answers are right when they are generated; None if nothing was generated.
     """
 
     before: float
@@ -59,6 +93,7 @@ class Change:
     never: float | None
     rows: int
     error: float
+    said: Said | None = None
 
     @property
     def kept(self) -> float:
@@ -116,8 +151,11 @@ class Achieved:
         if self.damaged or beyond:
             return "too much"
         lost = 1 - forget.kept
-        if lost < NOTHING:
+        said = forget.said.left if forget.said is not None else None
+        if lost < NOTHING or (said is not None and said > 1 - NOTHING):
             return "nothing"
+        if said is not None and said > STILL_SAID:
+            return "part"
         share = lost if forget.way is None else forget.way
         return "part" if share < PART[forget.way is not None] else "forgotten"
 
@@ -158,15 +196,15 @@ class Achieved:
             f"forget answers went from a probability of {forget.before:.3f} to {forget.after:.3f}"
         )
         if forget.way is not None:
-            return f"{words} ({_way(forget.way)} of the way to the reference's {forget.never:.3f})"
-        if forget.never is not None:
-            return f"{words} (the reference, which never saw them, gives them {forget.never:.3f})"
-        return words
+            words += f" ({_way(forget.way)} of the way to the reference's {forget.never:.3f})"
+        elif forget.never is not None:
+            words += f" (the reference, which never saw them, gives them {forget.never:.3f})"
+        return f"{words}, {forget.said}" if forget.said is not None else words
 
     def _retained(self) -> str:
         parts = [
             f"{SPLITS[name]} answers from {one.before:.3f} to {one.after:.3f} "
-            f"({min(one.kept, 1.0):.0%} kept)"
+            f"({min(one.kept, 1.0):.0%} kept)" + (f", {one.said}" if one.said is not None else "")
             for name, one in self.changes.items()
             if name != "forget"
         ]
@@ -179,7 +217,10 @@ class Achieved:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Achieved:
         """What :meth:`as_json` made."""
-        changes = {name: Change(**one) for name, one in content["changes"].items()}
+        changes = {
+            name: Change(**{**one, "said": Said(**told) if (told := one.get("said")) else None})
+            for name, one in content["changes"].items()
+        }
         return cls(**{**content, "changes": changes})
 
 
@@ -190,13 +231,13 @@ def _way(share: float) -> str:
 # ---- measuring
 
 
-def asked(request: ForgetRequest) -> dict[str, Sequence[RecordBase]]:
-    """At most :data:`ROWS` evenly spaced records of every split that is measured."""
+def asked(request: ForgetRequest, rows: int = ROWS) -> dict[str, Sequence[RecordBase]]:
+    """At most ``rows`` evenly spaced records of every split that is measured."""
     found: dict[str, Sequence[RecordBase]] = {}
     for name in SPLITS:
         records = getattr(request, name)
-        if len(records) > ROWS:
-            records = [records[int(place * len(records) / ROWS)] for place in range(ROWS)]
+        if len(records) > rows:
+            records = [records[int(place * len(records) / rows)] for place in range(rows)]
         if records:
             found[name] = records
     return found
@@ -204,7 +245,11 @@ def asked(request: ForgetRequest) -> dict[str, Sequence[RecordBase]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One system's answer probabilities, and which system it was at that time."""
+    """One system's answers, and which system it was at that time.
+
+    Attributes:
+        values: Answer probabilities, and (on fewer rows) which generated answers are right.
+    """
 
     name: str
     fingerprint: str | None
@@ -213,9 +258,12 @@ class Measured:
 
 
 def probabilities(system: System, request: ForgetRequest) -> Measured:
-    """Answer probabilities of the rows of :func:`asked`."""
+    """Answer probabilities of the rows of :func:`asked`, and what is said to some of them."""
     values = evaluate(system, asked(request), [build("metric", METRIC)])
-    return Measured(system.name, system.fingerprint, tuple(sorted(system.capabilities)), values)
+    outcome = build("metric", {"name": SAID, "max_new_tokens": SAID_TOKENS})
+    said = evaluate(system, asked(request, SAID_ROWS), [outcome])
+    both = replace(values, items={**values.items, **said.items})
+    return Measured(system.name, system.fingerprint, tuple(sorted(system.capabilities)), both)
 
 
 def compare(before: Measured, after: Measured, never: Measured | None = None) -> dict[str, Change]:
@@ -235,9 +283,24 @@ def compare(before: Measured, after: Measured, never: Measured | None = None) ->
         error = stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
         means = [fmean(column) for column in zip(*rows, strict=True)]
         changes[split] = Change(
-            means[0], means[1], means[2] if never is not None else None, len(rows), error
-        )
+            means[0], means[1], means[2] if never is not None else None, len(rows), error,
+            _said(systems, split),
+        )  # fmt: skip
     return changes
+
+
+def _said(systems: Sequence[Measured], split: str) -> Said | None:
+    """Right answers of the start, the result and perhaps the reference, on the same rows."""
+    columns = [one.values.items.get(SAID, {}).get(split, ()) for one in systems]
+    rows = [
+        [item.value == 1 for item in row]
+        for row in zip(*columns, strict=True)
+        if all(item.value is not None for item in row)
+    ]
+    if not rows:
+        return None
+    before, after, *never = map(sum, zip(*rows, strict=True))
+    return Said(before, after, never[0] if never else None, len(rows))
 
 
 # ---- what to do about it
@@ -298,12 +361,12 @@ def as_metrics(
 
     rows = []
     for role, one in found.items():
-        for split, items in one.values.items.get(METRIC, {}).items():
+        for metric, split, items in _columns(one):
             numbers = [float(item.value) for item in items if item.value is not None]
             low, high = bootstrap_interval(numbers, seed)
             rows.append(
                 Measurement(
-                    system=role, split=split, metric=METRIC,
+                    system=role, split=split, metric=metric,
                     value=fmean(numbers) if numbers else None, low=low, high=high,
                     n=len(numbers), skipped=len(items) - len(numbers),
                     reason=next((item.reason for item in items if item.value is None), None),
@@ -320,3 +383,9 @@ def as_metrics(
         measurements=rows,
         not_tested=["Nothing was attacked: the same questions were asked before and after."],
     )
+
+
+def _columns(one: Measured) -> Iterator[tuple[str, str, Sequence[Item]]]:
+    for metric in (METRIC, SAID):
+        for split, items in one.values.items.get(metric, {}).items():
+            yield metric, split, items
