@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from delible import demo
+from delible.api import resolve_method
 from delible.component import build
 from delible.measure.attack import ModelAttack, PromptAttack
 from delible.train.recipe import Recipe
@@ -14,8 +15,13 @@ from delible.train.recipe import Recipe
 def test_the_numbers_fit_the_recipes(model: str) -> None:
     learning = Recipe.named("finetune").changed({}, demo.of(demo.LEARNING, model))
     assert learning.training.learning_rate == demo.LEARNING[model]["learning_rate"]
-    unlearning = Recipe.named("npo").changed({}, demo.of(demo.UNLEARNING, model))
-    assert unlearning.training.epochs == demo.UNLEARNING[model]["epochs"]
+    options = dict(demo.of(demo.UNLEARNING, model))
+    strength = options.pop("strength", None)
+    unlearning = resolve_method("npo", options=options, strength=strength)
+    assert isinstance(unlearning, Recipe)
+    assert all(
+        unlearning.spec()["training"].get(key, value) == value for key, value in options.items()
+    )
     attacks = [build("attack", spec) for spec in demo.attacks(model)]
     assert all(isinstance(attack, PromptAttack | ModelAttack) for attack in attacks)
     rates = [spec["learning_rate"] for spec in demo.attacks(model) if "learning_rate" in spec]
