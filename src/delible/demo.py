@@ -54,7 +54,7 @@ METRICS: tuple[str | dict[str, Any], ...] = tuple(
 #: Knowledge scores that are measured under attack (those that need no generated text).
 LEAKS = ("answer_probability", "paraphrase_probability", "extraction_strength")
 #: Records that the audit asks, per split, and of any other split at most.
-ASKED, ROWS = {"retain": 8, "neighbours": 6, "holdout": 5}, 10
+ASKED, ROWS = {"retain": 15, "neighbours": 15, "holdout": 10}, 20
 
 Say = Callable[[str], None]
 #: Makes a progress callback for a stage with the given title.
