@@ -266,8 +266,16 @@ def test_undo_is_exact_and_the_patch_says_what_changed(
         expected = before[name].double() + left.double() @ right.double()
         assert torch.equal(value, expected.float())
         assert not torch.equal(value, before[name])
+    changed = weights_of(lm)
     patch.save(tmp_path / "patch")
-    Patch.load(tmp_path / "patch").undo(lm)
+    patch.undo(lm)
+    assert lm.fingerprint == start
+    saved = Patch.load(tmp_path / "patch")
+    saved.apply(lm)
+    assert all(torch.equal(value, changed[name]) for name, value in lm.core.named_parameters())
+    with pytest.raises(ModelError, match="another one"):
+        Patch.load(tmp_path / "patch").apply(lm)
+    saved.undo(lm)
     assert all(torch.equal(value, before[name]) for name, value in lm.core.named_parameters())
     assert lm.fingerprint == start
 

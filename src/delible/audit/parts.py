@@ -1,4 +1,4 @@
-"""Parts of a system that can be taken away: a guard before it, an adapter that is not merged.
+"""Parts of a system that can be taken away: a guard, an adapter, a patch, a hook; it names them.
 
 Whoever holds the model takes them away in one line. What is known without them is measured in a
 row of its own, and a verdict on the whole can be no better than what is left.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from delible.lm.lm import LM
-from delible.system.base import System
-from delible.systems.guarded import GuardedSystem
+from delible.system.base import Composed, System
 
 
 def without_parts(system: System) -> Iterator[tuple[str, System]]:
@@ -19,15 +17,9 @@ def without_parts(system: System) -> Iterator[tuple[str, System]]:
     Yields:
         What was taken away, in words, and the system without it (and without those before it).
     """
-    while True:
-        if isinstance(system, GuardedSystem):
-            name = system.name.removeprefix(f"{system.system.name} + ")
-            system = system.system
-            yield f"guard '{name}'", system
-        elif isinstance(system, LM) and system.wears_adapter:
-            bare = system.copy(f"{system.name} without its adapter")
-            bare.wear(bare.model.unload())
-            system = bare
-            yield "adapter", system
-        else:
+    while isinstance(system, Composed):
+        found = system.taken_off()
+        if found is None:
             return
+        system = found[1]
+        yield found

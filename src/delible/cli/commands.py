@@ -51,6 +51,18 @@ COMMANDS = {
         "Write the report of a run, or compare several runs on one page.",
         "Example: delible report runs/a runs/b",
     ),
+    "merge": (
+        "delible.cli.artefact:merge",
+        "DIR --out FOLDER [OPTIONS]",
+        "Write one plain model of a run and all that it stands on.",
+        "Example: delible merge runs/mine --out models/mine",
+    ),
+    "undo": (
+        "delible.cli.artefact:undo",
+        "DIR [OPTIONS]",
+        "Take off what a run made: it answers as the model before, bit by bit.",
+        "Example: delible undo runs/mine",
+    ),
     "list": (
         "delible.cli.listing:list_",
         "[KIND] [OPTIONS]",

@@ -36,6 +36,7 @@ TABLES = (
     ("Select: which rows are used", ("select",)),
     ("Sample: in which order forget and retain rows meet", ("sample",)),
     ("Weigh: how much a row counts", ("weigh",)),
+    ("Artefacts: what a run makes", ("artefact",)),
 )
 
 

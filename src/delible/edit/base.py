@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from delible.component import Component
+from delible.errors import ModelError, RunError
 from delible.files import atomic_folder
 from delible.records import ForgetRequest
 
@@ -19,52 +22,101 @@ if TYPE_CHECKING:
     from delible.lm.lm import LM
 
 
-@dataclass
+@dataclass(eq=False)
 class Patch:
     """A removable edit of weights.
 
     Attributes:
         factors: For each parameter (left [rows, rank], right [rank, columns]): the change is
             left @ right, in the parameter's own layout.
-        before: The parameters' values before the edit, so that undoing is exact.
+        before: The parameters' values before the edit, so that undoing is exact; empty while the
+            patch is on no model.
+        hashes: SHA-256 of the values before, so that it is put on the same ones only.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor]
     notes: dict[str, object] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    title: str = "patch"
 
     def save(self, folder: Path) -> None:
-        """Writes the patch as safetensors, atomically."""
-        tensors = {f"before/{name}": value for name, value in self.before.items()}
+        """Writes factors and hashes as safetensors, atomically."""
+        tensors: dict[str, Tensor] = {}
+        hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
             tensors |= {f"left/{name}": left, f"right/{name}": right}
+        for name, value in self.before.items():
+            hashes[name] = _digest(value)
         with atomic_folder(folder) as target:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
                 target / "patch.safetensors",
+                metadata=hashes,
             )
 
     @classmethod
     def load(cls, folder: Path) -> Patch:
-        """Reads what :meth:`save` wrote."""
-        tensors = load_file(folder / "patch.safetensors")
-        names = {name.partition("/")[2] for name in tensors}
-        return cls(
-            {
-                name: (tensors[f"left/{name}"], tensors[f"right/{name}"])
-                for name in names
-                if f"left/{name}" in tensors
-            },
-            {name: tensors[f"before/{name}"] for name in names},
-        )
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            RunError: The file is missing or damaged.
+        """
+        path = folder / "patch.safetensors"
+        try:
+            with safe_open(path, framework="pt") as kept:
+                hashes = dict(kept.metadata() or {})
+                factors = {
+                    name: (kept.get_tensor(f"left/{name}"), kept.get_tensor(f"right/{name}"))
+                    for name in hashes
+                }
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
+        return cls(factors, {}, hashes=hashes)
+
+    @torch.no_grad()
+    def apply(self, lm: LM) -> None:
+        """Adds the change to a model: the sum in float64, rounded to the weight's own type.
+
+        Raises:
+            ModelError: A parameter is missing, or has other values than when the patch was made.
+        """
+        parameters = dict(lm.core.named_parameters())
+        for name, known in self.hashes.items():
+            found = parameters.get(name)
+            if found is None or _digest(found) != known:
+                raise ModelError(
+                    f"the patch does not belong to this model: '{name}' is "
+                    f"{'missing' if found is None else 'another one'}.",
+                    hint="Put it on the model that it was made on.",
+                )
+        self.before = {name: parameters[name].detach().clone() for name in self.factors}
+        for name, (left, right) in self.factors.items():
+            weight = parameters[name]
+            changed = weight.double() + (left.double() @ right.double()).to(weight.device)
+            weight.copy_(changed.to(weight.dtype))
+        patches = lm.patches
+        lm.touch()
+        lm.patches = [*patches, self]
 
     @torch.no_grad()
     def undo(self, lm: LM) -> None:
-        """Puts the edited parameters back, bit by bit."""
+        """Puts the edited parameters back, bit by bit.
+
+        Of several patches the last one is undone first: undoing an earlier one takes the later
+        ones' changes of the same parameters with it.
+        """
         parameters = dict(lm.core.named_parameters())
         for name, value in self.before.items():
             parameters[name].copy_(value)
+        patches = [patch for patch in lm.patches if patch is not self]
         lm.touch()
+        lm.patches = patches
+
+
+def _digest(value: Tensor) -> str:
+    flat = value.detach().to("cpu").contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 class Editor(Component):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.inspection import inspect
-from delible.lm.load import ModelInfo, load_model, weights_digest
+from delible.lm.load import ModelInfo, load_model, weights_digest, with_adapter
 from delible.lm.parts import has_other_parts, kind_of
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
@@ -81,6 +81,14 @@ def _statistics(logits: Tensor, moments: bool) -> list[Tensor]:
     return [best, tops + sums.log(), means - sums.log(), variances]
 
 
+class Removable(Protocol):
+    """A change of weights that knows what was there before."""
+
+    title: str
+
+    def undo(self, lm: LM) -> None: ...
+
+
 class LM(Body):
     """A Hugging Face causal language model, white-box.
 
@@ -112,6 +120,8 @@ class LM(Body):
         self.model, self.tokenizer, self.name, self.origin = model, tokenizer, name, origin
         #: Files of other parts (an image processor), which a saved model needs too.
         self.companions = dict(origin.companions) if origin else {}
+        #: What was added to the weights and can be taken off again, the last one first.
+        self.patches: list[Removable] = []
         self.anatomy: Anatomy = self._understood(derive)
         self.template = Template(
             tokenizer,
@@ -167,9 +177,17 @@ class LM(Body):
         joined = f"{self._digest}/{self.template.fingerprint}/{self.precision}"
         return hashlib.sha256(joined.encode()).hexdigest()
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 over weights and template: the same in every precision."""
+        assert self.fingerprint
+        joined = f"{self._digest}/{self.template.fingerprint}"
+        return hashlib.sha256(joined.encode()).hexdigest()
+
     def touch(self) -> None:
         """Says that the weights have changed: those of the adapter, if the model wears one."""
         self._digest = None
+        self.patches = []
         if not self.wears_adapter:
             self.origin = None
 
@@ -196,9 +214,43 @@ class LM(Body):
             except ValueError as error:  # what PEFT raises for values that are not finite
                 raise RunError(f"the adapter cannot be merged: {error}") from error
 
+    def put_on(self, adapter: Path) -> None:
+        """Wears a saved PEFT adapter.
+
+        Raises:
+            ModelError: It does not fit.
+        """
+        patches, origin = self.patches, self.origin
+        self.wear(with_adapter(self.core, adapter, self.origin.place if self.origin else self.name))
+        self.patches, self.origin = patches, origin
+
+    def taken_off(self) -> tuple[str, LM] | None:
+        """The adapter, or else the last patch, and a copy of the model without it."""
+        if self.wears_adapter:
+            bare = self.copy(f"{self.name} without its adapter")
+            patches = bare.patches
+            bare.wear(bare.model.unload())
+            bare.patches = patches
+            return "adapter", bare
+        if self.patches:
+            title = self.patches[-1].title
+            bare = self.copy(f"{self.name} without its {title}")
+            bare.patches[-1].undo(bare)
+            return title, bare
+        return None
+
+    def merged(self) -> LM:
+        """A plain model with all that it wears in its weights (itself if it wears nothing)."""
+        if not self.wears_adapter:
+            return self
+        twin = self.copy()
+        twin.merge_adapter()
+        return twin
+
     def copy(self, name: str | None = None) -> LM:
         """An independent copy with its own weights."""
         twin = copy.copy(self)
+        twin.patches = list(self.patches)
         twin.model = copy.deepcopy(self.model)
         twin.template = copy.copy(self.template)
         twin.name = name or self.name

@@ -209,8 +209,6 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
         base = "default"  # its folder in the cache, perhaps of another machine
     elif tiny.is_folder_name(Path(base).name):
         base = "tiny"
-    from peft import PeftModel
-
     try:
         below = load_model(base, say=say, revision=settings.get("revision"), **options)
     except ModelError as error:
@@ -219,24 +217,7 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
             where=f"{folder} (base {base})",
             hint=error.hint,
         ) from error
-    _make_room(below.model, folder / "adapter_model.safetensors")
-    try:
-        with embedded.quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            model: Any = PeftModel.from_pretrained(below.model, str(folder), local_files_only=True)
-    except Exception as error:  # peft raises whatever its parsers meet
-        raise ModelError(
-            f"the adapter does not fit its base model: {_first_line(error)}",
-            where=f"{folder} (base {base})",
-            hint="Check base_model_name_or_path in adapter_config.json.",
-        ) from error
-    if not hasattr(model, "merge_and_unload"):
-        raise ModelError(
-            f"an adapter of the kind {settings.get('peft_type')} changes no weights and cannot be "
-            "merged into them.",
-            where=str(folder),
-            hint="Adapters that can be merged work: LoRA, DoRA, IA3 and their like.",
-        )
+    model = with_adapter(below.model, folder, base)
     tokenizer = below.tokenizer
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _ready(
@@ -244,6 +225,35 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
         )
     info = replace(below.info, name=name, source="adapter", path=str(folder), base=below.info.place)
     return Loaded(model.eval(), tokenizer, info)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> Any:
+    """A model that wears a saved PEFT adapter.
+
+    Raises:
+        ModelError: It does not fit the model, or changes no weights.
+    """
+    from peft import PeftModel
+
+    _make_room(model, folder / "adapter_model.safetensors")
+    try:
+        with embedded.quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            worn: Any = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except Exception as error:  # peft raises whatever its parsers meet
+        raise ModelError(
+            f"the adapter does not fit its base model: {_first_line(error)}",
+            where=f"{folder} (base {base})",
+            hint="Check base_model_name_or_path in adapter_config.json.",
+        ) from error
+    if not hasattr(worn, "merge_and_unload"):
+        kind = _read_json(folder / "adapter_config.json").get("peft_type")
+        raise ModelError(
+            f"an adapter of the kind {kind} changes no weights and cannot be merged into them.",
+            where=str(folder),
+            hint="Adapters that can be merged work: LoRA, DoRA, IA3 and their like.",
+        )
+    return worn.eval()
 
 
 def _make_room(model: PreTrainedModel, weights: Path) -> None:

@@ -56,6 +56,26 @@ class System(Protocol):
         ...
 
 
+@runtime_checkable
+class Composed(Protocol):
+    """A system with a part that can be taken off again: a guard, an adapter, a patch, a hook."""
+
+    def taken_off(self) -> tuple[str, System] | None:
+        """The outermost part, in words, and what is left without it; None if there is none.
+
+        The system itself stays as it is.
+        """
+        ...
+
+
+def identity_of(system: System) -> str | None:
+    """What does not change from one machine or precision to another: weights, template, parts.
+
+    Systems have it as an attribute ``identity``; otherwise it is their fingerprint.
+    """
+    return getattr(system, "identity", None) or system.fingerprint
+
+
 class BlackBox:
     """A system that answers and gives no scores."""
 

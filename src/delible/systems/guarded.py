@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from delible.component import Component, build
+from delible.errors import RunError
 from delible.records import ForgetRequest
 from delible.system.asks import Decoding, NoAnswer, Prompt
-from delible.system.base import BlackBox, System
+from delible.system.base import BlackBox, System, identity_of
 
 
 class GuardMind:
@@ -39,13 +40,35 @@ class Guard(Component):
 class GuardedSystem(BlackBox):
     """A system with a guard in front. It generates, and gives away nothing white-box."""
 
-    def __init__(self, system: System, mind: GuardMind, name: str) -> None:
-        self.system, self.mind, self.name = system, mind, name
+    def __init__(self, system: System, mind: GuardMind, guard: str) -> None:
+        self.system, self.mind, self.guard = system, mind, guard
+        self.name = f"{system.name} + {guard}"
 
     @property
     def fingerprint(self) -> str | None:
         inner = self.system.fingerprint
         return None if inner is None else f"{inner}+{self.mind.fingerprint}"
+
+    @property
+    def identity(self) -> str | None:
+        """The same on every machine."""
+        inner = identity_of(self.system)
+        return None if inner is None else f"{inner}+{self.mind.fingerprint}"
+
+    def taken_off(self) -> tuple[str, System]:
+        """What is guarded."""
+        return f"guard '{self.guard}'", self.system
+
+    def merged(self) -> NoReturn:
+        """A guard is not in weights.
+
+        Raises:
+            RunError: Always.
+        """
+        raise RunError(
+            f"the guard '{self.guard}' is no part of the weights, and cannot be merged into them.",
+            hint="Deploy it before the model (delible serve), or merge what it guards.",
+        )
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers; a prompt that the guard answers never reaches the system."""
@@ -78,4 +101,4 @@ def guard(
         DataError: The request gives this guard nothing to go by.
     """
     mind = build("guard", {"name": name, **options}).prepare(request)
-    return GuardedSystem(system, mind, f"{system.name} + {name}")
+    return GuardedSystem(system, mind, name)

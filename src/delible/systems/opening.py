@@ -1,12 +1,17 @@
-"""From a name to a system that is asked and not trained: a model, vLLM, or an endpoint."""
+"""From a name to a system: a model, an artefact of any kind on any base, vLLM, or an endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
-from delible.errors import ModelError
+from delible import registry
+from delible.errors import DelibleError, ModelError, RunError, nearest
 from delible.lm.lm import LM
-from delible.system.base import System
+from delible.system import artefact as artefacts
+from delible.system.artefact import Artefact, ArtefactKind, Base
+from delible.system.base import System, identity_of
 
 VLLM_PREFIX = "vllm:"
 _ADDRESSES = ("http://", "https://")
@@ -27,16 +32,42 @@ def open_system(
     """A system by name.
 
     Args:
-        name: What :meth:`LM.load` takes; the same after ``vllm:``, for a GPU with vLLM; or the
-            address of an OpenAI-compatible server, perhaps with ``#MODEL`` at its end. A server
-            is asked for one token.
+        name: What :meth:`LM.load` takes; the folder of an artefact (of a run), of any kind; a
+            model's name after ``vllm:``, for a GPU with vLLM; or the address of an
+            OpenAI-compatible server, perhaps with ``#MODEL`` at its end. A server is asked for
+            one token.
         model: Name of the model at an address.
         say: Receives what is about to be downloaded or asked.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
+        RunError: An artefact that is damaged, of an unknown kind, or on another base than it
+            was made on.
         MissingExtraError: It needs an extra that is not installed.
     """
+    return _open(name, model, say, ())
+
+
+def open_lm(name: str, *, say: Callable[[str], None] = _quiet) -> LM:
+    """A system by name whose weights can be worked on.
+
+    Raises:
+        ModelError: There are none: a guarded system, a server.
+        DelibleError: As for :func:`open_system`.
+    """
+    system = open_system(name, say=say)
+    if isinstance(system, LM):
+        return system
+    raise ModelError(
+        f"this needs the weights of a model, and '{system.name}' gives none.",
+        where=name,
+        hint="Give the model itself: its folder, its hub name, or the base of the artefact.",
+    )
+
+
+def _open(
+    name: str, model: str | None, say: Callable[[str], None], above: tuple[Path, ...]
+) -> System:
     if is_address(name):
         from delible.systems.endpoint import Endpoint
 
@@ -56,4 +87,166 @@ def open_system(
         from delible.systems.vllm import VLLM
 
         return VLLM.load(name.removeprefix(VLLM_PREFIX), say=say)
+    folder = Path(name).expanduser()
+    if artefacts.is_artefact(folder):
+        return _open_artefact(name, folder.resolve(), say, above)
     return LM.load(name, say=say)
+
+
+def _open_artefact(
+    name: str, folder: Path, say: Callable[[str], None], above: tuple[Path, ...]
+) -> System:
+    if folder in above:
+        circle = " on ".join(path.name for path in (*above[above.index(folder) :], folder))
+        raise RunError(
+            f"these artefacts stand on each other in a circle: {circle}.",
+            where=str(folder / artefacts.FILE),
+            hint="Set the base of one of them to the model that it was made on.",
+        )
+    artefact = artefacts.read(folder)
+    kind = kind_of(artefact, folder)
+    base = partial(_open_base, artefact, folder, say, (*above, folder))
+    if not artefact.enabled:
+        return base()
+    system = kind.open(artefact, folder, base)
+    system.name = name
+    return system
+
+
+def kind_of(artefact: Artefact, folder: Path) -> ArtefactKind:
+    """How an artefact is written and opened.
+
+    Raises:
+        RunError: The kind is not known here.
+    """
+    known = [card.name for card in registry.cards("artefact")]
+    if artefact.kind not in known:
+        raise RunError(
+            f"an artefact of the unknown kind '{artefact.kind}'.",
+            where=str(folder / artefacts.FILE),
+            hint=f"{nearest(artefact.kind, known)} A newer delible, or a plug-in, may know it.",
+        )
+    found: ArtefactKind = registry.load("artefact", artefact.kind)()
+    return found
+
+
+def _open_base(
+    artefact: Artefact, folder: Path, say: Callable[[str], None], above: tuple[Path, ...]
+) -> System:
+    """What an artefact stands on, if it is still what it was.
+
+    Raises:
+        RunError: It is not there, or its weights are others.
+    """
+    where = str(folder / artefacts.FILE)
+    if artefact.base is None:
+        raise RunError("it names no base, and cannot be used without one.", where=where)
+    name = artefact.base.name
+    beside = folder / name
+    if not is_address(name) and beside.is_dir() and beside != folder:
+        name = str(beside)
+    try:
+        base = _open(name, None, say, above)
+    except ModelError as error:
+        raise RunError(
+            f"its base cannot be opened: {error.problem}",
+            where=f"{where} (base {artefact.base.name})",
+            hint="Put the base back, or set base.name to where it is now.",
+        ) from error
+    known, found = artefact.base.identity, identity_of(base)
+    if known is not None and found is not None and known != found:
+        raise RunError(
+            f"its base is another one than it was made on (now {found[:12]}, then {known[:12]}).",
+            where=f"{where} (base {artefact.base.name})",
+            hint="Give it the same weights and chat template again; on others it means nothing.",
+        )
+    return base
+
+
+def described(system: System) -> Base:
+    """How an artefact names the system that it stands on."""
+    return Base(name=_lasting(system.name), identity=identity_of(system))
+
+
+def _lasting(name: str) -> str:
+    """A name that means the same from everywhere: folders by their whole path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if not is_address(name) and folder.is_dir() else name
+
+
+def keep(kind: str, content: object, folder: Path, base: Base | None, system: System) -> Artefact:
+    """Writes what a method made into a folder: its parts, then ``artefact.yaml``.
+
+    Args:
+        kind: Of the artefact.
+        content: As the kind's ``save`` takes it.
+        base: What it stands on, or was made from.
+        system: The whole, as it answers now.
+
+    Raises:
+        RunError: The disk refuses it.
+    """
+    writer: ArtefactKind = registry.load("artefact", kind)()
+    parts, options = writer.save(content, folder)
+    artefact = Artefact(
+        kind=kind, base=base, parts=parts, options=options, identity=identity_of(system)
+    )
+    artefacts.write(artefact, folder)
+    return artefact
+
+
+def undo(folder: Path | str, *, back: bool = False) -> Artefact:
+    """Takes an artefact off: it answers as its base, bit by bit. Nothing is deleted.
+
+    Args:
+        folder: Of the artefact.
+        back: Put it on again instead.
+
+    Raises:
+        RunError: There is no artefact, or it is a whole model, of which nothing can be taken off.
+    """
+    folder = Path(folder).expanduser()
+    if not artefacts.is_artefact(folder):
+        raise RunError(
+            "there is no artefact in this folder.",
+            where=str(folder),
+            hint="Give the folder that 'delible unlearn --out' wrote.",
+        )
+    artefact = artefacts.read(folder)
+    if not kind_of(artefact, folder).card.reversible:
+        made_from = f" It was made from {artefact.base.name}." if artefact.base else ""
+        raise RunError(
+            f"the {artefact.kind} is whole: there is nothing that could be taken off.",
+            where=str(folder),
+            hint=f"Open the model before instead.{made_from}",
+        )
+    changed = artefact.model_copy(update={"enabled": back})
+    if changed != artefact:
+        artefacts.write(changed, folder)
+    return changed
+
+
+def merge(folder: str, out: Path, *, say: Callable[[str], None] = _quiet) -> LM:
+    """Writes one plain model of a whole stack.
+
+    Args:
+        folder: An artefact, or anything that :func:`open_lm` takes.
+        out: A folder that transformers loads afterwards.
+
+    Raises:
+        RunError: A part cannot be expressed in weights (a guard, a hook); says which.
+    """
+    system = open_system(folder, say=say)
+    merged = getattr(system, "merged", None)
+    if merged is None:
+        raise RunError(
+            f"'{system.name}' cannot be written as one model.",
+            where=folder,
+            hint="Only what is in weights can be: models, adapters and patches.",
+        )
+    try:
+        lm: LM = merged()
+    except DelibleError as error:
+        raise RunError(error.problem, where=folder, hint=error.hint) from error
+    lm.save(out)
+    return lm

@@ -13,7 +13,7 @@ from delible.testing.contract.trial import REQUEST, Trial, answers, require, req
 
 
 def edit_is_undone_exactly(trial: Trial) -> None:
-    """The patch, and the patch from disk, put every bit back; a refusal changes nothing."""
+    """The patch, and the patch from disk, change and put back every bit; a refusal, nothing."""
     editor = cast(Editor, trial.component)
     lm = trial.lm()
     before = weights(lm)
@@ -33,5 +33,9 @@ def edit_is_undone_exactly(trial: Trial) -> None:
     torch.manual_seed(2)
     editor.edit(lm, REQUEST, seed=0, say=lambda _: None)
     require_same(edited, weights(lm), "two edits differ")
-    Patch.load(trial.folder / "patch").undo(lm)
-    require_same(before, weights(lm), "undoing with the saved patch leaves a difference")
+    patch.undo(lm)
+    saved = Patch.load(trial.folder / "patch")
+    saved.apply(lm)
+    require_same(edited, weights(lm), "the saved patch makes another edit")
+    saved.undo(lm)
+    require_same(before, weights(lm), "undoing the saved patch leaves a difference")

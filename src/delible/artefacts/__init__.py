@@ -1,0 +1,1 @@
+"""Kinds of artefacts: what a run can make, one file each."""

@@ -1,0 +1,59 @@
+"""A guard before a system: its options and the request that it goes by.
+
+The guard is made ready anew when it is opened, from the same names and records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delible.component import build
+from delible.errors import RunError
+from delible.files import atomic_file
+from delible.records import ForgetRequest
+from delible.registry import register
+from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.base import System
+from delible.systems.guarded import Guard as GuardOptions
+from delible.systems.guarded import GuardedSystem
+
+_PART = "request"
+
+
+@dataclass(frozen=True)
+class Guarding:
+    """A guard and what it goes by."""
+
+    guard: GuardOptions
+    request: ForgetRequest
+
+
+@register(
+    kind="artefact",
+    name="guard",
+    title="Guard",
+    summary="A guard before a system, made from a forget request, which can be taken away.",
+    mechanism="output-guard",
+    changes="Nothing in the model: what comes in and out is judged.",
+    reversible=True,
+)
+class Guard(ArtefactKind):
+    """Content: a :class:`Guarding`."""
+
+    def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+        name = f"{_PART}.json"
+        with atomic_file(folder / name) as handle:
+            handle.write(content.request.model_dump_json(indent=2))
+        return {_PART: name}, {"guard": content.guard.spec()}
+
+    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+        path = folder / artefact.parts[_PART]
+        try:
+            request = ForgetRequest.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+            raise RunError("the guard's request cannot be read.", where=str(path)) from error
+        guard: GuardOptions = build("guard", artefact.options["guard"])
+        return GuardedSystem(base(), guard.prepare(request), guard.card.name)

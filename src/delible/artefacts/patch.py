@@ -1,0 +1,50 @@
+"""A low-rank change of a few matrices, added when it is opened and taken off bit by bit.
+
+    W = round(W_base + left @ right)        the sum in float64, rounded to the weight's own type
+
+The file holds the factors and a hash of each matrix that they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from delible.edit.base import Patch as PatchOfWeights
+from delible.errors import RunError
+from delible.lm.lm import LM
+from delible.lm.load import ModelInfo
+from delible.registry import register
+from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.base import System
+
+_PART = "patch"
+
+
+@register(
+    kind="artefact",
+    name="patch",
+    title="Patch",
+    summary="A low-rank change of a few matrices of a model, which can be taken off exactly.",
+    mechanism="merge/edit",
+    changes="A few matrices, when it is opened.",
+    reversible=True,
+)
+class Patch(ArtefactKind):
+    """Content: a :class:`delible.edit.base.Patch`."""
+
+    def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+        content.save(folder / _PART)
+        return {_PART: _PART}, {}
+
+    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+        lm = base()
+        if not isinstance(lm, LM):
+            raise RunError(
+                f"a patch needs the weights of its base, and '{lm.name}' gives none.",
+                where=str(folder),
+            )
+        PatchOfWeights.load(folder / artefact.parts[_PART]).apply(lm)
+        lm.origin = ModelInfo(str(folder), "run", str(folder))
+        return lm

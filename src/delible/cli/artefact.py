@@ -1,0 +1,62 @@
+"""``delible merge`` and ``delible undo``: what becomes of what a run made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from delible.cli import flags, output
+
+
+@flags.flowing
+def merge(target: str, /, *, out: Annotated[Path, Parameter(group=flags.RUN)]) -> int:
+    """Write one plain model of a run and all that it stands on.
+
+    Adapters and patches are added to the weights, and transformers alone loads the result. A guard
+    or a hook is in no weights: that is said, and nothing is written.
+
+    Parameters
+    ----------
+    target
+        The run directory of 'delible unlearn', or the folder of an adapter.
+    out
+        The folder of the plain model.
+    """
+    with output.Reporter() as reporter:
+        reporter.say("Loading the libraries …")
+        output.quiet_libraries()
+        from delible.systems.opening import merge as merged
+
+        merged(target, out, say=reporter.say)
+        reporter.say(f"The model lies in {out} (safetensors and tokenizer).")
+    return 0
+
+
+@flags.flowing
+def undo(target: Path, /, *, back: bool = False) -> int:
+    """Take off what a run made: it answers as the model before, bit by bit.
+
+    Nothing is deleted: --back puts it on again. A whole model cannot be taken off; the message
+    names the one that it was made from.
+
+    Parameters
+    ----------
+    target
+        The run directory of 'delible unlearn'.
+    back
+        Put it on again.
+    """
+    with output.Reporter() as reporter:
+        output.quiet_libraries()
+        from delible.systems.opening import undo as taken_off
+
+        artefact = taken_off(target, back=back)
+        base = artefact.base.name if artefact.base else "its base"
+        reporter.say(
+            f"The {artefact.kind} is on again: {target} answers as when it was made."
+            if back
+            else f"The {artefact.kind} is off: {target} answers as {base}. --back puts it on again."
+        )
+    return 0
