@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,8 +69,6 @@ class Patch:
 class Editor(Component):
     """A closed-form change of a few weights."""
 
-    def edit(
-        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
-    ) -> Patch:
+    def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Edits the model in place and returns the patch that undoes it."""
         raise NotImplementedError

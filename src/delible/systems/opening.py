@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from delible.errors import ModelError
 from delible.lm.lm import LM
 from delible.system.base import System
 
+logger = logging.getLogger(__name__)
+
 VLLM_PREFIX = "vllm:"
 _ADDRESSES = ("http://", "https://")
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 def is_address(name: str) -> bool:
@@ -21,9 +19,7 @@ def is_address(name: str) -> bool:
     return name.startswith(_ADDRESSES)
 
 
-def open_system(
-    name: str, *, model: str | None = None, say: Callable[[str], None] = _quiet
-) -> System:
+def open_system(name: str, *, model: str | None = None) -> System:
     """A system by name.
 
     Args:
@@ -31,7 +27,6 @@ def open_system(
             address of an OpenAI-compatible server, perhaps with ``#MODEL`` at its end. A server
             is asked for one token.
         model: Name of the model at an address.
-        say: Receives what is about to be downloaded or asked.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
@@ -44,7 +39,7 @@ def open_system(
         endpoint = Endpoint(address, model or fragment or None)
         endpoint.check()
         key = f"the key in ${endpoint.key_name}" if endpoint.key_name else "no key"
-        say(f"Asking {endpoint.name} with {key}.")
+        logger.info(f"Asking {endpoint.name} with {key}.")
         return endpoint
     if model is not None:
         raise ModelError(
@@ -55,5 +50,5 @@ def open_system(
     if name.startswith(VLLM_PREFIX):
         from delible.systems.vllm import VLLM
 
-        return VLLM.load(name.removeprefix(VLLM_PREFIX), say=say)
-    return LM.load(name, say=say)
+        return VLLM.load(name.removeprefix(VLLM_PREFIX))
+    return LM.load(name)
