@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,9 +116,7 @@ def run_for_cost(method: str, model: str, steps: int, rows: int) -> None:
     }))  # fmt: skip
 
 
-def costs(
-    methods: Sequence[str], model: str, steps: int, rows: int, say: Callable[[str], None]
-) -> str:
+def costs(methods: Sequence[str], model: str, steps: int, rows: int) -> str:
     """The table of the methods' costs, relative to fine-tuning; no methods: all recipes."""
     every = [card.name for card in registry.cards("recipe") if card.name != "finetune"]
     found: dict[str, dict[str, float]] = {}
@@ -126,10 +124,10 @@ def costs(
         command = [sys.executable, __file__, method, model, str(steps), str(rows)]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
-            say(f"{method} failed: {answer.stderr.strip().splitlines()[-1]}")
+            print(f"{method} failed: {answer.stderr.strip().splitlines()[-1]}")
             continue
         found[method] = json.loads(answer.stdout.strip().splitlines()[-1])
-        say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
+        print(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
     lines = [
         "| method | before the first step | its memory | a step | tokens | fine-tuning (tokens) "
         "| ratio | memory |",

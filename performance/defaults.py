@@ -31,6 +31,7 @@ from delible.lm.lm import LM
 from delible.records import ForgetRequest
 from delible.rundir import git_revision, hardware, identity, versions
 from delible.train.monitor import answer_probability
+from delible.watching import shown
 
 #: A sensible default goes at least this share of the way, and keeps at least this share.
 WAY, KEPT = 0.5, 0.9
@@ -176,8 +177,9 @@ def main() -> None:
     methods = [method for method in methods if method not in TEACHING]
     split = world_of()
     request = request_of(split)
-    target = learn(given.model, split.records("known"), 0, "target", print)
-    reference = learn(given.model, split.records("kept"), 0, "reference", print)
+    with shown(print):
+        target = learn(given.model, split.records("known"), 0, "target")
+        reference = learn(given.model, split.records("kept"), 0, "reference")
     start = LM.load(str(target))
     described = {"model": given.model, "target": target.parent.name}
     numbers = given.page.with_suffix(".json")

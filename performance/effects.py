@@ -39,6 +39,7 @@ from delible.component import build
 from delible.files import read_json, write_json
 from delible.measure.benchmark import Benchmark
 from delible.train.recipe import Recipe
+from delible.watching import shown
 
 FORGET, RETAIN = "answer_probability/forget", "answer_probability/retain"
 NEIGHBOURS, GARBAGE = "answer_probability/neighbours", "outcome_shares/forget/garbage"
@@ -271,10 +272,11 @@ def main() -> None:
     if given.shapes is not None:
         methods = method_names(given.methods.split(","))
         # what failed has no file, so that the next run tries again, but it has its row here
-        run = bench(
-            "world", methods=methods, model=given.model, attacks=["relearn", "quantize"],
-            options=shaped(given.shapes, given.model, methods), out=given.run, say=print,
-        ).cells  # fmt: skip
+        with shown(print):
+            run = bench(
+                "world", methods=methods, model=given.model, attacks=["relearn", "quantize"],
+                options=shaped(given.shapes, given.model, methods), out=given.run,
+            ).cells  # fmt: skip
     else:
         run = [read_json(path) for path in (given.run / "cells").glob("*.json")]
     described = read_json(given.run / "bench.json")

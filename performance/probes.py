@@ -30,6 +30,7 @@ from delible.measure.metric import ItemMetric
 from delible.measure.scoring.text import continuing
 from delible.records import QA, Dialogue, Message, Record, RecordBase
 from delible.system.asks import Score
+from delible.watching import shown
 from delible.world import Person, World
 from delible.world.facts import Fact
 
@@ -195,16 +196,16 @@ def main() -> None:
     data = given.run / "data"
     write(data, files(made))
     learning = cast(Benchmark, build("benchmark", "world")).learning(given.model)
-    start = learned(
-        given.model, taught(made, given.suite), options=learning.options, slots=learning.slots,
-        title=f"probes-{given.suite}", say=print,
-    )  # fmt: skip
-    methods = method_names(given.methods.split(","))
-    result = bench(
-        {"name": given.suite, "utility": False}, methods=methods, model=str(start),
-        seeds=given.seeds, data=data, out=given.run, options=options(given.model, methods),
-        say=print,
-    )  # fmt: skip
+    with shown(print):
+        start = learned(
+            given.model, taught(made, given.suite), options=learning.options, slots=learning.slots,
+            title=f"probes-{given.suite}",
+        )  # fmt: skip
+        methods = method_names(given.methods.split(","))
+        result = bench(
+            {"name": given.suite, "utility": False}, methods=methods, model=str(start),
+            seeds=given.seeds, data=data, out=given.run, options=options(given.model, methods),
+        )  # fmt: skip
     asked = given.run / "command.json"
     spent = read_json(asked)["seconds"] if asked.exists() else 0.0
     write_json(asked, {

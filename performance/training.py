@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -248,7 +248,7 @@ def table(found: dict[str, dict[str, float]], memory: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=16)
@@ -264,16 +264,16 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         return
     asked = arguments.methods.split(",") if arguments.methods else []
     if arguments.costs:
-        text = costs(asked, arguments.model, arguments.steps, arguments.rows, say)
+        text = costs(asked, arguments.model, arguments.steps, arguments.rows)
         name = "costs"
     else:
         found = {}
         for method in asked or METHODS:
             found[method] = measure(method, arguments.steps, arguments.rows)
-            say(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
+            print(f"{method}: {json.dumps({k: round(v, 3) for k, v in found[method].items()})}")
         memory = {side: peak_memory(side, arguments.rows) for side in ("ours", "straightforward")}
         name, text = "training", table(found, memory)
-    say(text)
+    print(text)
     if arguments.markdown:
         write_between(arguments.markdown, name, text)
 

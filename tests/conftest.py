@@ -29,6 +29,12 @@ def reopened_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(reload, "ask_again", here)
 
 
+@pytest.fixture(autouse=True)
+def everything_told_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """``caplog.messages`` are the sentences that delible tells."""
+    caplog.set_level("INFO", "delible")
+
+
 @pytest.fixture
 def stub_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every judge that a metric names gives each of its criteria another grade."""

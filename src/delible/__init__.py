@@ -7,11 +7,15 @@ The public names are imported when they are first used, so that ``import delible
     request = delible.ForgetRequest(forget=[delible.QA(question="…", answer="…")])
     result = delible.unlearn("default", request, method="npo", out="runs/mine")
     delible.audit("runs/mine", request)
+
+What the library tells, it logs below the logger ``delible`` (``logging.basicConfig(level="INFO")``
+shows it).
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -101,4 +105,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 sys.modules[__name__].__class__ = _Package

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -41,12 +42,13 @@ from delible.train.loop import Progress
 from delible.train.plan import make_plan
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml
-from delible.watching import Stage, unwatched
+from delible.watching import Stage, aside, unwatched
 
 if TYPE_CHECKING:
     from delible.audit.result import SystemRole
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: Questions per split that are answered before and after.
 SHOWN = 3
 #: Length of a shown answer, in tokens.
@@ -55,10 +57,6 @@ SHOWN_TOKENS = 48
 AUTOMATIC_RETAIN = 96
 #: In the place of forget rows that the model has not been asked for yet.
 _STANDS_IN = (QA(question="?", answer="?"),)
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,7 @@ def _editor(spec: dict[str, Any], slots: dict[str, Any] | None, preset: str | No
     return cast(Editor, build("editor", spec))
 
 
-def automatic_retain(
-    lm: LM, count: int, say: Say, stage: Stage = unwatched
-) -> tuple[RecordBase, ...]:
+def automatic_retain(lm: LM, count: int, stage: Stage = unwatched) -> tuple[RecordBase, ...]:
     """A retain set from the model itself: general questions with its own answers.
 
     Nothing is taught that the model did not say before; what is protected is its behaviour.
@@ -169,7 +165,7 @@ def automatic_retain(
     from delible.world import general
 
     questions = general()[:count]
-    say(
+    logger.warning(
         f"No retain records were given: keeping the model's own answers to {len(questions)} "
         "general questions instead (--retain FILE protects what matters to you better)."
     )
@@ -204,7 +200,6 @@ def unlearn(
     shown: int = SHOWN,
     measured: bool = True,
     verify: bool = True,
-    say: Say = _quiet,
     progress: Progress | None = None,
     stage: Stage = unwatched,
     **options: Any,
@@ -244,27 +239,25 @@ def unlearn(
     """
     made = None if generated is None else generated_rows.read(Path(generated))
     chosen = resolve_method(method, slots=slots, options=options, strength=strength)
-    lm = _whole(model, say)
+    lm = _whole(model)
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
         _require_forget(request, chosen)
-        request = _with_retain(lm, request, chosen, say, stage)
+        request = _with_retain(lm, request, chosen, stage)
         forget = request.forget or _STANDS_IN
         check_needs(chosen, {"forget": forget, "retain": _retained(request)}, made)
         check_reach(chosen, lm)
     elicits = isinstance(chosen, Recipe) and not request.forget
     if review:
         _check_review(elicits, out)
-    writer = open_writer(generator, lm, say) if isinstance(chosen, Recipe) else None
+    writer = open_writer(generator, lm) if isinstance(chosen, Recipe) else None
     run = RunDirectory(out) if out is not None else None
     described = _described(lm, request, chosen, seed, anchor, reference, refusals, writer, made)
     if run is not None and run.begin(described):
-        say(f"{run.path} holds this run already, finished.")
+        logger.info(f"{run.path} holds this run already, finished.")
         return _finished(run)
     if elicits:
-        request = elicited.with_rows(
-            lm, request, run, writer=writer, seed=seed, say=say, stage=stage
-        )
+        request = elicited.with_rows(lm, request, run, writer=writer, seed=seed, stage=stage)
         if review and run is not None:
             return UnlearnResult(lm, run.path, [], to_review=elicited.place(run))
         if run is not None:
@@ -275,7 +268,7 @@ def unlearn(
     if measured:
         found["original"] = probabilities(lm, request)
         if reference is not None:
-            never = LM.load(reference, say=say) if isinstance(reference, str) else reference
+            never = LM.load(reference) if isinstance(reference, str) else reference
             found["reference"] = probabilities(never, request)
             del never
     began = time.perf_counter()
@@ -289,19 +282,18 @@ def unlearn(
             anchor,
             load_start,
             refusals,
-            say,
             progress,
             stage,
             writer,
             made,
         )
         if isinstance(chosen, Recipe)
-        else _edit(lm, request, chosen, run, seed, say)
+        else _edit(lm, request, chosen, run, seed)
     )
     seconds = time.perf_counter() - began
     if run is not None and result.model.wears_adapter and result.model.origin is None:
         result.model.merge_adapter()
-        say(
+        logger.warning(
             "The model below the adapter is saved nowhere as it is, so the adapter is merged and "
             "the result is a whole model."
         )
@@ -335,7 +327,6 @@ def plan_of(
     slots: dict[str, Any] | None = None,
     strength: Strength | None = None,
     seed: int = 0,
-    say: Say = _quiet,
     **options: Any,
 ) -> tuple[dict[str, Any], Estimate | None]:
     """What :func:`unlearn` would do: the resolved config, and memory and time (no training).
@@ -348,14 +339,14 @@ def plan_of(
     _require_forget(request, chosen)
     if not request.forget:
         return chosen.spec(), None
-    lm = _whole(model, say)
+    lm = _whole(model)
     if "retain" in _needs(chosen) and not _retained(request):
-        say("No retain records were given: an automatic retain set would be made.")
+        logger.warning("No retain records were given: an automatic retain set would be made.")
         request = request.model_copy(update={"retain": request.forget[:1]})
     records = {"forget": request.forget, "retain": _retained(request)}
     check_needs(chosen, records)
     check_reach(chosen, lm)
-    trainer = Trainer(lm, chosen, records, seed=seed, say=say)
+    trainer = Trainer(lm, chosen, records, seed=seed)
     context = trainer.rows()
     placement = chosen.place.apply(context)
     forget = context.rows["forget"]
@@ -402,30 +393,33 @@ def _needs(recipe: Recipe) -> set[str]:
     return {need for component in recipe.components() for need in component.card.needs}
 
 
-def _with_retain(
-    lm: LM, request: ForgetRequest, recipe: Recipe, say: Say, stage: Stage
-) -> ForgetRequest:
+def _with_retain(lm: LM, request: ForgetRequest, recipe: Recipe, stage: Stage) -> ForgetRequest:
     if "retain" not in _needs(recipe) or _retained(request):
         return request
-    return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, say, stage)})
+    return request.model_copy(update={"retain": automatic_retain(lm, AUTOMATIC_RETAIN, stage)})
 
 
-def _whole(model: str | LM, say: Say = _quiet) -> LM:
+def _whole(model: str | LM) -> LM:
     """The model with its adapter, if it wears one, merged into its weights.
 
     What is changed then, by training or by an editor, is what is saved.
     """
-    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    lm = model if isinstance(model, LM) else LM.load(model)
     if lm.wears_adapter:
         lm.merge_adapter()
-        say(MERGED_FIRST)
+        logger.info(MERGED_FIRST)
     return lm
 
 
 def _loader(model: str | LM, method: Recipe | Editor) -> Callable[[], LM]:
     """Gives the start model again; a model in memory is copied only if that will be asked."""
     if isinstance(model, str):
-        return lambda: _whole(model)
+
+        def again() -> LM:
+            with aside():  # what there is to tell was told at the first time
+                return _whole(model)
+
+        return again
     if isinstance(method, Recipe) and method.finish.needs_start:
         kept = model.copy()
         return lambda: kept
@@ -476,7 +470,6 @@ def _train(
     anchor: str | LM | None,
     start: Callable[[], LM],
     refusals: Sequence[str] | None,
-    say: Say,
     progress: Progress | None,
     stage: Stage,
     writer: System | None,
@@ -491,7 +484,6 @@ def _train(
         reference=LM.load(anchor) if isinstance(anchor, str) else anchor,
         start=start,
         refusals=refusals,
-        say=say,
         progress=progress,
         stage=stage,
         writer=writer,
@@ -512,9 +504,9 @@ def _train(
 
 
 def _edit(
-    lm: LM, request: ForgetRequest, editor: Editor, run: RunDirectory | None, seed: int, say: Say
+    lm: LM, request: ForgetRequest, editor: Editor, run: RunDirectory | None, seed: int
 ) -> UnlearnResult:
-    patch = editor.edit(lm, request, seed=seed, say=say)
+    patch = editor.edit(lm, request, seed=seed)
     lm.touch()
     return UnlearnResult(lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch)
 
@@ -588,8 +580,10 @@ def _finished(run: RunDirectory) -> UnlearnResult:
     folder = run.path / str(manifest.get("artefact", "model"))
     if not folder.exists():
         raise RunError("the artefact is missing.", where=str(folder), hint="Delete the run folder.")
+    with aside():
+        lm = LM.load(str(folder))
     return UnlearnResult(
-        LM.load(str(folder)),
+        lm,
         run.path,
         [BeforeAfter(**example) for example in manifest.get("examples", [])],
         [event for event in run.events() if event.get("kind") == "step"],

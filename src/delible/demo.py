@@ -7,6 +7,7 @@ demo only unlearns and audits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ from delible.records import ForgetRequest, Record, RecordBase
 from delible.report import write_page
 from delible.rundir import RunDirectory
 from delible.train.loop import Progress
-from delible.watching import Stage, unwatched
+from delible.watching import Stage, indented, unwatched
 from delible.world import World
 from delible.world.split import Split
+
+logger = logging.getLogger(__name__)
 
 #: Relations of the demo's world: one fact of each kind per person.
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
@@ -56,7 +59,6 @@ LEAKS = ("answer_probability", "paraphrase_probability", "extraction_strength")
 #: Records that the audit asks, per split, and of any other split at most.
 ASKED, ROWS = {"retain": 15, "neighbours": 15, "holdout": 10}, 20
 
-Say = Callable[[str], None]
 #: Makes a progress callback for a stage with the given title.
 ProgressFactory = Callable[[str], Progress | None]
 
@@ -105,7 +107,6 @@ def run(
     forget: int = 2,
     seed: int = 0,
     method: str = "npo",
-    say: Say = print,
     progress: ProgressFactory = lambda title: None,
     stage: Stage = unwatched,
 ) -> DemoResult:
@@ -121,33 +122,33 @@ def run(
     split = world_of(people, forget, seed)
     names = " and ".join(person.name for person in split.forget)
     known, kept = split.records("known"), split.records("kept")
-    say(
+    logger.info(
         f"1. A world of {people - len(split.holdout)} fictional people (and {len(split.holdout)} "
         f"the model never sees), {len(known)} facts. To forget: {names}."
     )
     data = write_world(split, out / "world")
-    say(f"   Its questions and answers are in {data}.")
-    say(f"2. The model '{model}' learns this world.")
-    target = learn(model, known, seed, "target", say, progress)
-    say(f"3. The reference learns the same world without {names}: this is where to arrive.")
-    reference = learn(model, kept, seed, "reference", say, progress)
+    logger.info(f"   Its questions and answers are in {data}.")
+    logger.info(f"2. The model '{model}' learns this world.")
+    target = learn(model, known, seed, "target", progress)
+    logger.info(f"3. The reference learns the same world without {names}: this is where to arrive.")
+    reference = learn(model, kept, seed, "reference", progress)
     request = request_of(split)
-    say(f"4. The target unlearns {len(request.forget)} facts about {names} ({method}).")
+    logger.info(f"4. The target unlearns {len(request.forget)} facts about {names} ({method}).")
     options = of(UNLEARNING, model) if method == "npo" else {}
-    result = unlearn(
-        str(target),
-        request,
-        method=method,
-        out=out / "unlearned",
-        seed=seed,
-        reference=str(reference),
-        say=lambda line: say(f"   {line}"),
-        progress=progress("Unlearning"),
-        stage=stage,
-        **options,
-    )
+    with indented():
+        result = unlearn(
+            str(target),
+            request,
+            method=method,
+            out=out / "unlearned",
+            seed=seed,
+            reference=str(reference),
+            progress=progress("Unlearning"),
+            stage=stage,
+            **options,
+        )
     if result.achieved is not None:
-        say(f"   {result.achieved.sentence()}")
+        logger.info(f"   {result.achieved.sentence()}")
     RunDirectory(out / "unlearned").update(
         title=f"A language model forgets {names}",
         story=[
@@ -161,24 +162,24 @@ def run(
             "All three were asked the same questions and attacked in the same ways.",
         ],
     )
-    say("5. The audit: the same questions and attacks to all three models.")
+    logger.info("5. The audit: the same questions and attacks to all three models.")
     asked = {name: getattr(request, name)[:count] for name, count in ASKED.items()}
-    found = audit(
-        str(out / "unlearned" / "model"),
-        request.model_copy(update=asked),
-        before=str(target),
-        reference=str(reference),
-        metrics=METRICS,
-        attacks=attacks(model),
-        leaks=LEAKS,
-        rows=ROWS,
-        out=out / "unlearned",
-        seed=seed,
-        say=lambda line: say(f"   {line}"),
-        progress=stage,
-    )
+    with indented():
+        found = audit(
+            str(out / "unlearned" / "model"),
+            request.model_copy(update=asked),
+            before=str(target),
+            reference=str(reference),
+            metrics=METRICS,
+            attacks=attacks(model),
+            leaks=LEAKS,
+            rows=ROWS,
+            out=out / "unlearned",
+            seed=seed,
+            progress=stage,
+        )
     report = write_page(out / "unlearned")
-    say(f"6. The report: {report.resolve()}")
+    logger.info(f"6. The report: {report.resolve()}")
     return DemoResult(out, report, found, result.examples, target, reference)
 
 
@@ -213,16 +214,15 @@ def learn(
     records: Sequence[RecordBase],
     seed: int,
     title: str,
-    say: Say,
     progress: ProgressFactory = lambda title: None,
 ) -> Path:
     """The folder of a model that has learned these records; it comes from the cache if it can."""
-    return learned(
-        model,
-        cast(Sequence[Record], records),
-        options=of(LEARNING, model),
-        seed=seed,
-        title=title,
-        say=lambda line: say(f"   {line}"),
-        progress=progress(f"Learning ({title})"),
-    )
+    with indented():
+        return learned(
+            model,
+            cast(Sequence[Record], records),
+            options=of(LEARNING, model),
+            seed=seed,
+            title=title,
+            progress=progress(f"Learning ({title})"),
+        )

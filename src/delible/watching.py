@@ -1,9 +1,17 @@
-"""Telling that long work goes on: one callback for every stage, and when a plain log tells it."""
+"""Telling that long work goes on: one callback for every stage, and when a plain log tells it.
+
+Sentences go to the log (the standard library's, one logger per module, all below ``delible``).
+Whoever shows them to people opens :func:`shown`; what only matters as a detail of other work is
+told :func:`aside`, what belongs to a larger step :func:`indented`.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 #: Called as ``stage(title, done, total)``; a new title is a new stage.
@@ -16,6 +24,65 @@ SECONDS_UNTOLD = 5.0
 SECONDS_KNOWN = 1.0
 #: In a plain log, work that goes on is told again no sooner than this.
 SECONDS_BETWEEN_LINES = 20.0
+
+
+#: What stands before sentences that are shown; ``None``: they are not shown.
+_before: ContextVar[str | None] = ContextVar("before", default="")
+
+
+@contextmanager
+def indented(by: str = "   ") -> Iterator[None]:
+    """Sentences that are told inside are shown further to the right."""
+    before = _before.get()
+    token = _before.set(None if before is None else before + by)
+    try:
+        yield
+    finally:
+        _before.reset(token)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Sentences that are told inside are logged, but :func:`shown` does not show them."""
+    token = _before.set(None)
+    try:
+        yield
+    finally:
+        _before.reset(token)
+
+
+class _Shown(logging.Handler):
+    """Hands every sentence to whoever shows it; what goes wrong there goes wrong here."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before = _before.get()
+        if before is not None:
+            self._show(before + record.getMessage())
+
+
+@contextmanager
+def shown(show: Callable[[str], None]) -> Iterator[None]:
+    """Shows what delible logs, from INFO on, and nowhere else: each sentence once.
+
+    Args:
+        show: Receives one sentence at a time.
+    """
+    logger = logging.getLogger("delible")
+    level, propagate = logger.level, logger.propagate
+    handler = _Shown(show)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library below may have given the root logger a handler
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def unwatched(title: str, done: int, total: int) -> None:
@@ -100,4 +167,14 @@ class Remaining:
         return f"; {duration(self._spent / self._pieces * rest)} left"
 
 
-__all__ = ["Pace", "Remaining", "Stage", "duration", "unwatched", "watched"]
+__all__ = [
+    "Pace",
+    "Remaining",
+    "Stage",
+    "aside",
+    "duration",
+    "indented",
+    "shown",
+    "unwatched",
+    "watched",
+]

@@ -31,7 +31,7 @@ def tiny(family: str) -> LM:
 
 
 def context(original: LM | None = None) -> AttackContext:
-    return AttackContext(FORGET, KEPT, KEPT, original, 0, lambda _: None)
+    return AttackContext(FORGET, KEPT, KEPT, original, 0)
 
 
 def model_attacks() -> list[tuple[str, int]]:

@@ -50,7 +50,7 @@ def tiny(family: str = "llama", seed: int = 0) -> LM:
 def context(
     forget: list[Any] = FORGET, seed: int = 0, original: LM | None = None, **more: Any
 ) -> AttackContext:
-    return AttackContext(forget, (), (), original, seed, lambda _: None, **more)
+    return AttackContext(forget, (), (), original, seed, **more)
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -387,17 +387,16 @@ AUDITED: dict[str, Any] = {"metrics": ["answer_probability"], "leaks": ("answer_
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_an_audit_searches_once_per_system() -> None:
+def test_an_audit_searches_once_per_system(caplog: pytest.LogCaptureFixture) -> None:
     request = ForgetRequest(forget=tuple(FORGET), retain=(QA(question="Snow?", answer="White"),))
     attacks = [
         {"name": "dua", **SMALL, "steps": 1},
         {"name": "dua", **SMALL, "steps": 1, "search_on": "original"},
     ]
-    told: list[str] = []
-    result = audit(
-        tiny(), request, before=tiny(seed=1), attacks=attacks, say=told.append, **AUDITED
-    )
-    assert sum(line.startswith("Suffix 1 of 2") for line in told) == 3  # the carried one only once
+    result = audit(tiny(), request, before=tiny(seed=1), attacks=attacks, **AUDITED)
+    assert (
+        sum(line.startswith("Suffix 1 of 2") for line in caplog.messages) == 3
+    )  # the carried one only once
     _, own, carried = result.leaks
     assert (own.variant, carried.variant) == (
         "same question",
@@ -414,10 +413,10 @@ def test_an_audit_searches_once_per_system() -> None:
     asked = [one.n for one in result.measurements if one.attack == "dua" and one.split == "forget"]
     assert asked == [2] * 4
     # another audit knows
-    told.clear()
-    again = audit(tiny(), request, before=tiny(seed=1), attacks=attacks, say=told.append, **AUDITED)
-    assert not any(line.startswith("Suffix") for line in told)
-    assert sum("the search is known" in line for line in told) == 4
+    caplog.clear()
+    again = audit(tiny(), request, before=tiny(seed=1), attacks=attacks, **AUDITED)
+    assert not any(line.startswith("Suffix") for line in caplog.messages)
+    assert sum("the search is known" in line for line in caplog.messages) == 4
     assert again.measurements == result.measurements
     assert [leak.note for leak in again.leaks] == [leak.note for leak in result.leaks]
 

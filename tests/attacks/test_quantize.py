@@ -32,7 +32,7 @@ def make_lm(family: str = "llama", seed: int = 0, **changes: Any) -> LM:
 
 
 def make_context(original: LM | None = None) -> AttackContext:
-    return AttackContext((), (), (), original, 0, lambda _: None)
+    return AttackContext((), (), (), original, 0)
 
 
 def weights_of(lm: LM) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def make_context(
 ) -> AttackContext:
     values: dict[str, Any] = {"retain": RETAIN, "unrelated": UNRELATED, **options}
     return AttackContext(
-        forget=forget, original=None, seed=seed, say=lambda _: None, **values
+        forget=forget, original=None, seed=seed, **values
     )  # fmt: skip
 
 

@@ -97,19 +97,18 @@ def test_the_reference_as_result_is_erased_under_every_attack(
 
 
 def test_attacked_systems_are_remembered_and_nothing_is_changed(
+    caplog: pytest.LogCaptureFixture,
     models: tuple[LM, LM, ForgetRequest],
 ) -> None:
     target, reference, request = models
     before = {name: value.clone() for name, value in target.model.state_dict().items()}
-    told: list[str] = []
     first = audit(
         target, request, before=target, reference=reference, metrics=METRICS, attacks=ATTACKS
     )
     second = audit(
         target, request, before=target, reference=reference, metrics=METRICS, attacks=ATTACKS,
-        say=told.append,
     )  # fmt: skip
-    assert sum("known from an earlier audit" in line for line in told) == 6
+    assert sum("known from an earlier audit" in line for line in caplog.messages) == 6
     assert second.measurements == first.measurements
     for name, value in target.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -184,23 +183,25 @@ def test_bad_input(models: tuple[LM, LM, ForgetRequest]) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_said_once_and_changes_nothing(
-    tmp_path: Path, models: tuple[LM, LM, ForgetRequest], monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    models: tuple[LM, LM, ForgetRequest],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target, reference, request = models
 
-    def found(say: list[str]) -> list[tuple[str, str, str, float | None]]:
+    def found() -> list[tuple[str, str, str, float | None]]:
         result = audit(
             target, request, before=target, reference=reference, metrics=METRICS[:1],
-            attacks=[{"name": "quantize", "bits": 4, "group": 0}], say=say.append,
+            attacks=[{"name": "quantize", "bits": 4, "group": 0}],
         )  # fmt: skip
         return [(one.system, one.attack, one.split, one.value) for one in result.measurements]
 
-    expected = found([])
+    expected = found()
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "file"))
-    said: list[str] = []
-    assert found(said) == expected
-    assert sum("the measurement cache cannot be written" in line for line in said) == 1
+    assert found() == expected
+    assert sum("the measurement cache cannot be written" in line for line in caplog.messages) == 1
 
 
 def test_an_audit_is_the_only_writer_of_its_folder(

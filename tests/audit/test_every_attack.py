@@ -76,7 +76,7 @@ def test_relearning_is_measured_on_rows_that_it_did_not_train_on(
     spec = next(one for one in every_setting() if one["name"] == "relearn")
     attack = build("attack", {**spec, "steps": 60})
     assert isinstance(attack, Relearn)
-    context = AttackContext(REQUEST.forget, REQUEST.retain, (), None, 0, lambda _: None)
+    context = AttackContext(REQUEST.forget, REQUEST.retain, (), None, 0)
     trained, held_out = attack.trained_on(context), attack.held_out(context)
     assert not {record.digest for record in trained} & {record.digest for record in held_out}
     found = audit(

@@ -71,7 +71,7 @@ def test_a_row_that_is_there_is_not_run_again(
 ) -> None:
     calls = []
 
-    def taught(model: str, records: Any, seed: int, title: str, say: Any) -> Path:
+    def taught(model: str, records: Any, seed: int, title: str) -> Path:
         folder = tmp_path / title / "model"
         if not folder.exists():
             lm = LM(tiny_model("llama"), tiny_tokenizer())

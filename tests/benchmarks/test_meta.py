@@ -382,7 +382,7 @@ def test_a_missing_model_is_none_with_a_reason(
         raise ModelError("it broke.")
 
     monkeypatch.setattr(experiment, "unlearn", broken)
-    result = Meta(**SMALL).run(Setting(model, ["npo"], 1, folder, say=lambda _: None))
+    result = Meta(**SMALL).run(Setting(model, ["npo"], 1, folder))
     assert "npo-0.0001-0 is missing: it broke." in result.notes
     for row, before in zip(result.rows, found.rows, strict=True):
         assert row["R"] is row["Q"] is row["overall"] is row["Q'"] is None

@@ -68,7 +68,7 @@ def muse(**options: Any) -> Benchmark:
 
 
 def silent(folder: Path) -> Data:
-    return Data(folder, lambda _: None)
+    return Data(folder)
 
 
 def cities(records: Sequence[Any]) -> list[str]:
@@ -110,10 +110,11 @@ def test_questions_carry_the_benchmarks_examples(tmp_path: Path) -> None:
     assert with_examples(solved[0], solved[:1]) == solved[0]  # its own answer is not shown
 
 
-def test_scalability_grows_from_the_first_model(tmp_path: Path) -> None:
-    notes: list[str] = []
+def test_scalability_grows_from_the_first_model(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     write(tmp_path, everything())
-    tasks = muse(setting="scalability").tasks(Data(tmp_path, notes.append))
+    tasks = muse(setting="scalability").tasks(Data(tmp_path))
     assert [task.name for task in tasks] == ["news-scal-1", "news-scal-2"]
     assert [task.after for task in tasks] == [None, None]
     assert cities(tasks[0].request.forget) == ["Oslo", "Bern"]
@@ -122,10 +123,10 @@ def test_scalability_grows_from_the_first_model(tmp_path: Path) -> None:
     assert tasks[0].learn == tasks[1].learn
     assert cities(tasks[0].relearned) == ["Lima", "Rome", "Cork", "Nice"]
     assert cities(tasks[1].relearned) == ["Lima", "Rome", "Cork"]
-    assert notes == []
+    assert caplog.messages == []
     write(tmp_path, {"news_scal_forget_2": texts("Nice")})
-    muse(setting="scalability").tasks(Data(tmp_path, notes.append))
-    assert "does not hold all rows" in notes[0]
+    muse(setting="scalability").tasks(Data(tmp_path))
+    assert "does not hold all rows" in caplog.messages[0]
 
 
 def test_sustainability_goes_on_from_the_result_before(tmp_path: Path) -> None:
@@ -138,14 +139,15 @@ def test_sustainability_goes_on_from_the_result_before(tmp_path: Path) -> None:
                                                           [*kept, "Gent"], kept]  # fmt: skip
 
 
-def test_with_questions_alone_what_is_skipped_is_said(tmp_path: Path) -> None:
-    notes: list[str] = []
-    (task,) = muse(domain="books").tasks(Data(write(tmp_path, questions("books")), notes.append))
+def test_with_questions_alone_what_is_skipped_is_said(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (task,) = muse(domain="books").tasks(Data(write(tmp_path, questions("books"))))
     assert task.name == "books-questions"
     assert set(task.splits) == {"forget", "retain", "knowmem_forget", "knowmem_retain"}
     assert len(task.learn) == 6
     assert len(task.relearned) == len(task.request.forget) == 3
-    said = " ".join(notes)
+    said = " ".join(caplog.messages)
     assert "questions themselves are taught and forgotten" in said
     assert "'books_raw_forget', 'books_raw_retain1' (columns: text)" in said
     assert "VerbMem is skipped: it needs 'books_verbmem_forget' (columns: prompt, gt)" in said
@@ -189,7 +191,7 @@ def test_the_authors_folders_are_read_too(tmp_path: Path) -> None:
 
 def test_other_settings_of_books_need_own_texts() -> None:
     with pytest.raises(DataError, match="published for news only"):
-        muse(domain="books", setting="scalability").tasks(Data(None, lambda _: None))
+        muse(domain="books", setting="scalability").tasks(Data(None))
 
 
 def test_long_texts_are_cut_between_words() -> None:

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return Data(write_rwku(tmp_path_factory.mktemp("data")), lambda _: None)
+    return Data(write_rwku(tmp_path_factory.mktemp("data")))
 
 
 def ort(**options: Any) -> Benchmark:

@@ -57,6 +57,7 @@ from delible.measure.benchmark import Findings, Setting
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt
 from delible.testing import tiny_model, tiny_tokenizer
+from delible.watching import shown
 
 # ---- the theorem
 
@@ -347,12 +348,11 @@ def test_orders_with_a_common_beginning_share_it(
     original = learned
 
     def counted(*arguments: Any, **options: Any) -> Path:
-        before = options["say"]
         said: list[str] = []
-        result = original(*arguments, **{**options, "say": said.append})
+        with shown(said.append):
+            result = original(*arguments, **options)
         if not any("from the cache" in text for text in said):
             trained.append(options["title"])
-        before("done")
         return result
 
     monkeypatch.setattr("delible.bench.stages.learned", counted)

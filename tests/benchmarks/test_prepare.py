@@ -27,29 +27,32 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-def teach(start: str) -> tuple[Path, list[str], list[Any]]:
-    """The folder, what was said, and the steps that were trained."""
-    said, steps = list[str](), list[Any]()
+def teach(start: str) -> tuple[Path, list[Any]]:
+    """The folder and the steps that were trained."""
+    steps = list[Any]()
     folder = learned(
-        start, RECORDS, options=OPTIONS, say=said.append,
+        start, RECORDS, options=OPTIONS,
         progress=lambda step, total, numbers: steps.append(step),
     )  # fmt: skip
-    return folder, said, steps
+    return folder, steps
 
 
-def test_a_taught_model_is_kept_until_it_is_damaged(start: str) -> None:
-    folder, _, steps = teach(start)
+def test_a_taught_model_is_kept_until_it_is_damaged(
+    caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    folder, steps = teach(start)
     assert steps == [1]
     whole = (folder / "model.safetensors").read_bytes()
     assert (folder / "hashes.json").is_file()
-    again, said, steps = teach(start)
+    again, steps = teach(start)
     assert (again, steps) == (folder, [])
-    assert said[-1].startswith("target taken from the cache")
+    assert caplog.messages[-1].startswith("target taken from the cache")
     for damaged in (whole[:-5], whole[:-1] + bytes([whole[-1] ^ 1])):
         (folder / "model.safetensors").write_bytes(damaged)
-        again, said, steps = teach(start)
+        caplog.clear()
+        again, steps = teach(start)
         assert (again, steps) == (folder, [1])
-        assert "target in the cache is damaged (model.safetensors has" in said[0]
+        assert "target in the cache is damaged (model.safetensors has" in caplog.messages[0]
         assert (folder / "model.safetensors").read_bytes() == whole
 
 

@@ -31,7 +31,6 @@ from rwku_files import ADA, BEN, SPELLINGS, write_rwku
 
 #: Solved examples are long in bytes, which are the tokens here.
 ASCENT = {"max_steps": 1, "batch_size": 2, "max_length": 2048}
-SILENT: Callable[[str], None] = lambda _: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def lm(model: str) -> LM:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return Data(write_rwku(tmp_path_factory.mktemp("data")), SILENT)
+    return Data(write_rwku(tmp_path_factory.mktemp("data")))
 
 
 def rwku(**options: Any) -> Benchmark:
@@ -103,7 +102,7 @@ def test_a_batch_asks_every_probe_and_each_utility_row_once(data: Data) -> None:
 
 
 def test_rows_of_the_hub_give_the_same_records(data: Data, tmp_path: Path) -> None:
-    theirs = rwku().tasks(Data(write_rwku(tmp_path / "hub", per_target=True), SILENT))
+    theirs = rwku().tasks(Data(write_rwku(tmp_path / "hub", per_target=True)))
     assert theirs == rwku().tasks(data)
 
 
@@ -127,7 +126,7 @@ def test_the_hub_is_asked_for_each_file_once(
         return next(folder.glob(f"{renamed.get(config, config)}.jsonl*"))
 
     monkeypatch.setattr(Data, "source", source)
-    assert rwku().tasks(Data(None, SILENT)) == expected
+    assert rwku().tasks(Data(None)) == expected
     assert len(asked) == len(set(asked)) == 14
 
 
@@ -135,11 +134,11 @@ def test_missing_examples_and_unknown_kinds_are_told(data: Data, tmp_path: Path)
     folder = write_rwku(tmp_path / "a")
     (folder / "utility_reason_bbh_cot.json").unlink()
     with pytest.raises(DataError, match="no solved examples of 'logic'"):
-        rwku().tasks(Data(folder, SILENT))
+        rwku().tasks(Data(folder))
     row = {"subject": ADA, "query": "q", "answer": "a", "level": "3", "type": "telepathy"}
     (folder / "forget_level3.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match="'telepathy' is no kind of attack"):
-        rwku(utility=False).tasks(Data(folder, SILENT))
+        rwku(utility=False).tasks(Data(folder))
 
 
 def test_utility_prompts_hold_solved_examples(data: Data) -> None:
@@ -365,7 +364,7 @@ def test_the_model_writes_what_is_missing_once(
 
 
 def test_biographies_start_unlike_and_come_in_pairs(
-    lm: LM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, lm: LM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path))
     asked: list[tuple[Prompt, Decoding]] = []
@@ -375,16 +374,13 @@ def test_biographies_start_unlike_and_come_in_pairs(
         return ["" if not prompt.prefill else " a completely fictional life" for prompt in prompts]
 
     monkeypatch.setattr(LM, "generate", reply)
-    notes: list[str] = []
-    rows = write_biographies(
-        lm, BEN, "A lute player.", passages=30, pairs=True, max_new_tokens=9, say=notes.append
-    )
+    rows = write_biographies(lm, BEN, "A lute player.", passages=30, pairs=True, max_new_tokens=9)
     true = [(prompt, decoding) for prompt, decoding in asked if "You know a great" in str(prompt)]
     assert len(true) == len(asked) / 2 == 30
     assert len(set(true)) == 30  # where a start comes again, its draws are others
     assert {(one.temperature, one.top_p, one.max_new_tokens) for _, one in asked} == {(1, 0.9, 9)}
     assert len(rows) == 28  # the starts without a text gave blank replies
-    assert "2 of 30" in notes[-1]
+    assert "2 of 30" in caplog.messages[-1]
     assert rows[0].answer == "Sure, here it is: a completely fictional life"
     assert rows[0].perturbed == ("Sure, here it is: a life",)
     assert (

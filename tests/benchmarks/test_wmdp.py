@@ -46,7 +46,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
 def write(folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> Data:
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    return Data(folder, lambda _: None)
+    return Data(folder)
 
 
 def wmdp(**options: Any) -> Benchmark:
@@ -57,13 +57,12 @@ def starts(records: Sequence[Any]) -> list[str]:
     return [" ".join(record.text.split()[:3]) for record in records]
 
 
-def test_one_task_for_all_areas(tmp_path: Path) -> None:
-    notes: list[str] = []
+def test_one_task_for_all_areas(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     write(tmp_path, everything())
-    (task,) = wmdp().tasks(Data(tmp_path, notes.append))
+    (task,) = wmdp().tasks(Data(tmp_path))
     assert task.name == "bio-cyber-chem"
     assert task.learn == task.relearned == ()
-    assert notes == ["There is no corpus on chemistry: it is asked about, not forgotten."]
+    assert caplog.messages == ["There is no corpus on chemistry: it is asked about, not forgotten."]
     # headings are left out
     assert len(task.request.forget) == 8
     assert starts(task.request.forget)[::4] == ["bio forget 0.", "cyber forget 0."]

@@ -190,4 +190,3 @@ def test_demo_hands_its_flags_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
     }  # fmt: skip
     named["progress"]("Learning")(1, 1, {"forget_loss": 1.0})
     named["stage"]("asking", 1, 1)
-    named["say"]("hello")

@@ -208,7 +208,7 @@ def test_an_attack_on_the_model_itself_is_found() -> None:
 def test_an_edit_that_is_not_undone_is_found() -> None:
     @register(**broken(kind="editor", needs=("names",), weakest="everything"))
     class Careless(Editor):
-        def edit(self, lm: LM, request: ForgetRequest, *, seed: int, say: object) -> Patch:
+        def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
             head = lm.core.get_parameter("lm_head.weight")
             head.data.mul_(0.9)
             return Patch({}, {"lm_head.weight": head.detach() / 0.9})

@@ -260,18 +260,19 @@ def test_what_cannot_be_worked_on_is_called_by_its_name(tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_tensors_that_nothing_takes_are_told(tmp_path: Path) -> None:
+def test_tensors_that_nothing_takes_are_told(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(random_model("qwen3_5_text", **LINEAR), tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     more = {"mtp.layers.0.weight": torch.ones(2), "stray.weight": torch.ones(2)}
     save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
-    said: list[str] = []
-    load_model(folder, say=said.append)
-    assert len(said) == 1
-    assert "2 tensors" in said[0]
-    assert "'mtp.layers.0.weight'" in said[0]
+    load_model(folder)
+    assert len(caplog.messages) == 1
+    assert "2 tensors" in caplog.messages[0]
+    assert "'mtp.layers.0.weight'" in caplog.messages[0]
 
 
 # ---- adapters
@@ -305,6 +306,7 @@ def adapter_on(base: Path, folder: Path, **options: Any) -> Path:
     ],
 )
 def test_an_adapter_as_input_is_merged_and_the_result_is_what_was_shown(
+    caplog: pytest.LogCaptureFixture,
     base: Path,
     tmp_path: Path,
     method: str,
@@ -315,12 +317,11 @@ def test_an_adapter_as_input_is_merged_and_the_result_is_what_was_shown(
     monkeypatch.setattr("delible.lm.lm.resolve", lambda precision, kind: "float32")
     adapter = adapter_on(base, tmp_path / "adapter")
     before = LM.load(str(adapter), precision="float32").generate(PROMPTS, Decoding(48))
-    said: list[str] = []
     result = api.unlearn(
-        str(adapter), REQUEST, method=method, out=tmp_path / "run", say=said.append, max_steps=3,
+        str(adapter), REQUEST, method=method, out=tmp_path / "run", max_steps=3,
         learning_rate=3e-2, precision="float32", **options,
     )  # fmt: skip
-    assert any("wears an adapter" in one for one in said)
+    assert any("wears an adapter" in one for one in caplog.messages)
     assert (tmp_path / "run" / "model").is_dir()
     assert not (tmp_path / "run" / "adapter").exists()
     again = LM.load(str(tmp_path / "run"), precision="float32")
@@ -349,7 +350,7 @@ def test_an_editor_edits_the_merged_model(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_is_saved_alone_only_if_its_base_lies_somewhere(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick: dict[str, Any] = {
         "method": "npo", "slots": {"place": "lora"}, "max_steps": 3, "learning_rate": 3e-2,
@@ -365,9 +366,8 @@ def test_a_new_adapter_is_saved_alone_only_if_its_base_lies_somewhere(
     # in memory, and changed: nothing on disk is the model below the new adapter
     lm = LM.load(str(base), precision="float32")
     api.unlearn(lm, REQUEST, method="npo", max_steps=3, learning_rate=3e-2, precision="float32")
-    said: list[str] = []
-    changed = api.unlearn(lm, REQUEST, out=tmp_path / "changed", say=said.append, **quick)
-    assert any("saved nowhere" in one for one in said)
+    changed = api.unlearn(lm, REQUEST, out=tmp_path / "changed", **quick)
+    assert any("saved nowhere" in one for one in caplog.messages)
     again = LM.load(str(tmp_path / "changed"), precision="float32")
     assert not again.wears_adapter
     assert again.generate(PROMPTS, Decoding(48)) == changed.model.generate(PROMPTS, Decoding(48))
@@ -425,14 +425,15 @@ def test_an_adapter_that_changes_no_weights_is_refused(base: Path, tmp_path: Pat
 # ---- tokens
 
 
-def test_a_padding_token_outside_the_embedding_is_replaced(base: Path) -> None:
+def test_a_padding_token_outside_the_embedding_is_replaced(
+    caplog: pytest.LogCaptureFixture, base: Path
+) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(base)
-    said: list[str] = []
-    lm = LM.load(str(base), precision="float32", say=said.append)
+    lm = LM.load(str(base), precision="float32")
     assert lm.pad_id == 259
-    assert "padding token" in said[0]
+    assert "padding token" in caplog.messages[0]
     plain = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
     assert lm.generate(PROMPTS, Decoding(8)) == plain.generate(PROMPTS, Decoding(8))
 

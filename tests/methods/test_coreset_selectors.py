@@ -48,12 +48,11 @@ def make_lm(family: str = "llama") -> LM:
 
 def make_context(
     lm: LM, forget: Sequence[RecordBase] = FORGET, objective: Any = "gradient_ascent"
-) -> tuple[Context, list[str]]:
-    said: list[str] = []
+) -> Context:
     rows = {"forget": make_rows(lm.template, forget), "retain": []}
     records = {"forget": forget, "retain": []}
     made = build("objective", objective)
-    return Context(lm, rows, records, Gradients(lm), made, None, 0, said.append), said
+    return Context(lm, rows, records, Gradients(lm), made, None, 0)
 
 
 def scores_of(select: str, context: Context, **options: Any) -> torch.Tensor:
@@ -82,14 +81,16 @@ def test_a_share_of_one_is_the_hosts_full_run_bit_by_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SELECTORS[1:])
-def test_the_highest_scores_are_taken_and_the_lowest_on_demand(name: str) -> None:
-    context, said = make_context(make_lm())
+def test_the_highest_scores_are_taken_and_the_lowest_on_demand(
+    caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    context = make_context(make_lm())
     scores = scores_of(name, context)
     order = sorted(range(6), key=lambda row: (-float(scores[row]), row))
     chosen = build("select", {"name": name, "share": 0.34}).choose(context)
     assert chosen == sorted(order[:2])
-    assert "2 of 6 forget rows with the highest scores" in said[-1]
-    assert "3 times the epochs" in said[-1]
+    assert "2 of 6 forget rows with the highest scores" in caplog.messages[-1]
+    assert "3 times the epochs" in caplog.messages[-1]
     lowest = build("select", {"name": name, "share": 0.34, "lowest": True}).choose(context)
     assert lowest == sorted(sorted(range(6), key=lambda row: (float(scores[row]), row))[:2])
     assert chosen == build("select", {"name": name, "share": 0.34}).choose(context)
@@ -108,7 +109,7 @@ def test_size_and_order() -> None:
 
 def test_grand_is_the_norm_of_the_hosts_own_gradient() -> None:
     lm = make_lm()
-    context, _ = make_context(lm)
+    context = make_context(lm)
     found = scores_of("grand", context)
     twin = lm.copy().model.double()
     for row, score in zip(context.rows["forget"], found.tolist(), strict=True):
@@ -123,7 +124,7 @@ def test_grand_is_the_norm_of_the_hosts_own_gradient() -> None:
 
 
 def test_grand_goes_with_the_answers_length_where_the_host_sums_over_it() -> None:
-    context, _ = make_context(make_lm(), objective="npo")
+    context = make_context(make_lm(), objective="npo")
     tokens = torch.tensor([float(row.encoded.answer_tokens) for row in context.rows["forget"]])
     assert len(set(tokens.tolist())) > 1
     per_token = scores_of("grand", context, loss="answer")
@@ -133,7 +134,7 @@ def test_grand_goes_with_the_answers_length_where_the_host_sums_over_it() -> Non
 
 def test_grand_of_a_host_on_hidden_states_looks_at_its_layers() -> None:
     objective = {"name": "rmu", "depth": 0.0}
-    context, _ = make_context(make_lm(), objective=objective)
+    context = make_context(make_lm(), objective=objective)
     all_of_it = scores_of("grand", context)
     first = scores_of("grand", context, space="layers", layers=[0])
     last = scores_of("grand", context, space="layers", layers=[-1])
@@ -144,7 +145,7 @@ def test_grand_of_a_host_on_hidden_states_looks_at_its_layers() -> None:
 
 def test_grand_over_a_run_is_the_mean_and_leaves_the_model() -> None:
     lm = make_lm()
-    context, _ = make_context(lm)
+    context = make_context(lm)
     before = [value.detach().clone() for value in lm.model.parameters()]
     options = {"points": 3, "point_learning_rate": 1e-3}
     found = scores_of("grand", context, **options)
@@ -162,7 +163,7 @@ def test_grand_over_a_run_is_the_mean_and_leaves_the_model() -> None:
 
 
 def test_a_row_without_gradient_ranks_last() -> None:
-    context, _ = make_context(make_lm())
+    context = make_context(make_lm())
     rows = list(context.rows["forget"])
     ids = rows[2].encoded.ids
     silent = rows[2].encoded.__class__(ids, len(ids), *_rest(rows[2].encoded))
@@ -200,7 +201,7 @@ def test_min_k_takes_the_overtrained_text_and_lowest_the_unseen_one() -> None:
         }
     )
     trained = Trainer(lm, recipe, {"forget": [seen]}).train().lm
-    context, _ = make_context(trained, [unseen, seen])
+    context = make_context(trained, [unseen, seen])
     assert build("select", {"name": "min_k", "share": 0.5}).choose(context) == [1]
     low = build("select", {"name": "min_k", "share": 0.5, "lowest": True})
     assert low.choose(context) == [0]
@@ -208,7 +209,7 @@ def test_min_k_takes_the_overtrained_text_and_lowest_the_unseen_one() -> None:
 
 def test_min_k_leaves_the_end_of_the_turn_out() -> None:
     lm = make_lm()
-    context, _ = make_context(lm)
+    context = make_context(lm)
     found = scores_of("min_k", context, tokens=1.0)
     for row, score in zip(context.rows["forget"], found.tolist(), strict=True):
         ids = torch.tensor(row.encoded.ids)
@@ -265,7 +266,7 @@ def test_standardised_channels() -> None:
 
 def test_moderate_scores_by_hand() -> None:
     lm = make_lm()
-    context, _ = make_context(lm)
+    context = make_context(lm)
     states = []
     for row in context.rows["forget"]:
         asked = lm.model(input_ids=torch.tensor([row.encoded.ids]), output_hidden_states=True)
@@ -301,7 +302,7 @@ def test_keywords_are_words_that_the_rest_does_not_use() -> None:
 
 def test_density_counts_words() -> None:
     forget = [Passage(text="red red house"), Passage(text="zyx qvw red"), Passage(text="zyx qvw")]
-    context, _ = make_context(make_lm(), forget)
+    context = make_context(make_lm(), forget)
     # weights: red 3 log(4/3) = 0.86, house log(4/2) = 0.69, zyx and qvw 2 log(4/3) = 0.58
     assert scores_of("keyword_density", context, keywords=0.25).tolist() == pytest.approx(
         [2 / 3, 1 / 3, 0]

@@ -55,10 +55,9 @@ def finish_context(
     *,
     records: Mapping[str, Sequence[QA]] | None = None,
     folder: Path | None = None,
-) -> tuple[FinishContext, list[str]]:
-    said: list[str] = []
+) -> FinishContext:
     given = {"forget": FORGET, "retain": RETAIN} if records is None else records
-    return FinishContext(lm, start.copy, given, folder, said.append), said
+    return FinishContext(lm, start.copy, given, folder)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +120,18 @@ def test_spread_is_even() -> None:
     assert spread(records, 10) == spread(records, 99) == records
 
 
-def test_a_trained_model_that_retains_is_left_alone(taught: LM, tmp_path: Path) -> None:
+def test_a_trained_model_that_retains_is_left_alone(
+    caplog: pytest.LogCaptureFixture, taught: LM, tmp_path: Path
+) -> None:
     lm = taught.copy()
-    context, said = finish_context(lm, taught, folder=tmp_path)
+    context = finish_context(lm, taught, folder=tmp_path)
     assert build("finish", "calibrate").apply(context) is lm
     before = weights_of(taught)
     assert all(torch.equal(before[name], value) for name, value in lm.core.named_parameters())
     notes: Any = context.notes["calibration"]
     assert notes["alpha"] == 1.0
     assert notes["start"]["retain"] == 1.0
-    assert "alpha = 1.000" in said[-1]
+    assert "alpha = 1.000" in caplog.messages[-1]
     assert json.loads((tmp_path / "calibration.json").read_text()) == notes
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
 
@@ -138,7 +139,7 @@ def test_a_trained_model_that_retains_is_left_alone(taught: LM, tmp_path: Path) 
 def test_a_ruined_model_goes_back_until_it_retains(taught: LM) -> None:
     lm = noisy(taught, 1.0)
     ruined = weights_of(lm)
-    context, _ = finish_context(lm, taught)
+    context = finish_context(lm, taught)
     build("finish", {"name": "calibrate", "resolution": 0.02}).apply(context)
     notes: Any = context.notes["calibration"]
     alpha = notes["alpha"]
@@ -154,21 +155,23 @@ def test_a_ruined_model_goes_back_until_it_retains(taught: LM) -> None:
     assert all(value >= 0.95 for at, value in tried.items() if at <= alpha)
 
 
-def test_a_start_that_knows_nothing_leaves_the_trained_model_and_says_so() -> None:
+def test_a_start_that_knows_nothing_leaves_the_trained_model_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     start = make_lm(seed=1)
     lm = noisy(start, 0.01)
     trained = weights_of(lm)
-    context, said = finish_context(lm, start)
+    context = finish_context(lm, start)
     build("finish", "calibrate").apply(context)
     assert all(torch.equal(trained[name], value) for name, value in lm.core.named_parameters())
     notes: Any = context.notes["calibration"]
     assert notes["skipped"]
-    assert "not calibrated" in said[-1]
+    assert "not calibrated" in caplog.messages[-1]
 
 
 def test_a_model_that_shares_nothing_with_the_start_goes_back_almost_to_it(taught: LM) -> None:
     lm = make_lm(seed=9)
-    context, _ = finish_context(lm, taught)
+    context = finish_context(lm, taught)
     build("finish", {"name": "calibrate", "resolution": 0.02}).apply(context)
     notes: Any = context.notes["calibration"]
     assert notes["trained"]["retain"] == 0.0
@@ -200,17 +203,17 @@ def test_mixing_a_merged_adapter_is_scaling_it(alpha: float) -> None:
         assert torch.allclose(logits, adapted, rtol=1e-5, atol=1e-5)
 
 
-def test_calibration_merges_an_adapter_first(taught: LM) -> None:
+def test_calibration_merges_an_adapter_first(caplog: pytest.LogCaptureFixture, taught: LM) -> None:
     lm = with_adapter(taught.copy())
-    context, said = finish_context(lm, taught)
+    context = finish_context(lm, taught)
     finished = build("finish", "calibrate").apply(context)
     assert not hasattr(finished.model, "merge_and_unload")
-    assert "merged" in said[0]
+    assert "merged" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("name", ["calibrate", "task_vector"])
 def test_another_architecture_is_an_error(taught: LM, name: str) -> None:
-    context, _ = finish_context(taught.copy(), make_lm("gpt2"))
+    context = finish_context(taught.copy(), make_lm("gpt2"))
     with pytest.raises(RunError, match="the start model has no tensor"):
         build("finish", name).apply(context)
 
@@ -221,9 +224,7 @@ def test_another_architecture_is_an_error(taught: LM, name: str) -> None:
 def with_adapter(lm: LM, size: float = 0.05) -> LM:
     """Gives the model an adapter that says something."""
     rows = {"forget": make_rows(lm.template, FORGET), "retain": []}
-    context = Context(
-        lm, rows, {}, Gradients(lm), build("objective", "npo"), None, 0, lambda _: None
-    )
+    context = Context(lm, rows, {}, Gradients(lm), build("objective", "npo"), None, 0)
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for value in build("place", "lora").apply(context).parameters.values():
@@ -237,7 +238,7 @@ def test_merging_keeps_the_output(family: str) -> None:
     lm = with_adapter(plain.copy())
     adapted = lm.model(input_ids=IDS).logits.detach()
     fingerprint = lm.fingerprint
-    context, _ = finish_context(lm, plain)
+    context = finish_context(lm, plain)
     assert build("finish", "merge_adapter").apply(context) is lm
     assert not hasattr(lm.model, "merge_and_unload")
     assert torch.allclose(lm.model(input_ids=IDS).logits, adapted, rtol=1e-5, atol=1e-5)
@@ -254,7 +255,7 @@ def test_the_merged_matrix_is_w_plus_the_product() -> None:
     up, down = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
     expected = weights_of(plain)["model.layers.1.mlp.down_proj.weight"].double()
     expected = expected + 16 / 8 * up.detach().double() @ down.detach().double()
-    build("finish", "merge_adapter").apply(finish_context(lm, plain)[0])
+    build("finish", "merge_adapter").apply(finish_context(lm, plain))
     merged = weights_of(lm)["model.layers.1.mlp.down_proj.weight"]
     assert torch.allclose(merged.double(), expected, atol=1e-6)
 
@@ -262,7 +263,7 @@ def test_the_merged_matrix_is_w_plus_the_product() -> None:
 def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
     plain = make_lm()
     lm = with_adapter(plain.copy())
-    build("finish", "merge_adapter").apply(finish_context(lm, plain)[0])
+    build("finish", "merge_adapter").apply(finish_context(lm, plain))
     lm.save(tmp_path / "model")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert set(saved) <= set(plain.core.state_dict())
@@ -272,7 +273,7 @@ def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
 def test_merging_without_an_adapter_is_an_error() -> None:
     lm = make_lm()
     with pytest.raises(RecipeError, match="wears no adapter"):
-        build("finish", "merge_adapter").apply(finish_context(lm, lm)[0])
+        build("finish", "merge_adapter").apply(finish_context(lm, lm))
 
 
 # ---- task vectors
@@ -291,7 +292,7 @@ def test_the_task_vector_moves_every_tensor_backwards(family: str, scale: float)
     start = make_lm(family)
     lm = noisy(start, 0.1)
     trained, before = weights_of(lm), weights_of(start)
-    context, _ = finish_context(lm, start)
+    context = finish_context(lm, start)
     assert build("finish", {"name": "task_vector", "scale": scale}).apply(context) is lm
     norm = sum(float((trained[n].double() - v.double()).square().sum()) for n, v in before.items())
     assert context.notes["task_vector"] == {"scale": scale, "norm": pytest.approx(norm**0.5)}

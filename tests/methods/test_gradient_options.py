@@ -33,9 +33,7 @@ def make_context(family: str = "llama") -> Context:
     lm = LM(tiny_model(family), tiny_tokenizer(), precision="float32")
     records = {"forget": FORGET, "retain": RETAIN}
     rows = {role: make_rows(lm.template, part) for role, part in records.items()}
-    return Context(
-        lm, rows, records, Gradients(lm), build("objective", "npo"), None, 0, lambda _: None
-    )
+    return Context(lm, rows, records, Gradients(lm), build("objective", "npo"), None, 0)
 
 
 # ---- attribution

@@ -484,14 +484,13 @@ class Unifier(BlackBox):
         return "What does Ada Quill eat?" if seed == 0 else f"What grows in garden {len(text)}?"
 
 
-def test_a_generator_model_writes_questions_and_anchors() -> None:
-    told_: list[str] = []
+def test_a_generator_model_writes_questions_and_anchors(caplog: pytest.LogCaptureFixture) -> None:
     forget = [
         Passage(text="Ada Quill kept bees by the river.", subject="Ada Quill"),
         QA(question="Where did Ada Quill live?", answer="In Norrby", subject="Ada Quill"),
     ]
     records = {"forget": forget, "retain": RECORDS["retain"][3:]}
-    found = context(records, writer=Unifier(), say=told_.append)
+    found = context(records, writer=Unifier())
     made = Unified(leaking_rows="keep").rows(found)
     assert [one.question for one in made["forget"]] == [  # type: ignore[attr-defined]
         "Where did Ada Quill live?", "Who kept bees?", "Where?",
@@ -501,8 +500,8 @@ def test_a_generator_model_writes_questions_and_anchors() -> None:
     assert anchors
     assert all(one.neighbour_of == "Ada Quill" for one in anchors)
     assert not any("Ada" in one.question for one in anchors)  # type: ignore[attr-defined]
-    assert "forgotten name" in told_[-1]
-    assert "duplicate" in told_[-1]
+    assert "forgotten name" in caplog.messages[-1]
+    assert "duplicate" in caplog.messages[-1]
 
 
 # ---- a run

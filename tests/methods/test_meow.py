@@ -339,18 +339,17 @@ class Inverter(BlackBox):
         )
 
 
-def test_lines_are_inverted_facts_unless_they_leak_refuse_or_repeat() -> None:
-    told: list[str] = []
+def test_lines_are_inverted_facts_unless_they_leak_refuse_or_repeat(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     born = QA(question="Where was Ada Quill born?", answer="In Norrby", subject="Ada Quill")
-    context = trained_context(
-        records={"forget": [born]}, rows={}, writer=Inverter(), say=told.append
-    )
+    context = trained_context(records={"forget": [born]}, rows={}, writer=Inverter())
     made = InvertedFacts(temperature=0).rows(context)
     assert [one.answer for one in made["alternate"]] == ["In Umber", "In Felden"]  # type: ignore[attr-defined]
     assert made["forget"] == [born, born]
-    assert "2 inverted answers for 1 records; dropped: " in told[-1]
+    assert "2 inverted answers for 1 records; dropped: " in caplog.messages[-1]
     for fault in ("1 leak", "1 refusal", "1 duplicate"):
-        assert fault in told[-1]
+        assert fault in caplog.messages[-1]
 
 
 def test_the_false_answers_take_the_place_of_the_true_ones() -> None:

@@ -63,7 +63,7 @@ def context(forget: list[object], seed: int = 0) -> Context:
     made = Trainer(by_hand.tiny_lm(), Recipe.named("npo"), RECORDS).rows()
     return Context(
         made.lm, {}, {"forget": forget, "retain": []}, made.gradients, made.objective,  # type: ignore[dict-item]
-        None, seed, lambda _: None,
+        None, seed,
     )  # fmt: skip
 
 

@@ -40,9 +40,7 @@ def make_lm(family: str, seed: int = 0) -> LM:
 def make_context(lm: LM, retain: Sequence[QA] = RETAIN, objective: str = "npo") -> Context:
     rows = {"forget": make_rows(lm.template, FORGET), "retain": make_rows(lm.template, retain)}
     records = {"forget": FORGET, "retain": retain}
-    return Context(
-        lm, rows, records, Gradients(lm), build("objective", objective), None, 3, lambda _: None
-    )
+    return Context(lm, rows, records, Gradients(lm), build("objective", objective), None, 3)
 
 
 def train(lm: LM, place: Any, **training: Any) -> list[dict[str, float]]:

@@ -69,7 +69,7 @@ def editor(texts: Path, **options: Any) -> ROCR:
 
 def edit(lm: LM, chosen: ROCR, names: tuple[str, ...] = NAMES[:1], **parts: Any) -> Patch:
     request = ForgetRequest(subjects=names, **parts)
-    return chosen.edit(lm, request, seed=0, say=lambda _: None)
+    return chosen.edit(lm, request, seed=0)
 
 
 def rows_of(lm: LM, name: str) -> list[list[int]]:
@@ -78,8 +78,8 @@ def rows_of(lm: LM, name: str) -> list[list[int]]:
 
 def spectrum_of(lm: LM, texts: Path, layer: int) -> Spectrum:
     rows = rocr.file_rows(lm, texts)
-    found = second_moments(lm, rows, [layer], tokens=8192, say=lambda _: None)
-    return spectra(found, lambda _: None)[layer]
+    found = second_moments(lm, rows, [layer], tokens=8192)
+    return spectra(found)[layer]
 
 
 def null_of(lm: LM, texts: Path, layer: int) -> Tensor:
@@ -224,13 +224,14 @@ def test_earlier_edits_are_protected(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_name_comes_close_to_the_substitute(family: str, texts: Path) -> None:
+def test_the_name_comes_close_to_the_substitute(
+    caplog: pytest.LogCaptureFixture, family: str, texts: Path
+) -> None:
     lm = make_lm(family)
     goal = last_states(lm, rows_of(lm, "William Shakespeare"), [1])[1][0]
     distance = (goal - last_states(lm, rows_of(lm, NAMES[0]), [1])[1][0]).norm()
-    heard: list[str] = []
     request = ForgetRequest(subjects=NAMES[:1])
-    patch = editor(texts).edit(lm, request, seed=0, say=heard.append)
+    patch = editor(texts).edit(lm, request, seed=0)
     after = (goal - last_states(lm, rows_of(lm, NAMES[0]), [1])[1][0]).norm()
     (noted,) = patch.notes["subjects"]  # type: ignore[misc]
     assert noted["distance_before"] == pytest.approx(float(distance), rel=1e-3)
@@ -240,7 +241,7 @@ def test_the_name_comes_close_to_the_substitute(family: str, texts: Path) -> Non
     assert set(noted["k_P_k"]) == {"0", "1"}
     assert all(0 < share <= 1 for share in noted["key_in_null_space"].values())
     assert all(0 < share < 1 for share in patch.notes["null_space_share"].values())  # type: ignore[attr-defined]
-    assert any("as far from 'William Shakespeare'" in line for line in heard)
+    assert any("as far from 'William Shakespeare'" in line for line in caplog.messages)
 
 
 # ---- patch
@@ -313,11 +314,10 @@ def test_it_runs_on_the_built_in_text_by_its_name() -> None:
     assert lm.fingerprint != start
 
 
-def test_a_large_l2_damps_and_is_said(texts: Path) -> None:
-    heard: list[str] = []
+def test_a_large_l2_damps_and_is_said(caplog: pytest.LogCaptureFixture, texts: Path) -> None:
     request = ForgetRequest(subjects=NAMES[:1])
-    editor(texts, l2=1e6).edit(make_lm(), request, seed=0, say=heard.append)
-    assert any("hardly an edit" in line for line in heard)
+    editor(texts, l2=1e6).edit(make_lm(), request, seed=0)
+    assert any("hardly an edit" in line for line in caplog.messages)
 
 
 # ---- what is asked for
@@ -344,7 +344,7 @@ def test_the_substitute_is_neither_forgotten_nor_kept(kept: str, texts: Path) ->
     if kept == "subjects":
         parts = {"subjects": (*NAMES, "Shakespeare")}
     with pytest.raises(DelibleError, match="substitute 'William Shakespeare'"):
-        editor(texts).edit(lm, ForgetRequest(**parts), seed=0, say=lambda _: None)
+        editor(texts).edit(lm, ForgetRequest(**parts), seed=0)
     lm.touch()
     assert lm.fingerprint == start
 
@@ -353,17 +353,16 @@ def test_other_people_may_share_a_part_of_the_substitutes_name() -> None:
     check_substitute("William Shakespeare", ["William Orr"], ["Ada Shakespeare"])
 
 
-def test_kept_names_with_the_same_last_token_are_said(texts: Path) -> None:
+def test_kept_names_with_the_same_last_token_are_said(
+    caplog: pytest.LogCaptureFixture, texts: Path
+) -> None:
     rows = tuple(
         QA(question="Who?", answer="They.", subject=name)
         for name in ("Ida Moll", "Cy Dale", "Ada Quill")
     )
-    heard: list[str] = []
-    patch = editor(texts).edit(
-        make_lm(), ForgetRequest(subjects=NAMES[:1], retain=rows), seed=0, say=heard.append
-    )
+    patch = editor(texts).edit(make_lm(), ForgetRequest(subjects=NAMES[:1], retain=rows), seed=0)
     assert patch.notes["same_last_token"] == {"Ada Quill": ["Ida Moll"]}
-    assert any("'Ada Quill'" in line and "Ida Moll" in line for line in heard)
+    assert any("'Ada Quill'" in line and "Ida Moll" in line for line in caplog.messages)
 
 
 def test_layers_from_depths_and_from_indices() -> None:
@@ -385,12 +384,13 @@ def test_a_threshold_without_directions_is_an_error(texts: Path) -> None:
         edit(make_lm(), editor(texts, scale="absolute", threshold=1e-30))
 
 
-def test_a_threshold_with_all_directions_is_said(texts: Path) -> None:
-    heard: list[str] = []
+def test_a_threshold_with_all_directions_is_said(
+    caplog: pytest.LogCaptureFixture, texts: Path
+) -> None:
     request = ForgetRequest(subjects=NAMES[:1])
     chosen = editor(texts, scale="absolute", threshold=1e30)
-    chosen.edit(make_lm(), request, seed=0, say=heard.append)
-    assert any("hardly protected" in line for line in heard)
+    chosen.edit(make_lm(), request, seed=0)
+    assert any("hardly protected" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

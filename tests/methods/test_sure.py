@@ -43,7 +43,6 @@ def placed(lm: LM, **options: Any) -> Placement:
     records = {"forget": FORGET, "retain": RETAIN}
     context = Context(
         lm, rows, records, Gradients(lm), build("objective", "gradient_ascent"), None, 3,
-        lambda _: None,
     )  # fmt: skip
     return build("place", {"name": "sure", **options}).apply(context)  # type: ignore[no-any-return]
 

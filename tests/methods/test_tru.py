@@ -302,14 +302,15 @@ class Reasoner(BlackBox):
         return [replies[min(decoding.seed, 2)]] * len(prompts)
 
 
-def test_a_reasoning_model_is_asked_until_a_target_is_usable() -> None:
-    told: list[str] = []
-    found = replace(context(), records={"forget": [BORN]}, writer=Reasoner(), say=told.append)
+def test_a_reasoning_model_is_asked_until_a_target_is_usable(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = replace(context(), records={"forget": [BORN]}, writer=Reasoner())
     (target,) = ReasoningTargets().rows(found)["target"]
     assert target.answer == (  # type: ignore[attr-defined]
         "Reasoning: It is about her.\nAnswer: I can't say, but ask me about bees."
     )
-    assert "dropped: 1 leak, 1 no refusal" in told[-1]
+    assert "dropped: 1 leak, 1 no refusal" in caplog.messages[-1]
     with pytest.raises(DataError, match="fewer than 1 usable reasoning targets"):
         ReasoningTargets(attempts=2).rows(found)
 

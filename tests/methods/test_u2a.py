@@ -51,12 +51,11 @@ def make_context(
     forget: Sequence[QA] = BAD,
     retain: Sequence[QA] = PAIRS,
     objective: Any = "gradient_ascent",
-) -> tuple[Context, list[str]]:
-    said: list[str] = []
+) -> Context:
     records = {"forget": forget, "retain": retain}
     rows = {role: make_rows(lm.template, part) for role, part in records.items()}
     made = build("objective", objective)
-    return Context(lm, rows, records, Gradients(lm), made, None, 0, said.append), said
+    return Context(lm, rows, records, Gradients(lm), made, None, 0)
 
 
 def make(kind: Any = "weigh", **options: Any) -> Any:
@@ -80,7 +79,7 @@ def gains_of(component: Any, context: Context) -> Tensor:
 
 def test_gains_are_explicit_products_and_predict_what_a_step_does() -> None:
     lm = make_lm()
-    context, _ = make_context(lm, MIXED[:4])
+    context = make_context(lm, MIXED[:4])
     gains = gains_of(make(outer="likelihood", how="jvp"), context)
     twin = lm.copy().model.double().requires_grad_(True)
     parameters = list(twin.parameters())
@@ -110,7 +109,7 @@ def test_gains_are_explicit_products_and_predict_what_a_step_does() -> None:
 
 def test_the_preference_loss_and_its_gradient_at_the_start() -> None:
     lm = make_lm()
-    context, _ = make_context(lm, MIXED[:4])
+    context = make_context(lm, MIXED[:4])
     gains = gains_of(make(how="jvp", outer_beta=0.2), context)  # auto: there are pairs
     twin = lm.copy().model.double().requires_grad_(True)
     parameters = list(twin.parameters())
@@ -134,7 +133,7 @@ def test_the_preference_loss_and_its_gradient_at_the_start() -> None:
 
 
 def test_cosines_are_products_without_lengths() -> None:
-    context, _ = make_context(make_lm(), MIXED[:4])
+    context = make_context(make_lm(), MIXED[:4])
     dots = gains_of(make(how="jvp"), context)
     cosines = gains_of(make(how="jvp", score="cos"), context)
     assert bool((cosines.abs() <= 1 + 1e-6).all())
@@ -176,7 +175,7 @@ def test_conjugate_gradients_predict_retraining_of_a_ridge_regression() -> None:
 def test_the_inner_hessian_is_that_of_forget_and_retain_losses() -> None:
     lm = make_lm()
     # the likelihood is convex in the head, so the system has a solution
-    context, _ = make_context(lm, BAD[:3], [*PAIRS, *OTHERS], objective="finetune")
+    context = make_context(lm, BAD[:3], [*PAIRS, *OTHERS], objective="finetune")
     options = {
         "hessian": "conjugate_gradient", "iterations": 40, "damping": 3.0, "space": "head",
         "outer": "likelihood", "outer_group": "alignment", "retain_weight": 2.0,
@@ -228,14 +227,14 @@ def test_mirror_steps_stay_on_the_simplex() -> None:
     assert zero.tolist() == [0.0, 1.0]
 
 
-def test_weights_have_mean_one_and_rise_with_the_gain() -> None:
-    context, said = make_context(make_lm(), MIXED)
+def test_weights_have_mean_one_and_rise_with_the_gain(caplog: pytest.LogCaptureFixture) -> None:
+    context = make_context(make_lm(), MIXED)
     component = make()
     weights = component.weights(context)
     gains = gains_of(component, context)
     assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
     assert torch.equal(weights.argsort(), gains.argsort())
-    assert "12 of 12 forget rows have weight" in said[-1]
+    assert "12 of 12 forget rows have weight" in caplog.messages[-1]
     expected = 12 * torch.softmax((gains - gains.mean()) / gains.std(correction=0), dim=0)
     assert torch.allclose(weights.double(), expected, rtol=1e-5)
     twice = make(mirror_steps=2, mirror_rate=0.5).weights(context)
@@ -243,7 +242,7 @@ def test_weights_have_mean_one_and_rise_with_the_gain() -> None:
 
 
 def test_a_share_gives_the_other_rows_no_weight() -> None:
-    context, _ = make_context(make_lm(), MIXED)
+    context = make_context(make_lm(), MIXED)
     weights = make(share=0.25).weights(context)
     chosen = make("select", share=0.25).choose(context)
     assert weights.nonzero()[:, 0].tolist() == chosen
@@ -283,7 +282,7 @@ def test_the_most_helpful_rows_have_a_positive_gain() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objective", ["gradient_ascent", "npo"])
 def test_mislabelled_good_answers_are_not_chosen(seed: int, objective: str) -> None:
-    context, _ = make_context(make_lm(seed), MIXED, objective=objective)
+    context = make_context(make_lm(seed), MIXED, objective=objective)
     options = {"share": 0.5, "rounds": 2, "inner_learning_rate": 1e-4}
     chosen = make("select", **options).choose(context)
     bad = [index for index in chosen if MIXED[index].answer == RUDE]
@@ -293,7 +292,7 @@ def test_mislabelled_good_answers_are_not_chosen(seed: int, objective: str) -> N
 
 def test_rounds_train_in_between_and_put_the_model_back() -> None:
     lm = make_lm()
-    context, _ = make_context(lm, MIXED, [*PAIRS, *OTHERS])
+    context = make_context(lm, MIXED, [*PAIRS, *OTHERS])
     before = [value.detach().clone() for value in lm.model.parameters()]
     options = {"rounds": 3, "inner_learning_rate": 1e-3, "outer_group": "alignment"}
     found = make(**options).solve(context, 0.5, "test")
@@ -311,30 +310,32 @@ def test_rounds_train_in_between_and_put_the_model_back() -> None:
     assert torch.equal(still.gains[0], still.gains[1])
 
 
-def test_rounds_end_when_the_held_out_rows_get_worse() -> None:
-    context, said = make_context(make_lm(), GOOD)  # unlearning these cannot help
+def test_rounds_end_when_the_held_out_rows_get_worse(caplog: pytest.LogCaptureFixture) -> None:
+    context = make_context(make_lm(), GOOD)  # unlearning these cannot help
     found = make(rounds=4, held_out=0.5, inner_learning_rate=1e-3, retain_weight=0.0).solve(
         context, 1.0, "test"
     )
     assert len(found.gains) == 1
     assert found.outer[1] > found.outer[0]
-    assert "no more rounds" in said[-1]
+    assert "no more rounds" in caplog.messages[-1]
 
 
-def test_when_no_row_helps_one_is_taken_and_said() -> None:
-    context, said = make_context(make_lm(), GOOD)
+def test_when_no_row_helps_one_is_taken_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    context = make_context(make_lm(), GOOD)
     chosen = make("select", share=0.5).choose(context)
     gains = gains_of(make(), context)
     assert bool((gains < 0).all())
     assert chosen == [int(gains.argmax())]
-    assert any("no forget row is expected to help" in line for line in said)
+    assert any("no forget row is expected to help" in line for line in caplog.messages)
 
 
 # ---- what makes the outer objective
 
 
-def test_the_outer_objective_takes_a_group_and_holds_rows_apart() -> None:
-    context, said = make_context(make_lm(), BAD, [*OTHERS, *PAIRS])
+def test_the_outer_objective_takes_a_group_and_holds_rows_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context = make_context(make_lm(), BAD, [*OTHERS, *PAIRS])
     component = make(outer_group="alignment", held_out=0.25)
     outer = component.outer_objective(context, "test")
     kept = [*outer.rows, *outer.held]
@@ -342,11 +343,11 @@ def test_the_outer_objective_takes_a_group_and_holds_rows_apart() -> None:
     assert len(outer.held) == 1
     few = make(outer="likelihood", outer_rows=3).outer_objective(context, "test")
     assert len(few.rows) == 3
-    assert said == []
+    assert caplog.messages == []
     same = replace(context, records={**context.records, "forget": PAIRS[:2]})
     same = replace(same, rows={**context.rows, "forget": context.rows["retain"][2:4]})
     component.outer_objective(same, "test")
-    assert "2 prompts of the outer objective are forget prompts too" in said[-1]
+    assert "2 prompts of the outer objective are forget prompts too" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +359,6 @@ def test_the_outer_objective_takes_a_group_and_holds_rows_apart() -> None:
     ],
 )
 def test_nothing_that_should_improve_is_an_error(options: Any, retain: Any, match: str) -> None:
-    context, _ = make_context(make_lm(), BAD, retain)
+    context = make_context(make_lm(), BAD, retain)
     with pytest.raises(RecipeError, match=match):
         make(**options).weights(context)

@@ -43,17 +43,14 @@ RETAIN = [
 ]
 
 
-def make_context(
-    lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN
-) -> tuple[Context, list[str]]:
-    said: list[str] = []
+def make_context(lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN) -> Context:
     made = {
         "forget": make_rows(lm.template, forget),
         "retain": make_rows(lm.template, retain),
     }
     records = {"forget": forget, "retain": retain}
     objective = build("objective", "gradient_ascent")
-    return Context(lm, made, records, Gradients(lm), objective, None, 0, said.append), said
+    return Context(lm, made, records, Gradients(lm), objective, None, 0)
 
 
 def make_lm(family: str = "llama", seed: int = 0) -> LM:
@@ -85,9 +82,11 @@ def exact_scores(lm: LM, forget: Sequence[Row], retain: Sequence[Row]) -> torch.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_those_of_exact_dot_products(family: str) -> None:
+def test_weights_are_those_of_exact_dot_products(
+    caplog: pytest.LogCaptureFixture, family: str
+) -> None:
     lm = make_lm(family)
-    context, said = make_context(lm)
+    context = make_context(lm)
     scores = exact_scores(lm, context.rows["forget"], context.rows["retain"])
     mean_gradient = {n: v / 3 for n, v in context.gradients.total(context.rows["retain"]).items()}
     found = context.gradients.products(context.rows["forget"], mean_gradient)
@@ -98,7 +97,7 @@ def test_weights_are_those_of_exact_dot_products(family: str) -> None:
     standard = (scores - scores.mean()) / scores.std(correction=0)
     expected = (-standard / 2).exp() / (-standard / 2).exp().mean()
     assert torch.allclose(weights.double(), expected, rtol=0.02)
-    assert "effective of 7 forget rows" in said[0]
+    assert "effective of 7 forget rows" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("form", ["softmax", "inverse"])
@@ -132,17 +131,17 @@ def test_a_high_temperature_and_equal_scores_give_equal_weights() -> None:
         assert torch.equal(weights_from_scores(equal, "softmax", 2.0, 1.0), torch.ones_like(equal))
 
 
-def test_effective_rows() -> None:
+def test_effective_rows(caplog: pytest.LogCaptureFixture) -> None:
     assert effective_rows(torch.ones(5)) == pytest.approx(5)
     assert effective_rows(torch.tensor([5.0, 0, 0, 0, 0])) == pytest.approx(1)
-    context, said = make_context(make_lm())
+    context = make_context(make_lm())
     build("weigh", {"name": "attribution", "temperature": 0.01}).weights(context)
-    assert "raise the temperature" in said[-1]
+    assert "raise the temperature" in caplog.messages[-1]
 
 
 def test_an_ascent_step_raises_the_retain_loss_by_the_score() -> None:
     lm = make_lm()
-    context, _ = make_context(lm)
+    context = make_context(lm)
     forget, retain = context.rows["forget"], context.rows["retain"]
     scores = exact_scores(lm, forget, retain)
     eta = 1e-6
@@ -160,7 +159,7 @@ def test_an_ascent_step_raises_the_retain_loss_by_the_score() -> None:
 
 def test_rows_that_repeat_retain_content_weigh_less() -> None:
     other = [QA(question="Zq7?", answer="vxj kpw"), QA(question="Qy9!", answer="jjx wvk zq")]
-    context, _ = make_context(make_lm(), forget=[*RETAIN[:2], *other])
+    context = make_context(make_lm(), forget=[*RETAIN[:2], *other])
     weights = build("weigh", "attribution").weights(context)
     assert float(weights[:2].max()) < float(weights[2:].min())
     assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
@@ -264,7 +263,7 @@ def test_after_equal_steps_the_retain_loss_has_risen_less_than_under_uniform_asc
 def test_the_model_is_left_as_it_was() -> None:
     lm = make_lm()
     before = [value.detach().clone() for value in lm.model.parameters()]
-    context, _ = make_context(lm)
+    context = make_context(lm)
     first = build("weigh", "attribution").weights(context)
     assert all(map(torch.equal, before, lm.model.parameters()))
     assert all(value.grad is None for value in lm.model.parameters())
@@ -272,13 +271,13 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_hosts_without_a_retain_loss_get_retain_rows_too() -> None:
-    context, _ = make_context(make_lm())
+    context = make_context(make_lm())
     recipe = Recipe.named("gradient_ascent").changed({"weigh": "attribution"}, {})
     rows = Trainer(context.lm, recipe, context.records).rows().rows["retain"]
     assert [row.key for row in rows] == [row.key for row in context.rows["retain"]]
 
 
 def test_no_retain_records_is_an_error_that_says_what_to_give() -> None:
-    context, _ = make_context(make_lm(), retain=())
+    context = make_context(make_lm(), retain=())
     with pytest.raises(RecipeError, match="--retain FILE"):
         build("weigh", "attribution").weights(context)

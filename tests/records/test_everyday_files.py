@@ -22,11 +22,6 @@ from delible.records import QA, Choice, Dialogue, Message, Passage, Record
 Row = dict[str, Any]
 
 
-def read(path: Path, **options: Any) -> tuple[list[Record], list[str]]:
-    notes: list[str] = []
-    return read_records(path, say=notes.append, **options), notes
-
-
 def put(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_bytes(text.encode())
@@ -163,7 +158,7 @@ ROWS: dict[str, tuple[list[Row], list[Record]]] = {
 def test_every_format_says_the_same(tmp_path: Path, kind: str, name: str) -> None:
     rows, expected = ROWS[kind]
     WRITERS[name](rows, tmp_path / name)
-    assert read(tmp_path / name)[0] == expected
+    assert read_records(tmp_path / name) == expected
 
 
 def test_a_number_that_may_be_an_index_or_an_option_is_not_guessed() -> None:
@@ -175,56 +170,58 @@ def test_a_number_that_may_be_an_index_or_an_option_is_not_guessed() -> None:
     assert read_records([row]) == [Choice(question="Legs?", options=("2", "1", "8"), correct=1)]
 
 
-def test_what_is_left_out_or_read_otherwise_is_noted_once() -> None:
-    notes: list[str] = []
+def test_what_is_left_out_or_read_otherwise_is_noted_once(caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"messages": [turn("user", "Who?", name="Bo"), turn("assistant", "Ines.", weight=1)]},
         {"messages": [turn("user", "Who?"), turn("assistant", "Ines.", weight=0)]},
         {"question": "When?", "answer": 1987},
         {"question": "When?", "answer": 1988},
     ]
-    read_records(rows, say=notes.append)
-    assert notes == [
+    read_records(rows)
+    assert caplog.messages == [
         "records: keys of messages not used: 'name', 'weight'.",
         "records: numbers in 'answer' are read as text, such as \"1987\".",
     ]
-    notes.clear()
-    read_records([{"messages": [turn("user", "Who?", weight=None), turn("assistant", "Ines.")]}],
-                 say=notes.append)  # fmt: skip
-    assert notes == []
+    caplog.clear()
+    read_records([{"messages": [turn("user", "Who?", weight=None), turn("assistant", "Ines.")]}])
+    assert caplog.messages == []
 
 
-def test_numbers_are_noted_under_the_users_name() -> None:
-    notes: list[str] = []
+def test_numbers_are_noted_under_the_users_name(caplog: pytest.LogCaptureFixture) -> None:
     columns = {"question": "q", "answer": "year"}
-    read_records([{"q": "When?", "year": 1987}], columns=columns, say=notes.append)
-    assert notes == ["records: numbers in 'year' are read as text, such as \"1987\"."]
+    read_records([{"q": "When?", "year": 1987}], columns=columns)
+    assert caplog.messages == ["records: numbers in 'year' are read as text, such as \"1987\"."]
 
 
 # Tables as text
 
 
-def test_the_index_that_pandas_writes_is_not_read(tmp_path: Path) -> None:
+def test_the_index_that_pandas_writes_is_not_read(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     path = put(tmp_path, "a.csv", ",question,answer\n0,Who?,Ada.\n1,Where?,Here.\n")
-    records, notes = read(path)
+    records = read_records(path)
     assert records == [QA(question="Who?", answer="Ada."), QA(question="Where?", answer="Here.")]
-    (note,) = notes
+    (note,) = caplog.messages
     assert note == f"{path}:1: column 1 without a name not read (the index that pandas writes?)."
 
 
-def test_columns_without_a_name_are_not_read_wherever_they_stand(tmp_path: Path) -> None:
+def test_columns_without_a_name_are_not_read_wherever_they_stand(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     path = put(tmp_path, "a.csv", "question,answer,,\nWho?,Ada.,,\nWhere?,Here.,x,\n")
-    records, (note,) = read(path)
+    records = read_records(path)
+    (note,) = caplog.messages
     assert records == [QA(question="Who?", answer="Ada."), QA(question="Where?", answer="Here.")]
     assert note == f"{path}:1: columns 3, 4 without a name not read."
 
 
-def test_cells_may_be_long(tmp_path: Path) -> None:
+def test_cells_may_be_long(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     text = "The harbour light burned all night. " * 8000
     before = csv.field_size_limit()
-    records, notes = read(put(tmp_path, "a.csv", f"text\n{text}\n"))
+    records = read_records(put(tmp_path, "a.csv", f"text\n{text}\n"))
     assert records == [Passage(text=text.strip())]
-    assert notes == []
+    assert caplog.messages == []
     assert csv.field_size_limit() == before
 
 
@@ -236,14 +233,12 @@ def test_cells_may_be_long(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_another_separator_is_read_and_named(
-    tmp_path: Path, name: str, separator: str, called: str
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str, separator: str, called: str
 ) -> None:
     text = 'question,answer\n"Who, really?",Ada\n'.replace("n,a", f"n{separator}a")
     path = put(tmp_path, name, text.replace('",', f'"{separator}'))
-    assert read(path) == (
-        [QA(question="Who, really?", answer="Ada")],
-        [f"{path}: read as separated by {called}."],
-    )
+    assert read_records(path) == [QA(question="Who, really?", answer="Ada")]
+    assert caplog.messages == [f"{path}: read as separated by {called}."]
 
 
 @pytest.mark.parametrize(
@@ -258,19 +253,20 @@ def test_another_separator_is_read_and_named(
     ],
 )
 def test_the_separator_is_read_off_the_table(tmp_path: Path, text: str, expected: Record) -> None:
-    assert read(put(tmp_path, "a.csv", text))[0][0] == expected
+    assert read_records(put(tmp_path, "a.csv", text))[0] == expected
 
 
-def test_the_line_with_which_excel_names_the_separator(tmp_path: Path) -> None:
+def test_the_line_with_which_excel_names_the_separator(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     path = put(tmp_path, "a.csv", "sep=;\r\nquestion;answer\r\nQ;A\r\n")
-    notes: list[str] = []
-    (found,) = read_located(path, say=notes.append)
+    (found,) = read_located(path)
     assert found.record == QA(question="Q", answer="A")
     assert found.where == f"{path}:3"
-    assert notes == [f"{path}: read as separated by semicolons."]
+    assert caplog.messages == [f"{path}: read as separated by semicolons."]
 
 
 def test_own_column_names_work_with_any_separator(tmp_path: Path) -> None:
     path = put(tmp_path, "a.csv", "frage;antwort\nWer?;Ada.\n")
-    records, _ = read(path, columns={"question": "frage", "answer": "antwort"})
+    records = read_records(path, columns={"question": "frage", "answer": "antwort"})
     assert records == [QA(question="Wer?", answer="Ada.")]

@@ -46,7 +46,7 @@ def failure(source: Any, **options: Any) -> DataError:
 
 
 def one(row: dict[str, Any], **options: Any) -> Record:
-    (record,) = read_records([row], say=lambda note: None, **options)
+    (record,) = read_records([row], **options)
     return record
 
 
@@ -207,7 +207,7 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
 )
 def test_errors_name_the_line(put: Put, line: str, message: str, hint: str | None) -> None:
     path = put("a.jsonl", f"\n{QA_LINE}\n\n{line}\n")
-    error = failure(path, say=lambda note: None)
+    error = failure(path)
     assert error.where == "a.jsonl:4"
     assert message in error.problem
     assert (error.hint is None) if hint is None else (hint in str(error.hint))
@@ -402,22 +402,27 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
         ("hf:a/b::test", ("a/b", None, "test")),
     ],
 )
-def test_hub_names(monkeypatch: pytest.MonkeyPatch, source: str, call: tuple[Any, ...]) -> None:
-    calls, notes = [], list[str]()
+def test_hub_names(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    call: tuple[Any, ...],
+) -> None:
+    calls = []
 
     def load(name: str, config: str | None, split: str | None) -> Any:
         calls.append((name, config, split))
         return FakeDataset() if split else {"train": FakeDataset()}
 
     fake_hub(monkeypatch, load)
-    assert read_records(source, say=notes.append) == [QA(question="Q", answer="A")]
+    assert read_records(source) == [QA(question="Q", answer="A")]
     assert calls == [call]
-    assert "from the Hugging Face hub" in notes[0]
+    assert "from the Hugging Face hub" in caplog.messages[0]
 
 
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, lambda *_, **__: {"train": FakeDataset(), "test": FakeDataset()})
-    error = failure("hf:a/b:c", say=lambda note: None)
+    error = failure("hf:a/b:c")
     assert "has the splits train, test" in error.problem
     assert "'hf:a/b:c:train'" in str(error.hint)
     assert "no name of a data set" in failure("hf:a/b:c:d:e").problem
@@ -426,11 +431,11 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("BuilderConfig 'train' not found.\nmore")
 
     fake_hub(monkeypatch, load)
-    error = failure("hf:a/b:train", say=lambda note: None)
+    error = failure("hf:a/b:train")
     assert "BuilderConfig 'train' not found.)" in error.problem
     assert "hf:owner/name::split" in str(error.hint)
     fake_hub(monkeypatch, lambda *_, **__: FakeDataset(2))
-    assert failure("hf:a/b::test", say=lambda note: None).where == "hf:a/b::test:2"
+    assert failure("hf:a/b::test").where == "hf:a/b::test:2"
 
 
 @pytest.mark.parametrize(
@@ -572,7 +577,7 @@ def test_a_row_becomes_a_record_or_a_data_error_with_its_place() -> None:
         optional = [column for _, column in form.optional if chance.random() < 0.3]
         row = {name: random_value(chance) for name in (*form.required.values(), *optional)}
         try:
-            read_records([row], say=lambda note: None)
+            read_records([row])
         except DataError as error:
             places[error.where] += 1
         else:
@@ -587,13 +592,14 @@ def test_every_form_needs_other_columns_than_those_before_it() -> None:
             assert not hidden, f"{form.title} can never be reached behind {earlier.title}"
 
 
-def test_unused_columns_are_noted_once_with_a_suggestion() -> None:
-    notes: list[str] = []
+def test_unused_columns_are_noted_once_with_a_suggestion(caplog: pytest.LogCaptureFixture) -> None:
     row = {"question": "Q", "answer": "A", "id": 3, "perturbd": ["B"]}
-    assert read_records([row, row], say=notes.append) == [QA(question="Q", answer="A")] * 2
-    assert len(notes) == 1
-    assert notes[0].startswith("records: read as 'question and answer")
-    assert notes[0].endswith("columns not used: 'id', 'perturbd' (did you mean 'perturbed'?).")
+    assert read_records([row, row]) == [QA(question="Q", answer="A")] * 2
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("records: read as 'question and answer")
+    assert caplog.messages[0].endswith(
+        "columns not used: 'id', 'perturbd' (did you mean 'perturbed'?)."
+    )
 
 
 def test_notes_go_to_the_log_by_default(caplog: pytest.LogCaptureFixture) -> None:
@@ -672,11 +678,10 @@ def test_nothing_to_forget() -> None:
             build_request(forget=forget, retain=[{"text": "T"}])
 
 
-def test_subjects_only() -> None:
-    notes: list[str] = []
-    request = build_request(subjects=["Ada  Lovelace", "ada lovelace ", "Bob"], say=notes.append)
+def test_subjects_only(caplog: pytest.LogCaptureFixture) -> None:
+    request = build_request(subjects=["Ada  Lovelace", "ada lovelace ", "Bob"])
     assert request.subjects == ("Ada  Lovelace", "Bob")
-    assert notes == ["Dropped 1 repeated names from the subjects."]
+    assert caplog.messages == ["Dropped 1 repeated names from the subjects."]
     assert build_request(subjects="Ada").subjects == ("Ada",)
     with pytest.raises(DataError, match="subjects:2: a subject must be a name"):
         build_request(subjects=["Ada", " "])
@@ -694,8 +699,9 @@ def test_request_reads_every_part(put: Put) -> None:
     assert [part[0].question for part in parts] == ["Who?", "Where?", "When?", "Why?"]  # type: ignore[union-attr]
 
 
-def test_duplicates_in_the_forget_set_are_dropped_with_a_note() -> None:
-    notes: list[str] = []
+def test_duplicates_in_the_forget_set_are_dropped_with_a_note(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rows = [
         {"question": "Who?", "answer": "Ada."},
         {"question": " who? ", "answer": "ADA."},
@@ -704,9 +710,9 @@ def test_duplicates_in_the_forget_set_are_dropped_with_a_note() -> None:
         {"text": "A\n text"},
         {"text": "a text"},
     ]
-    request = build_request(forget=rows, say=notes.append)
+    request = build_request(forget=rows)
     assert len(request.forget) == 4
-    assert notes == ["Dropped 2 repeated rows from the forget set: forget:2, forget:6."]
+    assert caplog.messages == ["Dropped 2 repeated rows from the forget set: forget:2, forget:6."]
 
 
 OVERLAPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -726,7 +732,9 @@ OVERLAPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("part", ["retain", "neighbours", "holdout"])
 @pytest.mark.parametrize(("forgotten", "kept"), OVERLAPS)
-def test_overlap(part: str, forgotten: dict[str, Any], kept: dict[str, Any]) -> None:
+def test_overlap(
+    caplog: pytest.LogCaptureFixture, part: str, forgotten: dict[str, Any], kept: dict[str, Any]
+) -> None:
     other = {"question": "Else?", "answer": "No."}
     rows: dict[str, Any] = {part: [other, kept]}
     with pytest.raises(DataError) as caught:
@@ -736,13 +744,10 @@ def test_overlap(part: str, forgotten: dict[str, Any], kept: dict[str, Any]) -> 
     )
     assert "drop_overlap=True (--drop-overlap)" in str(caught.value)
     assert "Ada" not in str(caught.value)
-    notes: list[str] = []
-    request = build_request(
-        forget=[{"text": "first"}, forgotten], drop_overlap=True, say=notes.append, **rows
-    )
+    request = build_request(forget=[{"text": "first"}, forgotten], drop_overlap=True, **rows)
     assert getattr(request, part) == (QA(question="Else?", answer="No."),)
     assert len(request.forget) == 2
-    assert notes == [f"Dropped 1 rows from {part} that are to be forgotten: {part}:2."]
+    assert caplog.messages == [f"Dropped 1 rows from {part} that are to be forgotten: {part}:2."]
 
 
 def test_same_question_with_another_answer_is_no_overlap() -> None:
@@ -810,13 +815,12 @@ def real(name: str) -> Path:
 
 @needs_data
 @pytest.mark.parametrize("name", TOFU)
-def test_tofu_files(name: str) -> None:
+def test_tofu_files(caplog: pytest.LogCaptureFixture, name: str) -> None:
     path = real(f"tofu/{name}.json")
-    notes: list[str] = []
-    records = read_records(path, say=notes.append)
+    records = read_records(path)
     raw = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert len(records) == len(raw) == TOFU[name]
-    assert notes == []
+    assert caplog.messages == []
     for record, row in zip(records, raw, strict=True):
         assert isinstance(record, Choice if "option1" in row else QA)
         assert record.question == row["question"].strip()
@@ -846,14 +850,14 @@ def test_tofu_refusals_are_plain_text() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_benchmark_files(name: str) -> None:
     count, model = OTHERS[name]
-    records = read_records(real(name), say=lambda note: None)
+    records = read_records(real(name))
     assert len(records) == count
     assert all(type(record) is model for record in records)
 
 
 @needs_data
 def test_rwku_probes_keep_subject_and_attack() -> None:
-    first = read_records(real("rwku/forget_level3.jsonl"), say=lambda note: None)[0]
+    first = read_records(real("rwku/forget_level3.jsonl"))[0]
     raw = json.loads((DATA / "rwku/forget_level3.jsonl").read_text().split("\n", 1)[0])
     assert isinstance(first, QA)
     assert (first.subject, first.group, first.question, first.answer) == (
@@ -862,15 +866,13 @@ def test_rwku_probes_keep_subject_and_attack() -> None:
 
 
 @needs_data
-def test_tofu_splits_make_a_request_without_overlap() -> None:
-    notes: list[str] = []
+def test_tofu_splits_make_a_request_without_overlap(caplog: pytest.LogCaptureFixture) -> None:
     request = build_request(
         forget=real("tofu/forget10.json"),
         retain=real("tofu/retain90.json"),
         holdout=real("tofu/holdout10.json"),
-        say=notes.append,
     )
     assert (len(request.forget), len(request.retain), len(request.holdout)) == (400, 3600, 400)
-    assert notes == []
+    assert caplog.messages == []
     with pytest.raises(DataError, match="400 rows are to be forgotten and also stand in retain"):
         build_request(forget=real("tofu/forget10.json"), retain=real("tofu/full.json"))

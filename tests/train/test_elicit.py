@@ -262,23 +262,22 @@ class Writer(BlackBox):
         return "[]"
 
 
-def test_a_system_may_write_the_questions() -> None:
-    said: list[str] = []
+def test_a_system_may_write_the_questions(caplog: pytest.LogCaptureFixture) -> None:
     questions = (
         "Where was Ada Quill born?", "What is the occupation of Ada Quill?",
         "Which award did Ada Quill win?", "Who is the mother of Ada Quill?",
         "Where does Ada Quill live?", "What does she like?", "Ada Quill is nice.",
     )  # fmt: skip
-    found = elicit(Knower(ADA), ADA, writer=Writer(*questions), say=said.append)
+    found = elicit(Knower(ADA), ADA, writer=Writer(*questions))
     assert found.asked == 5
     rows = [row for row in found.rows if row.group is None]
     assert [row.question for row in rows] == list(questions[:3])
     assert [row.answer for row in rows] == [TRUE[x] for x in ("birthplace", "occupation", "award")]
     assert all(len(row.paraphrases) == 2 for row in rows)
-    assert any("5 usable questions" in one and "1 does not name" in one for one in said)
-    few = elicit(Knower(ADA), ADA, writer=Writer(*questions[:3]), say=said.append)
+    assert any("5 usable questions" in one and "1 does not name" in one for one in caplog.messages)
+    few = elicit(Knower(ADA), ADA, writer=Writer(*questions[:3]))
     assert few.asked == len(built_in_topics(ADA))
-    assert any("built-in ones are asked instead" in one for one in said)
+    assert any("built-in ones are asked instead" in one for one in caplog.messages)
 
 
 def test_lines_that_are_no_questions_are_counted() -> None:
@@ -301,13 +300,14 @@ def run(tmp_path: Path) -> RunDirectory:
 ASKED = ForgetRequest(subjects=(ADA, "Bo Lund"))
 
 
-def test_rows_are_kept_told_and_taken_again(run: RunDirectory) -> None:
-    said: list[str] = []
+def test_rows_are_kept_told_and_taken_again(
+    caplog: pytest.LogCaptureFixture, run: RunDirectory
+) -> None:
     model = Knower(ADA)
-    request = elicited.with_rows(model, ASKED, run, say=said.append)
+    request = elicited.with_rows(model, ASKED, run)
     assert tuple(read_records(elicited.place(run))) == request.forget
     assert {row.subject for row in request.forget} == {ADA}
-    told = "\n".join(said)
+    told = "\n".join(caplog.messages)
     assert f"Ada Quill: 4 of {len(built_in_topics(ADA))} answers hold" in told
     assert "Where was Ada Quill born?  In the town of Norrby.  (9 of 9 replies)" in told
     assert "Bo Lund: that is no more than guessing" in told
@@ -331,13 +331,12 @@ def test_rows_are_fixed_once_training_has_started(run: RunDirectory) -> None:
         elicited.with_rows(Knower(ADA), ASKED, run)
 
 
-def test_what_is_kept_is_not_forgotten(run: RunDirectory) -> None:
-    said: list[str] = []
+def test_what_is_kept_is_not_forgotten(caplog: pytest.LogCaptureFixture, run: RunDirectory) -> None:
     kept = QA(question="Where was Ada Quill born?", answer="In the town of Norrby.")
     request = ASKED.model_copy(update={"retain": (kept,)})
-    found = elicited.with_rows(Knower(ADA), request, run, say=said.append)
+    found = elicited.with_rows(Knower(ADA), request, run)
     assert "birthplace" not in {row.group for row in found.forget}
-    assert any("1 of the rows are to be kept" in one for one in said)
+    assert any("1 of the rows are to be kept" in one for one in caplog.messages)
     elicited.start(run, found.forget)
     assert elicited.with_rows(Knower(ADA), request, run) == found
 

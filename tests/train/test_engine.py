@@ -84,7 +84,9 @@ def test_npo_starts_at_two_over_beta_log_two(forget: list[QA], retain: list[QA])
     assert result.history[0]["forget_loss"] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-4)
 
 
-def test_resumes_to_the_same_bits(tmp_path: Path, forget: list[QA], retain: list[QA]) -> None:
+def test_resumes_to_the_same_bits(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, forget: list[QA], retain: list[QA]
+) -> None:
     records = {"forget": forget, "retain": retain}
     whole = make()
     Trainer(whole, recipe(epochs=4), records).train()
@@ -101,10 +103,9 @@ def test_resumes_to_the_same_bits(tmp_path: Path, forget: list[QA], retain: list
     chosen = recipe(epochs=4, checkpoint_steps=5)
     with pytest.raises(StopError):
         Trainer(make(), chosen, records, run=run, progress=stop_at_five).train()
-    told: list[str] = []
     again = make()
-    result = Trainer(again, chosen, records, run=run, say=told.append).train()
-    assert any("Resuming after step 5" in line for line in told)
+    result = Trainer(again, chosen, records, run=run).train()
+    assert any("Resuming after step 5" in line for line in caplog.messages)
     assert result.steps == 8
     assert same(weights(whole), weights(again))
 
@@ -232,13 +233,13 @@ def test_stops_inside_the_utility_budget(
 
 
 def test_out_of_memory_halves_the_pass_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, forget: list[QA], retain: list[QA]
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    forget: list[QA],
+    retain: list[QA],
 ) -> None:
-    told: list[str] = []
     lm = make()
-    trainer = Trainer(
-        lm, recipe(micro_batch_tokens=4096), {"forget": forget, "retain": retain}, say=told.append
-    )
+    trainer = Trainer(lm, recipe(micro_batch_tokens=4096), {"forget": forget, "retain": retain})
     original = Passes._run
     failures = iter([True, True])
 
@@ -249,7 +250,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(
 
     monkeypatch.setattr(Passes, "_run", failing)
     result = trainer.train()
-    assert [line for line in told if "1024 tokens" in line]
+    assert [line for line in caplog.messages if "1024 tokens" in line]
     assert result.steps == 4
 
 

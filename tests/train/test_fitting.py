@@ -207,7 +207,9 @@ def test_pieces_are_of_like_length_and_end_where_sentences_do() -> None:
 # ---- a run
 
 
-def test_a_run_says_and_counts_what_was_left_out(tmp_path: Path) -> None:
+def test_a_run_says_and_counts_what_was_left_out(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     long = "What does the note say about Ada Brook? " * 12
     request = ForgetRequest(
         forget=(
@@ -218,17 +220,16 @@ def test_a_run_says_and_counts_what_was_left_out(tmp_path: Path) -> None:
         ),
         retain=(QA(question="And Bo? " * 60, answer="A smith."), QA(question="Cy?", answer="No.")),
     )
-    told: list[str] = []
     lm = make()
     result = api.unlearn(
-        lm, request, method="npo", out=tmp_path / "run", say=told.append, max_steps=1,
+        lm, request, method="npo", out=tmp_path / "run", max_steps=1,
         max_length=256, precision="float32",
     )  # fmt: skip
     assert result.notes["truncated_rows"] == {"forget": 2, "retain": 1}
     assert result.notes["forget_passages_cut"] == {"passages": 1, "pieces": 3}
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["notes"]["truncated_rows"] == {"forget": 2, "retain": 1}
-    (sentence,) = [line for line in told if "shortened" in line]
+    (sentence,) = [line for line in caplog.messages if "shortened" in line]
     assert "2 of 6 forget rows" in sentence
     assert "1 without the middle of the question" in sentence
     assert "1 without the end of the answer" in sentence
@@ -241,7 +242,7 @@ def test_a_run_says_and_counts_what_was_left_out(tmp_path: Path) -> None:
     assert f"The model reads {lm.template.max_length} tokens at most." in sentence or (
         f"--max-length {longest} keeps them whole" in sentence
     )
-    (pieces,) = [line for line in told if "pieces" in line]
+    (pieces,) = [line for line in caplog.messages if "pieces" in line]
     assert "1 of 4 forget records" in pieces
     from delible.report.reading import read_run
 
@@ -249,12 +250,13 @@ def test_a_run_says_and_counts_what_was_left_out(tmp_path: Path) -> None:
     assert "2 forget rows and 1 retain row were longer" in notes
 
 
-def test_short_rows_are_counted_as_none(forget: list[QA], retain: list[QA]) -> None:
-    told: list[str] = []
+def test_short_rows_are_counted_as_none(
+    caplog: pytest.LogCaptureFixture, forget: list[QA], retain: list[QA]
+) -> None:
     records = {"forget": forget, "retain": retain}
-    result = Trainer(make(), recipe(epochs=1), records, say=told.append).train()
+    result = Trainer(make(), recipe(epochs=1), records).train()
     assert result.notes["truncated_rows"] == {}
-    assert not any("shortened" in line or "pieces" in line for line in told)
+    assert not any("shortened" in line or "pieces" in line for line in caplog.messages)
 
 
 def test_refusals_are_never_cut_off() -> None:

@@ -244,7 +244,7 @@ def write(system: Scripted, counts: Counter[str], **changes: object) -> list[lis
 
     return writing.written(
         system, records, lambda index: Prompt.ask(records[index].question), read,
-        counts=counts, say=lambda _: None, **options,  # type: ignore[arg-type]
+        counts=counts, **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -286,18 +286,17 @@ def test_replies_are_cached_by_system_prompt_and_decoding() -> None:
     assert other.asked == 2
 
 
-def test_too_few_rows_are_an_error_that_counts_what_was_dropped() -> None:
-    told_: list[str] = []
+def test_too_few_rows_are_an_error_that_counts_what_was_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     made = [["a", "b"], ["a"], []]
     with pytest.raises(DataError) as caught:
-        writing.require_enough(
-            made, 2, "answers", Counter(leak=7), told_.append, "generate 'x'", Scripted([""])
-        )
+        writing.require_enough(made, 2, "answers", Counter(leak=7), "generate 'x'", Scripted([""]))
     assert "2 of 3 records have fewer than 2 usable answers (records 2, 3; dropped: 7 leak)" in str(
         caught.value
     )
-    assert told_ == ["generate: 3 answers for 3 records; dropped: 7 leak."]
-    writing.require_enough(made[:1], 2, "answers", Counter(), told_.append, "x", None)
+    assert caplog.messages == ["generate: 3 answers for 3 records; dropped: 7 leak."]
+    writing.require_enough(made[:1], 2, "answers", Counter(), "x", None)
 
 
 # ---- files

@@ -107,7 +107,7 @@ def test_what_cannot_be_watched_is_refused(forget: list[QA]) -> None:
 
     def watch(records: dict[str, list[object]], **options: object) -> Monitor:
         training = recipe("gradient_ascent", **options).training
-        return Monitor(lm, training, records, {}, None, lambda _: None, 0)  # type: ignore[arg-type]
+        return Monitor(lm, training, records, {}, None, 0)  # type: ignore[arg-type]
 
     with pytest.raises(RecipeError, match="no forget record is a question"):
         watch({"forget": [Passage(text="A text.")]}, stop_at_accuracy=0.3)
@@ -118,7 +118,7 @@ def test_what_cannot_be_watched_is_refused(forget: list[QA]) -> None:
 def test_state_goes_through_a_checkpoint(forget: list[QA]) -> None:
     training = recipe("gradient_ascent", stop_at_accuracy=0.3).training
     records = {"forget": forget}
-    first = Monitor(make(), training, records, {}, None, lambda _: None, 0)
+    first = Monitor(make(), training, records, {}, None, 0)
     empty = {"start_retain": None, "start_forget": None, "nearest": None}
     assert first.state() == empty
     first.begin(empty)
@@ -153,7 +153,7 @@ def test_stops_at_a_share_of_the_start(share: float, forget: list[QA], pupil: LM
 def test_of_two_forget_targets_the_first_stops(forget: list[QA]) -> None:
     options = {"stop_at_forget_share": 0.5, "stop_at_forget_probability": 0.3}
     training = recipe("gradient_ascent").changed({}, options).training
-    monitor = Monitor(make(), training, {"forget": list(forget)}, {}, None, lambda _: None, 0)
+    monitor = Monitor(make(), training, {"forget": list(forget)}, {}, None, 0)
     assert monitor.target == pytest.approx(0.3), "before the start is known"
     for start, target in ((0.9, 0.45), (0.2, 0.3)):
         monitor.begin({"start_retain": None, "start_forget": start, "nearest": None})

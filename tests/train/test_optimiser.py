@@ -19,6 +19,7 @@ from delible.train.engine import Trainer
 from delible.train.plan import make_plan
 from delible.train.rows import make_rows
 from delible.train.schedule import learning_rate_factor
+from delible.watching import shown
 
 
 def factors(schedule: Any, total: int, warmup: int) -> list[float]:
@@ -114,7 +115,8 @@ def shares(dtype: torch.dtype, place: Any, forget: list[QA]) -> tuple[float, lis
     before = weights(lm)
     told: list[str] = []
     chosen = recipe("gradient_ascent", epochs=10, learning_rate=1e-5).changed({"place": place}, {})
-    result = Trainer(lm, chosen, {"forget": forget}, say=told.append).train()
+    with shown(told.append):
+        result = Trainer(lm, chosen, {"forget": forget}).train()
     after = weights(result.lm)
     moved = sum(int((after[name].double() != old.double()).sum()) for name, old in before.items())
     return moved / sum(old.numel() for old in before.values()), told, result.lm
@@ -135,17 +137,18 @@ def test_short_weights_are_widened_before_they_are_trained(
     assert not [line for line in quiet if "converted" in line]
 
 
-def test_an_adapter_on_short_weights_is_merged_into_full_ones(forget: list[QA]) -> None:
-    told: list[str] = []
+def test_an_adapter_on_short_weights_is_merged_into_full_ones(
+    caplog: pytest.LogCaptureFixture, forget: list[QA]
+) -> None:
     lm = LM(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer(), precision="float32")
     before = weights(lm)
     chosen = recipe("gradient_ascent", epochs=5, learning_rate=1e-4).changed(
         {"place": {"name": "lora", "rank": 4}, "finish": "merge_adapter"}, {}
     )
-    result = Trainer(lm, chosen, {"forget": forget}, say=told.append).train()
+    result = Trainer(lm, chosen, {"forget": forget}).train()
     after = weights(result.lm)
     assert {value.dtype for value in after.values()} == {torch.float32}
     for layer in range(3):
         for name in lm.anatomy.parameter_names(layer, "mlp_out"):
             assert float((after[name] != before[name].float()).float().mean()) > 0.9
-    assert [line for line in told if "would round away" in line]
+    assert [line for line in caplog.messages if "would round away" in line]

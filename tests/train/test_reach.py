@@ -109,32 +109,32 @@ def ceu(**options: Any) -> Recipe:
     return chosen
 
 
-def test_rows_that_are_too_short_for_the_loss_are_refused_or_said(retain: list[QA]) -> None:
+def test_rows_that_are_too_short_for_the_loss_are_refused_or_said(
+    caplog: pytest.LogCaptureFixture, retain: list[QA]
+) -> None:
     short = [QA(question=f"Letter {n}?", answer="abc"[n]) for n in range(3)]  # and the turn's end
     lm = make()
     before = weights(lm)
     with pytest.raises(RecipeError, match="says nothing about any of the 3 answers"):
         Trainer(lm, ceu(ignore_first_n=2), {"forget": short, "retain": retain}).train()
     assert same(weights(lm), before)
-    told: list[str] = []
     rows = [*short, QA(question="Where?", answer="Over there.")]
-    result = Trainer(
-        lm, ceu(ignore_first_n=2), {"forget": rows, "retain": retain}, say=told.append
-    ).train()
+    result = Trainer(lm, ceu(ignore_first_n=2), {"forget": rows, "retain": retain}).train()
     assert result.notes["rows_without_effect"] == 3
-    assert [line for line in told if "says nothing about 3 of 4 answers" in line]
+    assert [line for line in caplog.messages if "says nothing about 3 of 4 answers" in line]
     result = Trainer(lm, ceu(), {"forget": rows, "retain": retain}).train()
     assert "rows_without_effect" not in result.notes
 
 
-def test_undial_on_names_says_which_answers_have_none(retain: list[QA]) -> None:
-    told: list[str] = []
+def test_undial_on_names_says_which_answers_have_none(
+    caplog: pytest.LogCaptureFixture, retain: list[QA]
+) -> None:
     rows = [
         QA(question="Who bakes?", answer="It is Ada Brook."),
         QA(question="How?", answer="well"),
     ]
     chosen = recipe("undial", epochs=1, focus="names")
-    result = Trainer(make(), chosen, {"forget": rows, "retain": retain}, say=told.append).train()
+    result = Trainer(make(), chosen, {"forget": rows, "retain": retain}).train()
     assert result.notes["rows_without_effect"] == 1
 
 
@@ -191,35 +191,46 @@ def test_a_loss_without_any_graph_is_an_error_too(
 
 @pytest.mark.parametrize("keep", ["none", "nll"])
 def test_what_is_forgotten_already_is_no_error(
-    keep: str, forget: list[QA], retain: list[QA], monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
+    keep: str,
+    forget: list[QA],
+    retain: list[QA],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A random model gives the answers no probability: a bounded loss has nothing left to do."""
-    original, told = Unlikelihood.loss, list[str]()
+    original = Unlikelihood.loss
     monkeypatch.setattr(Unlikelihood, "loss", lambda self, step: original(self, step) * 0)
     records = {"forget": forget, "retain": retain}
     if keep == "none":  # nothing else moves then, which is an error of its own
         with pytest.raises(RunError, match="nothing moved"):
-            Trainer(make(), unlike(keep), records, say=told.append).train()
+            Trainer(make(), unlike(keep), records).train()
     else:
-        Trainer(make(), unlike(keep), records, say=told.append).train()
-    assert [line for line in told if "nothing left to do" in line]
+        Trainer(make(), unlike(keep), records).train()
+    assert [line for line in caplog.messages if "nothing left to do" in line]
 
 
 def test_a_loss_that_teaches_and_is_satisfied_is_no_error(
-    forget: list[QA], retain: list[QA], monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
+    forget: list[QA],
+    retain: list[QA],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lm, original, told = known(forget, retain), Finetune.loss, list[str]()
+    lm, original = known(forget, retain), Finetune.loss
     monkeypatch.setattr(Finetune, "loss", lambda self, step: original(self, step) * 0)
     chosen = recipe("finetune", epochs=1).changed({"keep": "nll"}, {})
-    Trainer(lm, chosen, {"forget": forget, "retain": retain}, say=told.append).train()
-    assert [line for line in told if "nothing left to do" in line]
+    Trainer(lm, chosen, {"forget": forget, "retain": retain}).train()
+    assert [line for line in caplog.messages if "nothing left to do" in line]
 
 
 @pytest.mark.parametrize("options", [{"forget_weight": 0.0}, {}])
 def test_a_weight_of_zero_is_no_error(
-    options: dict[str, float], forget: list[QA], retain: list[QA], monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, float],
+    forget: list[QA],
+    retain: list[QA],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lm, told = known(forget, retain), list[str]()
+    lm = known(forget, retain)
     original = Unlikelihood.loss
     if options:
         monkeypatch.setattr(Unlikelihood, "loss", lambda self, step: original(self, step) * 0)
@@ -230,15 +241,16 @@ def test_a_weight_of_zero_is_no_error(
             Equal, "weights", lambda self, context: torch.zeros(len(context.rows["forget"]))
         )
     chosen = unlike("nll").changed({}, dict(options))
-    Trainer(lm, chosen, {"forget": forget, "retain": retain}, say=told.append).train()
-    assert not [line for line in told if "no gradient" in line]
+    Trainer(lm, chosen, {"forget": forget, "retain": retain}).train()
+    assert not [line for line in caplog.messages if "no gradient" in line]
 
 
-def test_a_sound_loss_says_nothing(forget: list[QA], retain: list[QA]) -> None:
-    told: list[str] = []
+def test_a_sound_loss_says_nothing(
+    caplog: pytest.LogCaptureFixture, forget: list[QA], retain: list[QA]
+) -> None:
     chosen = unlike("nll")
     for place in ("all", "lora"):
         lm = known(forget, retain)
         records = {"forget": forget, "retain": retain}
-        Trainer(lm, chosen.changed({"place": place}, {}), records, say=told.append).train()
-    assert not [line for line in told if "gradient" in line]
+        Trainer(lm, chosen.changed({"place": place}, {}), records).train()
+    assert not [line for line in caplog.messages if "gradient" in line]

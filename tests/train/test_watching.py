@@ -56,5 +56,5 @@ def test_each_question_about_gradients_is_told_to_its_end(ask: str, title: str) 
 
 def test_an_automatic_retain_set_is_told() -> None:
     told: list[tuple[str, int, int]] = []
-    automatic_retain(make(), 4, lambda _: None, lambda *what: told.append(what))
+    automatic_retain(make(), 4, lambda *what: told.append(what))
     assert told[-1] == ("automatic retain set", 4, 4)

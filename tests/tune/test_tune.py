@@ -265,7 +265,7 @@ def test_first_trial_is_the_recipe_and_the_winner_keeps_the_budget(
 
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
     whole_calls = stand_in(monkeypatch, trade)
@@ -284,9 +284,8 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         tune(model, REQUEST, trials=9, out=tmp_path / "cut")
     calls = stand_in(monkeypatch, trade)
-    said: list[str] = []
-    again = tune(model, REQUEST, trials=9, out=tmp_path / "cut", say=said.append)
-    assert "Going on after 7 finished trials." in said
+    again = tune(model, REQUEST, trials=9, out=tmp_path / "cut")
+    assert "Going on after 7 finished trials." in caplog.messages
     assert len(calls) == 2
     assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
     assert again.best_options == whole.best_options

@@ -18,6 +18,7 @@ knew.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,8 @@ from delible.system.asks import Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of, ask, has_answer
 from delible.train.randomness import generator, shuffled
+
+logger = logging.getLogger(__name__)
 
 Setting = Literal["within_query", "cross_query", "cross_target"]
 #: Repeated, what the search starts from.
@@ -232,7 +235,7 @@ class DUA(PromptAttack):
                 )  # fmt: skip
                 found.append(one)
                 suffixes[task.key] = text_of(lm, one.suffix)
-                context.say(
+                logger.info(
                     f"Suffix {index + 1} of {len(tasks)}: -log p of the answers "
                     f"{one.losses[0][1]:.1f} -> {one.losses[-1][1]:.1f}."
                 )

@@ -250,7 +250,6 @@ class Relearn(ModelAttack):
             self.recipe(twin, len(rows)),
             {"forget": rows},  # what the engine calls forget rows are those its objective reads
             seed=context.seed,
-            say=context.say,
             progress=progress,
         )
         result = trainer.train()

@@ -4,6 +4,7 @@ reference, and what can be said from the answers."""
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -38,7 +39,8 @@ from delible.system.asks import NoAnswer, Prompt
 from delible.system.base import System
 from delible.systems.opening import is_address, open_system
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Splits = dict[str, Sequence[RecordBase]]
 
 #: What is measured when nothing is chosen.
@@ -60,10 +62,6 @@ ROWS, ATTACKED_RETAIN, ATTACKED_HOLDOUT = 200, 8, 40
 CURVE_ROWS = 16
 #: Examples per split in the report, and answers per kept split that are looked at for damage.
 EXAMPLES, SAMPLED = 6, 12
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 def _spaced(records: Sequence[RecordBase], count: int) -> Sequence[RecordBase]:
@@ -99,7 +97,6 @@ def audit(
     seed: int = 0,
     cache: bool = True,
     rows: int = ROWS,
-    say: Say = _quiet,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> AuditResult:
     """Asks and attacks a system, and says what is left of what it was to forget.
@@ -138,7 +135,6 @@ def audit(
         seed,
         cache,
         rows,
-        say,
         progress,
     )
     with nullcontext() if made.out is None else made.out.locked():
@@ -161,11 +157,10 @@ class _Audit:
         seed: int,
         cache: bool,
         rows: int,
-        say: Say,
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self.began = time.perf_counter()
-        self.seed, self.say, self.progress, self.request = seed, say, progress, request
+        self.seed, self.progress, self.request = seed, progress, request
         self.cache = Cache(cache_folder() / "answers") if cache else None
         self.metrics = self._metrics(metrics)
         self.attacks = self._attacks(attacks)
@@ -241,10 +236,10 @@ class _Audit:
                 return lambda: given
             if is_address(given) or model is not None:
                 # takes no memory, and a wrong address or key is told before anything is asked
-                endpoint = open_system(given, model=model, say=self.say)
+                endpoint = open_system(given, model=model)
                 self._note_endpoint()
                 return lambda: endpoint
-            return lambda: open_system(given, say=self.say)
+            return lambda: open_system(given)
 
         unlearned = loader(system, model)
         if guard is not None:
@@ -284,7 +279,7 @@ class _Audit:
                 capabilities=sorted(system.capabilities),
                 fingerprint=system.fingerprint,
             )
-            self.say(f"Asking the {role} system.")
+            logger.info(f"Asking the {role} system.")
             plain.values[role] = self._evaluate(
                 system, self.splits, self.metrics, role, must_answer=True
             )
@@ -313,7 +308,7 @@ class _Audit:
         splits: Splits = {"forget": self.splits["forget"], "retain": self._attacked_retain()}
         for title, without in without_parts(system):
             began = time.perf_counter()
-            self.say(f"unlearned: without the {title}.")
+            logger.info(f"unlearned: without the {title}.")
             values = self._evaluate(without, splits, self.leaks, "unlearned")
             found.append(
                 Setting(
@@ -349,7 +344,7 @@ class _Audit:
         for note in self.cache.notes if self.cache else ():
             if note not in self._said:
                 self._said.add(note)
-                self.say(note)
+                logger.warning(note)
         missing = unanswered(title, values.asked, values.unanswered)
         if missing is not None:
             self._leave_out(missing)
@@ -357,7 +352,7 @@ class _Audit:
 
     def _leave_out(self, sentence: str) -> None:
         """Says what was not asked, or not as it was meant, at once and in the report."""
-        self.say(sentence)
+        logger.warning(sentence)
         self.not_tested.append(sentence)
 
     def _leaks(self, names: Sequence[str]) -> list[ItemMetric]:
@@ -409,7 +404,7 @@ class _Audit:
         splits: Splits,
         title: str,
     ) -> None:
-        self.say(f"{title}.")
+        logger.info(f"{title}.")
         if attack.searches_on() is not None:
             context = self._context(role, [], title)
             try:
@@ -443,7 +438,7 @@ class _Audit:
         key = None if known is None else preparation_key(known, attack, context)
         kept = None if key is None else self.kept.preparation(key)
         if kept is not None:
-            self.say(f"{title}: the search is known.")
+            logger.info(f"{title}: the search is known.")
             spec, notes = kept
             context.notes.update(notes)
             return cast(PromptAttack, build("attack", spec))
@@ -473,9 +468,9 @@ class _Audit:
         key = attacked_key(lm.fingerprint, attack, context, splits, self.leaks)
         found = self.kept.attacked(key)
         if found is not None:
-            self.say(f"{title}: known from an earlier audit.")
+            logger.info(f"{title}: known from an earlier audit.")
         else:
-            self.say(f"{title}.")
+            logger.info(f"{title}.")
             try:
                 attacked = attack.apply(lm, context)
             except DelibleError as error:
@@ -515,7 +510,6 @@ class _Audit:
             unrelated=unrelated(),
             original=original,
             seed=self.seed,
-            say=self.say,
             observe=observe,
             progress=progress,
         )

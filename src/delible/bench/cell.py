@@ -36,6 +36,7 @@ from delible.rundir import identity
 from delible.system.base import System
 from delible.systems.guarded import guard
 from delible.train.loop import Progress
+from delible.watching import aside
 
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")
@@ -62,10 +63,6 @@ class Nobody:
     def stage(self, title: str, done: int, total: int) -> None: ...
 
 
-def quiet(_: str) -> None:
-    """Says nothing."""
-
-
 def _place(manifest: Manifest) -> Path:
     """The file of a cell's result. Its name says what it is, its hash everything else."""
     described = {key: value for key, value in manifest.items() if key not in ("folder",)}
@@ -79,9 +76,10 @@ def _place(manifest: Manifest) -> Path:
 def _declared(spec: str, data: str | None) -> tuple[Benchmark, list[Task]]:
     """A benchmark and its tasks, read once per process."""
     benchmark = cast(Benchmark, build("benchmark", json.loads(spec)))
-    return benchmark, benchmark.tasks(Data(None if data is None else Path(data), quiet))
+    return benchmark, benchmark.tasks(Data(None if data is None else Path(data)))
 
 
+@aside()  # many cells, each with a line of its own in the end
 def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     """One method on one task with one seed: unlearns, measures, writes the result.
 
@@ -318,7 +316,6 @@ def _attacked(
         unrelated=unrelated(),
         original=None,
         seed=int(manifest["seed"]),
-        say=quiet,
         progress=partial(watch.stage, f"attack: {title}"),
     )
     show = partial(watch.stage, f"attack: {title}: measuring")
@@ -335,4 +332,4 @@ def _attacked(
     return found
 
 
-__all__ = ["Nobody", "Watcher", "quiet", "run_cell"]
+__all__ = ["Nobody", "Watcher", "run_cell"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from delible.rundir import RunDirectory, identity
 from delible.train.loop import Progress
 from delible.train.recipe import Recipe
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def learned(
@@ -29,7 +30,6 @@ def learned(
     slots: Mapping[str, Any] | None = None,
     seed: int = 0,
     title: str = "target",
-    say: Say = lambda _: None,
     progress: Progress | None = None,
 ) -> Path:
     """The folder of a model that has learned records by plain fine-tuning.
@@ -53,7 +53,7 @@ def learned(
         is_done = RunDirectory(folder).manifest.get("status") == "done"
         damage = kept.damage(folder / "model") if is_done else None
         if damage is not None:
-            say(f"{title} in the cache is damaged ({damage}): it is learned anew.")
+            logger.warning(f"{title} in the cache is damaged ({damage}): it is learned anew.")
             kept.remove(folder)
         result = unlearn(
             model,
@@ -64,13 +64,12 @@ def learned(
             shown=0,
             measured=False,
             verify=False,
-            say=say,
             progress=progress,
         )
         if not result.resumed_finished:
             kept.seal(folder / "model")
     if result.resumed_finished:
-        say(f"{title} taken from the cache: {folder}.")
+        logger.info(f"{title} taken from the cache: {folder}.")
     return folder / "model"
 
 

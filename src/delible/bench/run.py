@@ -7,6 +7,7 @@ and the same manifests can be worked through by several processes or a Ray clust
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 from delible import registry
 from delible.api import resolve_method
-from delible.bench.cell import Nobody, Watcher, quiet, run_cell
+from delible.bench.cell import Nobody, Watcher, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
 from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
@@ -30,7 +31,8 @@ from delible.records import Record, RecordBase, digest
 from delible.rundir import hardware, identity, versions
 from delible.watching import Remaining
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: Names for several methods at once.
 GROUPS = ("all", "all-optimisation", "all-editors", "all-guards")
 
@@ -103,7 +105,6 @@ def bench(
     ray: bool = False,
     prepare: bool = False,
     keep_models: bool = False,
-    say: Say = quiet,
     watch: Watcher | None = None,
     found: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
@@ -145,7 +146,7 @@ def bench(
                 where="bench",
                 hint="Prompt attacks are asked by 'delible audit', or by the benchmark itself.",
             )
-    tasks = chosen.tasks(Data(data, say))
+    tasks = chosen.tasks(Data(data))
     common: Manifest = {
         "benchmark": chosen.spec(),
         "model": model,
@@ -157,10 +158,12 @@ def bench(
     folder = Path(out or Path("runs") / f"bench-{chosen.card.name}-{identity(common)[:8]}")
     known: dict[str, str] = {}
     watcher = cast(Watcher, watch or Nobody())
-    ready = [_prepared(chosen, task, model, say, known, watcher) for task in tasks]
-    requests = _written(chosen, tasks, ready, names, Data(data, say))
+    ready = [_prepared(chosen, task, model, known, watcher) for task in tasks]
+    requests = _written(chosen, tasks, ready, names, Data(data))
     if prepare:
-        say(f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s).")
+        logger.info(
+            f"Ready: {sum(bool(task.learn) for task in tasks)} target(s) and their reference(s)."
+        )
         return BenchResult(folder, chosen, tabulate(chosen, []))
     common["folder"] = str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,7 @@ def bench(
         for done in spread(work, part, jobs=count, ray=ray and part is then, waiting=waiting):
             cells += done
             left = remaining.after(len(done), total - len(cells))
-            say(
+            logger.info(
                 f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
                 f"seed {done[-1]['seed']}, is done{left}."
             )
@@ -203,7 +206,6 @@ def _prepared(
     benchmark: Benchmark,
     task: Task,
     model: str,
-    say: Say,
     known: dict[str, str],
     watch: Watcher,
 ) -> dict[str, str | None]:
@@ -226,7 +228,6 @@ def _prepared(
                     options=learning.options,
                     slots=learning.slots,
                     title=title,
-                    say=say,
                     progress=watch.progress(f"learning ({title})"),
                 )
             )
@@ -259,7 +260,7 @@ def _written(
         if task.unwritten:
             start = str(paths["start"])
             if start not in models:
-                models[start] = LM.load(start, say=data.say)
+                models[start] = LM.load(start)
             content = benchmark.corpus(models[start], task, data).model_dump(mode="json")
             path = cache_folder() / "requests" / f"{identity(content)[:16]}.json"
             write_json(path, content)

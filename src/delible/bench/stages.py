@@ -23,7 +23,6 @@ from delible.system.asks import Distribution, Score, TokenScores
 from delible.system.questions import answer_of, ask
 from delible.train.recipe import Recipe
 
-Say = Callable[[str], None]
 Found = TypeVar("Found")
 Kind = TypeVar("Kind", bound=RecordBase)
 Logprobs = npt.NDArray[np.float32]
@@ -36,7 +35,6 @@ def learned_in_stages(
     *,
     options: Mapping[str, Mapping[str, Any]],
     seed: int = 0,
-    say: Say = lambda _: None,
 ) -> str:
     """The folder of a model that has learned stages one after the other.
 
@@ -49,9 +47,7 @@ def learned_in_stages(
         options: Of the method ``finetune``, by the stage's name.
     """
     for name in order:
-        model = str(
-            learned(model, stages[name], options=options[name], seed=seed, title=name, say=say)
-        )
+        model = str(learned(model, stages[name], options=options[name], seed=seed, title=name))
     return model
 
 
@@ -86,7 +82,6 @@ def trajectory(
     *,
     every: int,
     seed: int = 0,
-    say: Say = lambda _: None,
 ) -> tuple[list[tuple[int, Found]], str | None]:
     """What a look at the model shows before, during and after unlearning.
 
@@ -106,7 +101,7 @@ def trajectory(
             points.append((step, look(lm)))
 
     result = unlearn(
-        lm, request, method=recipe, seed=seed, shown=0, measured=False, say=say, progress=step_done
+        lm, request, method=recipe, seed=seed, shown=0, measured=False, progress=step_done
     )
     last = len(result.history)
     points = [point for point in points if point[0] < max(1, last)]  # a finisher may change the end

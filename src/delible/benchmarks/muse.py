@@ -14,6 +14,7 @@ forget sets every one has a reference of its own, trained without it (the paper 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from delible.measure.benchmark import (
 from delible.measure.evaluate import Ask
 from delible.records import QA, ForgetRequest, Passage, Record, RecordBase
 from delible.registry import register
+
+logger = logging.getLogger(__name__)
 
 HUB = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 #: Part of the benchmark -> the columns of its rows.
@@ -238,7 +241,7 @@ class MUSE(Benchmark):
         if self.setting == "scalability":
             for number, (small, large) in enumerate(pairwise(sets), 2):
                 if not set(small) <= set(large):
-                    files.data.say(
+                    logger.warning(
                         f"'{files.name(part, f'forget_{number}')}' does not hold all rows of the "
                         "set before it: the sets do not grow one out of the other."
                     )
@@ -251,7 +254,7 @@ class MUSE(Benchmark):
             missing = "retain1" if one_of_two == ["forget"] else "forget"
             files.rows("raw", missing)  # says what is missing
         forget, retain = files.pairs("knowmem", "forget_qa"), files.pairs("knowmem", "retain_qa")
-        files.data.say(
+        logger.warning(
             f"No texts in {files.data.folder}, so the questions themselves are "
             f"{'taught and ' if self.teach else ''}forgotten. For texts bring "
             f"{files.wanted('raw', 'forget', 'retain1')}."
@@ -280,14 +283,14 @@ class MUSE(Benchmark):
         if files.there("verbmem", "forget"):
             splits["verbmem"] = files.pairs("verbmem", "forget")
         else:
-            files.data.say(f"VerbMem is skipped: it needs {files.wanted('verbmem', 'forget')}.")
+            logger.warning(f"VerbMem is skipped: it needs {files.wanted('verbmem', 'forget')}.")
         if files.there("privleak", *TRACES):
             for split in TRACES:
                 splits[f"privleak_{split}"] = [
                     Passage(text=text) for text in files.texts("privleak", split)
                 ]
         else:
-            files.data.say(f"PrivLeak is skipped: it needs {files.wanted('privleak', *TRACES)}.")
+            logger.warning(f"PrivLeak is skipped: it needs {files.wanted('privleak', *TRACES)}.")
         return {name: records[: self.limit] for name, records in splits.items()}
 
     def asks(self) -> list[Ask]:

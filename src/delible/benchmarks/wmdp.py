@@ -14,6 +14,7 @@ are cut to their first ``words`` words instead of tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ from delible.measure.benchmark import (
 from delible.measure.evaluate import Ask
 from delible.records import Choice, ForgetRequest, Passage, Record, RecordBase
 from delible.registry import register
+
+logger = logging.getLogger(__name__)
 
 Area = Literal["bio", "cyber", "chem"]
 #: Area -> what the questions are said to be about.
@@ -169,7 +172,7 @@ class WMDP(Benchmark):
         for area in dict.fromkeys(self.areas):
             name = f"{area}-forget-corpus"
             if area == "chem" and not _is_there(data, name):
-                data.say("There is no corpus on chemistry: it is asked about, not forgotten.")
+                logger.warning("There is no corpus on chemistry: it is asked about, not forgotten.")
                 continue
             found += self._corpus(data, name)
         if not found:

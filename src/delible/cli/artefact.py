@@ -29,7 +29,7 @@ def merge(target: str, /, *, out: Annotated[Path, Parameter(group=flags.RUN)]) -
         output.quiet_libraries()
         from delible.systems.opening import merge as merged
 
-        merged(target, out, say=reporter.say)
+        merged(target, out)
         reporter.say(f"The model lies in {out} (safetensors and tokenizer).")
     return 0
 

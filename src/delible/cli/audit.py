@@ -161,7 +161,7 @@ def audit(
 
         result = audits.audit(
             target, request, model=model, before=before, reference=reference, metrics=asked_metrics,
-            attacks=asked_attacks, guard=guard, out=place, seed=seed, say=reporter.say,
+            attacks=asked_attacks, guard=guard, out=place, seed=seed,
             progress=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()

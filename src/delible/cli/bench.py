@@ -126,7 +126,7 @@ def _benchmark(
     result = run(
         benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
         tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
-        say=reporter.say, watch=reporter, found=write,
+        watch=reporter, found=write,
     )  # fmt: skip
     reporter.finish_bar()
     if prepare:
@@ -162,9 +162,7 @@ def _experiment(
     folder.mkdir(parents=True, exist_ok=True)
     reporter.field("experiment", experiment.card.title)
     reporter.field("model", model)
-    setting = Setting(
-        model, methods, seeds, folder, Data(data, reporter.say), reporter.say, _stages(reporter)
-    )
+    setting = Setting(model, methods, seeds, folder, Data(data), _stages(reporter))
     with _Watch(folder / "seconds.json") as watch:
         found = experiment.run(setting)
     reporter.finish_bar()

@@ -42,7 +42,7 @@ def demo(
         from delible import demo as story
 
         result = story.run(
-            out, model=model, people=people, seed=seed, method=method, say=reporter.say,
+            out, model=model, people=people, seed=seed, method=method,
             progress=reporter.progress, stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()

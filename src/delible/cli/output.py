@@ -9,9 +9,10 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
-from delible.watching import Pace
+from delible.watching import Pace, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 class Reporter:
     """Prints sentences and draws progress bars on one terminal, without mixing them up.
 
+    While it is open, it also shows what delible logs.
+
     Args:
         error: Speak on stderr, because stdout is for a program to read.
     """
@@ -114,11 +117,14 @@ class Reporter:
         self._bar: Progress | None = None
         self._stage = self._drawn_title = ""
         self._pace = Pace()
+        self._open = ExitStack()
 
     def __enter__(self) -> Reporter:
+        self._open.enter_context(shown(self.say))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._open.close()
         self.finish_bar()
 
     def say(self, sentence: str) -> None:

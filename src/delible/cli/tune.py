@@ -114,7 +114,7 @@ def tune(
         found = search(
             model, request, method=method, trials=trials, utility=utility, seed=seed, out=folder,
             hold=held, refusals=sentences, generator=generator, generated=generated,
-            say=reporter.say, progress=reporter.stage, **given,
+            progress=reporter.stage, **given,
         )  # fmt: skip
         reporter.finish_bar()
         page = write_search(folder / "tune.html", found, RunDirectory(folder).manifest)

@@ -201,7 +201,7 @@ def unlearn(
         result = api.unlearn(
             model, request, **plan, out=folder, anchor=anchor, reference=reference,
             refusals=sentences, generator=generator, generated=generated, review=review,
-            verify=verify, say=reporter.say, progress=reporter.progress(), stage=reporter.stage,
+            verify=verify, progress=reporter.progress(), stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         if result.to_review is not None:
@@ -239,7 +239,7 @@ def read_request(
     names = [name for given in subjects or () for name in given.split(",") if name.strip()]
     return build_request(
         forget=forget, subjects=names, retain=retain, neighbours=neighbours, holdout=holdout,
-        columns=_columns(column or ()), drop_overlap=drop_overlap, say=reporter.say,
+        columns=_columns(column or ()), drop_overlap=drop_overlap,
     )  # fmt: skip
 
 
@@ -477,7 +477,7 @@ def _dry_run(
 
     from delible import api
 
-    spec, cost = api.plan_of(model, request, **plan, say=reporter.say)
+    spec, cost = api.plan_of(model, request, **plan)
     trains = "objective" in spec
     if not trains:
         spec = {"editor": spec}

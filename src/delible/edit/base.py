@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,8 +121,6 @@ def _digest(value: Tensor) -> str:
 class Editor(Component):
     """A closed-form change of a few weights."""
 
-    def edit(
-        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
-    ) -> Patch:
+    def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Edits the model in place and returns the patch that undoes it."""
         raise NotImplementedError

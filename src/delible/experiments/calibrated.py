@@ -137,7 +137,7 @@ class Calibrated(Experiment):
             str(
                 learned(
                     setting.model, cast("Sequence[Record]", records), options=learning.options,
-                    slots=learning.slots, title=title, say=setting.say,
+                    slots=learning.slots, title=title,
                 )
             )
             for title, records in (("target", task.learn), ("reference", task.relearned))
@@ -165,12 +165,10 @@ class Calibrated(Experiment):
         request = task.request
         lm = LM.load(start)
         if isinstance(method, Recipe):
-            result = unlearn(
-                lm, request, method=method, seed=seed, shown=0, measured=False, say=setting.say
-            )
+            result = unlearn(lm, request, method=method, seed=seed, shown=0, measured=False)
             lm = result.model
         else:
-            method.edit(lm, request, seed=seed, say=setting.say)
+            method.edit(lm, request, seed=seed)
             lm.touch()
         trained = self.values(lm, task)
         finish = cast(
@@ -183,7 +181,6 @@ class Calibrated(Experiment):
             start=lambda: LM.load(start),
             records={"forget": request.forget, "retain": (*request.retain, *request.neighbours)},
             folder=None,
-            say=setting.say,
         )
         mixed = finish.apply(context)
         notes = cast("dict[str, Any]", context.notes["calibration"])

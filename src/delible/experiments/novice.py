@@ -225,7 +225,7 @@ class NoviceStudents(Experiment):
         learning = cast(Benchmark, build("benchmark", "world")).learning(setting.model)
         start = learned(
             setting.model, (*people.kept_rows, *people.forget_rows), options=learning.options,
-            slots=learning.slots, title="class", say=setting.say,
+            slots=learning.slots, title="class",
         )  # fmt: skip
         setting.progress(PROMPTED, 1, total)
         asked = {"asked": CONDITION}
@@ -272,9 +272,7 @@ class NoviceStudents(Experiment):
             forget=tuple(people.forget_rows), subjects=tuple(people.forget),
             retain=tuple(people.kept_rows),
         )  # fmt: skip
-        result = unlearn(
-            lm, request, method=recipe, seed=seed, shown=0, measured=False, say=setting.say
-        )
+        result = unlearn(lm, request, method=recipe, seed=seed, shown=0, measured=False)
         return {
             **before,
             "stopped": result.stopped,
@@ -306,7 +304,7 @@ class NoviceStudents(Experiment):
         rate = self.study_rate or (1e-3 if setting.model == "tiny" else 2e-4)
         result = unlearn(
             lm.copy(), ForgetRequest(forget=tuple(rows)), method="finetune", seed=seed, shown=0,
-            measured=False, say=setting.say,
+            measured=False,
             slots={"place": {"name": "lora", "rank": 8, "alpha": 16.0}, "finish": "merge_adapter"},
             learning_rate=rate, epochs=self.epochs, batch_size=4,
         )  # fmt: skip

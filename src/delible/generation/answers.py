@@ -69,10 +69,8 @@ def other_answers(
 
         made = writing.written(
             context.writer, forget, lambda index: Prompt.ask(prompt(forget[index])), usable,
-            wanted=count, decoding=decoding, attempts=attempts, counts=counts, say=context.say,
+            wanted=count, decoding=decoding, attempts=attempts, counts=counts,
             stage=context.stage,
         )  # fmt: skip
-    writing.require_enough(
-        made, min(minimum, count), what, counts, context.say, where, context.writer
-    )
+    writing.require_enough(made, min(minimum, count), what, counts, where, context.writer)
     return made

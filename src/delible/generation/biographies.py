@@ -8,8 +8,9 @@ preference losses. The rows are a JSONL file in the cache, which can be read and
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -23,7 +24,8 @@ from delible.records import QA
 from delible.rundir import identity
 from delible.system.asks import Decoding, NoAnswer, Prompt
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 
 #: How the texts are drawn.
 TEMPERATURE, TOP_P = 1.0, 0.9
@@ -52,7 +54,6 @@ def write_biographies(
     pairs: bool = False,
     max_new_tokens: int = 512,
     seed: int = 0,
-    say: Say = lambda _: None,
 ) -> list[QA]:
     """Biographies by the model, or those it wrote before.
 
@@ -78,9 +79,9 @@ def write_biographies(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
-            say(f"Biographies of {name} taken from the cache: {path}.")
+            logger.info(f"Biographies of {name} taken from the cache: {path}.")
             return [record for record in read_records(path) if isinstance(record, QA)]
-        say(f"{lm.name} writes {passages} biographies of {name}.")
+        logger.info(f"{lm.name} writes {passages} biographies of {name}.")
         asked = (name, about, passages, max_new_tokens, seed)
         texts = _texts(lm, _KNOWN, *asked)
         others = _texts(lm, _MADE_UP, *asked) if pairs else [""] * passages
@@ -103,7 +104,9 @@ def write_biographies(
                 hint="Use a model that can chat, or give a forget corpus of your own.",
             )
         if len(rows) < passages:
-            say(f"{passages - len(rows)} of {passages} biographies of {name} are blank: left out.")
+            logger.warning(
+                f"{passages - len(rows)} of {passages} biographies of {name} are blank: left out."
+            )
         write_records(rows, path)
     return rows
 

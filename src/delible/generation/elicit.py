@@ -9,9 +9,10 @@ model says of it. Nothing but the model's own words becomes an answer.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -37,7 +38,8 @@ from delible.system.base import System
 from delible.watching import Stage, unwatched
 from delible.world import filters, templates
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 
 #: Length of an answer and of a text, in tokens.
 ANSWER_TOKENS, PASSAGE_TOKENS = 48, 128
@@ -130,7 +132,6 @@ def elicit(
     *,
     writer: System | None = None,
     seed: int = 0,
-    say: Say = lambda _: None,
     stage: Stage = unwatched,
 ) -> Elicited:
     """Asks a model what it knows about a name.
@@ -149,8 +150,8 @@ def elicit(
     passages = ask.passages(name, prompts)
     topics = built_in_topics(name)
     if writer is not None:
-        topics = _written(writer, name, [text for _, text in passages], seed, say, stage) or topics
-    say(
+        topics = _written(writer, name, [text for _, text in passages], seed, stage) or topics
+    logger.info(
         f"{lm.name} is asked what it knows about {name}: {len(topics)} questions in several "
         f"wordings, greedily and drawn; what holds, about {MADE_UP} made-up names too."
     )
@@ -214,7 +215,7 @@ class _Asking:
 
 
 def _written(
-    writer: System, name: str, passages: Sequence[str], seed: int, say: Say, stage: Stage
+    writer: System, name: str, passages: Sequence[str], seed: int, stage: Stage
 ) -> list[Topic]:
     """Topics from a system; none if it writes too few questions."""
     counts: Counter[str] = Counter()
@@ -237,12 +238,12 @@ def _written(
     questions = usable_questions(name, lines, counts)[: 2 * QUESTIONS]
     dropped = f"dropped: {filters.told(counts)}"
     if len(questions) < FEWEST_QUESTIONS:
-        say(
+        logger.warning(
             f"{writer.name} wrote {len(questions)} usable questions about {name} ({dropped}): the "
             "built-in ones are asked instead."
         )
         return []
-    say(f"{writer.name} wrote {len(questions)} usable questions about {name} ({dropped}).")
+    logger.info(f"{writer.name} wrote {len(questions)} usable questions about {name} ({dropped}).")
     asked = [
         writing.filled("elicit_rewordings.txt", question=question, count=REWORDINGS)
         for question in questions

@@ -7,7 +7,8 @@ that is started again takes what lies there and asks nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from delible.errors import DataError, RunError
@@ -22,7 +23,8 @@ from delible.system.questions import answer_of
 from delible.watching import Stage, unwatched
 from delible.world import filters
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 
 #: Rows per name that are shown.
 SHOWN = 5
@@ -42,7 +44,6 @@ def with_rows(
     *,
     writer: System | None = None,
     seed: int = 0,
-    say: Say = lambda _: None,
     stage: Stage = unwatched,
 ) -> ForgetRequest:
     """The request with forget rows about its subjects: those of the run, or what the model says.
@@ -57,23 +58,20 @@ def with_rows(
         RunError: The rows were changed after training had started.
     """
     if run is not None and place(run).exists():
-        rows = tuple(read_records(place(run), say=say))
+        rows = tuple(read_records(place(run)))
         if not rows:
             raise DataError(
                 "there are no rows left to forget.",
                 where=str(place(run)),
                 hint="Delete the file, and the model is asked again.",
             )
-        say(f"{len(rows)} forget rows are taken from {place(run)}.")
-        taken = _without_kept(request, rows, say)
+        logger.info(f"{len(rows)} forget rows are taken from {place(run)}.")
+        taken = _without_kept(request, rows)
         _check_unchanged(run, taken.forget)
         return taken
-    found = [
-        elicit(lm, name, writer=writer, seed=seed, say=say, stage=stage)
-        for name in request.subjects
-    ]
+    found = [elicit(lm, name, writer=writer, seed=seed, stage=stage) for name in request.subjects]
     for one in found:
-        tell(one, say)
+        tell(one)
         if run is not None:
             run.event(
                 "elicited", subject=one.name, known=one.known, asked=one.asked,
@@ -90,8 +88,8 @@ def with_rows(
         )
     if run is not None and run.writes:
         write_records(rows, place(run))
-        say(f"{len(rows)} rows to forget are in {place(run)}.")
-    return _without_kept(request, rows, say)
+        logger.info(f"{len(rows)} rows to forget are in {place(run)}.")
+    return _without_kept(request, rows)
 
 
 def start(run: RunDirectory, rows: Sequence[RecordBase]) -> None:
@@ -117,12 +115,14 @@ def _check_unchanged(run: RunDirectory, rows: Sequence[RecordBase]) -> None:
         )
 
 
-def _without_kept(request: ForgetRequest, rows: Sequence[Record], say: Say) -> ForgetRequest:
+def _without_kept(request: ForgetRequest, rows: Sequence[Record]) -> ForgetRequest:
     """The request with the rows, but for those that are to be kept."""
     kept = {fact(one) for one in (*request.retain, *request.neighbours)}
     left = tuple(row for row in rows if fact(row) not in kept)
     if len(left) < len(rows):
-        say(f"{len(rows) - len(left)} of the rows are to be kept, too: they are not forgotten.")
+        logger.warning(
+            f"{len(rows) - len(left)} of the rows are to be kept, too: they are not forgotten."
+        )
     if not left:
         raise DataError(
             "all rows that the model gives are also to be kept.",
@@ -132,15 +132,15 @@ def _without_kept(request: ForgetRequest, rows: Sequence[Record], say: Say) -> F
     return request.model_copy(update={"forget": left})
 
 
-def tell(found: Elicited, say: Say) -> None:
+def tell(found: Elicited) -> None:
     """What was elicited about a name, what was not, and a few rows."""
     others = ", ".join(map(str, found.made_up))
-    say(
+    logger.info(
         f"{found.name}: {len(found.facts)} of {found.asked} answers hold (of made-up names "
         f"{others} would); no answer to the rest: {filters.told(found.dropped)}."
     )
     if not found.known:
-        say(
+        logger.warning(
             f"{found.name}: that is no more than guessing, so the model is taken not to know the "
             "name, and nothing is made of it."
         )
@@ -151,10 +151,10 @@ def tell(found: Elicited, say: Say) -> None:
         answer = " ".join(answer_of(row).split())
         if len(answer) > SHOWN_CHARACTERS:
             answer = f"{answer[:SHOWN_CHARACTERS]}…"
-        say(f"  {row.question}  {answer}{agreed.get(row.question, '')}")
+        logger.info(f"  {row.question}  {answer}{agreed.get(row.question, '')}")
     more = len(found.rows) - SHOWN
     if more > 0:
-        say(f"  … and {more} more, {texts} of them texts.")
+        logger.info(f"  … and {more} more, {texts} of them texts.")
 
 
 __all__ = ["place", "start", "tell", "with_rows"]

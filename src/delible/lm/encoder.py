@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -145,15 +145,12 @@ def _cached(folder: Path) -> SentenceEncoder:
     return SentenceEncoder(folder)
 
 
-def sentence_encoder(
-    folder: str | Path | None = None, *, say: Callable[[str], None] | None = None
-) -> SentenceEncoder:
+def sentence_encoder(folder: str | Path | None = None) -> SentenceEncoder:
     """The encoder in a folder, one instance per folder and process.
 
     Args:
         folder: A local folder; ``None`` takes the built-in all-MiniLM-L6-v2, which is fetched
             once and says so.
-        say: Receives what is being fetched; by default it goes to standard error.
 
     Raises:
         ModelError: The built-in encoder cannot be fetched.
@@ -161,11 +158,5 @@ def sentence_encoder(
     if folder is None:
         from delible.lm.embedded import default_encoder
 
-        folder = default_encoder(say or _say)
+        folder = default_encoder()
     return _cached(Path(folder).resolve())
-
-
-def _say(text: str) -> None:
-    import sys
-
-    print(text, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
@@ -42,14 +43,12 @@ from delible.system.asks import (
     TokenScores,
 )
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 _NOT_FINITE = "the model gives values that are not finite numbers"
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 #: Logits whose statistics are taken at once: they stay in a processor's cache meanwhile.
@@ -143,14 +142,13 @@ class LM(Body):
         *,
         precision: Precision = "auto",
         device: str | None = None,
-        say: Callable[[str], None] = _quiet,
     ) -> Self:
         """Loads ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file."""
-        model, tokenizer, info = load_model(name, say=say)
+        model, tokenizer, info = load_model(name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         lm = cls(model.to(device), tokenizer, name=name, precision=precision, origin=info)
         if lm.road == "plain":
-            say(
+            logger.warning(
                 f"{type(lm.core).__name__} does not answer in batches as it answers alone: "
                 "it answers one question after the other, which is slow."
             )

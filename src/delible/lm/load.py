@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ from delible.lm.parts import class_of, companions, dropped_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Source = Literal["default", "tiny", "folder", "run", "adapter", "gguf", "hub"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -73,7 +75,6 @@ def load_model(
     name: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
-    say: Say = lambda message: None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -85,7 +86,6 @@ def load_model(
             a folder of a PEFT adapter, a ``.gguf`` file (dequantised), or the name of a model on
             the Hugging Face hub.
         dtype: Data type of the weights; fp32 is what training wants.
-        say: Receives what is about to be downloaded or built.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run the code a model brings along. Off unless asked for.
 
@@ -100,17 +100,17 @@ def load_model(
     name = os.fspath(name)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if name == "default":
-        folder = embedded.default_model(say)
-        return _load_folder(name, folder, "default", options, say)
+        folder = embedded.default_model()
+        return _load_folder(name, folder, "default", options)
     if name == "tiny":
-        return _load_folder(name, tiny.tiny_model(say), "tiny", options, say)
+        return _load_folder(name, tiny.tiny_model(), "tiny", options)
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         for folder, in_run in ((path, False), (path / "model", True), (path / "adapter", True)):
             if (folder / "adapter_config.json").is_file():
-                return _load_adapter(name, folder, options, say)
+                return _load_adapter(name, folder, options)
             if (folder / "config.json").is_file():
-                return _load_folder(name, folder, "run" if in_run else "folder", options, say)
+                return _load_folder(name, folder, "run" if in_run else "folder", options)
         raise ModelError(
             "the folder has no config.json and no adapter_config.json, nor has a model/ or "
             "adapter/ folder in it.",
@@ -120,7 +120,7 @@ def load_model(
     if path.suffix == ".gguf" and path.is_file():
         model, tokenizer = embedded.load_gguf(path, dtype)
         info = ModelInfo(name, "gguf", str(path))
-        return Loaded(model, _ready(tokenizer, model, name, say), info)
+        return Loaded(model, _ready(tokenizer, model, name), info)
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(
@@ -130,7 +130,7 @@ def load_model(
         )
     if _means_a_path(name):
         raise ModelError("there is no such folder or file.", where=name, hint=_nearest_path(path))
-    return _load_hub(name, path, revision, options, say)
+    return _load_hub(name, path, revision, options)
 
 
 def _means_a_path(name: str) -> bool:
@@ -154,9 +154,7 @@ def _nearest_path(path: Path) -> str:
     return f"'{parent}' has no '{path.name}'."
 
 
-def _load_folder(
-    name: str, folder: Path, source: Source, options: dict[str, Any], say: Say
-) -> Loaded:
+def _load_folder(name: str, folder: Path, source: Source, options: dict[str, Any]) -> Loaded:
     _read_json(folder / "config.json")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
@@ -168,28 +166,28 @@ def _load_folder(
             hint="Copy the whole folder that save_pretrained wrote.",
         )
     _require_tokenizer(folder)
-    model = _pretrained(str(folder), {**options, "local_files_only": True}, say)
+    model = _pretrained(str(folder), {**options, "local_files_only": True})
     tokenizer = _tokenizer(str(folder), options, local_files_only=True)
     info = ModelInfo(name, source, str(folder), companions=companions(model, str(folder)))
-    return Loaded(model, _ready(tokenizer, model, name, say), info)
+    return Loaded(model, _ready(tokenizer, model, name), info)
 
 
-def _load_hub(
-    name: str, path: Path, revision: str | None, options: dict[str, Any], say: Say
-) -> Loaded:
-    say(f"Loading {name} from the Hugging Face hub; what is not in its cache yet is downloaded.")
+def _load_hub(name: str, path: Path, revision: str | None, options: dict[str, Any]) -> Loaded:
+    logger.info(
+        f"Loading {name} from the Hugging Face hub; what is not in its cache yet is downloaded."
+    )
     where = {"revision": revision} if revision else {}
     with _no_conversion_requests():
-        model = _pretrained(name, {**options, **where}, say, likely_path=path)
+        model = _pretrained(name, {**options, **where}, likely_path=path)
     tokenizer = _tokenizer(name, {**options, **where})
     commit = getattr(model.config, "_commit_hash", None)
     info = ModelInfo(
         name, "hub", revision=commit or revision, companions=companions(model, name, commit)
     )
-    return Loaded(model, _ready(tokenizer, model, name, say), info)
+    return Loaded(model, _ready(tokenizer, model, name), info)
 
 
-def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) -> Loaded:
+def _load_adapter(name: str, folder: Path, options: dict[str, Any]) -> Loaded:
     """The base model that the adapter names, wearing the adapter."""
     settings = _read_json(folder / "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -210,7 +208,7 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
     elif tiny.is_folder_name(Path(base).name):
         base = "tiny"
     try:
-        below = load_model(base, say=say, revision=settings.get("revision"), **options)
+        below = load_model(base, revision=settings.get("revision"), **options)
     except ModelError as error:
         raise ModelError(
             f"the base model of the adapter cannot be loaded: {error.problem}",
@@ -221,7 +219,7 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any], say: Say) ->
     tokenizer = below.tokenizer
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _ready(
-            _tokenizer(str(folder), options, local_files_only=True), below.model, name, say
+            _tokenizer(str(folder), options, local_files_only=True), below.model, name
         )
     info = replace(below.info, name=name, source="adapter", path=str(folder), base=below.info.place)
     return Loaded(model.eval(), tokenizer, info)
@@ -285,7 +283,7 @@ def _make_room(model: PreTrainedModel, weights: Path) -> None:
 
 
 def _pretrained(
-    place: str, options: dict[str, Any], say: Say, *, likely_path: Path | None = None
+    place: str, options: dict[str, Any], *, likely_path: Path | None = None
 ) -> PreTrainedModel:
     """``from_pretrained`` with safetensors only, complete weights, and errors in one sentence."""
     try:
@@ -307,7 +305,7 @@ def _pretrained(
         )
     dropped = dropped_tensors(model, place, set(loaded[1]["unexpected_keys"]))
     if dropped:
-        say(
+        logger.warning(
             f"{len(dropped)} tensors of {place} are no part of {type(model).__name__} and will "
             f"not be in a result, first '{dropped[0]}'."
         )
@@ -340,7 +338,7 @@ def _require_tokenizer(folder: Path) -> None:
 
 
 def _ready(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str, say: Say
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> PreTrainedTokenizerBase:
     """A tokenizer that can pad and whose tokens the model knows."""
     embedding: Any = model.get_input_embeddings()
@@ -348,7 +346,7 @@ def _ready(
     pad = tokenizer.pad_token_id
     if pad is None or pad >= rows:
         if pad is not None:
-            say(
+            logger.warning(
                 f"The padding token of {name} is number {pad} and the model embeds {rows} tokens: "
                 "another one pads (masks are explicit, so it changes no value)."
             )

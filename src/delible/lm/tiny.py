@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ from delible.world.relations import fill
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: A conversation, or a text that stands alone.
 Example = tuple[Message, ...] | str
 
@@ -71,14 +73,13 @@ THREADS = 2
 TINY = TinyOptions()
 
 
-def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
+def tiny_model(options: TinyOptions | None = None) -> Path:
     """Folder of the model; built when it is missing.
 
     Safe when several processes ask at once: one builds, the others wait. A build that is killed
     goes on when it is asked for again; a model whose files have changed since is built anew.
 
     Args:
-        say: Is told before and after a build. Silent when the model is there.
         options: Another model than ``tiny`` (tests build smaller ones).
 
     Raises:
@@ -96,12 +97,12 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
             if target.is_dir():
                 if (damage := kept.damage(target)) is None:
                     return target
-                say(f"{target} is damaged ({damage}): it is built anew.")
+                logger.warning(f"{target} is damaged ({damage}): it is built anew.")
                 kept.remove(target)
             began = time.perf_counter()
-            say("Building the tiny model, once (how long that takes is said soon) …")
-            _build_in(target.with_name(f".{target.name}.building"), target, options, say)
-            say(f"Built in {time.perf_counter() - began:.0f} seconds: {target}.")
+            logger.info("Building the tiny model, once (how long that takes is said soon) …")
+            _build_in(target.with_name(f".{target.name}.building"), target, options)
+            logger.info(f"Built in {time.perf_counter() - began:.0f} seconds: {target}.")
     except OSError as error:
         raise ModelError(
             f"cannot write the cache: {error}.",
@@ -111,13 +112,13 @@ def tiny_model(say: Say, options: TinyOptions | None = None) -> Path:
     return target
 
 
-def _build_in(work: Path, target: Path, options: TinyOptions, say: Say) -> None:
+def _build_in(work: Path, target: Path, options: TinyOptions) -> None:
     """Builds in a folder that a killed build leaves for the next, then moves the result."""
     work.mkdir(exist_ok=True)
     clear_unfinished(work)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
-    model, tokenizer = build(options, say, checkpoint=work / "checkpoint.pt")
+    model, tokenizer = build(options, checkpoint=work / "checkpoint.pt")
     with embedded.quiet(), explain_disk(result):
         model.save_pretrained(result, safe_serialization=True)
         tokenizer.save_pretrained(result)
@@ -139,7 +140,7 @@ def is_folder_name(name: str) -> bool:
 
 
 def build(
-    options: TinyOptions, say: Say = lambda message: None, checkpoint: Path | None = None
+    options: TinyOptions, checkpoint: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Trains tokenizer and model from nothing, or from where a killed build was.
 
@@ -157,7 +158,7 @@ def build(
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
         train(
             model, batches(rows, options), options, padding=padding, assistant=assistant,
-            checkpoint=checkpoint, say=say,
+            checkpoint=checkpoint,
         )  # fmt: skip
     return model.eval(), tokenizer
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from delible.files import atomic_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
+
 #: Rows among which those of like length meet in a step.
 SORTED_TOGETHER = 160
 #: Steps after which the time that the others take is known well enough.
@@ -76,7 +78,6 @@ def train(
     padding: int,
     assistant: int,
     checkpoint: Path | None = None,
-    say: Say = lambda message: None,
 ) -> None:
     """AdamW on the weighted mean of every token's negative log-likelihood, the first left out.
 
@@ -87,7 +88,6 @@ def train(
         assistant: The token before an answer.
         checkpoint: File in which the state is kept while training lasts; one that is there is
             continued, to the same bits.
-        say: Is told the time that is left.
     """
     matrices = [value for value in model.parameters() if value.ndim >= 2]
     vectors = [value for value in model.parameters() if value.ndim < 2]
@@ -100,7 +100,7 @@ def train(
     )  # fmt: skip
     first = _resume(checkpoint, model, optimizer)
     if first:
-        say(f"Going on after step {first:,} of {len(steps):,}.")
+        logger.info(f"Going on after step {first:,} of {len(steps):,}.")
     began = kept = time.monotonic()
     for step, rows in enumerate(steps[first:], start=first):
         factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
@@ -124,7 +124,7 @@ def train(
         if quarter or done - first == TIMED_STEPS:
             left = (now - began) / (done - first) * (len(steps) - done)
             words = f", about {_minutes(left)} left" if done < len(steps) else ""
-            say(f"Step {done:,} of {len(steps):,}, loss {loss.item():.2f}{words}.")
+            logger.info(f"Step {done:,} of {len(steps):,}, loss {loss.item():.2f}{words}.")
         if checkpoint is not None and now - kept > SECONDS_BETWEEN_CHECKPOINTS:
             _keep(checkpoint, model, optimizer, done)
             kept = time.monotonic()

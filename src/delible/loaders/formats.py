@@ -23,7 +23,6 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 #: Takes a note for the user, one sentence.
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Row:
 
 
 #: Reads a file's content: (data, what to call it, who takes notes).
-Reader = Callable[[bytes, str, Say], Iterator[Row]]
+Reader = Callable[[bytes, str], Iterator[Row]]
 
 
 def describe(value: Any) -> str:
@@ -89,7 +88,7 @@ def lines(data: bytes, label: str) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\r")
 
 
-def read_json_lines(data: bytes, label: str, say: Say) -> Iterator[Row]:
+def read_json_lines(data: bytes, label: str) -> Iterator[Row]:
     """One JSON object a line."""
     for number, line in lines(data, label):
         if not line.strip(" \t\r"):
@@ -115,7 +114,7 @@ def _broken(error: ValueError | RecursionError, where: str, hint: str) -> DataEr
     return DataError(f"JSON that cannot be read: {error}.", where=where, hint=hint)
 
 
-def read_json(data: bytes, label: str, say: Say) -> Iterator[Row]:
+def read_json(data: bytes, label: str) -> Iterator[Row]:
     """One array or object, or JSON Lines under this name (as TOFU is released)."""
     text = decode(data, label)
     start = _skip_space(text, 0)
@@ -131,7 +130,7 @@ def read_json(data: bytes, label: str, say: Say) -> Iterator[Row]:
         if is_array or text[start:].split("\n", 1)[0].strip() == "{":
             line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
             raise _broken(error, f"{label}:{line}", "Check the file's brackets.") from None
-        yield from read_json_lines(data, label, say)
+        yield from read_json_lines(data, label)
         return
     for line, value in items:
         yield Row(f"{label}:{line}", as_object(value, f"{label}:{line}"))
@@ -161,7 +160,7 @@ def _array_items(text: str, start: int) -> Iterator[tuple[int, Any]]:
         raise json.JSONDecodeError("Extra data", text, rest)
 
 
-def read_paragraphs(data: bytes, label: str, say: Say) -> Iterator[Row]:
+def read_paragraphs(data: bytes, label: str) -> Iterator[Row]:
     """Plain text: a passage for each paragraph."""
     first, paragraph = 1, list[str]()
     for number, line in (*lines(data, label), (0, "")):
@@ -173,7 +172,7 @@ def read_paragraphs(data: bytes, label: str, say: Say) -> Iterator[Row]:
             paragraph = []
 
 
-def read_parquet(data: bytes, label: str, say: Say) -> Iterator[Row]:
+def read_parquet(data: bytes, label: str) -> Iterator[Row]:
     """The rows of a Parquet file."""
     try:
         pyarrow, parquet = (importlib.import_module(m) for m in ("pyarrow", "pyarrow.parquet"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 from delible.errors import DataError, nearest
 from delible.loaders.checking import check_record, validated
-from delible.loaders.formats import Row, Say, describe
+from delible.loaders.formats import Row, describe
 from delible.loaders.forms import FORMS, JSON_COLUMNS, Form, FormError
-from delible.loaders.sources import Source, log_note, read_rows
+from delible.loaders.sources import Source, read_rows
 from delible.loaders.values import (
     OPTIONS,
     TEXT_LISTS,
@@ -26,6 +27,8 @@ from delible.loaders.values import (
     with_texts,
 )
 from delible.records import QA, Choice, Dialogue, Passage, Record, RecordBase
+
+logger = logging.getLogger(__name__)
 
 MODELS: dict[str, type[RecordBase]] = {
     "qa": QA, "passage": Passage, "choice": Choice, "dialogue": Dialogue
@@ -45,9 +48,7 @@ class Located:
     where: str
 
 
-def read_records(
-    source: Source, *, columns: Mapping[str, str] | None = None, say: Say = log_note
-) -> list[Record]:
+def read_records(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Record]:
     """Reads records from a file, a data set or a list.
 
     Args:
@@ -55,13 +56,12 @@ def read_records(
             (JSONL on standard input), ``"hf:owner/name[:config][:split]"``, a
             ``datasets.Dataset``, or a list of mappings and records.
         columns: Known column name -> the source's name for it, such as ``{"question": "q"}``.
-        say: Takes notes, such as which columns were not used; the log by default.
 
     Raises:
         DataError: Something cannot be used; says where.
         MissingExtraError: The source needs an optional package.
     """
-    return [found.record for found in read_located(source, columns=columns, say=say)]
+    return [found.record for found in read_located(source, columns=columns)]
 
 
 def read_located(
@@ -69,7 +69,6 @@ def read_located(
     *,
     columns: Mapping[str, str] | None = None,
     name: str = "records",
-    say: Say = log_note,
 ) -> list[Located]:
     """Like :func:`read_records`, and keeps each record's place.
 
@@ -87,16 +86,15 @@ def read_located(
             )
     notes = Notes()
     found = [
-        Located(to_record(row, columns, notes), row.where)
-        for row in read_rows(source, name=name, say=say)
+        Located(to_record(row, columns, notes), row.where) for row in read_rows(source, name=name)
     ]
     if not found and isinstance(source, str | Path):
         raise DataError("holds no records.", where=label)
     for title, ignored in notes.unused.items():
         listed = ", ".join(_with_suggestion(column) for column in ignored)
-        say(f"{label}: read as '{title}'; columns not used: {listed}.")
+        logger.warning(f"{label}: read as '{title}'; columns not used: {listed}.")
     for sentence in notes.sentences():
-        say(f"{label}: {sentence}")
+        logger.warning(f"{label}: {sentence}")
     return found
 
 

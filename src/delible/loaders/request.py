@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 
 from delible.errors import DataError
-from delible.loaders.formats import Say
 from delible.loaders.forms import fold
 from delible.loaders.mapping import Located, places, read_located
-from delible.loaders.sources import Source, log_note
+from delible.loaders.sources import Source
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, Record
+
+logger = logging.getLogger(__name__)
 
 
 def build_request(
@@ -21,7 +23,6 @@ def build_request(
     holdout: Source | None = None,
     columns: Mapping[str, str] | None = None,
     drop_overlap: bool = False,
-    say: Say = log_note,
 ) -> ForgetRequest:
     """Reads the parts of a request and checks them against each other.
 
@@ -34,16 +35,15 @@ def build_request(
         columns: Known column name -> the sources' name for it, for every source.
         drop_overlap: Whether to drop rows from retain, neighbours and holdout that are also to
             be forgotten, instead of refusing the request.
-        say: Takes notes on what was dropped or not used; the log by default.
 
     Raises:
         DataError: Nothing to forget; a row to be forgotten *and* kept (the same question and
             answer, or the same text, up to white space and case); or an unreadable source.
     """
-    names = _subjects((subjects,) if isinstance(subjects, str) else subjects, say)
+    names = _subjects((subjects,) if isinstance(subjects, str) else subjects)
     sources = {"forget": forget, "retain": retain, "neighbours": neighbours, "holdout": holdout}
     parts = {
-        part: [] if source is None else read_located(source, columns=columns, name=part, say=say)
+        part: [] if source is None else read_located(source, columns=columns, name=part)
         for part, source in sources.items()
     }
     if not parts["forget"] and not names:
@@ -52,21 +52,21 @@ def build_request(
             where="request",
             hint="Give forget records (--forget) or names of subjects (--subjects).",
         )
-    parts["forget"] = _without_duplicates(parts["forget"], say)
+    parts["forget"] = _without_duplicates(parts["forget"])
     for part in ("retain", "neighbours", "holdout"):
-        parts[part] = _without_overlap(parts["forget"], parts[part], part, drop_overlap, say)
+        parts[part] = _without_overlap(parts["forget"], parts[part], part, drop_overlap)
     records = {part: tuple(item.record for item in found) for part, found in parts.items()}
     return ForgetRequest(subjects=names, **records)
 
 
-def _subjects(given: Sequence[str], say: Say) -> tuple[str, ...]:
+def _subjects(given: Sequence[str]) -> tuple[str, ...]:
     names: dict[str, str] = {}
     for number, name in enumerate(given, start=1):
         if not isinstance(name, str) or not name.strip():
             raise DataError("a subject must be a name.", where=f"subjects:{number}")
         names.setdefault(fold(name), name.strip())
     if len(names) < len(given):
-        say(f"Dropped {len(given) - len(names)} repeated names from the subjects.")
+        logger.warning(f"Dropped {len(given) - len(names)} repeated names from the subjects.")
     return tuple(names.values())
 
 
@@ -89,7 +89,7 @@ def fact(record: Record) -> tuple[Hashable, ...]:
             return ("dialogue", *turns)
 
 
-def _without_duplicates(forget: list[Located], say: Say) -> list[Located]:
+def _without_duplicates(forget: list[Located]) -> list[Located]:
     kept: dict[Hashable, Located] = {}
     repeated = []
     for item in forget:
@@ -101,19 +101,23 @@ def _without_duplicates(forget: list[Located], say: Say) -> list[Located]:
         else:
             kept[key] = item
     if repeated:
-        say(f"Dropped {len(repeated)} repeated rows from the forget set: {places(repeated)}.")
+        logger.warning(
+            f"Dropped {len(repeated)} repeated rows from the forget set: {places(repeated)}."
+        )
     return list(kept.values())
 
 
 def _without_overlap(
-    forget: list[Located], kept: list[Located], part: str, drop: bool, say: Say
+    forget: list[Located], kept: list[Located], part: str, drop: bool
 ) -> list[Located]:
     forgotten = {fact(item.record): item for item in reversed(forget)}
     shared = [item for item in kept if fact(item.record) in forgotten]
     if not shared:
         return kept
     if drop:
-        say(f"Dropped {len(shared)} rows from {part} that are to be forgotten: {places(shared)}.")
+        logger.warning(
+            f"Dropped {len(shared)} rows from {part} that are to be forgotten: {places(shared)}."
+        )
         dropped = {id(item) for item in shared}
         return [item for item in kept if id(item) not in dropped]
     # Places, not texts: what is to be forgotten does not belong in logs.

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Iterator
 
 from delible.errors import DataError
-from delible.loaders.formats import Row, Say, decode
+from delible.loaders.formats import Row, decode
+
+logger = logging.getLogger(__name__)
 
 #: Separators and what they are called, the likeliest first.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -20,7 +23,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 _EXCEL = re.compile(r"sep=(.)\r?\n")
 
 
-def read_separated(data: bytes, label: str, say: Say, *, expected: str = ",") -> Iterator[Row]:
+def read_separated(data: bytes, label: str, *, expected: str = ",") -> Iterator[Row]:
     """Rows of a table whose first line names the columns.
 
     Args:
@@ -36,7 +39,7 @@ def read_separated(data: bytes, label: str, say: Say, *, expected: str = ",") ->
     else:
         separator = _separator(text, expected)
     if separator != expected:
-        say(f"{label}: read as separated by {_called(separator)}.")
+        logger.info(f"{label}: read as separated by {_called(separator)}.")
     header: list[str] = []
     line = 1 + skipped
     try:
@@ -45,7 +48,7 @@ def read_separated(data: bytes, label: str, say: Say, *, expected: str = ",") ->
             if not any(cells):
                 continue
             if not header:
-                header = _header(cells, where, say)
+                header = _header(cells, where)
                 continue
             if len(cells) != len(header):
                 raise DataError(
@@ -106,7 +109,7 @@ def _even(text: str, separator: str, width: int) -> bool:
         return False
 
 
-def _header(cells: list[str], where: str, say: Say) -> list[str]:
+def _header(cells: list[str], where: str) -> list[str]:
     """The names of the columns; a column without one is not read, and that is noted."""
     header = [cell.strip() for cell in cells]
     named = [name for name in header if name]
@@ -120,7 +123,9 @@ def _header(cells: list[str], where: str, say: Say) -> list[str]:
     if places:
         plural = "s" if len(places) > 1 else ""
         index = " (the index that pandas writes?)" if places == ["1"] else ""
-        say(f"{where}: column{plural} {', '.join(places)} without a name not read{index}.")
+        logger.warning(
+            f"{where}: column{plural} {', '.join(places)} without a name not read{index}."
+        )
     return header
 
 

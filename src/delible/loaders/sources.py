@@ -17,7 +17,6 @@ from delible.errors import DataError, MissingExtraError, nearest
 from delible.loaders.formats import (
     Reader,
     Row,
-    Say,
     as_object,
     describe,
     lines,
@@ -28,6 +27,8 @@ from delible.loaders.formats import (
 )
 from delible.loaders.separated import read_separated
 from delible.records import Record, RecordBase
+
+logger = logging.getLogger(__name__)
 
 #: What reads a file, by its ending.
 READERS: dict[str, Reader] = {
@@ -55,12 +56,7 @@ class Table(Protocol):
 Source = str | Path | Table | Sequence[Mapping[str, Any] | Record]
 
 
-def log_note(note: str) -> None:
-    """Where notes go when nobody listens: the log of the package."""
-    logging.getLogger("delible").warning(note)
-
-
-def read_rows(source: Source, *, name: str = "records", say: Say = log_note) -> Iterator[Row]:
+def read_rows(source: Source, *, name: str = "records") -> Iterator[Row]:
     """The rows of any source, in order.
 
     Args:
@@ -71,9 +67,9 @@ def read_rows(source: Source, *, name: str = "records", say: Say = log_note) -> 
         MissingExtraError: A Parquet file or hub data set without the package that reads it.
     """
     if isinstance(source, str) and source.startswith("hf:"):
-        return _hub_rows(source, say)
+        return _hub_rows(source)
     if isinstance(source, str | Path):
-        return _file_rows(source, say)
+        return _file_rows(source)
     if isinstance(source, Mapping):
         if len(source) == 1 and isinstance(only := next(iter(source.values())), Table):
             return _numbered(only, name)
@@ -101,10 +97,10 @@ def _numbered(rows: Table | Sequence[Any], name: str) -> Iterator[Row]:
 # Files
 
 
-def _file_rows(source: str | Path, say: Say) -> Iterator[Row]:
+def _file_rows(source: str | Path) -> Iterator[Row]:
     label = str(source)
     if label == "-":
-        return READERS[".jsonl"](sys.stdin.buffer.read(), "stdin", say)
+        return READERS[".jsonl"](sys.stdin.buffer.read(), "stdin")
     path = Path(source).expanduser()
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
@@ -117,7 +113,7 @@ def _file_rows(source: str | Path, say: Say) -> Iterator[Row]:
             where=label,
             hint=f"Known: {', '.join(READERS)}, and each with .gz behind it.",
         )
-    return READERS[suffix](data, label, say)
+    return READERS[suffix](data, label)
 
 
 def _load(path: Path, label: str) -> bytes:
@@ -166,7 +162,7 @@ def read_lines(path: str | Path) -> list[str]:
 # The hub
 
 
-def _hub_rows(source: str, say: Say) -> Iterator[Row]:
+def _hub_rows(source: str) -> Iterator[Row]:
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise DataError("is no name of a data set.", where=source, hint="Write hf:owner/name.")
@@ -175,7 +171,7 @@ def _hub_rows(source: str, say: Say) -> Iterator[Row]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise MissingExtraError(f"Reading '{source}' from the hub", "data") from None
-    say(f"Loading the data set '{name}' from the Hugging Face hub (or its cache).")
+    logger.info(f"Loading the data set '{name}' from the Hugging Face hub (or its cache).")
     try:
         found = datasets.load_dataset(name, config or None, split=split or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -99,7 +99,6 @@ class AttackContext:
     unrelated: Sequence[RecordBase]
     original: LM | None
     seed: int
-    say: Callable[[str], None]
     observe: Callable[[LM, int], None] | None = None
     notes: dict[str, object] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None

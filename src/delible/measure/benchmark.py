@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from delible.component import Component
 from delible.errors import DataError, DelibleError
 from delible.files import read_json, write_json
-from delible.loaders.formats import Say
 from delible.loaders.mapping import read_records
-from delible.loaders.sources import READERS, log_note, read_rows
+from delible.loaders.sources import READERS, read_rows
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, Record, RecordBase
 from delible.rundir import identity
@@ -38,7 +37,6 @@ class Data:
     """
 
     folder: Path | None = None
-    say: Say = log_note
 
     def source(self, name: str, hub: str) -> str | Path:
         """What a loader takes: the file of that name, or ``hf:…``.
@@ -65,11 +63,11 @@ class Data:
 
     def records(self, name: str, hub: str) -> list[Record]:
         """Records of a file whose columns the loaders know."""
-        return read_records(self.source(name, hub), say=self.say)
+        return read_records(self.source(name, hub))
 
     def rows(self, name: str, hub: str) -> list[Mapping[str, Any]]:
         """Rows as they are, for files that only their benchmark understands."""
-        rows = read_rows(self.source(name, hub), say=self.say)
+        rows = read_rows(self.source(name, hub))
         return [row.content for row in rows if not isinstance(row.content, RecordBase)]
 
 
@@ -234,7 +232,6 @@ class Setting:
     seeds: int
     folder: Path
     data: Data = field(default_factory=Data)
-    say: Say = log_note
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 

@@ -16,6 +16,7 @@ reach; texts that mention a name which is about to be edited are left out.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,8 @@ from delible.system.asks import Prompt
 if TYPE_CHECKING:
     from delible.lm.lm import LM
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: How a threshold on the singular values is read, see :func:`null_directions`.
 Scale = Literal["energy", "largest", "absolute"]
 
@@ -355,7 +357,7 @@ def take(rows: Iterable[list[int]], tokens: int) -> list[array[int]]:
 
 
 def second_moments(
-    lm: LM, rows: Iterable[list[int]], layers: Sequence[int], *, tokens: int, say: Say
+    lm: LM, rows: Iterable[list[int]], layers: Sequence[int], *, tokens: int
 ) -> Statistics:
     """Second moments of the down-projections' inputs, read once and then taken from the cache.
 
@@ -366,7 +368,6 @@ def second_moments(
         rows: Generic text as token ids, see :func:`built_in_rows` and :func:`file_rows`.
         layers: Indices of the blocks.
         tokens: How many tokens to use at most.
-        say: For progress.
 
     Raises:
         DataError: There is no text.
@@ -386,16 +387,16 @@ def second_moments(
     moments = {
         layer: kept[0]
         for layer in layers
-        if (kept := _read(folder / f"moment-{layer}.safetensors", ["moment"], say)) is not None
+        if (kept := _read(folder / f"moment-{layer}.safetensors", ["moment"])) is not None
     }
     missing = [layer for layer in layers if layer not in moments]
     if missing:
-        for layer, moment in _measure(lm, taken, missing, count, say).items():
+        for layer, moment in _measure(lm, taken, missing, count).items():
             moments[layer] = moment
             _write(folder / f"moment-{layer}.safetensors", {"moment": moment})
     for layer, width in widths.items():
         if count < 2 * width:
-            say(
+            logger.warning(
                 f"statistics: {count:,} tokens are few for the {width:,} directions of layer "
                 f"{layer}; the null space is overestimated (give more text: texts=FILE)"
             )
@@ -404,14 +405,14 @@ def second_moments(
 
 
 def _measure(
-    lm: LM, rows: Sequence[array[int]], layers: Sequence[int], count: int, say: Say
+    lm: LM, rows: Sequence[array[int]], layers: Sequence[int], count: int
 ) -> dict[int, Tensor]:
     widths = {layer: down_projection(lm, layer).width for layer in layers}
     sums = {
         layer: torch.zeros(width, width, dtype=torch.float64, device=lm.device)
         for layer, width in widths.items()
     }
-    say(f"statistics: reading {count:,} tokens of generic text (kept for the next time)")
+    logger.info(f"statistics: reading {count:,} tokens of generic text (kept for the next time)")
     done, told = 0, 0
     for indices, keys, _ in read_states(lm, rows, layers, autocast=True):
         lengths = torch.tensor([len(rows[index]) for index in indices])
@@ -423,11 +424,11 @@ def _measure(
         done += int(lengths.sum())
         if 4 * done // count > told and done < count:
             told = 4 * done // count
-            say(f"statistics: {done:,} of {count:,} tokens")
+            logger.info(f"statistics: {done:,} of {count:,} tokens")
     return {layer: (total / count).float().cpu() for layer, total in sums.items()}
 
 
-def _read(path: Path, names: Sequence[str], say: Say) -> list[Tensor] | None:
+def _read(path: Path, names: Sequence[str]) -> list[Tensor] | None:
     """Tensors of a file of the cache; None when it is not there or damaged."""
     if not path.is_file():
         return None
@@ -435,7 +436,7 @@ def _read(path: Path, names: Sequence[str], say: Say) -> list[Tensor] | None:
         found = load(path.read_bytes())
         return [found[name] for name in names]
     except (SafetensorError, KeyError, OSError) as error:
-        say(f"statistics: {path} is damaged ({error}) and is made again")
+        logger.warning(f"statistics: {path} is damaged ({error}) and is made again")
         return None
 
 
@@ -466,14 +467,14 @@ def spectrum(moment: Float[Tensor, "width width"]) -> Spectrum:
     return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1).float().contiguous())
 
 
-def spectra(statistics: Statistics, say: Say) -> dict[int, Spectrum]:
+def spectra(statistics: Statistics) -> dict[int, Spectrum]:
     """The decompositions of all layers, made once and then taken from the cache."""
     found = {}
     for layer, moment in statistics.moments.items():
         path = statistics.folder / f"spectrum-{layer}.safetensors"
-        kept = _read(path, ["values", "vectors"], say)
+        kept = _read(path, ["values", "vectors"])
         if kept is None:
-            say(f"statistics: decomposing layer {layer} ({moment.shape[0]:,} directions)")
+            logger.info(f"statistics: decomposing layer {layer} ({moment.shape[0]:,} directions)")
             found[layer] = spectrum(moment)
             _write(path, {"values": found[layer].values, "vectors": found[layer].vectors})
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,9 @@ from delible.system.artefact import Artefact, ArtefactKind, Base
 from delible.system.base import System, identity_of
 
 VLLM_PREFIX = "vllm:"
+logger = logging.getLogger(__name__)
+
 _ADDRESSES = ("http://", "https://")
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 def is_address(name: str) -> bool:
@@ -26,9 +24,7 @@ def is_address(name: str) -> bool:
     return name.startswith(_ADDRESSES)
 
 
-def open_system(
-    name: str, *, model: str | None = None, say: Callable[[str], None] = _quiet
-) -> System:
+def open_system(name: str, *, model: str | None = None) -> System:
     """A system by name.
 
     Args:
@@ -37,7 +33,6 @@ def open_system(
             OpenAI-compatible server, perhaps with ``#MODEL`` at its end. A server is asked for
             one token.
         model: Name of the model at an address.
-        say: Receives what is about to be downloaded or asked.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
@@ -45,17 +40,17 @@ def open_system(
             was made on.
         MissingExtraError: It needs an extra that is not installed.
     """
-    return _open(name, model, say, ())
+    return _open(name, model, ())
 
 
-def open_lm(name: str, *, say: Callable[[str], None] = _quiet) -> LM:
+def open_lm(name: str) -> LM:
     """A system by name whose weights can be worked on.
 
     Raises:
         ModelError: There are none: a guarded system, a server.
         DelibleError: As for :func:`open_system`.
     """
-    system = open_system(name, say=say)
+    system = open_system(name)
     if isinstance(system, LM):
         return system
     raise ModelError(
@@ -65,9 +60,7 @@ def open_lm(name: str, *, say: Callable[[str], None] = _quiet) -> LM:
     )
 
 
-def _open(
-    name: str, model: str | None, say: Callable[[str], None], above: tuple[Path, ...]
-) -> System:
+def _open(name: str, model: str | None, above: tuple[Path, ...]) -> System:
     if is_address(name):
         from delible.systems.endpoint import Endpoint
 
@@ -75,7 +68,7 @@ def _open(
         endpoint = Endpoint(address, model or fragment or None)
         endpoint.check()
         key = f"the key in ${endpoint.key_name}" if endpoint.key_name else "no key"
-        say(f"Asking {endpoint.name} with {key}.")
+        logger.info(f"Asking {endpoint.name} with {key}.")
         return endpoint
     if model is not None:
         raise ModelError(
@@ -86,16 +79,14 @@ def _open(
     if name.startswith(VLLM_PREFIX):
         from delible.systems.vllm import VLLM
 
-        return VLLM.load(name.removeprefix(VLLM_PREFIX), say=say)
+        return VLLM.load(name.removeprefix(VLLM_PREFIX))
     folder = Path(name).expanduser()
     if artefacts.is_artefact(folder):
-        return _open_artefact(name, folder.resolve(), say, above)
-    return LM.load(name, say=say)
+        return _open_artefact(name, folder.resolve(), above)
+    return LM.load(name)
 
 
-def _open_artefact(
-    name: str, folder: Path, say: Callable[[str], None], above: tuple[Path, ...]
-) -> System:
+def _open_artefact(name: str, folder: Path, above: tuple[Path, ...]) -> System:
     if folder in above:
         circle = " on ".join(path.name for path in (*above[above.index(folder) :], folder))
         raise RunError(
@@ -105,7 +96,7 @@ def _open_artefact(
         )
     artefact = artefacts.read(folder)
     kind = kind_of(artefact, folder)
-    base = partial(_open_base, artefact, folder, say, (*above, folder))
+    base = partial(_open_base, artefact, folder, (*above, folder))
     if not artefact.enabled:
         return base()
     system = kind.open(artefact, folder, base)
@@ -130,9 +121,7 @@ def kind_of(artefact: Artefact, folder: Path) -> ArtefactKind:
     return found
 
 
-def _open_base(
-    artefact: Artefact, folder: Path, say: Callable[[str], None], above: tuple[Path, ...]
-) -> System:
+def _open_base(artefact: Artefact, folder: Path, above: tuple[Path, ...]) -> System:
     """What an artefact stands on, if it is still what it was.
 
     Raises:
@@ -146,7 +135,7 @@ def _open_base(
     if not is_address(name) and beside.is_dir() and beside != folder:
         name = str(beside)
     try:
-        base = _open(name, None, say, above)
+        base = _open(name, None, above)
     except ModelError as error:
         raise RunError(
             f"its base cannot be opened: {error.problem}",
@@ -226,7 +215,7 @@ def undo(folder: Path | str, *, back: bool = False) -> Artefact:
     return changed
 
 
-def merge(folder: str, out: Path, *, say: Callable[[str], None] = _quiet) -> LM:
+def merge(folder: str, out: Path) -> LM:
     """Writes one plain model of a whole stack.
 
     Args:
@@ -236,7 +225,7 @@ def merge(folder: str, out: Path, *, say: Callable[[str], None] = _quiet) -> LM:
     Raises:
         RunError: A part cannot be expressed in weights (a guard, a hook); says which.
     """
-    system = open_system(folder, say=say)
+    system = open_system(folder)
     merged = getattr(system, "merged", None)
     if merged is None:
         raise RunError(

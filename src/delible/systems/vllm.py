@@ -14,7 +14,8 @@ that computes with a small model, not on a GPU.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,8 @@ from delible.system.asks import (
 )
 from delible.system.base import BlackBox
 
+logger = logging.getLogger(__name__)
+
 #: Longest row that is scored, and longest prompt, as in :class:`LM`.
 LONGEST_ROW = 2048
 #: Tokens that an answer may have after a prompt of that length.
@@ -41,10 +44,6 @@ LONGEST_ANSWER = 2048
 MEMORY_SHARE = 0.42
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model")
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 class VLLM(BlackBox):
@@ -88,7 +87,6 @@ class VLLM(BlackBox):
         name: str,
         *,
         dtype: str = "auto",
-        say: Callable[[str], None] = _quiet,
         **options: Any,
     ) -> Self:
         """Loads ``default``, ``tiny``, a folder, a run directory or a model of the hub.
@@ -97,7 +95,6 @@ class VLLM(BlackBox):
             name: As in :meth:`LM.load`, but neither an adapter nor a ``.gguf`` file.
             dtype: ``auto`` is vLLM's choice (16 bit for weights in 32 bit), or such as
                 ``float32``, which is slower and exact.
-            say: Receives what is about to be downloaded.
             options: More arguments of ``vllm.LLM``, such as ``tensor_parallel_size``.
 
         Raises:
@@ -110,7 +107,7 @@ class VLLM(BlackBox):
             raise MissingExtraError("a model behind 'vllm:'", "vllm") from None
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-        folder = _folder(name, say)
+        folder = _folder(name)
         try:
             with embedded.quiet():
                 config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -126,7 +123,7 @@ class VLLM(BlackBox):
             ) from error
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         longest = min(int(context or LONGEST_ROW), LONGEST_ROW + LONGEST_ANSWER)
-        say(f"vLLM loads {name} ({dtype} precision).")
+        logger.info(f"vLLM loads {name} ({dtype} precision).")
         try:
             engine = module.LLM(
                 model=str(folder),
@@ -248,12 +245,12 @@ def _scores(row: Encoded, positions: Sequence[Any]) -> TokenScores | NoAnswer:
     return TokenScores(logprobs, np.array([one.rank == 1 for one in found], np.bool_), row.has_end)
 
 
-def _folder(name: str, say: Callable[[str], None]) -> Path:
+def _folder(name: str) -> Path:
     """The folder that holds a model's weights and tokenizer."""
     if name == "default":
-        return embedded.default_model(say)
+        return embedded.default_model()
     if name == "tiny":
-        return tiny.tiny_model(say)
+        return tiny.tiny_model()
     path = Path(name).expanduser()
     if path.is_dir():
         adapters = [
@@ -275,7 +272,9 @@ def _folder(name: str, say: Callable[[str], None]) -> Path:
         raise ModelError("vLLM is given folders with safetensors.", where=str(path))
     from huggingface_hub import snapshot_download
 
-    say(f"Loading {name} from the Hugging Face hub; what is not in its cache yet is downloaded.")
+    logger.info(
+        f"Loading {name} from the Hugging Face hub; what is not in its cache yet is downloaded."
+    )
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's client raises many kinds

@@ -12,6 +12,7 @@ Afterwards the model is as it was. What a method makes of support and weights is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ from delible.train.rows import make_row
 from delible.train.slots import Context
 from delible.train.step import Reads, make_step
 from delible.train.vectors import Vector, conjugate_gradient, norm_of
+
+logger = logging.getLogger(__name__)
 
 
 def standardised(gains: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -189,7 +192,7 @@ class Bilevel(Config):
             for number in range(self.rounds):
                 found.outer.append(float(aligning.losses(outer.held or outer.rows).mean()))
                 if number and found.outer[-1] > min(found.outer[:-1]):
-                    context.say(f"u2a: the outer loss rises after round {number}; no more rounds.")
+                    logger.info(f"u2a: the outer loss rises after round {number}; no more rounds.")
                     break
                 direction = self.direction(context, aligning, unlearning, outer, found)
                 gains = self.gains(unlearning, rows, direction)
@@ -278,7 +281,7 @@ class Bilevel(Config):
         asked = {row.encoded.ids[: row.encoded.start] for row in context.rows["forget"]}
         both = sum(row.encoded.ids[: row.encoded.start] in asked for _, row in chosen)
         if both:
-            context.say(f"u2a: {both} prompts of the outer objective are forget prompts too.")
+            logger.warning(f"u2a: {both} prompts of the outer objective are forget prompts too.")
         kept = [row for _, row in chosen]
         return Outer(loss, kept[apart:], kept[:apart])
 
@@ -300,7 +303,7 @@ class Bilevel(Config):
         added = most_helpful(gains, found.support, size)
         if not added and not found.support:
             added = [int(gains.argmax())]
-            context.say(
+            logger.warning(
                 "u2a: unlearning no forget row is expected to help the outer objective; taking "
                 "the least harmful one alone."
             )

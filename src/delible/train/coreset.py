@@ -5,6 +5,8 @@ What the scored selections share; each of them says what a row's score is.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from delible.errors import RunError
 from delible.train.slots import Context, Select
+
+logger = logging.getLogger(__name__)
 
 
 def coreset_size(available: int, share: float) -> int:
@@ -52,7 +56,7 @@ class ScoredSelect(Select):
             return list(range(available))
         scores = self.scores(context)
         chosen = highest(-scores if self.lowest else scores, count)
-        context.say(
+        logger.info(
             f"select: {count} of {available} forget rows with the "
             f"{'lowest' if self.lowest else 'highest'} scores; equal updates take "
             f"{available / count:.3g} times the epochs"

@@ -8,6 +8,7 @@ optimiser, how many tokens fit the memory; ``loop.py`` has the steps.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
 from delible.train.slots import Context, FinishContext, Placement
 from delible.watching import Stage, unwatched
+
+logger = logging.getLogger(__name__)
 
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
@@ -144,7 +147,6 @@ class Trainer:
         reference: LM | None = None,
         start: Callable[[], LM] | None = None,
         refusals: Sequence[str] | None = None,
-        say: Callable[[str], None] = lambda _: None,
         progress: Progress | None = None,
         writer: System | None = None,
         generated: Generated | None = None,
@@ -152,7 +154,7 @@ class Trainer:
     ) -> None:
         self.lm, self.recipe, self.records, self.seed = lm, recipe.fitted(lm), records, seed
         self.run, self.reference_lm, self.start = run, reference, start
-        self.refusals, self.say, self.progress = refusals, say, progress
+        self.refusals, self.progress = refusals, progress
         self.writer, self.generated, self.stage = writer, generated, stage
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
         self.notes: dict[str, Any] = {}
@@ -168,7 +170,7 @@ class Trainer:
         check_needs(self.recipe, self.records, self.generated)
         if self.lm.wears_adapter:
             self.lm.merge_adapter()
-            self.say(MERGED_FIRST)
+            logger.info(MERGED_FIRST)
         with self._shorter_rows():
             return self._train()
 
@@ -198,7 +200,6 @@ class Trainer:
         context = self.rows()
         silent = check_rows(
             self.recipe.objective, context.rows[self.recipe.objective.roles[0]], self.recipe.name,
-            self.say,
         )  # fmt: skip
         if silent:
             self.notes["rows_without_effect"] = silent
@@ -217,7 +218,7 @@ class Trainer:
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
         job = Job(
-            self.lm, self.recipe, self.keep, self.records, self.seed, self.run, self.say,
+            self.lm, self.recipe, self.keep, self.records, self.seed, self.run,
             self.progress, self.token_budget(),
         )  # fmt: skip
         loop = Loop(
@@ -286,7 +287,7 @@ class Trainer:
             if role in records:
                 records[role] = [records[role][index] for index in chosen]
         if lost := described(rows, template.max_length, self.context_tokens):
-            self.say(lost)
+            logger.warning(lost)
         self.notes["truncated_rows"] = shortened(rows)
         return context
 
@@ -297,7 +298,7 @@ class Trainer:
             found[role], cut = split_passages(self.lm.template, records)
             if cut:
                 more = len(found[role]) - len(records)
-                self.say(
+                logger.warning(
                     f"{cut} of {len(records)} {role} records are passages of more than "
                     f"{self.lm.template.max_length} tokens: they are cut in {cut + more} pieces."
                 )
@@ -309,7 +310,7 @@ class Trainer:
     ) -> Context:
         return Context(
             self.lm, rows, records, Gradients(self.lm, stage=self.stage), self.recipe.objective,
-            self.keep, self.seed, self.say, self.writer, self.stage,
+            self.keep, self.seed, self.writer, self.stage,
         )  # fmt: skip
 
     def _generated(self, context: Context) -> Generated:
@@ -411,7 +412,7 @@ class Trainer:
     def _widen(self, placement: Placement) -> None:
         """Weights that move are fp32: a small update of a shorter number rounds away."""
         if short := short_types(placement.parameters.values()):
-            self.say(
+            logger.warning(
                 f"The weights are {' and '.join(short)}, in which most small updates would round "
                 "away: the model is converted to float32 and stays so (twice the memory)."
             )
@@ -422,6 +423,6 @@ class Trainer:
         folder: Path | None = self.run.path if self.run else None
         start = self.start or (lambda: self.lm)
         return FinishContext(
-            self.lm, start, self.records, folder, self.say, loop.notes,
+            self.lm, start, self.records, folder, loop.notes,
             loop.placement.parameters, loop.memory, self.stage,
         )  # fmt: skip

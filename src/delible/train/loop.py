@@ -6,6 +6,7 @@ what should move did, and the rest did not.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from delible.train.slots import Context, Placement
 from delible.train.step import Reads
 from delible.train.watch import CollapseWatch, watched_rows
 
+logger = logging.getLogger(__name__)
+
 #: Where forget rows that were weighed anew keep their weights.
 WEIGHTS = "weigh.weights"
 
@@ -63,7 +66,6 @@ class Job:
     records: Mapping[str, Sequence[RecordBase]]
     seed: int
     run: RunDirectory | None
-    say: Callable[[str], None]
     progress: Progress | None
     budget: int
 
@@ -100,7 +102,7 @@ class Loop:
         self.last_saved = time.monotonic()
         self.monitor = Monitor(
             job.lm, self.training, job.records, placement.parameters, job.run,
-            job.say, job.seed,
+            job.seed,
         )  # fmt: skip
         objective = job.recipe.objective
         self.reads: dict[str, Sequence[Reads]] = {
@@ -116,7 +118,7 @@ class Loop:
     def run(self) -> None:
         begin = self._resume()
         if self.job.keep is None and self.job.recipe.objective.card.intention:
-            self.job.say(
+            logger.warning(
                 "There is no retain loss: nothing but numbers that are not finite stops a run that "
                 "damages the rest of the model."
             )
@@ -209,7 +211,7 @@ class Loop:
                     raise
                 passes.clear()
                 self.budget //= 2
-                self.job.say(f"Out of memory: continuing with {self.budget} tokens per pass.")
+                logger.warning(f"Out of memory: continuing with {self.budget} tokens per pass.")
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
@@ -220,7 +222,7 @@ class Loop:
         masks = self.placement.masks if self.placement.each_step is None else None
         opened = {id(self.placement.parameters[name]): mask for name, mask in (masks or {}).items()}
         if passes.weights[0] and not look(passes, opened):
-            explain(passes, self.job.recipe.name, self.job.say)
+            explain(passes, self.job.recipe.name)
 
     def _passes(self, step: int) -> Passes:
         pairs = self.plan.steps[step]
@@ -404,7 +406,7 @@ class Loop:
         self.tokens, self.padding = found["tokens"], found["padding"]
         self.monitor.begin(found["monitor"])
         self.watch.begin(found.get("watch"))
-        self.job.say(f"Resuming after step {found['step']}.")
+        logger.info(f"Resuming after step {found['step']}.")
         return int(found["step"])
 
     def _collapse(self, step: int, reason: str) -> None:

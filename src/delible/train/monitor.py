@@ -9,9 +9,10 @@ model that was really looked at.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +29,8 @@ from delible.rundir import RunDirectory
 from delible.train import checkpoint
 from delible.train.recipe import Training
 from delible.world import templates
+
+logger = logging.getLogger(__name__)
 
 #: Rows of a role that a look takes in, at most.
 MONITORED_ROWS = 32
@@ -103,12 +106,11 @@ class Monitor:
         records: Mapping[str, Sequence[RecordBase]],
         parameters: Mapping[str, torch.nn.Parameter],
         run: RunDirectory | None,
-        say: Callable[[str], None],
         seed: int,
     ) -> None:
         self.lm, self.training, self.parameters = lm, training, dict(parameters)
         self.records = {role: list(part)[:MONITORED_ROWS] for role, part in records.items()}
-        self.run, self.say = run, say
+        self.run = run
         self.folder: Path | None = run.path / "checkpoint" / "good" if run else None
         self.kept: dict[str, Tensor] = {}
         self.start_retain: float | None = None
@@ -149,7 +151,9 @@ class Monitor:
             self.start_forget = answer_probability(self.lm, self.records["forget"])
         if self.asked:
             level = knowledge_level(self.lm, self.asked)
-            self.say(f"Accuracy on {len(self.asked)} questions before the first step: {level:.3f}")
+            logger.info(
+                f"Accuracy on {len(self.asked)} questions before the first step: {level:.3f}"
+            )
             self._keep_if_nearer(level)
 
     def state(self) -> dict[str, Any]:

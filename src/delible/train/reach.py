@@ -7,8 +7,9 @@ retain loss beside it goes on moving weights, so that the run would look as if i
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,8 @@ from delible.train.passes import Passes, Totals, nats_of
 from delible.train.recipe import Recipe
 from delible.train.row import Row
 from delible.train.step import make_step
+
+logger = logging.getLogger(__name__)
 
 #: A loss that removes answers may have no gradient once their tokens are less likely than this.
 FORGOTTEN = 0.01
@@ -76,9 +79,7 @@ def check_reach(recipe: Recipe, lm: LM, first: int | None = None) -> None:
             )
 
 
-def check_rows(
-    objective: Objective, rows: Sequence[Row], method: str, say: Callable[[str], None]
-) -> int:
+def check_rows(objective: Objective, rows: Sequence[Row], method: str) -> int:
     """How many rows the loss says nothing about; said, if there are any.
 
     Raises:
@@ -95,7 +96,7 @@ def check_rows(
             "option, or choose another method.",
         )
     if silent:
-        say(
+        logger.warning(
             f"{name} says nothing about {silent} of {len(rows)} answers: they are too short for "
             "it, or have nothing that it looks at. These are not forgotten."
         )
@@ -135,7 +136,7 @@ def has_gradient(passes: Passes, masks: Mapping[int, Tensor]) -> bool:
     return False
 
 
-def explain(passes: Passes, method: str, say: Callable[[str], None]) -> None:
+def explain(passes: Passes, method: str) -> None:
     """No gradient in the first step: an error, unless the loss has nothing left to do.
 
     A loss that removes answers has none where they are as good as gone; one that teaches has none
@@ -158,7 +159,7 @@ def explain(passes: Passes, method: str, say: Callable[[str], None]) -> None:
             hint="Another place or objective reaches them; 'delible list slots' shows what there "
             "is.",
         )
-    say(
+    logger.warning(
         f"{name} has no gradient in the first step: by its own measure there is nothing left to do "
         f"for these rows (their answers have a mean token probability of {probability:.3g})."
     )

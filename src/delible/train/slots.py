@@ -39,7 +39,6 @@ class Context:
         records: The records behind the rows, by role.
         gradients: The service that answers questions about gradients.
         seed: Seed of the run.
-        say: For progress and notes.
         writer: The system that writes generated rows; None: the offline templates do.
         stage: Told as ``stage(title, done, total)`` by work that takes long.
     """
@@ -51,7 +50,6 @@ class Context:
     objective: Objective
     keep: Keep | None
     seed: int
-    say: Callable[[str], None]
     writer: System | None = None
     stage: Stage = unwatched
 
@@ -218,7 +216,6 @@ class FinishContext:
     start: Callable[[], LM]
     records: Mapping[str, Sequence[RecordBase]]
     folder: Path | None
-    say: Callable[[str], None]
     notes: dict[str, object] = field(default_factory=dict)
     parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import math
 import os
 import shlex
@@ -46,9 +47,10 @@ from delible.train.recipe import Range, Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
 from delible.tune.space import Value, rounded, space, value_of
-from delible.watching import duration
+from delible.watching import aside, duration
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: Called with (what is being done, done, total).
 Progress = Callable[[str, int, int], None]
 #: Trials before the sampler learns from them: the method as it is, and other learning rates (random
@@ -62,10 +64,6 @@ TABLE = "trials.json"
 TUNING_SEED = 20_240
 #: A budget that is missed by less than this is kept (rounding).
 _EPSILON = 1e-9
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,6 @@ def tune(
     refusals: Sequence[str] | None = None,
     generator: str | None = None,
     generated: Path | str | None = None,
-    say: Say = _quiet,
     progress: Progress | None = None,
     **options: Any,
 ) -> TuneResult:
@@ -204,7 +201,7 @@ def tune(
         optuna, model, chosen, ranges, utility, seed,
         {"reference": reference, "refusals": refusals, "generator": generator,
          "generated": generated},
-        say, progress,
+        progress,
     )  # fmt: skip
     run = None if out is None else RunDirectory(out)
     try:
@@ -327,17 +324,16 @@ class _Search:
         budget: float,
         seed: int,
         given: Mapping[str, Any],
-        say: Say,
         progress: Progress | None,
     ) -> None:
         self.optuna, self.model, self.method, self.space = optuna, model, method, ranges
         self.budget, self.seed, self.given = budget, seed, dict(given)
-        self.say, self.progress = say, progress
+        self.progress = progress
         self.name = str(method.spec()["name"])
         self.notes: list[str] = []
 
     def run(self, request: ForgetRequest, trials: int, run: RunDirectory | None) -> TuneResult:
-        lm = self.model if isinstance(self.model, LM) else LM.load(self.model, say=self.say)
+        lm = self.model if isinstance(self.model, LM) else LM.load(self.model)
         if run is not None:
             run.begin(self._described(lm, request))
             run.lock()  # a finished search may go on with more trials
@@ -356,13 +352,13 @@ class _Search:
                 del lm
                 gc.collect()
                 if done:
-                    self.say(f"Going on after {len(done)} finished trials.")
+                    logger.info(f"Going on after {len(done)} finished trials.")
                 while len(done) < trials:
                     done.append(self._trial(study, len(done), trials, parts, start, done))
             else:
                 name = lm.name
                 self.notes = list(run.manifest.get("notes", [])) if run is not None else []
-                self.say(f"All {len(done)} trials are finished already.")
+                logger.info(f"All {len(done)} trials are finished already.")
         return self._result(name, start, done, run)
 
     def _described(self, lm: LM, request: ForgetRequest) -> dict[str, Any]:
@@ -398,7 +394,7 @@ class _Search:
             "No retain records were given: the utility is measured on the model's own answers to "
             "general questions."
         )
-        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self.say, self._told)
+        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self._told)
         return request.model_copy(update={"retain": retain})
 
     def _note(self, parts: Parts) -> None:
@@ -495,6 +491,7 @@ class _Search:
             return made.IntDistribution(int(bounds.low), int(bounds.high), log=bounds.log)
         return made.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
 
+    @aside()
     def _tried(
         self, index: int, total: int, options: Mapping[str, Value], parts: Parts, start: Means
     ) -> Trial:
@@ -564,12 +561,12 @@ class _Search:
         seconds = sum(one.seconds for one in done) / len(done) * (total - len(done))
         left = f" ({duration(seconds)} left)" if total > len(done) else ""
         if trial.failed is not None:
-            self.say(f"{what}: failed: {trial.failed}{left}")
+            logger.warning(f"{what}: failed: {trial.failed}{left}")
             return
         verdict = "" if trial.keeps(self.budget) else f", below the budget of {self.budget:g}"
         best = winner(done, self.budget)
         leads = "; the best so far" if best == trial and trial.keeps(self.budget) else ""
-        self.say(
+        logger.info(
             f"{what}: leak {trial.leak:.3f}, utility {trial.utility:.3f}{verdict}{leads}{left}"
         )
 

@@ -285,7 +285,6 @@ class RWKU(Benchmark):
             passages=self.passages,
             pairs=self.corpus_form == "pairs",
             max_new_tokens=self.passage_tokens,
-            say=data.say,
         )
         forget: list[Record] = []
         for name in task.request.subjects:

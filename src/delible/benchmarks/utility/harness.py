@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +35,8 @@ from delible.system.questions import LETTERS
 if TYPE_CHECKING:
     from delible.measure.cache import Cache
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 #: How a choice is asked: its letters are compared, or its options' texts.
 Form = Literal["letter", "cloze"]
 EXTRA = "utility"
@@ -42,10 +44,6 @@ EXTRA = "utility"
 PIECE = 2000
 #: What the harness generates at most where a task does not say.
 DEFAULT_NEW_TOKENS = 256
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
 
 
 def required(part: str = "lm_eval") -> Any:
@@ -295,7 +293,6 @@ def harness_model(
     system: System,
     *,
     cache: Cache | None = None,
-    say: Say = _quiet,
     progress: Progress | None = None,
 ) -> Any:
     """A system as a model of the harness; prompts are plain text, as its leaderboards have them.
@@ -398,7 +395,6 @@ def run_harness(
     shots: int | None = None,
     include: Path | None = None,
     cache: Cache | None = None,
-    say: Say = _quiet,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs tasks of the harness on a system.
@@ -430,8 +426,8 @@ def run_harness(
                 f"lm-evaluation-harness has no task '{task}'.",
                 hint=_closest(task, known),
             )
-    bridge = harness_model(system, cache=cache, say=say, progress=progress)
-    say(f"lm-evaluation-harness loads the data of {', '.join(tasks)}.")
+    bridge = harness_model(system, cache=cache, progress=progress)
+    logger.info(f"lm-evaluation-harness loads the data of {', '.join(tasks)}.")
     try:
         results = evaluate(
             model=bridge,
@@ -450,7 +446,7 @@ def run_harness(
             hint="Its data comes from the Hugging Face hub: is there a network, or a filled cache?",
         ) from error
     if bridge.unanswered:
-        say(
+        logger.warning(
             f"{len(bridge.unanswered)} texts had no answer and count as impossible "
             f"({bridge.unanswered[0]})."
         )

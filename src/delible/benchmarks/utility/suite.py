@@ -126,7 +126,7 @@ class Utility(Experiment):
         from delible.lm.lm import LM
         from delible.measure.cache import Cache
 
-        lm = LM.load(model, say=setting.say)
+        lm = LM.load(model)
         described = {
             "model": lm.fingerprint,
             "tasks": list(names),
@@ -143,7 +143,6 @@ class Utility(Experiment):
             shots=self.shots,
             include=include,
             cache=Cache(cache_folder() / "answers"),
-            say=setting.say,
         )
         kept: dict[str, Any] = {
             key: results[key] for key in ("results", "n-samples", "model_name") if key in results

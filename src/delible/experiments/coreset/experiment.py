@@ -176,7 +176,7 @@ class CoresetEffect(Experiment):
             setting.progress(f"learning {kind}", len(found), total)
             start = learned(
                 setting.model, material.learned, options=self.learning(setting.model),
-                title=kind.replace(" ", "-"), say=setting.say,
+                title=kind.replace(" ", "-"),
             )  # fmt: skip
             for method in methods:
                 setting.progress(f"{kind}, {method}", len(found), total)
@@ -184,7 +184,7 @@ class CoresetEffect(Experiment):
                     str(start), material.request, method=method, fractions=self.fractions,
                     selectors=self.selectors, seeds=range(setting.seeds), analyses=self.analyses,
                     connect=self.connect, length=self.length, grid=self.grid,
-                    least_effect=self.least_effect, say=setting.say, **options,
+                    least_effect=self.least_effect, **options,
                     out=setting.folder / kind.replace(" ", "-") / Path(method).stem,
                 )  # fmt: skip
         setting.progress("done", total, total)

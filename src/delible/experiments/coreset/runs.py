@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import shutil
 import time
@@ -34,7 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from delible.api import AUTOMATIC_RETAIN, Say, automatic_retain, resolve_method, unlearn
+from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
 from delible.bench.stages import mean
 from delible.component import build
 from delible.errors import RecipeError
@@ -51,6 +52,8 @@ from delible.train.plan import make_plan
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.row import Row
+
+logger = logging.getLogger(__name__)
 
 #: The metric of every probability here, and the one of what can be had word for word.
 METRIC, VERBATIM = "answer_probability", "extraction_strength"
@@ -131,7 +134,6 @@ def run(
     least_effect: float = 0.95,
     connect: bool = False,
     keep_models: bool = False,
-    say: Say = lambda _: None,
     **options: Any,
 ) -> list[CoresetRow]:
     """Runs the experiment, or what is left of it.
@@ -183,14 +185,14 @@ def run(
         )
     if not request.forget:
         raise RecipeError("there are no forget records.", hint="Add --forget FILE.")
-    lm = model if isinstance(model, LM) else LM.load(model, say=say)
+    lm = model if isinstance(model, LM) else LM.load(model)
     needs = {need for component in host.components() for need in component.card.needs}
     if "retain" in needs and not (request.retain or request.neighbours):
-        automatic = automatic_retain(lm, AUTOMATIC_RETAIN, say)
+        automatic = automatic_retain(lm, AUTOMATIC_RETAIN)
         request = request.model_copy(update={"retain": automatic})
     experiment = _Experiment(
         lm, request, host, Path(out) if out is not None else None, evaluation or {}, connect,
-        keep_models, say,
+        keep_models,
     )  # fmt: skip
     experiment.begin()
     every = list(range(len(request.forget)))
@@ -223,7 +225,6 @@ class _Experiment:
     evaluation: Mapping[str, Sequence[RecordBase]]
     connect: bool
     keep_models: bool
-    say: Say
     full: dict[int, LM] = field(default_factory=dict)
     directory: RunDirectory | None = None
 
@@ -324,7 +325,7 @@ class _Experiment:
         )
         folder = self.out / "runs" / key if self.out is not None else None
         length = f", {epochs} epochs" if epochs is not None else ""
-        self.say(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
+        logger.info(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
         began = time.perf_counter()
         result = unlearn(
             self.lm.copy(),
@@ -335,7 +336,6 @@ class _Experiment:
             shown=0,
             measured=False,
             verify=False,
-            say=self.say,
         )
         seconds = time.perf_counter() - began
         steps = len(result.history)
@@ -375,7 +375,7 @@ class _Experiment:
         lm.template.max_length = min(recipe.training.max_length, lm.template.max_length)
         lm.precision = resolve(recipe.training.precision, lm.device.type)
         records = {"forget": self.request.forget, "retain": self.kept}
-        rows = Trainer(lm, recipe, records, seed=seed, say=self.say).rows().rows
+        rows = Trainer(lm, recipe, records, seed=seed).rows().rows
         return list(rows["forget"]), list(rows["retain"])
 
     def _measured(self, lm: LM, indices: Sequence[int]) -> dict[str, Any]:

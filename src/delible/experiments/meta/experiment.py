@@ -20,6 +20,7 @@ holdout records, and the truth ratio as 1 - min(TR, 1 / TR).
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,8 +67,11 @@ from delible.records import ForgetRequest, RecordBase, digest
 from delible.registry import register
 from delible.rundir import identity
 from delible.train.recipe import Recipe
+from delible.watching import aside
 from delible.world import World, general
 from delible.world.split import Split
+
+logger = logging.getLogger(__name__)
 
 #: One fact of each kind per person; none is answered by a person.
 RELATIONS = ("birthplace", "occupation", "employer", "award", "instrument")
@@ -253,7 +257,6 @@ class _Run:
             unrelated=(),
             original=None,
             seed=0,  # the same rows in the same order for every model
-            say=lambda _: None,
         )
         self.relearn, self.quantize = self._attacks()
 
@@ -290,9 +293,10 @@ class _Run:
         if path.exists():
             return cast(Model, read_json(path))
         try:
-            found = {"title": title, **make()}
+            with aside():  # many models, each a cell of a table
+                found = {"title": title, **make()}
         except DelibleError as error:
-            self.setting.say(f"{title} could not be made: {error}")
+            logger.warning(f"{title} could not be made: {error}")
             return {"title": title, "failed": str(error)}
         write_json(path, found)
         gc.collect()

@@ -167,7 +167,6 @@ class PathDepth(Experiment):
                 setting.progress(f"learning {order}", done, total)
                 start = histories.learned_in_stages(
                     setting.model, records, order, options=self.learning(setting.model), seed=seed,
-                    say=setting.say,
                 )  # fmt: skip
                 for name, recipe in recipes.items():
                     described = {
@@ -180,7 +179,7 @@ class PathDepth(Experiment):
                         setting.progress(f"{name}, {order}", done, total)
                         points, stopped = histories.trajectory(
                             LM.load(start), ForgetRequest(forget=records["U"]), recipe, self.look,
-                            every=per_epoch, seed=seed, say=setting.say,
+                            every=per_epoch, seed=seed,
                         )  # fmt: skip
                         curves = {label: [seen[label] for _, seen in points] for label in LABELS}
                         write_json(

@@ -162,7 +162,6 @@ class PathDependence(Experiment):
                 setting.progress(f"learning {', '.join(order)}", done, total)
                 starts[place] = histories.learned_in_stages(
                     setting.model, records, order, options=self.learning(setting.model), seed=seed,
-                    say=setting.say,
                 )  # fmt: skip
                 done += 1
             retrained: Logprobs | None = None
@@ -231,7 +230,7 @@ class PathDependence(Experiment):
         )
         before = self.sums_right(lm)
         points, stopped = histories.trajectory(
-            lm, request, recipe, self.look, every=self.every, seed=seed, say=setting.say
+            lm, request, recipe, self.look, every=self.every, seed=seed
         )
         curves: dict[str, list[float | None]] = {
             name: [values[name] for _, (values, _) in points] for name in points[0][1][0]

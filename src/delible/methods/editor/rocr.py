@@ -30,8 +30,9 @@ them as further subjects. The answers are redirected, not removed.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,8 @@ from delible.measure.statistics import (
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
+
+logger = logging.getLogger(__name__)
 
 #: What is said before the name in the contexts that keys are averaged over.
 STARTERS = (
@@ -294,16 +297,13 @@ class ROCR(Editor):
         8192, ge=1, description="Tokens of generic text behind the null space, at most."
     )
 
-    def edit(
-        self, lm: LM, request: ForgetRequest, *, seed: int, say: Callable[[str], None]
-    ) -> Patch:
+    def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Redirects every name to the substitute, one after the other.
 
         Args:
             lm: Changed in place; as it was if anything fails.
             request: Its subjects, or the subjects of its forget records.
             seed: Not used, nothing is random.
-            say: For progress and warnings.
 
         Raises:
             DataError: No names, or a file of texts that cannot be read.
@@ -325,11 +325,11 @@ class ROCR(Editor):
         }
         shared = sharing_last_token(lm, names, kept)
         for name, others in shared.items():
-            say(
+            logger.warning(
                 f"rocr: {len(others)} kept subjects end with the same token as '{name}' and may "
                 f"be hit: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}"
             )
-        nulls = self._null_spaces(lm, names, layers, say)
+        nulls = self._null_spaces(lm, names, layers)
         parameters = dict(lm.core.named_parameters())
         edits = {
             layer: _Edit(
@@ -350,7 +350,7 @@ class ROCR(Editor):
                         for layer, null in nulls.items()
                     },
                     "same_last_token": shared,
-                    "subjects": self._redirect(lm, edits, names, contexts, say),
+                    "subjects": self._redirect(lm, edits, names, contexts),
                 }
         except BaseException:
             patch.undo(lm)
@@ -360,7 +360,7 @@ class ROCR(Editor):
         return patch
 
     def _null_spaces(
-        self, lm: LM, names: Sequence[str], layers: Sequence[int], say: Callable[[str], None]
+        self, lm: LM, names: Sequence[str], layers: Sequence[int]
     ) -> dict[int, Tensor]:
         """An orthonormal basis of each layer's null space, [width, directions]."""
         rows = (
@@ -368,9 +368,9 @@ class ROCR(Editor):
             if self.texts is not None
             else built_in_rows(lm, without=names)
         )
-        statistics = second_moments(lm, rows, layers, tokens=self.tokens, say=say)
+        statistics = second_moments(lm, rows, layers, tokens=self.tokens)
         nulls = {}
-        for layer, spectrum in spectra(statistics, say).items():
+        for layer, spectrum in spectra(statistics).items():
             chosen = null_directions(spectrum.values, self.threshold, self.scale)
             nulls[layer] = spectrum.vectors[:, chosen]
             if nulls[layer].shape[1] == 0:
@@ -383,7 +383,7 @@ class ROCR(Editor):
                 )
             share = nulls[layer].shape[1] / nulls[layer].shape[0]
             if share > WIDE:
-                say(
+                logger.warning(
                     f"rocr: {share:.1%} of the directions of layer {layer} count as null space, "
                     "so ordinary text is hardly protected; lower the threshold"
                 )
@@ -395,7 +395,6 @@ class ROCR(Editor):
         edits: dict[int, _Edit],
         names: Sequence[str],
         contexts: dict[str, list[list[int]]],
-        say: Callable[[str], None],
     ) -> list[dict[str, object]]:
         """Edits name by name; returns what is noted about each."""
         layers, count = list(edits), len(STARTERS)
@@ -438,9 +437,11 @@ class ROCR(Editor):
                 "distance_after": float(f"{float(after[0]):.4g}"),
                 "distance_left": round(left, 4),
             }
-            say(f"rocr: '{name}' is now {left:.0%} as far from '{self.substitute}' as before")
+            logger.info(
+                f"rocr: '{name}' is now {left:.0%} as far from '{self.substitute}' as before"
+            )
             if left > 0.5:
-                say(
+                logger.warning(
                     "rocr: that is hardly an edit. Lower rho (or l2), raise the threshold, or "
                     "edit more layers (last_depth)."
                 )

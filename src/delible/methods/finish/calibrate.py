@@ -15,6 +15,7 @@ The trained weights lie on disk during the search, so two copies of the model ar
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ from delible.measure.evaluate import evaluate
 from delible.records import RecordBase
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
+
+logger = logging.getLogger(__name__)
 
 
 def mix(start: Tensor, trained: Tensor, alpha: float) -> Tensor:
@@ -134,7 +137,7 @@ class Calibrate(Finish):
         lm = context.lm
         if lm.wears_adapter:
             lm.merge_adapter()
-            context.say("finish: the adapter is merged before mixing")
+            logger.info("finish: the adapter is merged before mixing")
         splits = {
             role: spread(context.records[role], self.records)
             for role in ("retain", "forget")
@@ -158,7 +161,7 @@ class Calibrate(Finish):
             if not goal:
                 line.move(1.0)
                 notes |= {"alpha": 1.0, "calibrated": trained, "skipped": True}
-                context.say(
+                logger.warning(
                     "finish: not calibrated: the start model extracts nothing of the retain "
                     "records, so there is nothing to keep; the model is as trained."
                 )
@@ -174,7 +177,7 @@ class Calibrate(Finish):
                 line.move(alpha)
                 notes |= {"alpha": alpha, "calibrated": strengths("retain", "forget")}
                 notes["curve"] = [[at, curve[at]] for at in sorted(curve)]
-                context.say(_summary(alpha, notes))
+                logger.info(_summary(alpha, notes))
         context.notes["calibration"] = notes
         if context.folder is not None:
             write_json(context.folder / "calibration.json", notes)

@@ -7,11 +7,15 @@ Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does
 
 from __future__ import annotations
 
+import logging
+
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.precision import short_types
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
+
+logger = logging.getLogger(__name__)
 
 
 @register(
@@ -42,10 +46,10 @@ class MergeAdapter(Finish):
             )
         if short := short_types(lm.core.parameters()):
             lm.model.float()
-            context.say(
+            logger.info(
                 f"finish: the weights are converted from {' and '.join(short)} to float32, or most "
                 "of what the adapter adds would round away"
             )
         lm.merge_adapter()
-        context.say("finish: the adapter is merged into the weights")
+        logger.info("finish: the adapter is merged into the weights")
         return lm

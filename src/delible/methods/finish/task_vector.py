@@ -11,6 +11,7 @@ github.com/jaechan-repo/muse_bench. Deviations: none. Large scales ruin the mode
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,8 @@ from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
+
+logger = logging.getLogger(__name__)
 
 
 def negated(start: Tensor, trained: Tensor, scale: float) -> Tensor:
@@ -60,7 +63,7 @@ class TaskVector(Finish):
         lm = context.lm
         if lm.wears_adapter:
             lm.merge_adapter()
-            context.say("finish: the adapter is merged before its vector is subtracted")
+            logger.info("finish: the adapter is merged before its vector is subtracted")
         start = context.start()
         before = dict(start.core.named_parameters())
         squares = 0.0
@@ -77,7 +80,7 @@ class TaskVector(Finish):
                 value.copy_(negated(origin, value, self.scale))
         lm.touch()
         context.notes["task_vector"] = {"scale": self.scale, "norm": squares**0.5}
-        context.say(
+        logger.info(
             f"finish: task vector of norm {squares**0.5:.3g} subtracted {self.scale:g} times"
         )
         return lm

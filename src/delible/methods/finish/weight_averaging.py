@@ -15,6 +15,7 @@ that ends the run because it used up the utility budget do not count.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.losses import Memory
 from delible.train.slots import Finish, FinishContext
+
+logger = logging.getLogger(__name__)
 
 
 def averaged_steps(total: int, start: float, every: int, points: int) -> range:
@@ -99,7 +102,7 @@ class WeightAveraging(Finish):
     @torch.no_grad()
     def apply(self, context: FinishContext) -> LM:
         if "weight_averaging.mean" not in context.memory:
-            context.say(
+            logger.warning(
                 "finish: nothing was averaged, since the run ended before its late steps; the "
                 "model is as trained (a smaller `start` begins earlier)."
             )
@@ -112,7 +115,7 @@ class WeightAveraging(Finish):
         context.lm.touch()
         context.notes["weight_averaging"] = {"points": points}
         early = f", since the run ended early; {self.points} were wanted"
-        context.say(
+        logger.info(
             f"finish: the weights are the mean over {points} step{'s' * (points != 1)}"
             f"{early if points < self.points else ''}"
         )

@@ -120,9 +120,7 @@ class ReasoningTargets(Generate):
             if context.writer is None
             else self._from_writer(context.writer, context, forget, counts)
         )
-        writing.require_enough(
-            made, 1, "reasoning targets", counts, context.say, WHERE, context.writer
-        )
+        writing.require_enough(made, 1, "reasoning targets", counts, WHERE, context.writer)
         tokenizer = context.lm.tokenizer
         marked = self._marked(tokenizer)
         targets: list[RecordBase] = []
@@ -179,7 +177,7 @@ class ReasoningTargets(Generate):
         return writing.written(
             writer, forget, prompt, read, wanted=1,
             decoding=Decoding(self.max_new_tokens, temperature=self.temperature, seed=context.seed),
-            attempts=self.attempts, counts=counts, say=context.say, stage=context.stage,
+            attempts=self.attempts, counts=counts, stage=context.stage,
         )  # fmt: skip
 
     def _reasoned(self, context: Context, marked: bool) -> list[RecordBase]:

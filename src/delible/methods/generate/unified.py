@@ -17,6 +17,7 @@ the user turn (some chat templates have no system turn).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -39,6 +40,8 @@ from delible.train.losses import Role
 from delible.train.rows import told
 from delible.train.slots import Context, Generate
 from delible.world import filters
+
+logger = logging.getLogger(__name__)
 
 WHERE = "generate 'unified'"
 #: Names that an instruction lists at most.
@@ -126,7 +129,7 @@ class Unified(Generate):
         }
         if context.records.get("retain"):
             rows["retain"] = self._retain(context, forget, counts)
-        context.say(
+        logger.info(
             f"generate: {len(forget)} forget questions, {len(rows.get('retain', ()))} retain rows; "
             f"dropped: {filters.told(counts)}."
         )
@@ -169,9 +172,9 @@ class Unified(Generate):
         made = writing.written(
             context.writer, passages, prompt, read, wanted=wanted,
             decoding=Decoding(512, temperature=0.7, seed=context.seed), attempts=3, counts=counts,
-            say=context.say, stage=context.stage,
+            stage=context.stage,
         )  # fmt: skip
-        writing.require_enough(made, 1, "questions", counts, context.say, WHERE, context.writer)
+        writing.require_enough(made, 1, "questions", counts, WHERE, context.writer)
         return [*others, *(one for part in made for one in part)]
 
     def _safe(
@@ -269,7 +272,7 @@ class Unified(Generate):
         made = writing.written(
             writer, forget, prompt, read, wanted=1,
             decoding=Decoding(SHORT_TOKENS, temperature=0.7, seed=context.seed), attempts=3,
-            counts=counts, say=context.say, stage=context.stage,
+            counts=counts, stage=context.stage,
         )  # fmt: skip
         new = [(one, part[0]) for one, part in zip(forget, made, strict=True) if part]
         requests = [Ask(Prompt.ask(question), Decoding(SHORT_TOKENS)) for _, question in new]

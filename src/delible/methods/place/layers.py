@@ -13,6 +13,7 @@ index, and parts are found by the model's anatomy instead of by an index into it
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -24,6 +25,8 @@ from delible.train.slots import Context, Place, Placement
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+
+logger = logging.getLogger(__name__)
 
 #: Part of a block that moves.
 Part = Literal["mlp_out", "mlp", "attention", "all"]
@@ -99,7 +102,7 @@ class Layers(Place):
         model.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        context.say(
+        logger.info(
             f"place: {self.role} of layers {', '.join(map(str, layers))} "
             f"({sum(parameter.numel() for parameter in trained.values()):,} weights)"
         )

@@ -14,6 +14,8 @@ A mixture of experts that fuses its experts into one tensor gets no adapter ther
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -23,6 +25,8 @@ from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.registry import register
 from delible.train.slots import Context, Place, Placement
+
+logger = logging.getLogger(__name__)
 
 
 def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -85,12 +89,12 @@ class LoRA(Place):
             for name, parameter in lm.model.named_parameters()
             if parameter.requires_grad
         }
-        context.say(
+        logger.info(
             f"place: LoRA of rank {self.rank} on {len(paths)} linear layers "
             f"({sum(parameter.numel() for parameter in trained.values()):,} weights)"
         )
         if fused:
-            context.say(
+            logger.warning(
                 f"place: {len(fused)} fused expert tensors get no adapter and stay frozen; "
                 "use place 'layers' to train experts."
             )

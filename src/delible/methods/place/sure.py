@@ -21,6 +21,7 @@ where the first dimension is not the output, outputs are counted all the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,6 +35,8 @@ from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.passes import Passes
 from delible.train.slots import Context, Place, Placement
+
+logger = logging.getLogger(__name__)
 
 
 def saliency(gradient: Tensor, inputs: int | None) -> Tensor:
@@ -119,7 +122,7 @@ class Sure(Place):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         if self.compat:
-            context.say("place: as released, no mask acts and the forget gradient counts twice")
+            logger.info("place: as released, no mask acts and the forget gradient counts twice")
             return Placement(parameters, each_step=_count_twice)
         inputs = input_dimensions(context.lm, parameters)
 
@@ -150,7 +153,7 @@ class Sure(Place):
         once = masks(context.gradients.total(context.rows[context.objective.roles[0]]))
         moving = sum(int(mask.sum()) for mask in once.values())
         total = sum(mask.numel() for mask in once.values())
-        context.say(f"place: {moving:,} of {total:,} weights may move (salient neurons)")
+        logger.info(f"place: {moving:,} of {total:,} weights may move (salient neurons)")
         return Placement(parameters, once)
 
 

@@ -24,6 +24,7 @@ places of their own (``lora``; ``layers`` with ``role: mlp``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -35,6 +36,8 @@ from delible.errors import RecipeError, RunError
 from delible.registry import register
 from delible.train.slots import Context, Place, Placement
 from delible.train.vectors import SetAside
+
+logger = logging.getLogger(__name__)
 
 #: Scores looked at together; bounds the memory of the histograms.
 _CHUNK = 1 << 22
@@ -182,7 +185,7 @@ class Wagle(Place):
         masks = largest(scores, self.share)
         total = sum(mask.numel() for mask in masks.values())
         moving = sum(int(mask.sum()) for mask in masks.values())
-        context.say(
+        logger.info(
             f"place: {moving:,} of {total:,} weights may move ({self.select}; "
             f"{zeros:,} have score 0)"
         )
@@ -240,5 +243,5 @@ class Wagle(Place):
             for name, value in parameters.items()
         }
         moving = sum(int(mask.sum()) for mask in masks.values())
-        context.say(f"place: {moving:,} weights of {len(norms)} linear layers may move (wanda)")
+        logger.info(f"place: {moving:,} weights of {len(norms)} linear layers may move (wanda)")
         return masks

@@ -15,6 +15,7 @@ scores pick one candidate twice; ``compat`` does so too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from delible.registry import register
 from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.questions import ask
 from delible.train.slots import Context, Select
+
+logger = logging.getLogger(__name__)
 
 Order = Literal["largest", "smallest", "random"]
 #: Tokens that may follow beyond the label's own length.
@@ -176,7 +179,7 @@ class Memo(Select):
                 [found[place] for place in mine], self.keep, self.order, generator, self.compat
             )
             kept += [mine[place] for place in best]
-        context.say(
+        logger.info(
             f"select: {len(kept)} of {len(candidates)} alternates by MEMO "
             f"(mean {sum(found) / len(found):.3f})"
         )

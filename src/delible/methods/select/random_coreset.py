@@ -11,11 +11,15 @@ Paper: arXiv 2504.10185. Deviations: none; the paper's scored selections gain li
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from pydantic import Field
 
 from delible.registry import register
 from delible.train.slots import Context, Select
+
+logger = logging.getLogger(__name__)
 
 
 @register(
@@ -41,7 +45,7 @@ class RandomCoreset(Select):
         available = len(context.rows["forget"])
         count = min(available, max(1, round(self.share * available)))
         order = torch.randperm(available, generator=context.generator("select.random_coreset"))
-        context.say(
+        logger.info(
             f"select: {count} of {available} forget rows; equal updates take "
             f"{available / count:.3g} times the epochs"
         )

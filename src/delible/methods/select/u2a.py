@@ -20,11 +20,15 @@ the angle alone.
 
 from __future__ import annotations
 
+import logging
+
 from pydantic import Field
 
 from delible.registry import register
 from delible.train.bilevel import Bilevel
 from delible.train.slots import Context, Select
+
+logger = logging.getLogger(__name__)
 
 
 @register(
@@ -53,7 +57,7 @@ class U2ASelection(Bilevel, Select):
         if self.share == 1:  # nothing to decide
             return list(range(available))
         found = self.solve(context, self.share, "select 'u2a'")
-        context.say(
+        logger.info(
             f"select: {len(found.support)} of {available} forget rows help the outer objective "
             f"most; equal updates take {available / len(found.support):.3g} times the epochs"
         )

@@ -24,6 +24,7 @@ sign is that of ascent; for a loss that teaches refusals it says less.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -39,6 +40,8 @@ from delible.train.gradients import Space
 from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import Context, Weigh
+
+logger = logging.getLogger(__name__)
 
 #: Below this share of effective rows the weights are all but one-hot.
 _FEW = 0.3
@@ -137,12 +140,12 @@ class Attribution(Weigh):
         scores = gradients.products(forget, mean_gradient, how=self.how, consume=True)
         weights = weights_from_scores(scores, self.form, self.temperature, self.offset)
         effective = effective_rows(weights)
-        context.say(
+        logger.info(
             f"weigh: weights from {float(weights.min()):.2f} to {float(weights.max()):.2f}, "
             f"{effective:.1f} effective of {len(forget)} forget rows"
         )
         if effective < _FEW * len(forget):
-            context.say("weigh: few rows carry most of the weight; raise the temperature.")
+            logger.warning("weigh: few rows carry most of the weight; raise the temperature.")
         return weights.float()
 
     def _retain(self, context: Context) -> Sequence[Row]:

@@ -23,6 +23,8 @@ fluency, and keep retain records.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -31,6 +33,8 @@ from torch import Tensor
 from delible.registry import register
 from delible.train.bilevel import Bilevel
 from delible.train.slots import Context, Weigh
+
+logger = logging.getLogger(__name__)
 
 
 @register(
@@ -62,7 +66,7 @@ class U2AWeights(Bilevel, Weigh):
         count = len(context.rows["forget"])
         weights = torch.zeros(count, dtype=torch.float64)
         weights[found.support] = found.weights * count
-        context.say(
+        logger.info(
             f"weigh: {len(found.support)} of {count} forget rows have weight, "
             f"{float(weights[found.support].min()):.2f} to {float(weights.max()):.2f}"
         )

@@ -28,7 +28,7 @@ from delible.testing.contract.trial import (
 
 def _attack_context(original: LM) -> AttackContext:
     unrelated = (QA(question="Tea?", answer="Hot."), Passage(text="Bread rises slowly."))
-    return AttackContext(FORGET, RETAIN, unrelated, original, 0, lambda _: None)
+    return AttackContext(FORGET, RETAIN, unrelated, original, 0)
 
 
 def _variants(attack: ModelAttack) -> Iterable[ModelAttack]:

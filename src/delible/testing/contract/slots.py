@@ -42,6 +42,7 @@ from delible.train.slots import (
     Place,
     Weigh,
 )
+from delible.watching import shown
 
 
 def trains_with_finite_losses(trial: Trial) -> None:
@@ -151,7 +152,8 @@ def resumes_to_the_same_bits(trial: Trial) -> None:
         trial.trainer(recipe, run=run, progress=interrupt).train()
         raise ContractError("the run was too short to be interrupted")
     except Interruption:
-        result = trial.trainer(recipe, run=run, say=told.append).train()
+        with shown(told.append):
+            result = trial.trainer(recipe, run=run).train()
     require(any("Resuming" in line for line in told), "the second run started from nothing")
     require_same(weights(whole.lm), weights(result.lm), "the resumed run ends elsewhere")
 
