@@ -14,18 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from delible import registry
 from delible.component import build
 from delible.measure.evaluate import bootstrap_interval, evaluate
 from delible.measure.metric import Item, SystemValues
 
 if TYPE_CHECKING:
     from delible.audit.result import AuditResult, SystemRole
-    from delible.edit.base import Editor
-    from delible.lm.lm import LM
     from delible.records import ForgetRequest, RecordBase
     from delible.system.base import System
-    from delible.train.recipe import Recipe
 
 #: Rows of a split that are asked, evenly spaced.
 ROWS = 50
@@ -80,12 +76,15 @@ class Said:
 
 @dataclass(frozen=True)
 class Change:
-    """Mean answer probability of one split, on the rows that all systems could be asked.
+    """What became of one split, on the rows that all systems could be asked.
 
     Attributes:
+        before, after: Mean answer probability, or the share of right answers where a system gives
+            no probabilities (:attr:`texts_only`).
         never: Of the reference, a model that never saw the forget rows; None without one.
         error: Standard error of the mean difference (paired rows); 0 for a single row.
         said: How many answers are right when they are generated; None if nothing was generated.
+        texts_only: A guard or a server gives texts, no probabilities.
     """
 
     before: float
@@ -94,10 +93,11 @@ class Change:
     rows: int
     error: float
     said: Said | None = None
+    texts_only: bool = False
 
     @property
     def kept(self) -> float:
-        """Share of the probability that is left, in [0, ...)."""
+        """Share of what there was that is left, in [0, ...)."""
         return self.after / self.before if self.before > 0 else math.nan
 
     @property
@@ -192,6 +192,8 @@ class Achieved:
 
     def _forgotten(self) -> str:
         forget = self.changes["forget"]
+        if forget.texts_only:
+            return f"of the forget answers {forget.said}"
         words = (
             f"forget answers went from a probability of {forget.before:.3f} to {forget.after:.3f}"
         )
@@ -203,7 +205,9 @@ class Achieved:
 
     def _retained(self) -> str:
         parts = [
-            f"{SPLITS[name]} answers from {one.before:.3f} to {one.after:.3f} "
+            f"of the {SPLITS[name]} ones {one.said}"
+            if one.texts_only
+            else f"{SPLITS[name]} answers from {one.before:.3f} to {one.after:.3f} "
             f"({min(one.kept, 1.0):.0%} kept)" + (f", {one.said}" if one.said is not None else "")
             for name, one in self.changes.items()
             if name != "forget"
@@ -270,8 +274,10 @@ def compare(before: Measured, after: Measured, never: Measured | None = None) ->
     """The changes by split, on the rows that have a value in all systems."""
     changes = {}
     systems = [before, after, *([] if never is None else [never])]
+    texts_only = not all("score" in one.capabilities for one in systems)
     for split in SPLITS:
-        columns = [one.values.items.get(METRIC, {}).get(split, ()) for one in systems]
+        measure = SAID if texts_only else METRIC
+        columns = [one.values.items.get(measure, {}).get(split, ()) for one in systems]
         rows = [
             [float(item.value) for item in row if item.value is not None]
             for row in zip(*columns, strict=True)
@@ -284,7 +290,7 @@ def compare(before: Measured, after: Measured, never: Measured | None = None) ->
         means = [fmean(column) for column in zip(*rows, strict=True)]
         changes[split] = Change(
             means[0], means[1], means[2] if never is not None else None, len(rows), error,
-            _said(systems, split),
+            _said(systems, split), texts_only,
         )  # fmt: skip
     return changes
 
@@ -301,49 +307,6 @@ def _said(systems: Sequence[Measured], split: str) -> Said | None:
         return None
     before, after, *never = map(sum, zip(*rows, strict=True))
     return Said(before, after, never[0] if never else None, len(rows))
-
-
-# ---- what to do about it
-
-
-def advice(method: Recipe | Editor, lm: LM) -> tuple[str, str]:
-    """What makes a method forget more, and what makes it forget less."""
-    from delible.train.recipe import Recipe
-
-    card = next(
-        (card for card in registry.cards("recipe", "editor") if card.name == name_of(method)), None
-    )
-    own = f" ({card.advice})" if card is not None and card.advice else ""
-    if not isinstance(method, Recipe):
-        words = f"see 'delible show {method.card.name}' for its options{own}"
-        return words, words
-    rate = method.fitted(lm).training.learning_rate
-    further = f"--strength strong, a higher --learning-rate (it was {rate:.1e}) or more --epochs"
-    gentler = f"--strength gentle, a lower --learning-rate (it was {rate:.1e}) or fewer --epochs"
-    kept = method.keep.card.name
-    if kept == "none":
-        gentler += ", or a loss on retained rows (--keep nll)"
-    elif "retain_weight" in method.balance.spec():
-        gentler += (
-            f", or a higher --retain-weight (it was {method.balance.spec()['retain_weight']:g})"
-        )
-    return further + own, gentler + own
-
-
-def name_of(method: Recipe | Editor) -> str:
-    """The name of a recipe or an editor."""
-    return str(method.spec()["name"])
-
-
-def teaches(method: Recipe | Editor) -> bool:
-    """Whether a method's aim is that its rows are known."""
-    from delible.train.recipe import Recipe
-
-    return (
-        isinstance(method, Recipe)
-        and method.objective.card.name == "finetune"
-        and method.finish.card.name != "task_vector"
-    )
 
 
 # ---- as an audit's data

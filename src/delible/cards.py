@@ -20,6 +20,9 @@ SLOTS = (
     "finish",
 )  # fmt: skip
 
+#: Kinds that make a system forget by themselves (``--method NAME``).
+METHODS: tuple[Kind, ...] = ("recipe", "editor", "guard")
+
 #: What a component may need; the words are used by error messages and by `delible show`.
 NEEDS = {
     "forget": "forget records (--forget FILE)",

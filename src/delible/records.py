@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -115,6 +116,8 @@ class ForgetRequest(BaseModel):
         retain: Records to keep.
         neighbours: Records close to the forgotten ones, to be kept and watched.
         holdout: Records of the same kind that the model never saw.
+        created: When it was made; no part of its id.
+        predecessor: Id of the request that was carried out on the model before this one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,6 +127,14 @@ class ForgetRequest(BaseModel):
     retain: tuple[Record, ...] = ()
     neighbours: tuple[Record, ...] = ()
     holdout: tuple[Record, ...] = ()
+    created: datetime | None = None
+    predecessor: str | None = None
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over what is to be forgotten and kept, and the predecessor (hexadecimal)."""
+        content = self.model_dump_json(exclude={"created"})
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def digest(records: Sequence[RecordBase]) -> str:

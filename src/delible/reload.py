@@ -29,7 +29,7 @@ from delible.system.asks import (
 )
 
 if TYPE_CHECKING:
-    from delible.lm.lm import LM
+    from delible.system.base import System
 
 #: Questions that are asked again, and tokens of an answer.
 QUESTIONS, TOKENS = 3, 48
@@ -59,13 +59,18 @@ class Answered:
 
 
 def answers(
-    lm: LM, prompts: Sequence[Prompt], shown: Sequence[str] | None = None
+    system: System, prompts: Sequence[Prompt], shown: Sequence[str] | None = None
 ) -> list[Answered]:
-    """The greedy answers of a model, and how likely it finds those that were shown (its own)."""
-    texts = [str(text) for text in lm.generate(prompts, Decoding(TOKENS))]
+    """A system's greedy answers, and how likely it finds those that were shown (its own).
+
+    A system that gives no scores is compared by its texts alone.
+    """
+    texts = [str(text) for text in system.generate(prompts, Decoding(TOKENS))]
+    if "score" not in system.capabilities:
+        return [Answered(text, None) for text in texts]
     wanted = texts if shown is None else list(shown)
     places = [place for place, text in enumerate(wanted) if text.strip()]
-    scores = lm.score([Score(prompts[place], wanted[place]) for place in places])
+    scores = system.score([Score(prompts[place], wanted[place]) for place in places])
     means = {
         place: float(score.logprobs.mean())
         for place, score in zip(places, scores, strict=True)
@@ -117,18 +122,19 @@ def _number(score: float | None) -> str:
     return "none" if score is None else f"{score:.4f}"
 
 
-def check(folder: Path, lm: LM, prompts: Sequence[Prompt], shown: Sequence[str]) -> None:
-    """Opens a saved model in a new process and asks it again.
+def check(folder: Path, system: System, prompts: Sequence[Prompt], shown: Sequence[str]) -> None:
+    """Opens an artefact in a new process and asks it again.
 
     Args:
         folder: What was saved.
-        lm: The model in memory that it was saved from.
+        system: What it was saved from, in memory.
         prompts: Questions, and ``shown`` the answers that people saw.
 
     Raises:
         RunError: The saved model answers otherwise, or could not be opened or asked.
     """
-    scored = answers(lm, prompts, shown)
+    precision = getattr(_innermost(system), "precision", "float32")
+    scored = answers(system, prompts, shown)
     mine = [Answered(text, one.score) for text, one in zip(shown, scored, strict=True)]
     content = [
         {
@@ -139,8 +145,8 @@ def check(folder: Path, lm: LM, prompts: Sequence[Prompt], shown: Sequence[str])
         }
         for prompt, text in zip(prompts, shown, strict=True)
     ]
-    saved = [Answered(**one) for one in ask_again(folder, lm.precision, content)]
-    found = differences(prompts, mine, saved, lm.precision)
+    saved = [Answered(**one) for one in ask_again(folder, precision, content)]
+    found = differences(prompts, mine, saved, precision)
     if found:
         raise RunError(
             f"the saved model does not answer as shown: {'; '.join(found)}.",
@@ -148,6 +154,13 @@ def check(folder: Path, lm: LM, prompts: Sequence[Prompt], shown: Sequence[str])
             hint="This is a fault of saving or loading this kind of model, please report it; do "
             "not use the saved one.",
         )
+
+
+def _innermost(system: Any) -> Any:
+    """What answers behind guards and their like: the model, whose precision decides."""
+    while hasattr(system, "system"):
+        system = system.system
+    return system
 
 
 def ask_again(folder: Path, precision: str, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,17 +208,17 @@ def ask_again(folder: Path, precision: str, content: list[dict[str, Any]]) -> li
 
 def reopened(folder: str, precision: str, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the new process does: loads the folder and answers."""
-    from delible.lm.lm import LM
+    from delible.systems.opening import open_system
 
-    lm = LM.load(folder)
-    lm.precision = precision  # type: ignore[assignment]
+    system = open_system(folder)
+    _innermost(system).precision = precision
     prompts = [
         Prompt(
             tuple(Message(**message) for message in one["messages"]), one["prefill"], one["text"]
         )
         for one in content
     ]
-    found = answers(lm, prompts, [one["shown"] for one in content])
+    found = answers(system, prompts, [one["shown"] for one in content])
     return [{"text": one.text, "score": one.score} for one in found]
 
 

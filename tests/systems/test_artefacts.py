@@ -9,7 +9,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from delible.artefacts.guard import Guarding
 from delible.component import build
 from delible.edit.base import Patch
 from delible.errors import DelibleError, RunError
@@ -18,7 +17,7 @@ from delible.records import QA, ForgetRequest
 from delible.system.artefact import FILE, read
 from delible.system.asks import Decoding, Prompt, Score
 from delible.system.base import System, identity_of
-from delible.systems.guarded import GuardedSystem
+from delible.systems.guarded import GuardedSystem, Guarding
 from delible.systems.opening import described, keep, merge, open_lm, open_system, undo
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 

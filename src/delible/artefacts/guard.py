@@ -6,7 +6,6 @@ The guard is made ready anew when it is opened, from the same names and records.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from delible.systems.guarded import GuardedSystem
 _PART = "request"
 
 
-@dataclass(frozen=True)
-class Guarding:
-    """A guard and what it goes by."""
-
-    guard: GuardOptions
-    request: ForgetRequest
-
-
 @register(
     kind="artefact",
     name="guard",
@@ -41,7 +32,7 @@ class Guarding:
     reversible=True,
 )
 class Guard(ArtefactKind):
-    """Content: a :class:`Guarding`."""
+    """Content: a :class:`delible.systems.guarded.Guarding`."""
 
     def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         name = f"{_PART}.json"

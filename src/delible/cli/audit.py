@@ -147,7 +147,7 @@ def audit(
             column=column,
             drop_overlap=drop_overlap,
         )
-        content = [target, before, reference, request.model_dump(mode="json"), guard, seed]
+        content = [target, before, reference, request.id, guard, seed]
         named = [model] if model else []
         text = json.dumps([*content, asked_metrics, asked_attacks, *named], sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -101,7 +101,7 @@ def tune(
 
         chosen = api.resolve_method(method, options=given)
         described = {
-            "method": chosen.spec(), "model": model, "data": request.model_dump(mode="json"),
+            "method": chosen.spec(), "model": model, "data": request.id,
             "seed": seed, "utility": utility, "hold": sorted([*held, *given]),
             "given": [sentences, generator, str(generated)],
         }  # fmt: skip

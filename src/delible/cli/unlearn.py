@@ -381,7 +381,7 @@ def _folder(
     generated: Path | None,
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
-    content = [spec, model, request.model_dump(mode="json"), seed, anchor, refusals]
+    content = [spec, model, request.id, seed, anchor, refusals]
     content += [generator, generated]
     content += [] if reference is None else [reference]
     text = json.dumps(content, sort_keys=True, default=str)

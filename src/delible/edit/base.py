@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from delible.component import Component
+from delible.context import Context
 from delible.errors import ModelError, RunError
 from delible.files import atomic_folder
+from delible.lm.lm import LM, language_model
+from delible.method import ComponentMethod, Outcome
 from delible.records import ForgetRequest
-
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
+from delible.system.base import System
 
 
 @dataclass(eq=False)
@@ -118,9 +117,18 @@ def _digest(value: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-class Editor(Component):
+class Editor(ComponentMethod):
     """A closed-form change of a few weights."""
 
     def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Edits the model in place and returns the patch that undoes it."""
         raise NotImplementedError
+
+    def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
+        lm = language_model(system, f"editor '{self.name}'")
+        before = lm.patches
+        patch = self.edit(lm, request, seed=context.seed)
+        patch.title = f"patch of {self.name}"
+        lm.touch()
+        lm.patches = [*before, patch]
+        return Outcome(lm, "patch", patch, dict(patch.notes))

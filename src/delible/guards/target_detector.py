@@ -291,7 +291,7 @@ class TargetDetector(Guard):
         judged_by = {
             "version": VERSION,
             "options": self.spec(),
-            "request": request.model_dump(mode="json"),
+            "request": request.id,
             "encoder": encoder.identity if encoder else None,
             "refusals": refusals,
         }

@@ -447,3 +447,21 @@ class LM(Body):
     def _context_length(self) -> int:
         config = self.core.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def language_model(system: System, who: str) -> LM:
+    """The language model that a system is, for what works on weights.
+
+    Args:
+        who: What needs it, for the message.
+
+    Raises:
+        ModelError: It is none: a guarded system, a server.
+    """
+    if isinstance(system, LM):
+        return system
+    raise ModelError(
+        f"it needs the weights of a model, and '{system.name}' gives none.",
+        where=who,
+        hint="Give the model itself: its folder, its hub name, or the base of the artefact.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from delible.errors import DataError
 from delible.loaders.forms import fold
@@ -56,7 +57,9 @@ def build_request(
     for part in ("retain", "neighbours", "holdout"):
         parts[part] = _without_overlap(parts["forget"], parts[part], part, drop_overlap)
     records = {part: tuple(item.record for item in found) for part, found in parts.items()}
-    return ForgetRequest(subjects=names, **records)
+    return ForgetRequest(
+        subjects=names, created=datetime.now(UTC).replace(microsecond=0), **records
+    )
 
 
 def _subjects(given: Sequence[str]) -> tuple[str, ...]:

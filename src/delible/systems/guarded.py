@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from delible.component import Component, build
+from delible.component import build
+from delible.context import Context
 from delible.errors import RunError
+from delible.method import ComponentMethod, Outcome
 from delible.records import ForgetRequest
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, System, identity_of
@@ -29,12 +32,26 @@ class GuardMind:
         raise NotImplementedError
 
 
-class Guard(Component):
+@dataclass(frozen=True)
+class Guarding:
+    """A guard and what it goes by: what is kept of it."""
+
+    guard: Guard
+    request: ForgetRequest
+
+
+class Guard(ComponentMethod):
     """A guard's options; :meth:`prepare` makes it ready for a forget request."""
+
+    gives_scores, needs_model = False, False
 
     def prepare(self, request: ForgetRequest) -> GuardMind:
         """Builds whatever the guard needs to judge (automata, indexes)."""
         raise NotImplementedError
+
+    def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
+        guarded = GuardedSystem(system, self.prepare(request), self.name)
+        return Outcome(guarded, "guard", Guarding(self, request))
 
 
 class GuardedSystem(BlackBox):

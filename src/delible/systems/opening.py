@@ -8,7 +8,7 @@ from pathlib import Path
 
 from delible import registry
 from delible.errors import DelibleError, ModelError, RunError, nearest
-from delible.lm.lm import LM
+from delible.lm.lm import LM, language_model
 from delible.system import artefact as artefacts
 from delible.system.artefact import Artefact, ArtefactKind, Base
 from delible.system.base import System, identity_of
@@ -50,14 +50,7 @@ def open_lm(name: str) -> LM:
         ModelError: There are none: a guarded system, a server.
         DelibleError: As for :func:`open_system`.
     """
-    system = open_system(name)
-    if isinstance(system, LM):
-        return system
-    raise ModelError(
-        f"this needs the weights of a model, and '{system.name}' gives none.",
-        where=name,
-        hint="Give the model itself: its folder, its hub name, or the base of the artefact.",
-    )
+    return language_model(open_system(name), name)
 
 
 def _open(name: str, model: str | None, above: tuple[Path, ...]) -> System:
@@ -117,8 +110,20 @@ def kind_of(artefact: Artefact, folder: Path) -> ArtefactKind:
             where=str(folder / artefacts.FILE),
             hint=f"{nearest(artefact.kind, known)} A newer delible, or a plug-in, may know it.",
         )
-    found: ArtefactKind = registry.load("artefact", artefact.kind)()
+    return kind_named(artefact.kind)
+
+
+def kind_named(name: str) -> ArtefactKind:
+    """A kind of artefact by name."""
+    found: ArtefactKind = registry.load("artefact", name)()
     return found
+
+
+def opens_again(system: System) -> bool:
+    """Whether a system's name opens this very system again."""
+    if isinstance(system, LM):
+        return system.origin is not None
+    return is_address(system.name) or artefacts.is_artefact(Path(system.name).expanduser())
 
 
 def _open_base(artefact: Artefact, folder: Path, above: tuple[Path, ...]) -> System:
@@ -175,8 +180,7 @@ def keep(kind: str, content: object, folder: Path, base: Base | None, system: Sy
     Raises:
         RunError: The disk refuses it.
     """
-    writer: ArtefactKind = registry.load("artefact", kind)()
-    parts, options = writer.save(content, folder)
+    parts, options = kind_named(kind).save(content, folder)
     artefact = Artefact(
         kind=kind, base=base, parts=parts, options=options, identity=identity_of(system)
     )

@@ -13,6 +13,7 @@ from delible.cards import SLOTS, Kind
 from delible.component import Component, Config, build
 from delible.errors import RecipeError, nearest
 from delible.precision import Precision
+from delible.ranges import Range
 from delible.train.losses import Keep, Objective
 from delible.train.schedule import Schedule
 from delible.train.slots import (
@@ -106,41 +107,6 @@ class Training(Config):
             return self
         rate = min(1.0, self.learning_rate * self.learning_rate_width / width)
         return self.model_copy(update={"learning_rate": rate, "learning_rate_width": None})
-
-
-class Range(Config):
-    """Where a search may look for an option's value: both ends belong to it.
-
-    Attributes:
-        log: Values are spread evenly in their logarithm.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-    @classmethod
-    def read(cls, given: Any, where: str) -> Self:
-        """A range from ``[low, high]`` or ``[low, high, log]``.
-
-        Raises:
-            RecipeError: It has another form, or its ends are not in order.
-        """
-        if isinstance(given, cls):
-            return given
-        parts = list(given) if isinstance(given, list | tuple) else []
-        if len(parts) not in (2, 3) or parts[2:] not in ([], ["log"]):
-            raise RecipeError(
-                f"{given!r} is no range.",
-                where=where,
-                hint="Write [low, high] or [low, high, log].",
-            )
-        found = cls.build(where, low=parts[0], high=parts[1], log=len(parts) == 3)
-        if not found.low < found.high:
-            raise RecipeError(f"{found.low:g} is not below {found.high:g}.", where=where)
-        if found.log and found.low <= 0:
-            raise RecipeError("a logarithmic range starts above 0.", where=where)
-        return found
 
 
 class Recipe(Config):

@@ -237,7 +237,7 @@ def tuned_options(
     lm = LM.load(start)
     described = {
         "model": lm.fingerprint,
-        "request": identity(request.model_dump(mode="json")),
+        "request": request.id,
         "method": chosen.spec(),
         "hold": sorted(options),
         "trials": trials,
