@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal[
     "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
-    "finish", "recipe", "editor", "guard", "attack", "metric", "benchmark",
+    "finish", "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark",
 ]  # fmt: skip
 
 SLOTS = (

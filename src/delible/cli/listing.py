@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 #: Kinds from the most to the least asked for; `show` takes the first that knows the name.
 ORDER = (
-    "recipe", "editor", "guard", "attack", "metric", "benchmark", "objective", "keep", "place",
-    "balance", "harden", "finish", "generate", "select", "sample", "weigh",
+    "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark", "objective",
+    "keep", "place", "balance", "harden", "finish", "generate", "select", "sample", "weigh",
 )  # fmt: skip
 #: Words for several kinds at once.
-COLLECTIVE = {"methods": ("recipe", "editor"), "slots": ORDER[6:]}
+COLLECTIVE = {"methods": ("recipe", "editor"), "slots": ORDER[7:]}
 #: Plurals that do not end in a plain s.
 PLURALS = {"finishes": "finish"}
 
@@ -29,9 +29,9 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     Parameters
     ----------
     kind
-        methods, guards, attacks, metrics, benchmarks, recipes, editors, slots, or one slot
-        (objectives, keep, place, balance, harden, finish, generate, select, sample, weigh).
-        Default: all.
+        methods, interventions, guards, attacks, metrics, benchmarks, recipes, editors, slots, or
+        one slot (objectives, keep, place, balance, harden, finish, generate, select, sample,
+        weigh). Default: all.
     as_json
         Print the cards as JSON.
     """
