@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal[
     "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
-    "finish", "recipe", "editor", "guard", "attack", "metric", "benchmark", "artefact",
+    "finish", "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark",
+    "artefact",
 ]  # fmt: skip
 
 SLOTS = (
@@ -21,7 +22,7 @@ SLOTS = (
 )  # fmt: skip
 
 #: Kinds that make a system forget by themselves (``--method NAME``).
-METHODS: tuple[Kind, ...] = ("recipe", "editor", "guard")
+METHODS: tuple[Kind, ...] = ("recipe", "editor", "intervention", "guard")
 
 #: What a component may need; the words are used by error messages and by `delible show`.
 NEEDS = {

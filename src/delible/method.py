@@ -118,6 +118,7 @@ class Method(ABC):
         Raises:
             DelibleError: With what to do.
         """
+        return
 
     def more_and_less(self, system: System) -> tuple[str, str]:
         """What makes it forget more, and what makes it forget less, in words."""

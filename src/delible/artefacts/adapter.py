@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from delible.errors import RunError
-from delible.lm.lm import LM
+from delible.lm.lm import language_model
 from delible.registry import register
 from delible.system.artefact import Artefact, ArtefactKind
 from delible.system.base import System
@@ -29,18 +28,13 @@ _PART = "adapter"
     reversible=True,
 )
 class Adapter(ArtefactKind):
-    """Content: an :class:`LM` that wears one."""
+    """Content: an :class:`~delible.lm.lm.LM` that wears one."""
 
     def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         content.save(folder / _PART)
         return {_PART: _PART}, {}
 
     def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
-        lm = base()
-        if not isinstance(lm, LM):
-            raise RunError(
-                f"an adapter needs the weights of its base, and '{lm.name}' gives none.",
-                where=str(folder),
-            )
+        lm = language_model(base(), str(folder))
         lm.put_on(folder / artefact.parts[_PART])
         return lm

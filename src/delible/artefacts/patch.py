@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from delible.edit.base import Patch as PatchOfWeights
-from delible.errors import RunError
-from delible.lm.lm import LM
+from delible.lm.lm import language_model
 from delible.lm.load import ModelInfo
 from delible.registry import register
 from delible.system.artefact import Artefact, ArtefactKind
@@ -39,12 +38,7 @@ class Patch(ArtefactKind):
         return {_PART: _PART}, {}
 
     def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
-        lm = base()
-        if not isinstance(lm, LM):
-            raise RunError(
-                f"a patch needs the weights of its base, and '{lm.name}' gives none.",
-                where=str(folder),
-            )
+        lm = language_model(base(), str(folder))
         PatchOfWeights.load(folder / artefact.parts[_PART]).apply(lm)
         lm.origin = ModelInfo(str(folder), "run", str(folder))
         return lm

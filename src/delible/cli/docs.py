@@ -24,6 +24,7 @@ BETTER = {"lower": "lower", "higher": "higher", "reference": "as the retrained r
 #: Title and kinds of every table.
 TABLES = (
     ("Methods", ("recipe", "editor")),
+    ("Interventions: what changes activations while a model is asked", ("intervention",)),
     ("Guards", ("guard",)),
     ("Attacks", ("attack",)),
     ("Generate: which rows are made before training", ("generate",)),

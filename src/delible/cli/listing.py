@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from delible.cards import METHODS, SLOTS
 from delible.cli import flags, output
 from delible.errors import RecipeError, nearest
 
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 
 #: Kinds from the most to the least asked for; `show` takes the first that knows the name.
 ORDER = (
-    "recipe", "editor", "guard", "attack", "metric", "benchmark", "objective", "keep", "place",
-    "balance", "harden", "finish", "generate", "select", "sample", "weigh", "artefact",
+    "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark", "objective",
+    "keep", "place", "balance", "harden", "finish", "generate", "select", "sample", "weigh",
+    "artefact",
 )  # fmt: skip
 #: Words for several kinds at once.
-COLLECTIVE = {"methods": ("recipe", "editor"), "slots": ORDER[6:-1]}
+COLLECTIVE = {"methods": METHODS, "slots": SLOTS}
 #: Plurals that do not end in a plain s.
 PLURALS = {"finishes": "finish"}
 
@@ -29,9 +31,9 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     Parameters
     ----------
     kind
-        methods, guards, attacks, metrics, benchmarks, artefacts, recipes, editors, slots, or one
-        slot (objectives, keep, place, balance, harden, finish, generate, select, sample, weigh).
-        Default: all.
+        methods (recipes, editors, interventions, guards), attacks, metrics, benchmarks,
+        artefacts, slots, or one slot (objectives, keep, place, balance, harden, finish, generate,
+        select, sample, weigh). Default: all.
     as_json
         Print the cards as JSON.
     """

@@ -6,8 +6,8 @@ on top of it answers with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -131,6 +131,22 @@ class Body:
         """Tokens that end an answer."""
         return self.template.ends
 
+    #: Whose interventions act when this model is asked; a bare model has none.
+    interveners: object | None = None
+
+    def intervening(self) -> AbstractContextManager[None]:
+        """Context of a call of the backbone, in which interventions are in their places."""
+        return nullcontext()
+
+    def alike(self, shared: int, prompts: Callable[[], Sequence[Sequence[int]]]) -> int:
+        """How much of a beginning that prompts share may be computed once for all of them.
+
+        Args:
+            shared: Tokens that are the same.
+            prompts: Gives the prompts' token ids.
+        """
+        return shared
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the model is in evaluation mode."""
@@ -146,6 +162,7 @@ class Body:
     ) -> tuple[Tensor, Tensor, int]:
         """Ids and mask [batch, sequence], padded between the shared prefix and the rest."""
         shared = shared_prefix(rows) if sharing and self.shares_prefix else 0
+        shared = self.alike(shared, lambda: rows)
         longest = max(len(row) for row in rows)
         padded = torch.full((len(rows), longest), self.pad_id)
         mask = torch.zeros_like(padded)

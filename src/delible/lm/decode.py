@@ -38,6 +38,7 @@ from transformers.cache_utils import DynamicLayer
 from delible.lm.attention import attention_window, token_by_token
 from delible.lm.body import Body
 from delible.lm.forward import cache_argument, fill_prefix
+from delible.lm.layout import Make, beside_padding, one_more, told, turn
 from delible.lm.tree import Prefix, Tree, node_states
 from delible.system.asks import Decoding
 
@@ -118,7 +119,7 @@ def read_prompts(
         rows: Token ids; at least one each.
         mask: Where in the cache each row's tokens belong.
     """
-    prefix = Prefix.of(rows)
+    prefix = Prefix.of(rows, lm)
     before = len(prefix.ids)
     trees = [Tree.grow(row[before:], []) for row in rows]
     states, parts = [], list[Any]()
@@ -156,12 +157,14 @@ class Row:
         said: The tokens so far, without the one that ends the answer.
         finish: Why it ended: an end token or a stop text, its length, or logits that are no
             numbers; None while it goes on.
+        prompt: The tokens that it continues, once it has begun.
     """
 
     decoding: Decoding
     seed: str = ""
     said: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    prompt: Sequence[int] = ()
 
     @cached_property
     def draw(self) -> random.Random:
@@ -210,6 +213,8 @@ class Speaking:
         Args:
             prompts: Token ids, one sequence per row; they go through the model as one batch.
         """
+        for row, prompt in zip(rows, prompts, strict=True):
+            row.prompt = prompt
         road = self.lm.road
         padded, mask, shared = self.lm.padded(prompts, sharing=road != "padded")
         cache = roomy_cache(self.lm)
@@ -217,8 +222,10 @@ class Speaking:
             states = read_prompts(self.lm, prompts, mask, cache)
         else:
             if shared:
-                fill_prefix(self.lm, cache, padded[:, :shared])
-            states = self._following(padded[:, shared:], mask, cache)
+                fill_prefix(self.lm, cache, padded[:, :shared], lambda: prompts[0])
+            fed = padded[:, shared:]
+            layout = beside_padding(prompts, mask, fed.shape[1])
+            states = self._following(fed, mask, cache, layout)
         if self.rows:
             length = max(mask.shape[1], self._mask.shape[1])
             for layer, old in zip(cache.layers, self._cache.layers, strict=True):
@@ -247,8 +254,13 @@ class Speaking:
         kept = self.leave()
         fed = torch.tensor([tokens[place] for place in kept], device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)
-        with token_by_token(self.lm):
-            self._states = self._following(fed, self._mask, self._cache)
+        layout = one_more(
+            lambda: [row.prompt for row in self.rows],
+            lambda: [len(row.said) for row in self.rows],
+            self._mask.device,
+        )
+        with turn(self.lm.core), token_by_token(self.lm):
+            self._states = self._following(fed, self._mask, self._cache, layout)
 
     def leave(self) -> list[int]:
         """Takes rows that have a finish out; returns the places that stay, in their new order."""
@@ -265,11 +277,14 @@ class Speaking:
         self.rows = [self.rows[place] for place in kept]
         return kept
 
-    def _following(self, fed: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch hidden"]:
+    def _following(
+        self, fed: Tensor, mask: Tensor, cache: Any, layout: Make
+    ) -> Float[Tensor, "batch hidden"]:
         extra: dict[str, Any] = {cache_argument(self.backbone): cache}
         if self.takes_positions:
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        found = self.backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
+        with told(self.lm, layout):
+            found = self.backbone(input_ids=fed, attention_mask=mask, use_cache=True, **extra)
         return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
@@ -365,7 +380,8 @@ def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> N
         return torch.tensor([row.finish is not None], device=ids.device)
 
     ids = torch.tensor([list(prompt)], device=lm.device)
-    with plain_settings(lm):
+    layout = one_more(lambda: [prompt], lambda: [len(row.said)], lm.device)
+    with plain_settings(lm), told(lm, layout, lambda: len(row.said)):
         lm.core.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from delible.lm.body import Body, shared_prefix
 from delible.lm.hooks import capture, truncated
+from delible.lm.layout import beginning, padded_rows, told
 from delible.lm.template import Encoded
 
 #: Vocabulary entries that may be alive at once: answer positions x vocabulary.
@@ -66,6 +67,11 @@ class Batch:
         """Which positions are real tokens (prompt and answer)."""
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
+    def prompts(self) -> list[list[int]]:
+        """Token ids before each answer."""
+        rows = zip(self.ids.tolist(), self.starts.tolist(), strict=True)
+        return [row[:start] for row, start in rows]
+
     @property
     def targets(self) -> Int[Tensor, " tokens"]:
         """Answer token ids of all rows, one after the other."""
@@ -89,18 +95,28 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str) ->
     )
 
 
-def prefix_cache(lm: Body, ids: Int[Tensor, "batch prefix"]) -> Any:
-    """The key-value cache of a prefix that all rows share, computed once, for every row."""
+def prefix_cache(
+    lm: Body, ids: Int[Tensor, "batch prefix"], prompt: Callable[[], Sequence[int]]
+) -> Any:
+    """The key-value cache of a prefix that all rows share, computed once, for every row.
+
+    Args:
+        ids: The prefix of each row.
+        prompt: Gives the whole prompt of one of them.
+    """
     cache: Any = DynamicCache(config=lm.core.config.get_text_config())
     if ids.numel():
-        fill_prefix(lm, cache, ids)
+        fill_prefix(lm, cache, ids, prompt)
     return cache
 
 
-def fill_prefix(lm: Body, cache: Any, ids: Int[Tensor, "batch prefix"]) -> None:
+def fill_prefix(
+    lm: Body, cache: Any, ids: Int[Tensor, "batch prefix"], prompt: Callable[[], Sequence[int]]
+) -> None:
     """Puts the keys and values of a prefix that all rows share into an empty cache."""
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    backbone(input_ids=ids[:1], use_cache=True, **{cache_argument(backbone): cache})
+    with told(lm, beginning(prompt, ids.device)):
+        backbone(input_ids=ids[:1], use_cache=True, **{cache_argument(backbone): cache})
     cache.batch_repeat_interleave(ids.shape[0])
 
 
@@ -123,10 +139,12 @@ class Forward(nn.Module):
         anatomy, core = lm.anatomy, lm.core
         backbone = core.get_submodule(anatomy.backbone)
         if not layers:
+            batch = replace(batch, prefix=lm.alike(batch.prefix, batch.prompts))
             return _answer_states(_suffix_states(lm, backbone, batch), batch), {}
         paths = {layer: f"{anatomy.blocks}.{layer}" for layer in layers}
         # hooks see the block's output before the final norm: the residual stream itself
         with (
+            told(lm, padded_rows(batch.ids, batch.lengths, batch.starts)),
             nullcontext() if final else truncated(core, anatomy, max(layers) + 1),
             capture(core, list(paths.values())) as seen,
         ):
@@ -136,18 +154,15 @@ class Forward(nn.Module):
 
 
 def _suffix_states(lm: Body, backbone: nn.Module, batch: Batch) -> Tensor:
-    if not batch.prefix or not lm.shares_prefix:
-        return backbone(
-            input_ids=batch.ids, use_cache=False
-        ).last_hidden_state[  # type: ignore[no-any-return]
-            :, batch.prefix :
-        ]
-    cache = prefix_cache(lm, batch.ids[:, : batch.prefix])
-    return backbone(  # type: ignore[no-any-return]
-        input_ids=batch.ids[:, batch.prefix :],
-        use_cache=True,
-        **{cache_argument(backbone): cache},
-    ).last_hidden_state
+    shared = batch.prefix if lm.shares_prefix else 0
+    options: dict[str, Any] = {"use_cache": bool(shared)}
+    if shared:
+        options[cache_argument(backbone)] = prefix_cache(
+            lm, batch.ids[:, :shared], lambda: batch.prompts()[0]
+        )
+    with told(lm, padded_rows(batch.ids, batch.lengths, batch.starts, shared)):
+        states = backbone(input_ids=batch.ids[:, shared:], **options).last_hidden_state
+    return states[:, batch.prefix - shared :]  # type: ignore[no-any-return]
 
 
 def cache_argument(backbone: nn.Module) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from delible.errors import ModelError, nearest
 from delible.lm.anatomy import Anatomy, unwrapped
+from delible.lm.identity import only_reads
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -68,7 +69,7 @@ def capture(
         def on_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             values[path] = _tensor_of(output, path)
 
-        return on_input if which == "input" else on_output
+        return only_reads(on_input if which == "input" else on_output)  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
         for path in dict.fromkeys(paths):

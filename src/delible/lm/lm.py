@@ -23,11 +23,13 @@ from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.forward import Forward, collate, map_logits
+from delible.lm.identity import Identity
 from delible.lm.inspection import inspect
-from delible.lm.load import ModelInfo, load_model, weights_digest, with_adapter
+from delible.lm.load import ModelInfo, load_model, with_adapter
 from delible.lm.parts import has_other_parts, kind_of
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
+from delible.lm.values import token_values
 from delible.precision import (
     Precision,
     Resolved,
@@ -49,35 +51,6 @@ T = TypeVar("T")
 
 
 _NOT_FINITE = "the model gives values that are not finite numbers"
-
-
-#: Logits whose statistics are taken at once: they stay in a processor's cache meanwhile.
-_AT_ONCE = 2 * 1024 * 1024
-
-
-def _scores(logits: Tensor, nodes: Tensor, targets: Tensor, moments: bool = False) -> Tensor:
-    """log p(target) and whether it is the argmax, [tokens, 2]; overwrites the logits.
-
-    With ``moments`` also mean and variance of the vocabulary's log-probabilities, [tokens, 4].
-    """
-    own = logits[nodes, targets]
-    parts = logits.split(max(1, _AT_ONCE // logits.shape[1]))
-    columns = zip(*(_statistics(part, moments) for part in parts), strict=True)
-    best, sums, *others = (torch.cat(column)[nodes] for column in columns)
-    return torch.stack([own - sums, (best == targets).float(), *others], dim=1)
-
-
-def _statistics(logits: Tensor, moments: bool) -> list[Tensor]:
-    """Argmax, logsumexp, and mean and variance of the log-probabilities, each [nodes]."""
-    tops, best = logits.max(dim=1)
-    logits.sub_(tops[:, None])
-    shares = logits.exp() if moments else logits.exp_()
-    sums = shares.sum(dim=1)
-    if not moments:
-        return [best, tops + sums.log()]
-    means = (shares * logits).sum(dim=1) / sums  # pairwise: a matrix product adds up less exactly
-    variances = logits.sub_(means[:, None]).square_().mul_(shares).sum(dim=1) / sums
-    return [best, tops + sums.log(), means - sums.log(), variances]
 
 
 class Removable(Protocol):
@@ -128,7 +101,7 @@ class LM(Body):
             declared_ends=self._declared_ends(),
         )
         self.precision: Resolved = resolve(precision, self.device.type)
-        self._digest: str | None = None
+        self._identity = Identity(self.model)
         self.shares_prefix = self.grows_trees = False
         self.after_head = AfterHead()
         self.road: Road = "plain"
@@ -169,22 +142,24 @@ class LM(Body):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over weights, template and precision; :meth:`touch` after changing weights."""
-        if self._digest is None:
-            self._digest = weights_digest(self.model)
-        joined = f"{self._digest}/{self.template.fingerprint}/{self.precision}"
+        """SHA-256 over all that an answer depends on: weights, template, precision, adapters,
+        hooks, replaced modules (see ``identity.py``).
+
+        Weights that were changed in a way that PyTorch does not count (``.data``, outside of its
+        own operations) have to be told with :meth:`touch`.
+        """
+        joined = f"{self._identity.of(self.model)}/{self.template.fingerprint}/{self.precision}"
         return hashlib.sha256(joined.encode()).hexdigest()
 
     @property
     def identity(self) -> str:
         """SHA-256 over weights and template: the same in every precision."""
-        assert self.fingerprint
-        joined = f"{self._digest}/{self.template.fingerprint}"
+        joined = f"{self._identity.of(self.model)}/{self.template.fingerprint}"
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def touch(self) -> None:
         """Says that the weights have changed: those of the adapter, if the model wears one."""
-        self._digest = None
+        self._identity.forget()
         self.patches = []
         if not self.wears_adapter:
             self.origin = None
@@ -251,6 +226,7 @@ class LM(Body):
         twin.patches = list(self.patches)
         twin.model = copy.deepcopy(self.model)
         twin.template = copy.copy(self.template)
+        twin._identity = self._identity.moved(self.model, twin.model)
         twin.name = name or self.name
         return twin
 
@@ -331,7 +307,7 @@ class LM(Body):
         self, requests: Sequence[Score], encoded: Sequence[Encoded]
     ) -> list[TokenScores | NoAnswer]:
         trees, alone = self._sharing(encoded)
-        function = partial(_scores, moments=any(one.moments for one in requests))
+        function = partial(token_values, moments=any(one.moments for one in requests))
         results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
         for indices, values in chain(
             self._by_prompt(encoded, trees, function), self._by_length(encoded, alone, function)
@@ -386,7 +362,7 @@ class LM(Body):
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Rows of trees, each of a question with a group of its answers."""
         prompts = [rows[group[0]].ids[: rows[group[0]].start] for group in groups]
-        prefix = Prefix.of(prompts)
+        prefix = Prefix.of(prompts, self)
         trees = [
             Tree.grow(prompt[len(prefix.ids) :], [rows[index].ids[len(prompt) :] for index in mine])
             for prompt, mine in zip(prompts, groups, strict=True)

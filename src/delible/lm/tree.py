@@ -34,6 +34,7 @@ from torch import Tensor
 from delible.lm.attention import text_by_text, texts_of
 from delible.lm.body import FEW_TOKENS, Body, shared_prefix
 from delible.lm.forward import HEAD_CHUNK_ELEMENTS, cache_argument, prefix_cache
+from delible.lm.layout import packed, told
 
 #: Values of answer tokens from the logits that predict them: (logits [nodes, vocab] in fp32, which
 #: it may overwrite, the node before each token [tokens], targets [tokens]) -> [tokens, ...].
@@ -49,12 +50,18 @@ class Tree:
         parents: Index of each node's parent; -1 for the first.
         predicting: For each answer, the node whose hidden state predicts each of its tokens.
         targets: For each answer, its tokens.
+        question: How many nodes, the first ones, are the question's; not given: all of them.
     """
 
     ids: list[int]
     parents: list[int]
     predicting: list[list[int]] = field(default_factory=list)
     targets: list[Sequence[int]] = field(default_factory=list)
+    question: int = -1
+
+    def __post_init__(self) -> None:
+        if self.question < 0:
+            self.question = len(self.ids)
 
     @classmethod
     def grow(cls, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Tree:
@@ -119,22 +126,27 @@ class Prefix:
 
     Args:
         ids: The tokens; may be none.
+        prompt: One of the prompts that begin with them, whole.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int], prompt: Sequence[int] | None = None) -> None:
         self.ids = list(ids)
+        self.prompt = self.ids if prompt is None else prompt
         self._computed: Any = None
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]]) -> Prefix:
-        """What all prompts start with, if it is worth sharing."""
-        return cls(prompts[0][: shared_prefix(prompts)] if prompts else ())
+    def of(cls, prompts: Sequence[Sequence[int]], lm: Body | None = None) -> Prefix:
+        """What all prompts start with, if it is worth sharing (and a model may share it)."""
+        shared = shared_prefix(prompts)
+        if lm is not None:
+            shared = lm.alike(shared, lambda: prompts)
+        return cls(prompts[0][:shared], prompts[0]) if prompts else cls(())
 
     def cache(self, lm: Body) -> Any:
         """A key-value cache with the prefix in it, to be filled on."""
         if self._computed is None:
             ids = torch.tensor([self.ids], dtype=torch.long, device=lm.device)
-            self._computed = prefix_cache(lm, ids)
+            self._computed = prefix_cache(lm, ids, lambda: self.prompt)
         return copy.deepcopy(self._computed)
 
 
@@ -157,17 +169,22 @@ def node_states(
         raise TypeError("the model takes no position_ids")
     before = len(prefix.ids)
     ids = torch.tensor([[token for tree in trees for token in tree.ids]])
-    positions = torch.tensor([[depth for tree in trees for depth in tree.depths()]]) + before
+    depths = [tree.depths() for tree in trees]
+    positions = torch.tensor([[depth for one in depths for depth in one]]) + before
     if cache is None and before:
         cache = prefix.cache(lm)
-    told = {} if cache is None else {cache_argument(backbone): cache}
+    cached = {} if cache is None else {cache_argument(backbone): cache}
+    prompts = [[*prefix.ids, *tree.ids[: tree.question]] for tree in trees]
     texts = texts_of(lm, [torch.from_numpy(tree.sees(before)) for tree in trees])
-    with text_by_text(lm, texts) as attending:
+    with (
+        told(lm, packed(prompts, depths, before, lm.device)),
+        text_by_text(lm, texts) as attending,
+    ):
         return backbone(  # type: ignore[no-any-return]
             input_ids=ids.to(lm.device),
             position_ids=positions.to(lm.device),
             use_cache=cache is not None,
-            **told,
+            **cached,
             **attending,
         ).last_hidden_state[0]
 

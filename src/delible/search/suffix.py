@@ -272,9 +272,5 @@ def frozen(lm: LM) -> Iterator[LM]:
     """The model in evaluation mode, with a template whose counts are nobody's."""
     twin = copy.copy(lm)
     twin.template = copy.copy(lm.template)
-    was_training = lm.model.training
-    lm.model.eval()
-    try:
+    with lm.evaluating():
         yield twin
-    finally:
-        lm.model.train(was_training)

@@ -28,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from delible.errors import RecipeError
 from delible.lm.body import shared_prefix
 from delible.lm.forward import Forward, collate
+from delible.lm.identity import only_reads
+from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
 from delible.train.losses import Objective
 from delible.train.randomness import generator
@@ -379,7 +381,8 @@ class Gradients:
 
         with self._evaluating(), ExitStack() as stack:
             for _, module in linear_layers(self.lm):
-                hook = module.register_forward_pre_hook(seeing(names[id(module.weight)]))
+                seen_by = only_reads(seeing(names[id(module.weight)]))
+                hook = module.register_forward_pre_hook(seen_by)
                 stack.callback(hook.remove)
             each = ([row] for row in rows)  # one at a time: padding must not count
             for alone in self._told(each, "inputs of the layers", rows):
@@ -395,10 +398,11 @@ class Gradients:
             for part in self._told(self._batches(rows, self.budget), "hidden states", rows):
                 encoded = [rows[place].encoded for place in part]
                 batch = collate(encoded, self.lm.pad_id, self.lm.device)
-                states = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state.double()
+                with told(self.lm, padded_rows(batch.ids, batch.lengths, batch.starts)):
+                    states = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
                 mask = batch.position_mask[..., None]
                 # where, not times: padding may hold anything
-                sums = torch.where(mask, states, 0.0).sum(dim=1)
+                sums = torch.where(mask, states.double(), 0.0).sum(dim=1)
                 found |= zip(part, (sums / batch.lengths[:, None]).cpu(), strict=True)
         return torch.stack([found[place] for place in range(len(rows))])
 

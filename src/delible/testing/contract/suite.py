@@ -30,6 +30,11 @@ from delible.testing.contract.guard import (
     guard_gives_no_scores,
     guard_refuses_what_is_forgotten,
 )
+from delible.testing.contract.intervention import (
+    intervention_holds_on_every_road,
+    intervention_is_taken_off_exactly,
+    intervention_survives_saving,
+)
 from delible.testing.contract.metric import (
     benchmark_declares_its_table,
     metric_gives_a_value_or_a_reason,
@@ -82,6 +87,10 @@ EVERY_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     ),
     "attack": (attacked_model_is_a_copy,),
     "editor": (edit_is_undone_exactly,),
+    "intervention": (
+        intervention_is_taken_off_exactly, intervention_survives_saving,
+        intervention_holds_on_every_road,
+    ),
 }  # fmt: skip
 #: On one architecture: slow, or nothing to do with the model.
 ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {

@@ -1,0 +1,275 @@
+"""A model with interventions: asked like any model, and taken off without a trace.
+
+The weights are shared with the bare model and never touched. The hooks are in their places while
+the intervened model is asked, and act only on what is asked of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from delible.errors import ModelError, RunError
+from delible.intervene.sites import Place, Positions, vision_blocks
+from delible.intervene.taps import Tap, Taps, Where
+from delible.lm.body import Budget
+from delible.lm.layout import asked, padded_rows, told
+from delible.lm.lm import LM
+
+logger = logging.getLogger(__name__)
+
+
+class Acting(Protocol):
+    """An intervention with what it has learned (:class:`delible.intervene.base.Fitted`)."""
+
+    @property
+    def intervention(self) -> Any: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def learned_on(self) -> str | None: ...
+
+    @property
+    def identity(self) -> str: ...
+
+
+class Intervened(LM):
+    """A model with interventions, in order; see :func:`intervened`.
+
+    What goes through the engine is changed: generating, scoring, inspecting, serving, training.
+    ``model`` is the bare module; calling it directly gives the bare model's values.
+
+    Attributes:
+        bare: The model without them; it shares its weights, and can be asked at the same time.
+        interventions: What acts, in this order.
+    """
+
+    def __init__(self, bare: LM, interventions: Sequence[Acting]) -> None:
+        vars(self).update(vars(bare))
+        self.bare, self.interventions = bare, tuple(interventions)
+        names = " + ".join(one.intervention.card.name for one in self.interventions)
+        self.name = f"{bare.name} + {names}"
+        self.on_answers = None
+        self.interveners = object()
+        if any(one.intervention.needs_own_rows for one in self.interventions):
+            self.grows_trees = self.shares_prefix = False
+            self.road = "plain" if bare.road == "plain" else "padded"
+        taps = [
+            Tap(site, one.intervention.positions, _bound(one, self.device))
+            for one in self.interventions
+            for site in one.intervention.sites
+        ]
+        self._taps = Taps(self, taps, self.interveners)
+        self._spans = [tap.positions for tap in taps if tap.positions.kind == "spans"]
+
+    # ---- identity
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the bare model, and what acts on it in which order."""
+        joined = "/".join([self.bare.fingerprint, *(one.identity for one in self.interventions)])
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """The same in every precision."""
+        joined = "/".join([self.bare.identity, *(one.identity for one in self.interventions)])
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    def taken_off(self) -> tuple[str, LM]:
+        """The last intervention, and the model with the others."""
+        *others, last = self.interventions
+        left = Intervened(self.bare, others) if others else self.bare
+        return f"intervention '{last.intervention.card.name}'", left
+
+    def merged(self) -> NoReturn:
+        """An intervention is not in the weights.
+
+        Raises:
+            RunError: Always.
+        """
+        names = ", ".join(one.intervention.card.name for one in self.interventions)
+        raise RunError(
+            f"'{names}' changes activations, and cannot be merged into weights.",
+            hint="Merge the model without it, or serve it as it is.",
+        )
+
+    @property
+    def budget(self) -> Budget:  # type: ignore[override]
+        """That of the bare model."""
+        return self.bare.budget
+
+    def touch(self) -> None:
+        """Says that the weights have changed."""
+        self.bare.touch()
+        self.origin = self.bare.origin
+
+    def wear(self, model: Any) -> None:
+        """Takes another form of the same model; the interventions stay."""
+        self.bare.wear(model)
+        again = Intervened(self.bare, self.interventions)
+        again.name, again.on_answers = self.name, self.on_answers
+        vars(self).update(vars(again))
+
+    def copy(self, name: str | None = None) -> Intervened:
+        """An independent copy with its own weights and the same interventions."""
+        twin = Intervened(self.bare.copy(), self.interventions)
+        twin.name = name or self.name
+        return twin
+
+    def save(self, folder: Path) -> None:
+        """Refused: the weights alone are another model.
+
+        Raises:
+            RunError: Always.
+        """
+        raise RunError(
+            "an intervention is not in the weights, so a saved model would answer differently.",
+            where=str(folder),
+            hint="Save the model (lm.bare.save) and each of lm.interventions in folders of "
+            "their own.",
+        )
+
+    # ---- how it acts
+
+    def intervening(self) -> AbstractContextManager[None]:
+        """Within it the hooks are in their places."""
+        return self._taps.on()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the model is in evaluation mode, and interventions act."""
+        with self.intervening(), asked(self.interveners), super().evaluating():
+            yield
+
+    def alike(self, shared: int, prompts: Callable[[], Sequence[Sequence[int]]]) -> int:
+        """What is computed once must be changed alike in all prompts."""
+        if not shared or not self._spans:
+            return shared
+        if not self.shares_prefix:
+            return 0
+        for positions in self._spans:
+            first, *others = (positions.marked(self, prompt)[:shared] for prompt in prompts())
+            while any(one[:shared] != first[:shared] for one in others):
+                shared -= 1
+        return shared
+
+
+def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
+    """A model on which interventions act.
+
+    It is asked wherever a model is; the answers are those of one plain row after the other, with
+    the interventions at their sites. Interventions that are on already stay and act first.
+
+    Args:
+        lm: The model; its weights are shared, not copied, and stay as they are.
+        interventions: First the one that acts first.
+
+    Raises:
+        ModelError: The model lacks a site, or what is changed there reaches nothing.
+    """
+    if isinstance(lm, Intervened):
+        interventions = [*lm.interventions, *interventions]
+        lm = lm.bare
+    for one in interventions:
+        if one.learned_on is not None and one.learned_on != lm.identity:
+            logger.warning(
+                "The intervention '%s' was learned on another model than '%s', or with other "
+                "weights.",
+                one.intervention.card.name,
+                lm.name,
+            )
+    _check_sites(lm, interventions)
+    found = Intervened(lm, interventions)
+    with torch.no_grad(), found.evaluating(), found.computing():
+        _three_tokens(found)  # what an intervention cannot do is said now
+    return found
+
+
+def _bound(fitted: Acting, device: torch.device) -> Callable[[Tensor, Where], Tensor]:
+    tensors = {name: one.to(device) for name, one in fitted.tensors.items()}
+
+    def function(states: Tensor, where: Where) -> Tensor:
+        return fitted.intervention.change(states, where, tensors)
+
+    return function
+
+
+def _check_sites(lm: LM, interventions: Sequence[Acting]) -> None:
+    """Tries on three tokens that a change at each site reaches what the model gives."""
+    sites = dict.fromkeys(site for one in interventions for site in one.intervention.sites)
+    for site in sites:
+        run = partial(_picture if site.what == "vision" else _three_tokens, lm)
+        places = site.places(lm)
+        with torch.no_grad(), lm.evaluating(), lm.computing():
+            plain = run()
+            for place in places:
+                passed: list[str] = []
+                at = site if place.layer is None else site.model_copy(
+                    update={"layers": (place.layer,)}
+                )  # fmt: skip
+                with Taps(lm, [Tap(at, Positions(), partial(_ramp, passed))]).on():
+                    changed = run()
+                _reached(place, passed, plain, changed, type(lm.core).__name__)
+
+
+def _ramp(passed: list[str], states: Tensor, where: Where) -> Tensor:
+    """Another direction: a constant or a factor alone would be taken back by a norm."""
+    passed.append(where.what)
+    size = states.abs().amax().clamp(min=1e-3)
+    return states + size * torch.linspace(-1, 2, states.shape[-1], device=states.device)
+
+
+def _reached(place: Place, passed: list[str], plain: Tensor, changed: Tensor, name: str) -> None:
+    if not passed:
+        raise ModelError(f"nothing passes '{place.path}', so nothing can be changed.", where=name)
+    if torch.equal(plain, changed):
+        raise ModelError(
+            f"a change at '{place.path}' ({place.what}) does not reach what the model gives.",
+            where=name,
+            hint="Another hook or wrapper may take it back; intervene at another site.",
+        )
+
+
+def _three_tokens(lm: LM) -> Tensor:
+    """Final states of a prompt of two tokens and an answer of one."""
+    ids = torch.tensor([[3, 5, 6]], device=lm.device)
+    lengths, starts = (torch.tensor([count], device=lm.device) for count in (3, 2))
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    with told(lm, padded_rows(ids, lengths, starts)):
+        return backbone(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def _picture(lm: LM) -> Tensor:
+    """What the tower for images gives the language model, of a picture of a ramp."""
+    settings = lm.core.config.vision_config
+    size = settings.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(settings, "num_channels", 3)
+    count = channels * height * width
+    pixels = torch.linspace(-1, 1, count, device=lm.device).reshape(1, channels, height, width)
+    try:
+        found = lm.core.get_image_features(pixel_values=pixels.to(lm.core.dtype))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"its tower for images ('{vision_blocks(lm)}') cannot be tried: {error}",
+            where=type(lm.core).__name__,
+        ) from error
+    return torch.cat([one.flatten() for one in _tensors(found)])
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if torch.is_tensor(found):
+        return [found]
+    values = found.values() if hasattr(found, "values") else found
+    return [one for value in values if value is not None for one in _tensors(value)]
