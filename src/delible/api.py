@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,27 +22,28 @@ from delible.achieved import (
     teaches,
 )
 from delible.component import build
+from delible.context import Context
 from delible.edit.base import Editor, Patch
 from delible.errors import RecipeError, RunError, nearest
 from delible.files import atomic_file
 from delible.generation import elicited
-from delible.generation.writing import open_writer
 from delible.lm.lm import LM
 from delible.measure.engine import measure
+from delible.measure.starting import started, with_itself, with_writer
 from delible.records import QA, ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory, identity
 from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of, ask, has_answer
+from delible.system.roles import Player
 from delible.train import generated as generated_rows
 from delible.train.engine import MERGED_FIRST, Trainer, check_needs
 from delible.train.estimate import Estimate, estimate
 from delible.train.generated import Generated
-from delible.train.loop import Progress
 from delible.train.plan import make_plan
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength, read_yaml
-from delible.watching import Stage, aside, unwatched
+from delible.watching import Stage, Steps, aside, unwatched
 
 if TYPE_CHECKING:
     from delible.audit.result import SystemRole
@@ -200,8 +201,10 @@ def unlearn(
     shown: int = SHOWN,
     measured: bool = True,
     verify: bool = True,
-    progress: Progress | None = None,
-    stage: Stage = unwatched,
+    progress: Steps | None = None,
+    stage: Stage | None = None,
+    roles: Mapping[str, Player] | None = None,
+    context: Context | None = None,
     **options: Any,
 ) -> UnlearnResult:
     """Makes a model forget.
@@ -225,11 +228,14 @@ def unlearn(
             along the way the result is.
         generator: What writes generated rows, for methods that need some: a name for
             :func:`load`, ``"self"`` (the model before it forgets), or any system. None: offline
-            templates do.
+            templates do. The same as the role ``writer``.
         generated: A folder with generated rows, such as ``generated/`` of an earlier run, to be
             used instead of generating any.
         progress: Called after every step as ``progress(step, total, numbers)``.
         stage: Called as ``stage(title, done, total)`` by what takes long beside the steps.
+        roles: Who writes (and judges, …) by talking: by role a system, a name, ``"self"``, or
+            options such as ``{"system": "https://host/v1#MODEL", "calls": 500}``.
+        context: All of seed, progress, stage and roles, made before; instead of them.
         review: Where forget rows are asked for: stop when they are written. The same call
             without it goes on with them, edited or not.
         options: Options by name, such as ``beta=0.2`` or ``epochs=5``.
@@ -239,25 +245,29 @@ def unlearn(
     """
     made = None if generated is None else generated_rows.read(Path(generated))
     chosen = resolve_method(method, slots=slots, options=options, strength=strength)
+    context = started(
+        context, seed=seed, run=None if out is None else RunDirectory(out), steps=progress,
+        stage=stage, roles=with_writer(roles, generator),
+    )  # fmt: skip
+    run, seed = context.run, context.seed
     lm = _whole(model)
+    context = with_itself(context, lm)
     load_start = _loader(model, chosen)
     if isinstance(chosen, Recipe):
         _require_forget(request, chosen)
-        request = _with_retain(lm, request, chosen, stage)
+        request = _with_retain(lm, request, chosen, context.stage)
         forget = request.forget or _STANDS_IN
         check_needs(chosen, {"forget": forget, "retain": _retained(request)}, made)
         check_reach(chosen, lm)
     elicits = isinstance(chosen, Recipe) and not request.forget
     if review:
-        _check_review(elicits, out)
-    writer = open_writer(generator, lm) if isinstance(chosen, Recipe) else None
-    run = RunDirectory(out) if out is not None else None
-    described = _described(lm, request, chosen, seed, anchor, reference, refusals, writer, made)
+        _check_review(elicits, run)
+    described = _described(lm, request, chosen, context, anchor, reference, refusals, made)
     if run is not None and run.begin(described):
         logger.info(f"{run.path} holds this run already, finished.")
         return _finished(run)
     if elicits:
-        request = elicited.with_rows(lm, request, run, writer=writer, seed=seed, stage=stage)
+        request = elicited.with_rows(lm, request, context)
         if review and run is not None:
             return UnlearnResult(lm, run.path, [], to_review=elicited.place(run))
         if run is not None:
@@ -273,22 +283,9 @@ def unlearn(
             del never
     began = time.perf_counter()
     result = (
-        _train(
-            lm,
-            request,
-            chosen,
-            run,
-            seed,
-            anchor,
-            load_start,
-            refusals,
-            progress,
-            stage,
-            writer,
-            made,
-        )
+        _train(lm, request, chosen, context, anchor, load_start, refusals, made)
         if isinstance(chosen, Recipe)
-        else _edit(lm, request, chosen, run, seed)
+        else _edit(lm, request, chosen, context)
     )
     seconds = time.perf_counter() - began
     if run is not None and result.model.wears_adapter and result.model.origin is None:
@@ -346,7 +343,7 @@ def plan_of(
     records = {"forget": request.forget, "retain": _retained(request)}
     check_needs(chosen, records)
     check_reach(chosen, lm)
-    trainer = Trainer(lm, chosen, records, seed=seed)
+    trainer = Trainer(lm, chosen, records, context=Context(seed))
     context = trainer.rows()
     placement = chosen.place.apply(context)
     forget = context.rows["forget"]
@@ -376,14 +373,14 @@ def _require_forget(request: ForgetRequest, recipe: Recipe) -> None:
         )
 
 
-def _check_review(elicits: bool, out: Path | str | None) -> None:
+def _check_review(elicits: bool, run: RunDirectory | None) -> None:
     if not elicits:
         raise RecipeError(
             "there is nothing to review: no rows are asked for.",
             where="review",
             hint="It is for names without forget records, and for methods that train.",
         )
-    if out is None:
+    if run is None:
         raise RecipeError(
             "rows to review need a place.", where="review", hint="Give a run folder (out=…)."
         )
@@ -430,19 +427,19 @@ def _described(
     lm: LM,
     request: ForgetRequest,
     method: Recipe | Editor,
-    seed: int,
+    context: Context,
     anchor: str | LM | None,
     reference: str | LM | None,
     refusals: Sequence[str] | None,
-    writer: System | None,
     made: Generated | None,
 ) -> dict[str, Any]:
+    writer = context.plays("writer") if isinstance(method, Recipe) else None
     return {
         "command": "unlearn",
         "model": lm.name,
         "model_fingerprint": lm.fingerprint,
         "method": method.spec(),
-        "seed": seed,
+        "seed": context.seed,
         "anchor": anchor.name if isinstance(anchor, LM) else anchor,
         "reference": reference.name if isinstance(reference, LM) else reference,
         "subjects": list(request.subjects),
@@ -465,28 +462,20 @@ def _train(
     lm: LM,
     request: ForgetRequest,
     recipe: Recipe,
-    run: RunDirectory | None,
-    seed: int,
+    context: Context,
     anchor: str | LM | None,
     start: Callable[[], LM],
     refusals: Sequence[str] | None,
-    progress: Progress | None,
-    stage: Stage,
-    writer: System | None,
     made: Generated | None,
 ) -> UnlearnResult:
     trainer = Trainer(
         lm,
         recipe,
         {"forget": request.forget, "retain": _retained(request)},
-        seed=seed,
-        run=run,
+        context=context,
         reference=LM.load(anchor) if isinstance(anchor, str) else anchor,
         start=start,
         refusals=refusals,
-        progress=progress,
-        stage=stage,
-        writer=writer,
         generated=made,
     )
     trained = trainer.train()
@@ -499,16 +488,21 @@ def _train(
         "merged_boundaries": lm.template.merged_boundaries,
     }
     return UnlearnResult(
-        trained.lm, run.path if run else None, [], trained.history, trained.stopped, notes
+        trained.lm,
+        context.run.path if context.run else None,
+        [],
+        trained.history,
+        trained.stopped,
+        notes,
     )
 
 
-def _edit(
-    lm: LM, request: ForgetRequest, editor: Editor, run: RunDirectory | None, seed: int
-) -> UnlearnResult:
-    patch = editor.edit(lm, request, seed=seed)
+def _edit(lm: LM, request: ForgetRequest, editor: Editor, context: Context) -> UnlearnResult:
+    patch = editor.edit(lm, request, seed=context.seed)
     lm.touch()
-    return UnlearnResult(lm, run.path if run else None, [], notes=dict(patch.notes), patch=patch)
+    return UnlearnResult(
+        lm, context.run.path if context.run else None, [], notes=dict(patch.notes), patch=patch
+    )
 
 
 def _asked(request: ForgetRequest, count: int) -> list[tuple[str, RecordBase, Prompt]]:

@@ -21,8 +21,7 @@ from delible.loaders import write_records
 from delible.records import ForgetRequest, Record, RecordBase
 from delible.report import write_page
 from delible.rundir import RunDirectory
-from delible.train.loop import Progress
-from delible.watching import Stage, indented, unwatched
+from delible.watching import Stage, Steps, indented, unwatched
 from delible.world import World
 from delible.world.split import Split
 
@@ -60,7 +59,7 @@ LEAKS = ("answer_probability", "paraphrase_probability", "extraction_strength")
 ASKED, ROWS = {"retain": 8, "neighbours": 6, "holdout": 5}, 10
 
 #: Makes a progress callback for a stage with the given title.
-ProgressFactory = Callable[[str], Progress | None]
+ProgressFactory = Callable[[str], Steps | None]
 
 
 def of(settings: Settings, model: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.errors import DataError, RecipeError, nearest
 from delible.watching import duration
 
@@ -61,6 +62,7 @@ def unlearn(
     finish: flags.Slot = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
+    role: flags.Roles = None,
     review: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     verify: Annotated[bool, Parameter(group=flags.RUN)] = True,
     dry_run: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
@@ -145,6 +147,10 @@ def unlearn(
         run resumes when it is started again.
     seed
         Of every random choice.
+    role
+        Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
+        attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
+        limit what is spent: 'judge: {system: MODEL, calls: 500, tokens: 200000}'. May be repeated.
     review
         With names alone: stop when the rows that the model was asked for are written, to be read
         and edited. The same command without it goes on with them.
@@ -174,6 +180,7 @@ def unlearn(
         **{key: value for key, value in training.items() if value is not None},
         **{option_name(key): option_value(value) for key, value in options.items()},
     }
+    roles = read_roles(role)
     with output.Reporter(error=dry_run) as reporter:
         request = read_request(
             reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
@@ -194,14 +201,14 @@ def unlearn(
             return _dry_run(reporter, model, request, plan)
         spec = chosen.spec()
         folder = out or _folder(
-            spec, model, request, seed, anchor, reference, sentences, generator, generated
+            spec, model, request, seed, anchor, reference, sentences, generator, generated, roles
         )
         _announce(reporter, model, request, chosen, folder)
         began = time.perf_counter()
         result = api.unlearn(
             model, request, **plan, out=folder, anchor=anchor, reference=reference,
             refusals=sentences, generator=generator, generated=generated, review=review,
-            verify=verify, progress=reporter.progress(), stage=reporter.stage,
+            roles=roles, verify=verify, progress=reporter.progress(), stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         if result.to_review is not None:
@@ -379,11 +386,13 @@ def _folder(
     refusals: Sequence[str] | None,
     generator: str | None,
     generated: Path | None,
+    roles: Mapping[str, Any],
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
     content = [spec, model, request.model_dump(mode="json"), seed, anchor, refusals]
     content += [generator, generated]
     content += [] if reference is None else [reference]
+    content += [roles] if roles else []
     text = json.dumps(content, sort_keys=True, default=str)
     return Path("runs") / f"{spec['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -24,9 +24,9 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,25 +34,25 @@ from typing import Any
 import yaml
 
 from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
+from delible.context import Context
 from delible.edit.base import Editor
 from delible.errors import DelibleError, MissingExtraError, RecipeError, RunError
 from delible.files import atomic_file, read_json, write_json
 from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
+from delible.measure.starting import roles_of, started, with_writer
 from delible.records import ForgetRequest, digest
 from delible.rundir import RunDirectory, identity
+from delible.system.roles import Player
 from delible.train import generated as generated_rows
-from delible.train.loop import Progress as Steps
 from delible.train.recipe import Range, Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
 from delible.tune.space import Value, rounded, space, value_of
-from delible.watching import aside, duration
+from delible.watching import Stage, aside, duration
 
 logger = logging.getLogger(__name__)
 
-#: Called with (what is being done, done, total).
-Progress = Callable[[str, int, int], None]
 #: Trials before the sampler learns from them: the method as it is, and other learning rates (random
 #: ones where the learning rate is held).
 STARTUP = 4
@@ -155,7 +155,9 @@ def tune(
     refusals: Sequence[str] | None = None,
     generator: str | None = None,
     generated: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: Stage | None = None,
+    roles: Mapping[str, Player] | None = None,
+    context: Context | None = None,
     **options: Any,
 ) -> TuneResult:
     """Searches a method's options for the least leak that keeps a utility budget.
@@ -173,7 +175,9 @@ def tune(
         out: Folder of the search; the same search goes on there. None keeps nothing on disk.
         slots: Other components for single slots.
         hold: Options that are not searched.
-        reference, refusals, generator, generated: As for :func:`delible.unlearn`.
+        reference, refusals, generator, generated, roles: As for :func:`delible.unlearn`.
+        progress: Called as ``progress(title, done, total)``.
+        context: All of out, seed, progress and roles, made before; instead of them.
         options: Options by name; they are held.
 
     Raises:
@@ -197,13 +201,15 @@ def tune(
     optuna = _optuna()
     chosen = _resolved(method, slots, options)
     ranges = space(chosen, {*hold, *options})
-    search = _Search(
-        optuna, model, chosen, ranges, utility, seed,
-        {"reference": reference, "refusals": refusals, "generator": generator,
-         "generated": generated},
-        progress,
+    context = started(
+        context, seed=seed, run=None if out is None else RunDirectory(out), stage=progress,
+        roles=with_writer(roles, generator),
     )  # fmt: skip
-    run = None if out is None else RunDirectory(out)
+    search = _Search(
+        optuna, model, chosen, ranges, utility, context,
+        {"reference": reference, "refusals": refusals, "generated": generated},
+    )  # fmt: skip
+    run = context.run
     try:
         return search.run(request, trials, run)
     finally:
@@ -212,7 +218,12 @@ def tune(
 
 
 def tuned_options(
-    start: str, request: ForgetRequest, method: str, trials: int, options: Mapping[str, Any]
+    start: str,
+    request: ForgetRequest,
+    method: str,
+    trials: int,
+    options: Mapping[str, Any],
+    roles: Mapping[str, Player] | None = None,
 ) -> dict[str, Any]:
     """A benchmark's options for a method, with those that a search found for it.
 
@@ -222,7 +233,7 @@ def tuned_options(
 
     Args:
         start: Name or folder of the model that is to forget.
-        options: Of :func:`delible.unlearn`.
+        options, roles: Of :func:`delible.unlearn`.
 
     Returns:
         Options of :func:`delible.unlearn`.
@@ -243,6 +254,7 @@ def tuned_options(
         "trials": trials,
         "seed": TUNING_SEED,
         "rows": ROWS,
+        **({"roles": roles_of(roles).named()} if roles else {}),
     }
     del lm
     gc.collect()
@@ -260,6 +272,7 @@ def tuned_options(
                 seed=TUNING_SEED,
                 out=folder,
                 hold=hold,
+                roles=roles,
             )
             write_json(kept, found.best_options)
         best: dict[str, Any] = read_json(kept)
@@ -322,13 +335,11 @@ class _Search:
         method: Recipe | Editor,
         ranges: Mapping[str, Range],
         budget: float,
-        seed: int,
+        context: Context,
         given: Mapping[str, Any],
-        progress: Progress | None,
     ) -> None:
         self.optuna, self.model, self.method, self.space = optuna, model, method, ranges
-        self.budget, self.seed, self.given = budget, seed, dict(given)
-        self.progress = progress
+        self.budget, self.context, self.given = budget, context, dict(given)
         self.name = str(method.spec()["name"])
         self.notes: list[str] = []
 
@@ -344,7 +355,9 @@ class _Search:
             if start is None or len(done) < trials:
                 parts = cut(self._with_retain(lm, request))
                 self._note(parts)
-                start = measured(lm, parts.splits, partial(self._told, "measuring the start"))
+                start = measured(
+                    lm, parts.splits, partial(self.context.stage, "measuring the start")
+                )
                 self._check(start)
                 if run is not None:
                     run.update(start=start, notes=self.notes)
@@ -376,10 +389,11 @@ class _Search:
             "method": self.method.spec(),
             "space": {name: one.model_dump() for name, one in self.space.items()},
             "utility": self.budget,
-            "seed": self.seed,
+            "seed": self.context.seed,
             "rows": ROWS,
             "subjects": list(request.subjects),
             **given,
+            "generator": self.context.roles.named().get("writer"),
             "data": {
                 name: {"records": len(records), "sha256": digest(records)}
                 for name in ("forget", "retain", "neighbours", "holdout")
@@ -394,7 +408,7 @@ class _Search:
             "No retain records were given: the utility is measured on the model's own answers to "
             "general questions."
         )
-        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self._told)
+        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self.context.stage)
         return request.model_copy(update={"retain": retain})
 
     def _note(self, parts: Parts) -> None:
@@ -444,7 +458,7 @@ class _Search:
         given = own if index == 0 else self._along_rate(own, done) if index < STARTUP else None
         study.sampler = self.optuna.samplers.TPESampler(
             n_startup_trials=STARTUP,
-            seed=int(identity({"seed": self.seed, "trial": index})[:8], 16),
+            seed=int(identity({"seed": self.context.seed, "trial": index})[:8], 16),
         )
         waiting = (self.optuna.trial.TrialState.WAITING,)
         if given is not None and not study.get_trials(deepcopy=False, states=waiting):
@@ -507,13 +521,13 @@ class _Search:
                 call["method"] = call.pop("name")
             model = self.model if isinstance(self.model, str) else self.model.copy()
             result = unlearn(
-                model, parts.request, seed=self.seed, shown=0, measured=False,
-                progress=self._stage(title),
-                stage=lambda what, done, total: self._told(f"{title}: {what}", done, total),
+                model, parts.request, shown=0, measured=False, context=self._trial_context(title),
                 **self.given, **call,
             )  # fmt: skip
             stopped = result.stopped
-            after = measured(result.model, parts.splits, partial(self._told, f"{title}: measuring"))
+            after = measured(
+                result.model, parts.splits, partial(self.context.stage, f"{title}: measuring")
+            )
         except Exception as error:
             if index == 0 and isinstance(error, DelibleError) and not isinstance(error, RunError):
                 raise  # what is wrong with the input is wrong with every trial
@@ -546,15 +560,18 @@ class _Search:
         """The method of a trial; the first one is as it was given."""
         return self.method if index == 0 else changed(self.method, options)
 
-    def _told(self, title: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(title, done, total)
+    def _trial_context(self, title: str) -> Context:
+        """The context of one trial: its steps and stages are told under its title, nothing lies
+        in the folder of the search.
+        """
 
-    def _stage(self, title: str) -> Steps:
-        def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
-            self._told(title, step, total)
+        def steps(step: int, total: int, numbers: Mapping[str, float]) -> None:
+            self.context.stage(title, step, total)
 
-        return report
+        def stage(what: str, done: int, total: int) -> None:
+            self.context.stage(f"{title}: {what}", done, total)
+
+        return replace(self.context, run=None, steps=steps, stage=stage)
 
     def _tell(self, trial: Trial, total: int, done: Sequence[Trial]) -> None:
         what = f"trial {trial.index + 1} of {total}"

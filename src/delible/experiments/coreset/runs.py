@@ -38,6 +38,7 @@ from torch import Tensor
 from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
 from delible.bench.stages import mean
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.files import write_json
 from delible.lm.lm import LM
@@ -375,7 +376,7 @@ class _Experiment:
         lm.template.max_length = min(recipe.training.max_length, lm.template.max_length)
         lm.precision = resolve(recipe.training.precision, lm.device.type)
         records = {"forget": self.request.forget, "retain": self.kept}
-        rows = Trainer(lm, recipe, records, seed=seed).rows().rows
+        rows = Trainer(lm, recipe, records, context=Context(seed=seed)).rows().rows
         return list(rows["forget"]), list(rows["retain"])
 
     def _measured(self, lm: LM, indices: Sequence[int]) -> dict[str, Any]:
