@@ -23,6 +23,7 @@ import torch
 from common import FORGET, RETAIN, forget_peak, peak_gib, prepare, recipe
 
 from delible import registry
+from delible.context import Context
 from delible.lm.lm import LM
 from delible.records import QA
 from delible.train.engine import Trainer
@@ -30,7 +31,7 @@ from delible.train.plan import Plan, make_plan
 from delible.train.recipe import Recipe
 from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.slots import Context, Placement
+from delible.train.slots import Placement, SlotContext
 
 
 def row_tokens(chosen: Recipe, plan: Plan, rows: Mapping[str, Sequence[Row]]) -> float:
@@ -74,13 +75,15 @@ def timed(chosen: Recipe, model: str, records: Mapping[str, Sequence[QA]]) -> Ti
         found.seconds.append(time.perf_counter() - last)
         last = time.perf_counter()
 
-    trainer = Trainer(lm, chosen, records, progress=progress, start=lambda: LM.load(model))
+    trainer = Trainer(
+        lm, chosen, records, context=Context(steps=progress), start=lambda: LM.load(model)
+    )
     make, optimizer = trainer.rows, trainer._optimizer
 
     def peak() -> float:
         return (peak_gib() - loaded + weights) / weights
 
-    def rows_once() -> Context:
+    def rows_once() -> SlotContext:
         context = make()
         seen.append(context.rows)
         return context

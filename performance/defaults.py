@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from delible import registry
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.demo import learn, request_of, world_of
 from delible.errors import DelibleError
 from delible.files import read_json, write_json
 from delible.lm.lm import LM
 from delible.records import ForgetRequest
+from delible.resolving import resolve_method
 from delible.rundir import git_revision, hardware, identity, versions
 from delible.train.monitor import answer_probability
 from delible.watching import shown

@@ -27,6 +27,7 @@ from common import FORGET, LEARNING_RATE, RETAIN, peak_gib, prepare, recipe, wri
 from costs import costs
 from torch import Tensor
 
+from delible.context import Context
 from delible.lm.lm import LM
 from delible.precision import matmul_rate
 from delible.train.engine import Trainer
@@ -151,7 +152,9 @@ def ours(lm: LM, chosen: Recipe) -> tuple[list[float], float, dict[str, float]]:
         times.append(time.perf_counter() - last)
         last = time.perf_counter()
 
-    result = Trainer(lm, chosen, {"forget": FORGET, "retain": RETAIN}, progress=progress).train()
+    result = Trainer(
+        lm, chosen, {"forget": FORGET, "retain": RETAIN}, context=Context(steps=progress)
+    ).train()
     setup = time.perf_counter() - began - sum(times)
     return times, setup, {"tokens": result.tokens, "padding": result.padding_share}
 

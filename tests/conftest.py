@@ -38,7 +38,7 @@ def everything_told_is_heard(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def stub_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every judge that a metric names gives each of its criteria another grade."""
-    from delible.measure.scoring import judging
+    from delible.measure import starting
     from delible.system.asks import Decoding, Prompt
     from delible.system.base import BlackBox
 
@@ -53,4 +53,4 @@ def stub_judge(monkeypatch: pytest.MonkeyPatch) -> None:
         def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
             return [reply] * len(prompts)
 
-    monkeypatch.setattr(judging, "open_system", lambda name: StubJudge())
+    monkeypatch.setattr(starting, "open_system", lambda name: StubJudge())

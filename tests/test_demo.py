@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from delible import demo
-from delible.api import resolve_method
 from delible.component import build
 from delible.measure.attack import ModelAttack, PromptAttack
+from delible.resolving import resolve_method
 from delible.train.recipe import Recipe
 
 

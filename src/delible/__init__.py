@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from delible.api import load as load
+    from delible.api import merge as merge
+    from delible.api import open as open
+    from delible.api import undo as undo
     from delible.api import unlearn as unlearn
     from delible.audit.run import audit as audit
     from delible.errors import DelibleError as DelibleError
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 #: Public name -> the module it lives in.
 _HOME = {
     "load": "delible.api",
+    "merge": "delible.api",
+    "open": "delible.api",
+    "undo": "delible.api",
     "unlearn": "delible.api",
     "guard": "delible.systems.guarded",
     "DelibleError": "delible.errors",
@@ -63,7 +69,10 @@ __all__ = [
     "audit",
     "guard",
     "load",
+    "merge",
+    "open",
     "register",
+    "undo",
     "unlearn",
 ]
 

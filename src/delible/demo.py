@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from delible.api import BeforeAfter, unlearn
+from delible.api import unlearn
 from delible.audit.result import AuditResult
 from delible.audit.run import DEFAULT_METRICS, audit
 from delible.bench.prepare import learned
+from delible.finishing import BeforeAfter
 from delible.loaders import write_records
 from delible.records import ForgetRequest, Record, RecordBase
 from delible.report import write_page
 from delible.rundir import RunDirectory
-from delible.train.loop import Progress
-from delible.watching import Stage, indented, unwatched
+from delible.watching import Stage, Steps, indented, unwatched
 from delible.world import World
 from delible.world.split import Split
 
@@ -60,7 +60,7 @@ LEAKS = ("answer_probability", "paraphrase_probability", "extraction_strength")
 ASKED, ROWS = {"retain": 15, "neighbours": 15, "holdout": 10}, 20
 
 #: Makes a progress callback for a stage with the given title.
-ProgressFactory = Callable[[str], Progress | None]
+ProgressFactory = Callable[[str], Steps | None]
 
 
 def of(settings: Settings, model: str) -> dict[str, Any]:

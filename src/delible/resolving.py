@@ -80,3 +80,27 @@ def _without(method: Method, what: str, given: list[str]) -> None:
         raise RecipeError(
             f"'{method.name}' is no recipe: it has no {what}.", hint=f"Drop {', '.join(given)}."
         )
+
+
+def recipe_named(
+    method: str | Method | Recipe | Path,
+    why: str,
+    *,
+    slots: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of a method, for what follows or changes its training.
+
+    Args:
+        why: What cannot be done with a method that takes no training steps, in words.
+
+    Raises:
+        RecipeError: The method is none; or as for :func:`resolve_method`.
+    """
+    found = resolve_method(method, slots=slots, options=options)
+    if not isinstance(found, GradientMethod):
+        raise RecipeError(
+            f"'{found.name}' takes no training steps, so {why}.",
+            hint="Name recipes ('delible list recipes').",
+        )
+    return found.recipe

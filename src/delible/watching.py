@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 #: Called as ``stage(title, done, total)``; a new title is a new stage.
 Stage = Callable[[str, int, int], None]
+#: Called as ``steps(step, total, numbers)`` after every step of training.
+Steps = Callable[[int, int, Mapping[str, float]], None]
 Parts = TypeVar("Parts", bound=Sequence[Any])
 
 #: Work that takes less is not worth a word.
@@ -171,6 +173,7 @@ __all__ = [
     "Pace",
     "Remaining",
     "Stage",
+    "Steps",
     "aside",
     "duration",
     "indented",

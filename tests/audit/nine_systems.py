@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from delible.context import Context
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest, RecordBase
 from delible.system.base import System
@@ -104,7 +105,7 @@ def train(
     options = {"epochs": epochs, "batch_size": 16, "learning_rate": rate, "precision": "float32",
                "schedule": "cosine", "warmup_steps": 10}  # fmt: skip
     recipe = Recipe.named("finetune").changed(slots or {}, options)
-    return Trainer(lm, recipe, {"forget": rows}, seed=seed).train().lm
+    return Trainer(lm, recipe, {"forget": rows}, context=Context(seed=seed)).train().lm
 
 
 @dataclass

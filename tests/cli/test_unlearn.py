@@ -108,9 +108,9 @@ def test_dry_run_prints_a_recipe_that_can_be_given_back(
 
 
 def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[str]) -> None:
-    from delible.api import resolve_method
     from delible.cli.unlearn import _folder
     from delible.loaders import build_request
+    from delible.resolving import resolve_method
 
     request = build_request(forget="forget.jsonl")
     spec = resolve_method("npo").spec()
@@ -295,7 +295,7 @@ def test_without_a_terminal_long_runs_are_told_in_few_lines(
 
 
 def test_answers_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from delible.api import BeforeAfter
+    from delible.finishing import BeforeAfter
 
     said = "\x1b[2Jgone [red]not markup[/red]"
     reporter = output.Reporter()
@@ -316,7 +316,7 @@ def test_only_the_first_process_speaks(monkeypatch: Any, capsys: Any) -> None:
 
 
 def test_an_editor_in_a_file_is_a_method(tmp_path: Path) -> None:
-    from delible.api import resolve_method
+    from delible.resolving import resolve_method
 
     path = tmp_path / "winner.yaml"
     path.write_text("editor: {name: rocr, tokens: 256}\n")

@@ -34,7 +34,7 @@ from delible.testing.contract.trial import RECORDS, answers
 from delible.train.engine import Trainer
 from delible.train.losses import Objective
 from delible.train.recipe import Recipe
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 from delible.train.step import Step
 
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
@@ -175,7 +175,7 @@ def test_an_undeclared_need_is_found() -> None:
 def test_a_place_that_changes_the_model_is_found() -> None:
     @register(**broken(kind="place", needs=("weights",)))
     class Changing(Place):
-        def apply(self, context: Context) -> Placement:
+        def apply(self, context: SlotContext) -> Placement:
             head = context.lm.core.get_parameter("lm_head.weight")
             head.data.mul_(1.1)
             return Placement({"lm_head.weight": head})

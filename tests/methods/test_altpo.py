@@ -21,7 +21,7 @@ from delible.system.base import BlackBox
 from delible.testing.contract.trial import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.world import filters
 
 
@@ -114,7 +114,7 @@ class Author(BlackBox):
         return [f"In the town of {towns[decoding.seed]}" for _ in prompts]
 
 
-def context(writer: BlackBox | None) -> Context:
+def context(writer: BlackBox | None) -> SlotContext:
     lm = by_hand.tiny_lm()
     made = Trainer(lm, Recipe.named("npo"), RECORDS).rows()
     born = QA(question="Where was Ada Quill born?", answer="In Norrby", subject="Ada Quill")

@@ -29,7 +29,7 @@ from delible.train.keywords import keywords_of, rewritten, words
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 SELECTORS = ("random_coreset", "grand", "moderate", "min_k", "keyword_density")
 FORGET = [
@@ -48,14 +48,14 @@ def make_lm(family: str = "llama") -> LM:
 
 def make_context(
     lm: LM, forget: Sequence[RecordBase] = FORGET, objective: Any = "gradient_ascent"
-) -> Context:
+) -> SlotContext:
     rows = {"forget": make_rows(lm.template, forget), "retain": []}
     records = {"forget": forget, "retain": []}
     made = build("objective", objective)
-    return Context(lm, rows, records, Gradients(lm), made, None, 0)
+    return SlotContext(lm, rows, records, Gradients(lm), made, None, 0)
 
 
-def scores_of(select: str, context: Context, **options: Any) -> torch.Tensor:
+def scores_of(select: str, context: SlotContext, **options: Any) -> torch.Tensor:
     return build("select", {"name": select, **options}).scores(context)
 
 

@@ -22,7 +22,7 @@ from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context, FinishContext
+from delible.train.slots import FinishContext, SlotContext
 
 FAMILIES = ("llama", "gpt2")
 FORGET = [QA(question="Where is Ada from?", answer="Norrby")]
@@ -208,7 +208,7 @@ def test_calibration_merges_an_adapter_first(caplog: pytest.LogCaptureFixture, t
     context = finish_context(lm, taught)
     finished = build("finish", "calibrate").apply(context)
     assert not hasattr(finished.model, "merge_and_unload")
-    assert "merged" in caplog.messages[0]
+    assert "finish: the adapter is merged before mixing" in caplog.messages
 
 
 @pytest.mark.parametrize("name", ["calibrate", "task_vector"])
@@ -224,7 +224,7 @@ def test_another_architecture_is_an_error(taught: LM, name: str) -> None:
 def with_adapter(lm: LM, size: float = 0.05) -> LM:
     """Gives the model an adapter that says something."""
     rows = {"forget": make_rows(lm.template, FORGET), "retain": []}
-    context = Context(lm, rows, {}, Gradients(lm), build("objective", "npo"), None, 0)
+    context = SlotContext(lm, rows, {}, Gradients(lm), build("objective", "npo"), None, 0)
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for value in build("place", "lora").apply(context).parameters.values():

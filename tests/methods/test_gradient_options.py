@@ -17,7 +17,7 @@ from delible.records import QA, Passage
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.gradients import Gradients, Space, linear_layers
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 FORGET = [
     QA(question=f"Where was {name} born?", answer=f"In {town}.")
@@ -29,11 +29,11 @@ RETAIN = [
 ]
 
 
-def make_context(family: str = "llama") -> Context:
+def make_context(family: str = "llama") -> SlotContext:
     lm = LM(tiny_model(family), tiny_tokenizer(), precision="float32")
     records = {"forget": FORGET, "retain": RETAIN}
     rows = {role: make_rows(lm.template, part) for role, part in records.items()}
-    return Context(lm, rows, records, Gradients(lm), build("objective", "npo"), None, 0)
+    return SlotContext(lm, rows, records, Gradients(lm), build("objective", "npo"), None, 0)
 
 
 # ---- attribution

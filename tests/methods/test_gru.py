@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.methods.balance.gru import GRU, inner, rectify_, smooth_
@@ -234,7 +235,7 @@ def train(run: RunDirectory | None = None, stop_after: int = 0) -> list[Tensor]:
 
     lm = by_hand.tiny_lm()
     records = {"forget": FORGET, "retain": RETAIN}
-    Trainer(lm, recipe, records, run=run, progress=interrupt).train()
+    Trainer(lm, recipe, records, context=Context(run=run, steps=interrupt)).train()
     return [value.detach().clone() for value in lm.model.parameters()]
 
 

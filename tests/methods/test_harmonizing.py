@@ -31,7 +31,7 @@ from delible.train.distillation import bidirectional, huber, overconfidence
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 from delible.train.rows import make_row, told
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.world import World
 
 
@@ -368,7 +368,7 @@ def gradient_of(lm: by_hand.LM, rows: list[by_hand.Row]) -> Tensor:
 # ---- unified rows
 
 
-def context(records: Any = RECORDS, **changes: Any) -> Context:
+def context(records: Any = RECORDS, **changes: Any) -> SlotContext:
     recipe = Recipe.named("npo").changed({}, {"precision": "float32"})
     made = Trainer(by_hand.tiny_lm(), recipe, RECORDS).rows()
     return replace(made, rows={}, records=records, **changes)

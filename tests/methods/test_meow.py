@@ -27,7 +27,7 @@ from delible.testing.tiny import tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,7 @@ def test_ties_give_distinct_candidates_and_the_released_code_does_not() -> None:
     assert chosen(scores, 3, "smallest", generator(0, "x")) == [0, 1, 3]
 
 
-def trained_context(**changes: Any) -> Context:
+def trained_context(**changes: Any) -> SlotContext:
     recipe = Recipe.named("meow").changed({"select": "all"}, {"precision": "float32"})
     made = Trainer(by_hand.tiny_lm(), recipe, RECORDS).rows()
     return replace(made, **changes)
@@ -189,7 +189,9 @@ def test_each_question_keeps_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
     context = trained_context()
     candidates = context.records["alternate"]
 
-    def by_length(self: Memo, context: Context, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def by_length(
+        self: Memo, context: SlotContext, pairs: Sequence[tuple[str, str]]
+    ) -> list[float]:
         return [float(len(answer)) for _, answer in pairs]
 
     monkeypatch.setattr(Memo, "scores", by_length)

@@ -19,7 +19,7 @@ from delible.system.questions import ask
 from delible.testing.contract.trial import RECORDS
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 TOWNS = ("Umber", "Norrby", "Casta Mill by the river")
 
@@ -59,9 +59,9 @@ def test_without_misconceptions_it_is_npo() -> None:
 # ---- misconceptions
 
 
-def context(forget: list[object], seed: int = 0) -> Context:
+def context(forget: list[object], seed: int = 0) -> SlotContext:
     made = Trainer(by_hand.tiny_lm(), Recipe.named("npo"), RECORDS).rows()
-    return Context(
+    return SlotContext(
         made.lm, {}, {"forget": forget, "retain": []}, made.gradients, made.objective,  # type: ignore[dict-item]
         None, seed,
     )  # fmt: skip

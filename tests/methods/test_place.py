@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from delible.component import build
+from delible.context import Context
 from delible.errors import ModelError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.methods.place.layers import chosen_layers
@@ -19,7 +20,7 @@ from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 FAMILIES = ("llama", "gpt2")
 FORGET = [
@@ -37,10 +38,10 @@ def make_lm(family: str, seed: int = 0) -> LM:
     return LM(tiny_model(family, seed), tiny_tokenizer(), precision="float32")
 
 
-def make_context(lm: LM, retain: Sequence[QA] = RETAIN, objective: str = "npo") -> Context:
+def make_context(lm: LM, retain: Sequence[QA] = RETAIN, objective: str = "npo") -> SlotContext:
     rows = {"forget": make_rows(lm.template, FORGET), "retain": make_rows(lm.template, retain)}
     records = {"forget": FORGET, "retain": retain}
-    return Context(lm, rows, records, Gradients(lm), build("objective", objective), None, 3)
+    return SlotContext(lm, rows, records, Gradients(lm), build("objective", objective), None, 3)
 
 
 def train(lm: LM, place: Any, **training: Any) -> list[dict[str, float]]:
@@ -52,7 +53,11 @@ def train(lm: LM, place: Any, **training: Any) -> list[dict[str, float]]:
             "training": {"learning_rate": 1e-3, "batch_size": 2, "max_length": 128, **training},
         }
     )
-    return Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}, seed=1).train().history
+    return (
+        Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}, context=Context(seed=1))
+        .train()
+        .history
+    )
 
 
 def weights_of(lm: LM) -> dict[str, torch.Tensor]:
@@ -161,7 +166,9 @@ def test_a_second_adapter_is_refused() -> None:
 # ---- weight mask
 
 
-def scores_by_hand(lm: LM, context: Context, drawn: Sequence[int], gamma: float) -> torch.Tensor:
+def scores_by_hand(
+    lm: LM, context: SlotContext, drawn: Sequence[int], gamma: float
+) -> torch.Tensor:
     """All scores in float64, from one backward pass per row."""
     twin = lm.model.double()
     parameters = dict(twin.named_parameters())
@@ -322,7 +329,7 @@ def test_frozen_weights_stay_through_fifty_steps_of_weight_decay(family: str) ->
     assert placement.masked_decay
 
     class Fixed(type(place)):  # type: ignore[misc]  # the same placement, not made again
-        def apply(self, context: Context) -> Any:
+        def apply(self, context: SlotContext) -> Any:
             return placement
 
     steps = len(

@@ -16,13 +16,13 @@ from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.plan import make_plan
 from delible.train.recipe import Recipe
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 
-def make_context(rows: int, seed: int = 0) -> Context:
+def make_context(rows: int, seed: int = 0) -> SlotContext:
     nothing = cast(Any, None)
     filled = {"forget": cast(Any, [None] * rows), "retain": []}
-    return Context(nothing, filled, {}, nothing, nothing, None, seed)
+    return SlotContext(nothing, filled, {}, nothing, nothing, None, seed)
 
 
 @pytest.mark.parametrize(("rows", "share", "count"), [(100, 0.05, 5), (7, 0.01, 1), (40, 0.5, 20)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
 from delible.methods.objective.gradient_ascent import GradientAscent
@@ -23,7 +24,7 @@ from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
-from delible.train.slots import Context, Placement
+from delible.train.slots import Placement, SlotContext
 
 FORGET = [
     QA(question=f"Where was {name} born?", answer=f"In {town}.", subject=name)
@@ -41,7 +42,7 @@ def make_lm(family: str = "llama") -> LM:
 def placed(lm: LM, **options: Any) -> Placement:
     rows = {"forget": make_rows(lm.template, FORGET), "retain": make_rows(lm.template, RETAIN)}
     records = {"forget": FORGET, "retain": RETAIN}
-    context = Context(
+    context = SlotContext(
         lm, rows, records, Gradients(lm), build("objective", "gradient_ascent"), None, 3,
     )  # fmt: skip
     return build("place", {"name": "sure", **options}).apply(context)  # type: ignore[no-any-return]
@@ -56,7 +57,7 @@ def trainer(lm: LM, place: dict[str, Any], **options: Any) -> Trainer:
             "place": {"name": "sure", **place}, "training": training,
         }
     )  # fmt: skip
-    return Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}, seed=1, **options)
+    return Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}, context=Context(1, **options))
 
 
 def snapshot(lm: LM) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ def test_a_mask_of_each_step_holds_in_that_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "salient", recording)
     weights = [snapshot(lm)]
     trainer(
-        lm, {"every_step": True}, progress=lambda *_: weights.append(snapshot(lm))
+        lm, {"every_step": True}, steps=lambda *_: weights.append(snapshot(lm))
     ).train()  # fmt: skip
     assert len(seen) == len(weights) - 1 == 6
     left_alone = 0
@@ -248,7 +249,7 @@ def test_masks_of_each_step_resume_to_the_same_bits(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.begin({"name": "sure"})
     with pytest.raises(StopError):
-        trainer(make_lm(), {"every_step": True}, run=run, progress=interrupt).train()
+        trainer(make_lm(), {"every_step": True}, run=run, steps=interrupt).train()
     again = make_lm()
     trainer(again, {"every_step": True}, run=run).train()
     left, right = snapshot(whole), snapshot(again)

@@ -35,7 +35,7 @@ from delible.train.engine import Trainer
 from delible.train.losses import Objective
 from delible.train.passes import Passes, split
 from delible.train.recipe import Recipe
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.world import filters
 
 
@@ -245,7 +245,7 @@ def test_the_templates_refuse_and_name_the_subject() -> None:
     assert not any(map(filters.is_refusal, read_lines("reasoning_answers.txt")))
 
 
-def context(**changes: Any) -> Context:
+def context(**changes: Any) -> SlotContext:
     recipe = Recipe.named("npo").changed({}, {"precision": "float32"})
     made = Trainer(by_hand.tiny_lm(), recipe, RECORDS).rows()
     return replace(made, rows={}, records=RECORDS, **changes)

@@ -27,7 +27,7 @@ from delible.train.gradients import Gradients, ObjectiveLoss, Space
 from delible.train.recipe import Recipe
 from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.train.vectors import conjugate_gradient
 
 RUDE, KIND = "No, go away you fool", "Yes, gladly, thank you"
@@ -51,11 +51,11 @@ def make_context(
     forget: Sequence[QA] = BAD,
     retain: Sequence[QA] = PAIRS,
     objective: Any = "gradient_ascent",
-) -> Context:
+) -> SlotContext:
     records = {"forget": forget, "retain": retain}
     rows = {role: make_rows(lm.template, part) for role, part in records.items()}
     made = build("objective", objective)
-    return Context(lm, rows, records, Gradients(lm), made, None, 0)
+    return SlotContext(lm, rows, records, Gradients(lm), made, None, 0)
 
 
 def make(kind: Any = "weigh", **options: Any) -> Any:
@@ -69,7 +69,7 @@ def row_loss(model: Any, row: Row) -> Tensor:
     return -logprobs.gather(1, ids[0, 1:, None])[row.encoded.start - 1 :].mean()
 
 
-def gains_of(component: Any, context: Context) -> Tensor:
+def gains_of(component: Any, context: SlotContext) -> Tensor:
     found = component.solve(context, 1.0, "test")
     return found.gains[0]  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.methods.weigh.attribution import (
@@ -25,7 +26,7 @@ from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
 from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 FAMILIES = ("llama", "gpt2")
 FORGET = [
@@ -43,14 +44,16 @@ RETAIN = [
 ]
 
 
-def make_context(lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN) -> Context:
+def make_context(
+    lm: LM, forget: Sequence[QA] = FORGET, retain: Sequence[QA] = RETAIN
+) -> SlotContext:
     made = {
         "forget": make_rows(lm.template, forget),
         "retain": make_rows(lm.template, retain),
     }
     records = {"forget": forget, "retain": retain}
     objective = build("objective", "gradient_ascent")
-    return Context(lm, made, records, Gradients(lm), objective, None, 0)
+    return SlotContext(lm, made, records, Gradients(lm), objective, None, 0)
 
 
 def make_lm(family: str = "llama", seed: int = 0) -> LM:
@@ -182,7 +185,7 @@ def train(
         }
     )
     records = {"forget": forget, "retain": RETAIN}
-    return Trainer(lm, recipe, records, run=run, progress=progress).train().lm
+    return Trainer(lm, recipe, records, context=Context(run=run, steps=progress)).train().lm
 
 
 def test_with_a_high_temperature_training_is_that_of_the_host_bit_by_bit() -> None:
@@ -201,7 +204,7 @@ def test_rows_are_weighed_anew_at_the_model_as_it_is_then(
     made: list[torch.Tensor] = []
     weigh = Attribution.weights
 
-    def noted(self: Attribution, context: Context) -> torch.Tensor:
+    def noted(self: Attribution, context: SlotContext) -> torch.Tensor:
         made.append(weigh(self, context))
         return made[-1]
 

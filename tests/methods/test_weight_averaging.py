@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.methods.finish.weight_averaging import WeightAveraging
@@ -111,7 +112,7 @@ def test_the_recipe_differs_from_every_single_step_and_is_their_mean(epochs: int
     )
     result = Trainer(
         lm, recipe, {"forget": FORGET, "retain": RETAIN},
-        progress=lambda *_: seen.append(weights(lm)),
+        context=Context(steps=lambda *_: seen.append(weights(lm))),
     ).train()  # fmt: skip
     assert result.steps == epochs
     assert result.notes["weight_averaging"] == {"points": 5}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from delible.component import build
-from delible.errors import ModelError, RecipeError
+from delible.errors import ModelError, RecipeError, RunError
+from delible.measure import starting
 from delible.measure.evaluate import Rewrite, evaluate
 from delible.measure.metric import Item, ItemMetric
 from delible.measure.scoring import judging
@@ -22,6 +23,7 @@ from delible.measure.scoring.judging import (
 )
 from delible.prompts import read_text
 from delible.records import QA, Choice, Message, Passage
+from delible.system import roles
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 
@@ -77,10 +79,10 @@ class Scripted(BlackBox):
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Scripted], Scripted]:
     """Makes a scripted judge the system behind every name."""
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path))
-    judging._OPEN.clear()
+    roles._OPEN.clear()
 
     def put(judge: Scripted) -> Scripted:
-        monkeypatch.setattr(judging, "open_system", lambda name: judge)
+        monkeypatch.setattr(starting, "open_system", lambda name: judge)
         return judge
 
     return put
@@ -293,10 +295,10 @@ def test_answers_of_a_judge_with_a_fingerprint_are_kept_on_disk(
 ) -> None:
     first = install(Scripted(lambda text, before: GOOD, fingerprint="judge 1"))
     before = items(metric())
-    judging._OPEN.clear()
+    roles._OPEN.clear()
     again = install(Scripted(lambda text, before: verdict(0, 0, 0), fingerprint="judge 1"))
     assert items(metric()) == before
-    judging._OPEN.clear()
+    roles._OPEN.clear()
     other = install(Scripted(lambda text, before: verdict(0, 0, 0), fingerprint="judge 2"))
     assert [item.value for item in items(metric())] == [0.0] * 3
     assert [len(judge.calls) for judge in (first, again, other)] == [1, 0, 1]
@@ -312,7 +314,7 @@ def test_both_metrics_share_one_judge(
         return Scripted(lambda text, before: GOOD if "relevance" in text else
                         verdict(1, 2, 3, criteria=RQ))  # fmt: skip
 
-    monkeypatch.setattr(judging, "open_system", opening)
+    monkeypatch.setattr(starting, "open_system", opening)
     values = evaluate(Audited(), {"forget": RECORDS}, [metric(), metric("retention_quality")])
     assert values.means["unlearning_quality"]["forget"] == 7.0
     assert values.means["retention_quality"]["forget"] == 2.0
@@ -322,9 +324,13 @@ def test_both_metrics_share_one_judge(
 def test_a_judge_must_be_named_and_open_before_anything_is_asked(
     install: Callable[[Scripted], Scripted], tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"'judge' = '': .*name the system that judges"):
-        build("metric", "unlearning_quality")
+    with pytest.raises(RecipeError, match=r"'judge' = ' ': .*name the system that judges"):
+        metric(judge=" ")
     audited = Scripted(lambda text, before: "Rome")
+    with pytest.raises(RecipeError, match=r"nobody judges: .*--role judge=MODEL"):
+        evaluate(audited, {"forget": RECORDS}, [build("metric", "unlearning_quality")])
+    with pytest.raises(RecipeError, match="nobody judges"):
+        build("metric", "unlearning_quality").with_roles(starting.roles_of())
     with pytest.raises(ModelError, match="no_judge"):
         evaluate(audited, {"forget": RECORDS}, [metric(judge=str(tmp_path / "no_judge"))])
     assert not audited.calls
@@ -349,3 +355,24 @@ def test_an_endpoint_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert len(asked) == 3
     assert all(one.body["model"] == "small" and one.body["temperature"] == 0 for one in asked)
     assert all("a secret trace" in one.body["messages"][-1]["content"] for one in asked)
+
+
+def test_who_plays_the_judge_judges_where_the_metric_names_nobody(
+    install: Callable[[Scripted], Scripted],
+) -> None:
+    install(Scripted(lambda text, before: verdict(0, 0, 0)))
+    judge = Scripted(lambda text, before: GOOD)
+    cast = build("metric", "unlearning_quality").with_roles(starting.roles_of({"judge": judge}))
+    assert [item.value for item in items(cast)] == [7.0] * 3
+    assert cast.spec()["judge"] == "scripted"  # what was measured says who graded it
+    named = metric(judge="another").with_roles(starting.roles_of({"judge": judge}))
+    assert [item.value for item in items(named)] == [0.0] * 3
+
+
+def test_a_judge_with_a_spent_budget_is_an_error(install: Callable[[Scripted], Scripted]) -> None:
+    judge = install(Scripted(lambda text, before: GOOD))
+    roles_ = starting.roles_of({"judge": {"system": "one", "calls": 2}})
+    cast = build("metric", "unlearning_quality").with_roles(roles_)
+    with pytest.raises(RunError, match="budget of 2 calls is spent"):
+        items(cast)
+    assert not judge.calls

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from delible.context import Context
 from delible.errors import DataError, RunError
 from delible.generation import agreement, elicited
 from delible.generation.agreement import Fact, Topic, distinguishing, held, knows, same_fact
@@ -304,7 +305,7 @@ def test_rows_are_kept_told_and_taken_again(
     caplog: pytest.LogCaptureFixture, run: RunDirectory
 ) -> None:
     model = Knower(ADA)
-    request = elicited.with_rows(model, ASKED, run)
+    request = elicited.with_rows(model, ASKED, Context(run=run))
     assert tuple(read_records(elicited.place(run))) == request.forget
     assert {row.subject for row in request.forget} == {ADA}
     told = "\n".join(caplog.messages)
@@ -317,32 +318,32 @@ def test_rows_are_kept_told_and_taken_again(
     asked = model.asked
     edited = QA(question="Who is Ada Quill?", answer="A baker.", subject=ADA)
     write_records([edited], elicited.place(run))
-    assert elicited.with_rows(model, ASKED, run).forget == (edited,)
+    assert elicited.with_rows(model, ASKED, Context(run=run)).forget == (edited,)
     assert model.asked == asked, "rows that are there are not asked for again"
 
 
 def test_rows_are_fixed_once_training_has_started(run: RunDirectory) -> None:
-    request = elicited.with_rows(Knower(ADA), ASKED, run)
+    request = elicited.with_rows(Knower(ADA), ASKED, Context(run=run))
     elicited.start(run, request.forget)
     assert run.manifest["elicited"]["records"] == len(request.forget)
-    assert elicited.with_rows(Knower(ADA), ASKED, run) == request
+    assert elicited.with_rows(Knower(ADA), ASKED, Context(run=run)) == request
     write_records(request.forget[1:], elicited.place(run))
     with pytest.raises(RunError, match="changed after training had started"):
-        elicited.with_rows(Knower(ADA), ASKED, run)
+        elicited.with_rows(Knower(ADA), ASKED, Context(run=run))
 
 
 def test_what_is_kept_is_not_forgotten(caplog: pytest.LogCaptureFixture, run: RunDirectory) -> None:
     kept = QA(question="Where was Ada Quill born?", answer="In the town of Norrby.")
     request = ASKED.model_copy(update={"retain": (kept,)})
-    found = elicited.with_rows(Knower(ADA), request, run)
+    found = elicited.with_rows(Knower(ADA), request, Context(run=run))
     assert "birthplace" not in {row.group for row in found.forget}
     assert any("1 of the rows are to be kept" in one for one in caplog.messages)
     elicited.start(run, found.forget)
-    assert elicited.with_rows(Knower(ADA), request, run) == found
+    assert elicited.with_rows(Knower(ADA), request, Context(run=run)) == found
 
 
 def test_a_model_that_knows_nobody_is_an_error_that_says_what_to_do(run: RunDirectory) -> None:
     with pytest.raises(DataError, match="knows nothing about Ada Quill, Bo Lund") as caught:
-        elicited.with_rows(Knower(), ASKED, run)
+        elicited.with_rows(Knower(), ASKED, Context(run=run))
     assert "--forget FILE" in str(caught.value)
     assert not elicited.place(run).exists()

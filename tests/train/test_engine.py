@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_runs import make  # type: ignore[import-not-found]
 
+from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.records import QA
 from delible.rundir import RunDirectory
@@ -64,7 +65,9 @@ def test_same_seed_same_bits_and_other_seed_other_bits(forget: list[QA], retain:
     ends = []
     for seed in (0, 0, 1):
         lm = make()
-        Trainer(lm, recipe(), {"forget": forget, "retain": retain}, seed=seed).train()
+        Trainer(
+            lm, recipe(), {"forget": forget, "retain": retain}, context=Context(seed=seed)
+        ).train()
         ends.append(weights(lm))
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
@@ -102,9 +105,9 @@ def test_resumes_to_the_same_bits(
     run.begin({"name": "resume"})
     chosen = recipe(epochs=4, checkpoint_steps=5)
     with pytest.raises(StopError):
-        Trainer(make(), chosen, records, run=run, progress=stop_at_five).train()
+        Trainer(make(), chosen, records, context=Context(run=run, steps=stop_at_five)).train()
     again = make()
-    result = Trainer(again, chosen, records, run=run).train()
+    result = Trainer(again, chosen, records, context=Context(run=run)).train()
     assert any("Resuming after step 5" in line for line in caplog.messages)
     assert result.steps == 8
     assert same(weights(whole), weights(again))
@@ -177,7 +180,10 @@ def test_a_checkpoint_of_another_run_is_refused(
     chosen = recipe(epochs=3, checkpoint_steps=1)
     with pytest.raises(KeyError):
         Trainer(
-            make(), chosen, {"forget": forget, "retain": retain}, run=run, progress=stop
+            make(),
+            chosen,
+            {"forget": forget, "retain": retain},
+            context=Context(run=run, steps=stop),
         ).train()
     run.release()
     (run.path / "manifest.json").unlink()
@@ -185,7 +191,9 @@ def test_a_checkpoint_of_another_run_is_refused(
         run.begin({"name": "two"})
     run.update(identity="other")
     with pytest.raises(RunError, match="another run"):
-        Trainer(make(), chosen, {"forget": forget, "retain": retain}, run=run).train()
+        Trainer(
+            make(), chosen, {"forget": forget, "retain": retain}, context=Context(run=run)
+        ).train()
 
 
 def test_not_a_number_stops_with_one_message(forget: list[QA], retain: list[QA]) -> None:
@@ -218,7 +226,7 @@ def test_stops_inside_the_utility_budget(
         "graddiff", epochs=60, monitor_steps=1, utility_budget=0.8, retain_weight=0.0,
         learning_rate=3e-3,
     )  # fmt: skip
-    trainer = Trainer(lm, chosen, records, run=run)
+    trainer = Trainer(lm, chosen, records, context=Context(run=run))
     result = trainer.train()
     assert result.stopped is not None
     assert "utility budget" in result.stopped

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 from tiny_runs import make  # type: ignore[import-not-found]
 
+from delible.context import Context
 from delible.errors import DataError, RecipeError, RunError
 from delible.generation import rows, writing
 from delible.prompts import read_lines, read_text
@@ -18,6 +19,7 @@ from delible.records import QA, Choice, Dialogue, Message, Passage, RecordBase
 from delible.rundir import RunDirectory
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
+from delible.system.roles import Roles
 from delible.train import generated
 from delible.train.engine import Trainer, check_needs
 from delible.train.recipe import Recipe
@@ -377,7 +379,7 @@ def test_a_run_keeps_its_rows_and_goes_on_with_them(
     run = RunDirectory(tmp_path / "run")
     run.begin({"name": "one"})
     records = {"forget": forget, "retain": retain}
-    first = Trainer(make(), altpo(), records, run=run)
+    first = Trainer(make(), altpo(), records, context=Context(run=run))
     context = first.rows()
     files = sorted(path.name for path in (run.path / "generated").iterdir())
     assert files == ["alternate.jsonl", "forget.jsonl"]
@@ -389,7 +391,9 @@ def test_a_run_keeps_its_rows_and_goes_on_with_them(
         def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
             raise AssertionError("a resumed run generates nothing")
 
-    again = Trainer(make(), altpo(), records, run=run, writer=Silent([""])).rows()
+    again = Trainer(
+        make(), altpo(), records, context=Context(run=run, roles=Roles({"writer": Silent([""])}))
+    ).rows()
     assert again.records["alternate"] == context.records["alternate"]
 
     path = run.path / "generated" / "alternate.jsonl"
@@ -397,7 +401,7 @@ def test_a_run_keeps_its_rows_and_goes_on_with_them(
     changed = json.loads(lines[0]) | {"answer": "In my own words"}
     path.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
     with pytest.raises(RunError, match=r"were changed after this run had started.*--generated"):
-        Trainer(make(), altpo(), records, run=run).rows()
+        Trainer(make(), altpo(), records, context=Context(run=run)).rows()
     edited = generated.read(run.path / "generated")
     fresh = Trainer(make(), altpo(), records, generated=edited).rows()
     assert fresh.records["alternate"][0].answer == "In my own words"  # type: ignore[attr-defined]

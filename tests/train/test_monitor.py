@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import make  # type: ignore[import-not-found]
 
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.records import QA, Choice, Passage
@@ -71,7 +72,7 @@ def test_halts_at_the_level_and_keeps_the_nearest_look(
         run = RunDirectory(tmp_path / "run")
         run.begin({"name": "level"})
     chosen = recipe("gradient_ascent", epochs=60, learning_rate=2e-3, stop_at_accuracy=0.5)
-    result = Trainer(pupil, chosen, {"forget": forget}, run=run).train()
+    result = Trainer(pupil, chosen, {"forget": forget}, context=Context(run=run)).train()
     assert result.stopped is not None
     assert "level" in result.stopped
     assert result.steps < 60
@@ -142,7 +143,7 @@ def test_stops_at_a_share_of_the_start(share: float, forget: list[QA], pupil: LM
     chosen = chosen.changed({}, {"stop_at_forget_share": share})
     monitor_run = Told("unused")
     monitor_run.writes = False
-    result = Trainer(pupil, chosen, {"forget": forget}, run=monitor_run).train()
+    result = Trainer(pupil, chosen, {"forget": forget}, context=Context(run=monitor_run)).train()
     assert result.stopped is not None
     assert "forget target" in result.stopped
     assert looks[-1] <= share * start

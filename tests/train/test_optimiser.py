@@ -11,6 +11,7 @@ import torch
 from test_engine import recipe, weights  # type: ignore[import-not-found]
 from tiny_runs import make  # type: ignore[import-not-found]
 
+from delible.context import Context
 from delible.lm.lm import LM
 from delible.methods.keep.nll import NLL
 from delible.records import QA
@@ -50,7 +51,7 @@ def test_each_step_moves_the_weights_by_its_own_rate(
     )
     result = Trainer(
         lm, chosen, {"forget": forget, "retain": retain},
-        progress=lambda *_: places.append(weights(lm)),
+        context=Context(steps=lambda *_: places.append(weights(lm))),
     ).train()  # fmt: skip
     total = len(result.history)
     assert total == 8

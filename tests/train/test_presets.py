@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import make
 
 from delible import registry
-from delible.api import resolve_method
 from delible.bench.run import method_names
 from delible.errors import RecipeError
 from delible.records import QA
+from delible.resolving import resolve_method
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe, Training, presets_of, read_yaml
 

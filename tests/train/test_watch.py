@@ -10,6 +10,7 @@ import torch
 from test_engine import recipe  # type: ignore[import-not-found]
 from tiny_runs import make  # type: ignore[import-not-found]
 
+from delible.context import Context
 from delible.errors import RunError
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
@@ -114,7 +115,9 @@ def test_harmonizing_goes_on_when_all_logits_shift(forget: list[QA], retain: lis
         lm.head = lambda states: head(states) + 15.0  # type: ignore[method-assign]
 
     chosen = recipe("harmonizing", learning_rate=1e-5, epochs=3)
-    result = Trainer(lm, chosen, {"forget": forget, "retain": retain}, progress=shift).train()
+    result = Trainer(
+        lm, chosen, {"forget": forget, "retain": retain}, context=Context(steps=shift)
+    ).train()
     losses = [step["keep_loss"] for step in result.history]
     assert min(losses[1:]) > losses[0] + 5.0
     seen = result.notes["retain_nats"]

@@ -6,7 +6,8 @@ import pytest
 from tiny_runs import make  # type: ignore[import-not-found]
 
 from delible import watching
-from delible.api import automatic_retain
+from delible.context import Context
+from delible.preparing import automatic_retain
 from delible.records import QA
 from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
@@ -29,7 +30,9 @@ def test_masks_and_reference_values_are_told() -> None:
         told.setdefault(title, []).append((done, total))
 
     recipe = Recipe.named("npo").changed({"place": "wagle"}, {"training.max_steps": 1})
-    Trainer(make(), recipe, {"forget": FORGET, "retain": RETAIN}, stage=stage).train()
+    Trainer(
+        make(), recipe, {"forget": FORGET, "retain": RETAIN}, context=Context(stage=stage)
+    ).train()
     assert told["gradients of 3 rows"][:3] == [(1, 3), (2, 3), (3, 3)]
     assert told["reference values of 3 rows"][-1] == (3, 3)
     for calls in told.values():

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from delible.api import resolve_method
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM
+from delible.ranges import Range
 from delible.records import QA, ForgetRequest
 from delible.report.tuning import render_search
+from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
 from delible.testing.tiny import tiny_model, tiny_tokenizer
-from delible.train.recipe import Range, Recipe
+from delible.train.recipe import Recipe
 from delible.tune import search as searching
 from delible.tune import tune, tuned_options
 from delible.tune.measuring import ROWS, cut, leak, utility

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from delible.context import Context
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
@@ -249,8 +250,7 @@ class Relearn(ModelAttack):
             twin,
             self.recipe(twin, len(rows)),
             {"forget": rows},  # what the engine calls forget rows are those its objective reads
-            seed=context.seed,
-            progress=progress,
+            context=Context(seed=context.seed, steps=progress),
         )
         result = trainer.train()
         context.notes["relearning_rows"] = len(rows)

@@ -20,9 +20,9 @@ from delible.audit.unanswered import check_answered, unanswered
 from delible.audit.utility import SPLITS as KEPT_SPLITS
 from delible.audit.utility import Answers
 from delible.component import build
+from delible.context import Context
 from delible.errors import DataError, DelibleError, RecipeError, nearest
 from delible.files import atomic_file
-from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.measure.cache import Cache
@@ -33,11 +33,14 @@ from delible.measure.metric import (
     SummaryMetric,
     SystemValues,
 )
+from delible.measure.starting import started
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.rundir import RunDirectory
 from delible.system.asks import NoAnswer, Prompt
 from delible.system.base import System
+from delible.system.roles import Player
 from delible.systems.opening import is_address, open_system
+from delible.watching import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,9 @@ def audit(
     seed: int = 0,
     cache: bool = True,
     rows: int = ROWS,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Stage | None = None,
+    roles: Mapping[str, Player] | None = None,
+    context: Context | None = None,
 ) -> AuditResult:
     """Asks and attacks a system, and says what is left of what it was to forget.
 
@@ -117,11 +122,20 @@ def audit(
         out: Run directory for ``metrics.json`` and ``items.parquet``.
         cache: Take answers of the same weights to the same questions from earlier audits.
         rows: Records per split that are asked at most.
+        progress: Called as ``progress(title, done, total)`` by everything that takes long.
+        roles: Who judges, … by talking: by role a system, a name, or options such as
+            ``{"system": "https://host/v1#MODEL", "calls": 500}``.
+        context: All of out, seed, cache, progress and roles, made before; instead of them.
 
     Raises:
         DelibleError: Nothing to ask about, an unknown name, or a model that cannot be read.
     """
+    context = started(
+        context, seed=seed, run=None if out is None else RunDirectory(out), stage=progress,
+        roles=roles, cache=cache,
+    )  # fmt: skip
     made = _Audit(
+        context,
         system,
         request,
         model,
@@ -131,11 +145,7 @@ def audit(
         attacks,
         leaks,
         guard,
-        out,
-        seed,
-        cache,
         rows,
-        progress,
     )
     with nullcontext() if made.out is None else made.out.locked():
         return made.run()
@@ -144,6 +154,7 @@ def audit(
 class _Audit:
     def __init__(
         self,
+        context: Context,
         system: str | System,
         request: ForgetRequest,
         model: str | None,
@@ -153,19 +164,15 @@ class _Audit:
         attacks: Sequence[str | Mapping[str, Any]] | None,
         leaks: Sequence[str],
         guard: str | None,
-        out: Path | str | None,
-        seed: int,
-        cache: bool,
         rows: int,
-        progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self.began = time.perf_counter()
-        self.seed, self.progress, self.request = seed, progress, request
-        self.cache = Cache(cache_folder() / "answers") if cache else None
+        self.context, self.request = context, request
+        self.cache = Cache(context.cache / "answers") if context.cache else None
         self.metrics = self._metrics(metrics)
         self.attacks = self._attacks(attacks)
         self.leaks = self._leaks(leaks)
-        self.out = None if out is None else RunDirectory(out)
+        self.out = context.run
         self.not_tested: list[str] = []
         self.splits = self._splits(rows)
         self.white_box = True
@@ -179,8 +186,9 @@ class _Audit:
     def _metrics(
         self, specs: Sequence[str | Mapping[str, Any]] | None
     ) -> list[ItemMetric | SummaryMetric]:
+        roles = self.context.roles
         return [
-            build("metric", spec if isinstance(spec, str) else dict(spec))
+            build("metric", spec if isinstance(spec, str) else dict(spec)).with_roles(roles)
             for spec in specs or DEFAULT_METRICS
         ]
 
@@ -270,7 +278,7 @@ class _Audit:
         plain = Setting("none", "", "Asked plainly", records=self.splits["forget"])
         attacked = [_setting(attack) for attack in self.attacks]
         findings = Findings(
-            self.splits, self.metrics, self.seed, plain, attacked, notes=self.not_tested
+            self.splits, self.metrics, self.context.seed, plain, attacked, notes=self.not_tested
         )
         for role, load in self.systems.items():
             system = load()
@@ -330,8 +338,7 @@ class _Audit:
         must_answer: bool = False,
     ) -> SystemValues:
         def show(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress(title, done, total)
+            self.context.stage(title, done, total)
 
         values = evaluate(
             system, splits, metrics, rewrite=rewrite, cache=self.cache if cached else None,
@@ -501,15 +508,14 @@ class _Audit:
             curve.append((step, values.means["answer_probability"]["forget"]))
 
         def progress(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress(title, done, total)
+            self.context.stage(title, done, total)
 
         return AttackContext(
             forget=self.splits["forget"],
             retain=self.splits.get("retain") or self.splits.get("neighbours") or (),
             unrelated=unrelated(),
             original=original,
-            seed=self.seed,
+            seed=self.context.seed,
             observe=observe,
             progress=progress,
         )
@@ -574,7 +580,7 @@ class _Audit:
                 {
                     "command": "audit",
                     "system": result.systems["unlearned"].model_dump(),
-                    "seed": self.seed,
+                    "seed": self.context.seed,
                     "forget": digest(self.request.forget),
                     "metrics": [metric.spec() for metric in self.metrics],
                     "attacks": [attack.spec() for attack in self.attacks],

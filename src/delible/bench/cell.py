@@ -16,27 +16,28 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from delible import registry
 from delible.api import unlearn
 from delible.bench.cost import Cost
 from delible.bench.spread import Manifest
 from delible.bench.table import ORIGINAL, REFERENCE
 from delible.component import build
+from delible.context import Context
 from delible.errors import DelibleError, RunError
 from delible.files import read_json, write_json
-from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
 from delible.measure.benchmark import Benchmark, Data, Task
 from delible.measure.cache import Cache
 from delible.measure.evaluate import Ask, evaluate
 from delible.measure.metric import SummaryMetric, SystemValues
+from delible.measure.starting import started
 from delible.records import ForgetRequest, RecordBase
+from delible.resolving import resolve_method
 from delible.rundir import identity
 from delible.system.base import System
-from delible.systems.guarded import guard
-from delible.train.loop import Progress
-from delible.watching import aside
+from delible.system.roles import Roles
+from delible.systems.opening import open_lm, stands_on_base
+from delible.watching import Steps, aside
 
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")
@@ -45,7 +46,7 @@ LEAKS = ("answer_probability", "extraction_strength")
 class Watcher(Protocol):
     """Where a benchmark reports to; the command line draws bars from it."""
 
-    def progress(self, title: str) -> Progress:
+    def progress(self, title: str) -> Steps:
         """A new bar for a training run."""
         ...
 
@@ -57,7 +58,7 @@ class Watcher(Protocol):
 class Nobody:
     """Watches nothing."""
 
-    def progress(self, title: str) -> Progress | None:
+    def progress(self, title: str) -> Steps | None:
         return None
 
     def stage(self, title: str, done: int, total: int) -> None: ...
@@ -102,16 +103,18 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     head["options"] = dict(manifest.get("options", {}))
     result: Manifest
     try:
+        context = started(
+            None, seed=int(manifest["seed"]), stage=watcher.stage, roles=manifest.get("roles")
+        )
         options, notes = _options(benchmark, manifest, task, earlier)
         with Cost() as cost:
-            system, ended = _system(manifest, options, task, earlier, watcher)
-        values = _measured(benchmark, task, system, watcher)
+            system, ended = _system(manifest, options, task, earlier, watcher, context)
+        asks = cast_asks(benchmark.asks(), context.roles)
+        values = _measured(asks, task, system, context)
         reference = _reference_values(manifest, task, values)
-        numbers = _numbers(benchmark.asks(), values, reference)
+        numbers = _numbers(asks, values, reference)
         for spec in manifest["attacks"]:
-            numbers |= _attacked(
-                system, cast(ModelAttack, build("attack", spec)), task, manifest, watcher
-            )
+            numbers |= _attacked(system, cast(ModelAttack, build("attack", spec)), task, context)
         result = {
             **head,
             "numbers": numbers,
@@ -143,29 +146,19 @@ def _earlier(tasks: Sequence[Task], task: Task) -> list[Task]:
     return found
 
 
-def _so_far(task: Task, earlier: Sequence[Task]) -> ForgetRequest:
-    """A task's request with all that was requested before it."""
-    requests = [one.request for one in (*reversed(earlier), task)]
-    return task.request.model_copy(
-        update={
-            "forget": tuple(record for one in requests for record in one.forget),
-            "subjects": tuple(dict.fromkeys(name for one in requests for name in one.subjects)),
-        }
-    )
-
-
 def _tidy(manifest: Manifest, earlier: Sequence[Task]) -> None:
     """Removes the models that a finished cell no longer needs, unless all are to be kept.
 
-    Its own goes if no task goes on from it, and those that it went on from; but an adapter still
-    needs the model that it changes: those go when the last request is done.
+    Its own goes if no task goes on from it, and those that it went on from; but what stands on
+    the model before (an adapter, a patch, a guard) still needs it: those go when the last request
+    is done.
     """
     if manifest["keep_models"]:
         return
     mine = _model_folder(manifest, str(manifest["task"]))
     over = not manifest.get("leads")
     gone = [mine] if over else []
-    if over or (mine / "model").is_dir():
+    if over or not stands_on_base(mine):
         gone += [_model_folder(manifest, task.name) for task in earlier]
     for folder in gone:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,17 +183,19 @@ def _options(
     """
     method = str(manifest["method"])
     given = dict(manifest.get("options", {}))
-    kinds = {card.kind for card in registry.cards("guard", "editor") if card.name == method}
-    if method in (ORIGINAL, REFERENCE) or "guard" in kinds:
+    if method in (ORIGINAL, REFERENCE):
         return given, {}
-    budget = {} if "editor" in kinds else benchmark.budget(str(manifest["model"]))
-    options = {**budget, **given}
-    if not manifest["tune"]:
+    chosen = resolve_method(method)
+    budget = benchmark.budget(str(manifest["model"]))
+    options = {**{name: value for name, value in budget.items() if chosen.takes(name)}, **given}
+    if not manifest["tune"] or not chosen.ranges():
         return options, {}
     from delible.tune import tuned_options
 
     start = _start(manifest, earlier)
-    options = tuned_options(start, task.request, method, manifest["tune"], options)
+    options = tuned_options(
+        start, task.request, method, manifest["tune"], options, manifest.get("roles")
+    )
     return options, {"tuned": options}
 
 
@@ -228,6 +223,7 @@ def _system(
     task: Task,
     earlier: Sequence[Task],
     watch: Watcher,
+    context: Context,
 ) -> tuple[System, dict[str, Any]]:
     """The system that a cell measures, and how its training ended.
 
@@ -236,26 +232,31 @@ def _system(
     """
     method = str(manifest["method"])
     if method == ORIGINAL:
-        return LM.load(str(manifest["start"])), {}
+        return open_lm(str(manifest["start"])), {}
     if method == REFERENCE:
-        return LM.load(str(manifest["reference"])), {}
-    if any(card.name == method for card in registry.cards("guard")):
-        # a guard changes no weights: it guards the first model against all requests so far
-        asked = _so_far(task, earlier)
-        return guard(LM.load(str(manifest["start"])), asked, method, **options), {}
+        return open_lm(str(manifest["reference"])), {}
     result = unlearn(
-        _start(manifest, earlier), task.request, method=method, seed=manifest["seed"],
+        _start(manifest, earlier), task.request, method=method,
         out=_model_folder(manifest, task.name), shown=0, measured=False, verify=False,
-        progress=watch.progress(f"{method}, seed {manifest['seed']}"), stage=watch.stage,
+        context=replace(context, steps=watch.progress(f"{method}, seed {context.seed}")),
         **options,
     )  # fmt: skip
-    return result.model, {"stopped": result.stopped}
+    return result.system, {"stopped": result.stopped}
 
 
-def _measured(benchmark: Benchmark, task: Task, system: System, watch: Watcher) -> SystemValues:
-    cache = Cache(cache_folder() / "answers")
-    show = partial(watch.stage, f"measuring {Path(system.name).name}")
-    return evaluate(system, task.splits, benchmark.asks(), cache=cache, progress=show)
+def cast_asks(asks: Sequence[Ask], roles: Roles) -> list[Ask]:
+    """What a benchmark asks, with whom its metrics ask besides.
+
+    Raises:
+        RecipeError: A metric needs somebody, and nobody was given.
+    """
+    return [replace(ask, metric=ask.metric.with_roles(roles)) for ask in asks]
+
+
+def _measured(asks: Sequence[Ask], task: Task, system: System, context: Context) -> SystemValues:
+    cache = Cache(context.cache / "answers") if context.cache else None
+    show = partial(context.stage, f"measuring {Path(system.name).name}")
+    return evaluate(system, task.splits, asks, cache=cache, progress=show)
 
 
 def _reference_values(manifest: Manifest, task: Task, values: SystemValues) -> SystemValues | None:
@@ -299,7 +300,7 @@ def _missing(values: SystemValues) -> dict[str, int]:
 
 
 def _attacked(
-    system: System, attack: ModelAttack, task: Task, manifest: Manifest, watch: Watcher
+    system: System, attack: ModelAttack, task: Task, run: Context
 ) -> dict[str, float | None]:
     """Knowledge scores of the attacked model, on records that the attack did not train on.
 
@@ -315,10 +316,10 @@ def _attacked(
         retain=task.request.retain,
         unrelated=unrelated(),
         original=None,
-        seed=int(manifest["seed"]),
-        progress=partial(watch.stage, f"attack: {title}"),
+        seed=run.seed,
+        progress=partial(run.stage, f"attack: {title}"),
     )
-    show = partial(watch.stage, f"attack: {title}: measuring")
+    show = partial(run.stage, f"attack: {title}: measuring")
     held: Sequence[RecordBase] = attack.held_out(context)
     before, after = (
         evaluate(
@@ -332,4 +333,4 @@ def _attacked(
     return found
 
 
-__all__ = ["Nobody", "Watcher", "run_cell"]
+__all__ = ["Nobody", "Watcher", "cast_asks", "run_cell"]

@@ -16,8 +16,8 @@ from delible.files import explain_disk, refused_by_disk
 from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
 from delible.rundir import RunDirectory, identity
-from delible.train.loop import Progress
 from delible.train.recipe import Recipe
+from delible.watching import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def learned(
     slots: Mapping[str, Any] | None = None,
     seed: int = 0,
     title: str = "target",
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Path:
     """The folder of a model that has learned records by plain fine-tuning.
 

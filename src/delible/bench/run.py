@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible import registry
-from delible.api import resolve_method
-from delible.bench.cell import Nobody, Watcher, run_cell
+from delible.bench.cell import Nobody, Watcher, cast_asks, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
 from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
+from delible.cards import METHODS
 from delible.component import build
 from delible.errors import RecipeError, nearest
 from delible.files import write_json
@@ -27,14 +27,22 @@ from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.measure.attack import ModelAttack
 from delible.measure.benchmark import Benchmark, Data, Task
+from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
+from delible.resolving import resolve_method
 from delible.rundir import hardware, identity, versions
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
 
 #: Names for several methods at once.
-GROUPS = ("all", "all-optimisation", "all-editors", "all-guards")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": METHODS,
+    "all-optimisation": ("recipe",),
+    "all-editors": ("editor",),
+    "all-interventions": ("intervention",),
+    "all-guards": ("guard",),
+}
 
 
 @dataclass(frozen=True)
@@ -57,26 +65,20 @@ class BenchResult:
 
 
 def method_names(asked: Sequence[str]) -> list[str]:
-    """Names of recipes (with a preset: ``npo@paper``), editors and guards, with groups spelled out;
-    recipe files stay paths.
+    """Names of methods (recipes also with a preset: ``npo@paper``), with groups spelled out; recipe
+    files stay paths.
 
     Raises:
         RecipeError: An unknown name; offers the nearest.
     """
-    kinds = {card.name: card.kind for card in registry.cards("recipe", "editor", "guard")}
-    of_group = {
-        "all": ("recipe", "editor", "guard"),
-        "all-optimisation": ("recipe",),
-        "all-editors": ("editor",),
-        "all-guards": ("guard",),
-    }
+    kinds = {card.name: card.kind for card in registry.cards(*METHODS)}
     found: list[str] = []
     for name in asked:
         if name in GROUPS:
             found += [
                 known
                 for known, kind in kinds.items()
-                if kind in of_group[name] and known != "finetune"
+                if kind in GROUPS[name] and known != "finetune"
             ]
             continue
         if name == "none":
@@ -105,6 +107,7 @@ def bench(
     ray: bool = False,
     prepare: bool = False,
     keep_models: bool = False,
+    roles: Mapping[str, str | Mapping[str, Any]] | None = None,
     watch: Watcher | None = None,
     found: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
@@ -126,6 +129,8 @@ def bench(
         ray: Spread over a Ray cluster.
         prepare: Only train (and cache) target and reference.
         keep_models: Keep the unlearned models under ``out/models``.
+        roles: Who judges, writes, … by talking: by role a name or options (no system itself, since
+            a cell may run anywhere). A budget counts for each cell.
         watch: Sees every training run and measurement that happens in this process.
         found: Is handed what there is so far, whenever cells are done (to draw a page of it).
 
@@ -146,6 +151,7 @@ def bench(
                 where="bench",
                 hint="Prompt attacks are asked by 'delible audit', or by the benchmark itself.",
             )
+    cast_asks(chosen.asks(), roles_of(roles))  # what nobody plays is told before any work
     tasks = chosen.tasks(Data(data))
     common: Manifest = {
         "benchmark": chosen.spec(),
@@ -154,6 +160,7 @@ def bench(
         "attacks": [attack.spec() for attack in wanted],
         "tune": tune,
         "keep_models": keep_models,
+        **({"roles": roles_of(roles).named()} if roles else {}),
     }
     folder = Path(out or Path("runs") / f"bench-{chosen.card.name}-{identity(common)[:8]}")
     known: dict[str, str] = {}

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.bench.prepare import learned
-from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.measure.engine import measure
 from delible.records import ForgetRequest, Record, RecordBase
+from delible.resolving import recipe_named
 from delible.system.asks import Distribution, Score, TokenScores
 from delible.system.questions import answer_of, ask
 from delible.train.recipe import Recipe
@@ -65,13 +65,10 @@ def forgetting(
     Raises:
         RecipeError: An unknown method, or one without training steps.
     """
-    recipe = resolve_method(method)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            f"'{method}' takes no training steps, so there is nothing to follow.",
-            hint="Name recipes ('delible list methods').",
-        )
-    return recipe.changed({} if keep else {"keep": "none"}, {**options, **(extra or {})})
+    return recipe_named(
+        method, "there is nothing to follow",
+        slots={} if keep else {"keep": "none"}, options={**options, **(extra or {})},
+    )  # fmt: skip
 
 
 def trajectory(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.cli.unlearn import components, read_request
 from delible.errors import (
     EXIT_DONE,
@@ -69,6 +70,7 @@ def audit(
     fail_if: Annotated[list[str] | None, Parameter(group=flags.THRESHOLDS)] = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
+    role: flags.Roles = None,
 ) -> int:
     """See how deep the forgetting goes.
 
@@ -118,9 +120,14 @@ def audit(
         Where metrics.json and report.html go. Default: the run directory, or runs/audit-HASH.
     seed
         Of every random choice.
+    role
+        Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
+        attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
+        limit what is spent: 'judge: {system: MODEL, calls: 500, tokens: 200000}'. May be repeated.
     """
     asked_metrics = _components(metrics, "metric")
     asked_attacks = _components(attacks, "attack")
+    roles = read_roles(role)
     thresholds = [
         *_shorthand("forget.answer_probability>", max_forget_probability),
         *_shorthand("retain.answer_probability<", min_retain_probability),
@@ -148,7 +155,7 @@ def audit(
             drop_overlap=drop_overlap,
         )
         content = [target, before, reference, request.id, guard, seed]
-        named = [model] if model else []
+        named = [*([model] if model else []), *([roles] if roles else [])]
         text = json.dumps([*content, asked_metrics, asked_attacks, *named], sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         place = out or default
@@ -162,7 +169,7 @@ def audit(
         result = audits.audit(
             target, request, model=model, before=before, reference=reference, metrics=asked_metrics,
             attacks=asked_attacks, guard=guard, out=place, seed=seed,
-            progress=reporter.stage,
+            roles=roles, progress=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         show(reporter, result)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.cli.unlearn import components, names_in, option_name, option_value
 from delible.errors import EXIT_DONE, RecipeError, nearest
 from delible.watching import duration
@@ -35,6 +36,7 @@ def bench(
     ray: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     keep_models: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     out: flags.Out = None,
+    role: flags.Roles = None,
     **options: Annotated[str, Parameter(group=flags.OTHER)],
 ) -> int:
     """Run methods through a benchmark of the field and write the leaderboard.
@@ -44,9 +46,9 @@ def bench(
     suite
         Name of a benchmark or experiment ('delible list benchmarks').
     methods
-        Names of methods, editors and guards, or recipe files, separated by commas; NAME@paper
-        takes the schedule and weights of the method's paper. 'all',
-        'all-optimisation', 'all-editors' and 'all-guards' name many. The model before and, where
+        Names of methods of any kind, or recipe files, separated by commas; NAME@paper takes the
+        schedule and weights of the method's paper. 'all', 'all-optimisation', 'all-editors',
+        'all-interventions' and 'all-guards' name many. The model before and, where
         the benchmark trains one, the retrained reference are always in the table.
     model
         What learns and unlearns: 'default', 'tiny' (minutes instead of hours), a hub id, a folder.
@@ -69,6 +71,10 @@ def bench(
         Keep the unlearned models under OUT/models.
     out
         Where results go; the same command goes on there. Default: runs/bench-SUITE-HASH.
+    role
+        Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
+        attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
+        limit what is spent: 'judge: {system: MODEL, calls: 500, tokens: 200000}'. May be repeated.
     options
         Options of the benchmark by name, such as --split forget01 --authors 20.
     """
@@ -87,12 +93,15 @@ def bench(
     names = names_in(methods)
     from delible.measure.benchmark import Experiment
 
+    roles = read_roles(role)
     with output.Reporter() as reporter:
         if isinstance(chosen, Experiment):
+            if roles:
+                raise RecipeError("an experiment casts nobody.", where="--role")
             return _experiment(reporter, chosen, names, model, seeds, data, out)
         return _benchmark(
             reporter, chosen, names, model, seeds, data, components(attacks), tune, jobs, ray,
-            prepare, keep_models, out,
+            prepare, keep_models, out, roles,
         )  # fmt: skip
 
 
@@ -110,6 +119,7 @@ def _benchmark(
     prepare: bool,
     keep_models: bool,
     out: Path | None,
+    roles: Mapping[str, Any],
 ) -> int:
     from delible.bench.run import BenchResult
     from delible.bench.run import bench as run
@@ -126,7 +136,7 @@ def _benchmark(
     result = run(
         benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
         tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
-        watch=reporter, found=write,
+        roles=roles, watch=reporter, found=write,
     )  # fmt: skip
     reporter.finish_bar()
     if prepare:

@@ -25,6 +25,7 @@ DropOverlap = Annotated[bool, Parameter(group=DATA, show_default=False)]
 Slot = Annotated[str | None, Parameter(group=SLOTS)]
 Seed = Annotated[int, Parameter(group=RUN)]
 Out = Annotated[Path | None, Parameter(group=RUN)]
+Roles = Annotated[list[str] | None, Parameter(name="--role", group=RUN)]
 Json = Annotated[bool, Parameter(name="--json", show_default=False)]
 
 Command = TypeVar("Command", bound=Callable[..., int])

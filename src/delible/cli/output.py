@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from delible.api import BeforeAfter
     from delible.audit.result import AuditResult, Leak
     from delible.bench.table import Table
+    from delible.finishing import BeforeAfter
 
 
 class Training(Protocol):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.cli.unlearn import option_name, option_value, read_request
 from delible.errors import EXIT_DONE, EXIT_THRESHOLD_FAILED
 
@@ -35,6 +36,7 @@ def tune(
     trials: Annotated[int, Parameter(group=flags.RUN)] = 20,
     out: flags.Out = None,
     seed: flags.Seed = 0,
+    role: flags.Roles = None,
     **options: Annotated[str, Parameter(group=flags.OTHER)],
 ) -> int:
     """Search a method's options for the least leak that keeps the utility.
@@ -81,11 +83,16 @@ def tune(
         Where results go; the same command goes on there. Default: runs/tune-METHOD-HASH.
     seed
         Of the search, and of every random choice of a trial.
+    role
+        Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
+        attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
+        limit what is spent: 'judge: {system: MODEL, calls: 500, tokens: 200000}'. May be repeated.
     options
         Any option of the method or of a slot, such as --beta 0.2: set, and not searched.
     """
     given = {option_name(key): option_value(value) for key, value in options.items()}
     held = [option_name(name.strip()) for text in hold or () for name in text.split(",") if name]
+    roles = read_roles(role)
     with output.Reporter() as reporter:
         request = read_request(
             reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
@@ -94,16 +101,16 @@ def tune(
         sentences = _lines(refusals)
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
-        from delible import api
         from delible.report.tuning import write_search
+        from delible.resolving import resolve_method
         from delible.rundir import RunDirectory, identity
         from delible.tune import tune as search
 
-        chosen = api.resolve_method(method, options=given)
+        chosen = resolve_method(method, options=given)
         described = {
             "method": chosen.spec(), "model": model, "data": request.id,
             "seed": seed, "utility": utility, "hold": sorted([*held, *given]),
-            "given": [sentences, generator, str(generated)],
+            "given": [sentences, generator, str(generated), *([roles] if roles else [])],
         }  # fmt: skip
         name = str(chosen.spec()["name"])
         folder = out or Path("runs") / f"tune-{name}-{identity(described)[:8]}"
@@ -114,7 +121,7 @@ def tune(
         found = search(
             model, request, method=method, trials=trials, utility=utility, seed=seed, out=folder,
             hold=held, refusals=sentences, generator=generator, generated=generated,
-            progress=reporter.stage, **given,
+            roles=roles, progress=reporter.stage, **given,
         )  # fmt: skip
         reporter.finish_bar()
         page = write_search(folder / "tune.html", found, RunDirectory(folder).manifest)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.errors import DataError, RecipeError, nearest
 from delible.watching import duration
 
 if TYPE_CHECKING:
-    from delible.api import UnlearnResult
-    from delible.edit.base import Editor
+    from delible.finishing import UnlearnResult
+    from delible.method import Method
     from delible.records import ForgetRequest
-    from delible.train.recipe import Recipe
 
 
 @flags.flowing
@@ -61,6 +61,7 @@ def unlearn(
     finish: flags.Slot = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
+    role: flags.Roles = None,
     review: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     verify: Annotated[bool, Parameter(group=flags.RUN)] = True,
     dry_run: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
@@ -145,6 +146,10 @@ def unlearn(
         run resumes when it is started again.
     seed
         Of every random choice.
+    role
+        Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
+        attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
+        limit what is spent: 'judge: {system: MODEL, calls: 500, tokens: 200000}'. May be repeated.
     review
         With names alone: stop when the rows that the model was asked for are written, to be read
         and edited. The same command without it goes on with them.
@@ -174,6 +179,7 @@ def unlearn(
         **{key: value for key, value in training.items() if value is not None},
         **{option_name(key): option_value(value) for key, value in options.items()},
     }
+    roles = read_roles(role)
     with output.Reporter(error=dry_run) as reporter:
         request = read_request(
             reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
@@ -183,10 +189,11 @@ def unlearn(
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
         from delible import api
+        from delible.resolving import resolve_method
 
-        base = api.resolve_method(method, slots=slots)
+        base = resolve_method(method, slots=slots)
         _check_options(base, given)
-        chosen = api.resolve_method(method, slots=slots, options=given, strength=strength)
+        chosen = resolve_method(method, slots=slots, options=given, strength=strength)
         plan = {
             "method": method, "slots": slots, "strength": strength, "seed": seed, **given,
         }  # fmt: skip
@@ -194,14 +201,14 @@ def unlearn(
             return _dry_run(reporter, model, request, plan)
         spec = chosen.spec()
         folder = out or _folder(
-            spec, model, request, seed, anchor, reference, sentences, generator, generated
+            spec, model, request, seed, anchor, reference, sentences, generator, generated, roles
         )
         _announce(reporter, model, request, chosen, folder)
         began = time.perf_counter()
         result = api.unlearn(
             model, request, **plan, out=folder, anchor=anchor, reference=reference,
             refusals=sentences, generator=generator, generated=generated, review=review,
-            verify=verify, progress=reporter.progress(), stage=reporter.stage,
+            roles=roles, verify=verify, progress=reporter.progress(), stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
         if result.to_review is not None:
@@ -344,7 +351,7 @@ def components(given: Sequence[str] | None) -> list[Any]:
     return found
 
 
-def _check_options(base: Recipe | Editor, given: Mapping[str, Any]) -> None:
+def _check_options(base: Method, given: Mapping[str, Any]) -> None:
     """Offers the nearest flag, whether it is the method's or the command's."""
     from inspect import signature
 
@@ -379,11 +386,13 @@ def _folder(
     refusals: Sequence[str] | None,
     generator: str | None,
     generated: Path | None,
+    roles: Mapping[str, Any],
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
     content = [spec, model, request.id, seed, anchor, refusals]
     content += [generator, generated]
     content += [] if reference is None else [reference]
+    content += [roles] if roles else []
     text = json.dumps(content, sort_keys=True, default=str)
     return Path("runs") / f"{spec['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -392,7 +401,7 @@ def _announce(
     reporter: output.Reporter,
     model: str,
     request: ForgetRequest,
-    chosen: Recipe | Editor,
+    chosen: Method,
     folder: Path,
 ) -> None:
     spec = chosen.spec()
@@ -455,11 +464,25 @@ def _conclude(
         reporter.say(", ".join(word for word in words if word).capitalize() + ".")
     if result.achieved is not None:
         reporter.say(result.achieved.sentence())
-    artefact = "adapter" if (folder / "adapter").exists() else "model"
-    reporter.say(f"The result lies in {folder / artefact} (safetensors and tokenizer).")
+    reporter.say(_where(folder))
     reporter.say(f"Its page, for a browser: {_page(folder)}")
     reporter.say("Next, see how deep the forgetting goes:")
     reporter.say(f"  delible audit {folder}")
+
+
+def _where(folder: Path) -> str:
+    """What lies where, and what opens it."""
+    from delible.system.artefact import read
+
+    artefact = read(folder)
+    if artefact.kind == "model":
+        return f"The result lies in {folder / 'model'} (safetensors and tokenizer)."
+    base = artefact.base.name if artefact.base else "its base"
+    return (
+        f"The result lies in {folder}: the {artefact.kind} alone, on {base}; delible.open opens "
+        "both, 'delible merge' makes a plain model of them where that can be, and 'delible undo' "
+        "takes it off."
+    )
 
 
 def _page(folder: Path) -> Path:
@@ -479,8 +502,6 @@ def _dry_run(
 
     spec, cost = api.plan_of(model, request, **plan)
     trains = "objective" in spec
-    if not trains:
-        spec = {"editor": spec}
     print(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), end="", flush=True)
     if cost is None and trains:
         reporter.say(
@@ -489,7 +510,7 @@ def _dry_run(
         )
         return 0
     if cost is None:
-        reporter.say("A closed-form edit: no training, seconds per subject.")
+        reporter.say("Nothing is trained: seconds per subject, at most.")
         return 0
     reporter.field("steps", f"{cost.steps:,}")
     reporter.field("tokens", f"{cost.tokens:,}")

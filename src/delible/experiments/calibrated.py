@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from pydantic import Field
 
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.bench.prepare import learned
 from delible.bench.stages import mean, spaced
 from delible.component import build
@@ -37,9 +37,10 @@ from delible.measure.benchmark import (
     Task,
 )
 from delible.measure.evaluate import bootstrap_interval, evaluate
+from delible.method import Method
 from delible.records import Record
 from delible.registry import register
-from delible.train.recipe import Recipe
+from delible.resolving import resolve_method
 from delible.train.slots import Finish, FinishContext
 
 METHODS = ("graddiff", "npo", "idk")
@@ -91,18 +92,18 @@ class Calibrated(Experiment):
         options = {name: getattr(self, name) for name in ("people", "forget", "world_seed")}
         return cast(Benchmark, build("benchmark", {"name": "world", **options}))
 
-    def method(self, name: str, model: str) -> Any:
-        """A recipe with the experiment's options, or an editor.
+    def method(self, name: str, model: str) -> Method:
+        """A method, with the experiment's options where it trains.
 
         Raises:
             RecipeError: An unknown method.
         """
         chosen = resolve_method(name)
-        if not isinstance(chosen, Recipe):
-            return chosen
         rate = self.learning_rate or (1e-4 if model == "tiny" else None)
         given = {"training.learning_rate": rate, "training.epochs": self.epochs}
-        return chosen.changed({}, {key: value for key, value in given.items() if value})
+        return chosen.with_options(
+            {key: value for key, value in given.items() if value and chosen.takes(key)}
+        )
 
     def run(self, setting: Setting) -> Findings:
         methods = tuple(dict.fromkeys(setting.methods or METHODS))
@@ -160,16 +161,11 @@ class Calibrated(Experiment):
         values = self.values(LM.load(model), task)
         return {"trained": values, "calibrated": values, "alpha": None}
 
-    def cell(self, method: Any, start: str, task: Task, seed: int, setting: Setting) -> Cell:
+    def cell(self, method: Method, start: str, task: Task, seed: int, setting: Setting) -> Cell:
         """Unlearns, measures, mixes, measures."""
         request = task.request
         lm = LM.load(start)
-        if isinstance(method, Recipe):
-            result = unlearn(lm, request, method=method, seed=seed, shown=0, measured=False)
-            lm = result.model
-        else:
-            method.edit(lm, request, seed=seed)
-            lm.touch()
+        lm = unlearn(lm, request, method=method, seed=seed, shown=0, measured=False).model
         trained = self.values(lm, task)
         finish = cast(
             Finish,

@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from pydantic import Field
 
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.bench.prepare import learned
 from delible.bench.stages import mean
 from delible.component import build
@@ -45,6 +45,7 @@ from delible.measure.benchmark import (
 from delible.measure.evaluate import Rewrite, evaluate
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
 from delible.registry import register
+from delible.resolving import recipe_named
 from delible.system.asks import Prompt
 from delible.train.recipe import Recipe
 from delible.world import World
@@ -206,11 +207,7 @@ class NoviceStudents(Experiment):
         Raises:
             RecipeError: Unknown, or an editor, which has no level.
         """
-        chosen = resolve_method(name)
-        if not isinstance(chosen, Recipe):
-            raise RecipeError(
-                f"'{name}' has no steps, so it cannot stop at a level.", hint="Name a recipe."
-            )
+        chosen = recipe_named(name, "it cannot stop at a level")
         rate = self.learning_rate or (1e-3 if model == "tiny" else None)
         options: dict[str, Any] = {"training.stop_at_accuracy": self.level}
         if rate is not None:

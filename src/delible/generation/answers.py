@@ -11,12 +11,12 @@ from delible.generation.rows import questions
 from delible.records import QA
 from delible.system.asks import Decoding, Prompt
 from delible.train.fitting import fits
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.world import filters, templates
 
 
 def other_answers(
-    context: Context,
+    context: SlotContext,
     forget: Sequence[QA],
     prompt: Callable[[QA], str],
     read: Callable[[str], Sequence[str]],

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from delible.context import Context
 from delible.errors import DataError, RunError
 from delible.files import write_json
 from delible.generation.elicit import Elicited, elicit
@@ -20,7 +21,6 @@ from delible.records import ForgetRequest, Record, RecordBase, digest
 from delible.rundir import RunDirectory
 from delible.system.base import System
 from delible.system.questions import answer_of
-from delible.watching import Stage, unwatched
 from delible.world import filters
 
 logger = logging.getLogger(__name__)
@@ -40,23 +40,20 @@ def place(run: RunDirectory) -> Path:
 def with_rows(
     lm: System,
     request: ForgetRequest,
-    run: RunDirectory | None,
-    *,
-    writer: System | None = None,
-    seed: int = 0,
-    stage: Stage = unwatched,
+    context: Context,
 ) -> ForgetRequest:
     """The request with forget rows about its subjects: those of the run, or what the model says.
 
     Args:
         lm: The model before it forgets.
-        run: A run that has begun; None keeps nothing.
-        writer: Writes the questions; None: they are built in.
+        context: Its run has begun, if there is one. Where nobody plays the writer, the questions
+            are built in.
 
     Raises:
         DataError: The model knows none of the names, or the run's file has no usable rows.
         RunError: The rows were changed after training had started.
     """
+    run = context.run
     if run is not None and place(run).exists():
         rows = tuple(read_records(place(run)))
         if not rows:
@@ -69,7 +66,10 @@ def with_rows(
         taken = _without_kept(request, rows)
         _check_unchanged(run, taken.forget)
         return taken
-    found = [elicit(lm, name, writer=writer, seed=seed, stage=stage) for name in request.subjects]
+    found = [
+        elicit(lm, name, writer=context.plays("writer"), seed=context.seed, stage=context.stage)
+        for name in request.subjects
+    ]
     for one in found:
         tell(one)
         if run is not None:

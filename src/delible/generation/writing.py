@@ -18,7 +18,6 @@ from typing import TypeVar
 
 from delible.errors import DataError
 from delible.lm.embedded import cache_folder
-from delible.lm.lm import LM
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.prompts import read_text
@@ -30,7 +29,6 @@ from delible.system.asks import (
     Prompt,
 )
 from delible.system.base import System
-from delible.systems.opening import open_system
 from delible.watching import Stage, unwatched
 from delible.world.filters import told
 
@@ -45,19 +43,6 @@ _REASONING = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _PAIR = re.compile(r"q(?:uestion)?\s*:\s*(.+?)\s*a(?:nswer)?\s*:\s*(.+)", re.IGNORECASE)
-
-
-def open_writer(generator: str | System | None, lm: LM) -> System | None:
-    """The system that writes rows.
-
-    Args:
-        generator: A system, a name for :func:`open_system` (a model, an endpoint's URL, …),
-            ``"self"`` for ``lm``, or None for nobody (the offline templates write then).
-        lm: The model that will be trained.
-    """
-    if generator is None or not isinstance(generator, str):
-        return generator
-    return lm if generator == "self" else open_system(generator)
 
 
 def filled(file: str, **values: object) -> str:

@@ -44,6 +44,7 @@ from delible.system.asks import (
     Score,
     TokenScores,
 )
+from delible.system.base import System
 
 logger = logging.getLogger(__name__)
 

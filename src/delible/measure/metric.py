@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from delible.component import Component
 from delible.measure.engine import Progress
 from delible.records import RecordBase
 from delible.system.asks import Answer, Prompt, Request
+from delible.system.roles import Roles
 
 Answers = Mapping[Request, Answer]
 
@@ -41,6 +42,14 @@ class Item:
 
 class ItemMetric(Component):
     """A metric with one value per record."""
+
+    def with_roles(self, roles: Roles) -> Self:
+        """The metric with whom it asks besides the system that it measures: nobody, usually.
+
+        Raises:
+            RecipeError: It needs somebody, and nobody was given.
+        """
+        return self
 
     def prompt(self, record: RecordBase) -> Prompt | None:
         """How a record is asked; ``None``: the metric does not apply to it."""
@@ -127,6 +136,10 @@ class SystemValues:
 
 class SummaryMetric(Component):
     """A metric over the values of other metrics, perhaps against a reference system."""
+
+    def with_roles(self, roles: Roles) -> Self:
+        """As :meth:`ItemMetric.with_roles`: it asks nobody itself."""
+        return self
 
     def uses(self) -> tuple[str, ...]:
         """Names of the item metrics it reads."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delible import registry
+from delible.cards import METHODS
 from delible.report import charts, html
 from delible.rundir import hardware, versions
 
@@ -41,7 +42,7 @@ def render_search(found: TuneResult, manifest: Mapping[str, Any]) -> str:
     """The page as HTML text."""
     from delible.tune.measuring import ASIDE
 
-    cards = {card.name: card for card in registry.cards("recipe", "editor")}
+    cards = {card.name: card for card in registry.cards(*METHODS)}
     words = manifest.get("command") or ["delible", "tune"]
     machine = manifest.get("hardware") or hardware()
     return (

@@ -119,6 +119,11 @@ def kind_named(name: str) -> ArtefactKind:
     return found
 
 
+def stands_on_base(folder: Path) -> bool:
+    """Whether a folder's artefact needs another one, or a model elsewhere, to be opened."""
+    return bool(kind_of(artefacts.read(folder), folder).card.reversible)
+
+
 def opens_again(system: System) -> bool:
     """Whether a system's name opens this very system again."""
     if isinstance(system, LM):

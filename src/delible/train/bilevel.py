@@ -41,7 +41,7 @@ from delible.train.gradients import (
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_row
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 from delible.train.step import Reads, make_step
 from delible.train.vectors import Vector, conjugate_gradient, norm_of
 
@@ -166,7 +166,7 @@ class Bilevel(Config):
         (-1,), min_length=1, description="Blocks for space: layers; negative from the end."
     )
 
-    def solve(self, context: Context, share: float, where: str) -> Solution:
+    def solve(self, context: SlotContext, share: float, where: str) -> Solution:
         """Runs the rounds and puts the model back.
 
         Args:
@@ -224,7 +224,7 @@ class Bilevel(Config):
 
     def direction(
         self,
-        context: Context,
+        context: SlotContext,
         aligning: Gradients,
         unlearning: Gradients,
         outer: Outer,
@@ -252,7 +252,7 @@ class Bilevel(Config):
 
         return conjugate_gradient(product, gradient, self.iterations, self.damping)
 
-    def outer_objective(self, context: Context, where: str) -> Outer:
+    def outer_objective(self, context: SlotContext, where: str) -> Outer:
         """The outer objective of the retain records, part of them held out."""
         pairs = [
             (record, row)
@@ -286,7 +286,7 @@ class Bilevel(Config):
         return Outer(loss, kept[apart:], kept[:apart])
 
     def _preference(
-        self, context: Context, pairs: Sequence[tuple[RecordBase, Row]]
+        self, context: SlotContext, pairs: Sequence[tuple[RecordBase, Row]]
     ) -> PreferenceLoss:
         rejected = []
         for record, row in pairs:
@@ -298,7 +298,7 @@ class Bilevel(Config):
         reference.prepare(context.lm, both, ("logprobs",), context.stage)
         return PreferenceLoss(rejected, reference, self.outer_beta)
 
-    def _grow(self, context: Context, found: Solution, gains: Tensor, size: int) -> bool:
+    def _grow(self, context: SlotContext, found: Solution, gains: Tensor, size: int) -> bool:
         """Adds the rows that help most, each with the mean weight; False when none does."""
         added = most_helpful(gains, found.support, size)
         if not added and not found.support:
@@ -315,7 +315,9 @@ class Bilevel(Config):
         found.weights = joined / joined.sum()
         return True
 
-    def _train(self, context: Context, host: ObjectiveLoss, found: Solution, number: int) -> None:
+    def _train(
+        self, context: SlotContext, host: ObjectiveLoss, found: Solution, number: int
+    ) -> None:
         rows = [context.rows["forget"][index] for index in found.support]
         weights = (found.weights * len(rows)).tolist()
         for epoch in range(self.inner_epochs):
@@ -328,7 +330,7 @@ class Bilevel(Config):
                 anchor_weight=self.retain_weight,
             )
 
-    def _anchors(self, context: Context) -> Sequence[Row]:
+    def _anchors(self, context: SlotContext) -> Sequence[Row]:
         """Retain rows of the regulariser: those outside the outer objective, or all."""
         rows = context.rows.get("retain", ())
         records = context.records.get("retain", ())

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.errors import RunError
-from delible.train.slots import Context, Select
+from delible.train.slots import Select, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class ScoredSelect(Select):
     share: float = Field(0.05, gt=0, le=1, description="Share of the forget rows; 1 takes all.")
     lowest: bool = Field(False, description="Take the lowest scores instead (to compare with).")
 
-    def scores(self, context: Context) -> Float[Tensor, " rows"]:
+    def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
         """One score per forget row; higher = chosen earlier."""
         raise NotImplementedError
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         available = len(context.rows["forget"])
         count = coreset_size(available, self.share)
         if count == available:  # nothing to decide, so nothing to compute

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.files import write_json
 from delible.lm.forward import Forward
@@ -26,13 +27,11 @@ from delible.lm.lm import LM
 from delible.precision import resolve, short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
-from delible.rundir import RunDirectory
-from delible.system.base import System
 from delible.train import generated
 from delible.train.fitting import described, shortened, split_passages
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
-from delible.train.loop import Job, Loop, Progress
+from delible.train.loop import Job, Loop
 from delible.train.losses import Keep, Role
 from delible.train.plan import Plan, make_plan
 from delible.train.processes import open_processes
@@ -42,8 +41,7 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
-from delible.train.slots import Context, FinishContext, Placement
-from delible.watching import Stage, unwatched
+from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +124,11 @@ class Trainer:
         lm: The model; trained in place.
         recipe: What to do.
         records: Records by role: ``forget``, ``retain``.
-        seed: Of every random choice.
-        run: Where checkpoints and events go; None keeps nothing.
+        context: Of the run: its seed, its folder, who writes generated rows, who is told what.
         reference: The reference model; None is the model as it is at the start.
         start: Loads the start model again (for finishers that mix with it).
         refusals: Refusal sentences; None takes the built-in ones.
-        writer: The system that writes generated rows; None: the offline templates do.
         generated: Generated rows by role, to be used instead of generating any.
-        stage: Told as ``stage(title, done, total)`` of what takes long beside the steps.
     """
 
     def __init__(
@@ -142,20 +137,15 @@ class Trainer:
         recipe: Recipe,
         records: Mapping[str, Sequence[RecordBase]],
         *,
-        seed: int = 0,
-        run: RunDirectory | None = None,
+        context: Context | None = None,
         reference: LM | None = None,
         start: Callable[[], LM] | None = None,
         refusals: Sequence[str] | None = None,
-        progress: Progress | None = None,
-        writer: System | None = None,
         generated: Generated | None = None,
-        stage: Stage = unwatched,
     ) -> None:
-        self.lm, self.recipe, self.records, self.seed = lm, recipe.fitted(lm), records, seed
-        self.run, self.reference_lm, self.start = run, reference, start
-        self.refusals, self.progress = refusals, progress
-        self.writer, self.generated, self.stage = writer, generated, stage
+        self.lm, self.recipe, self.records = lm, recipe.fitted(lm), records
+        self.context, self.reference_lm, self.start = context or Context(), reference, start
+        self.run, self.refusals, self.generated = self.context.run, refusals, generated
         self.keep: Keep | None = None if recipe.keep.card.name == "none" else recipe.keep
         self.notes: dict[str, Any] = {}
         self.context_tokens = lm.template.max_length
@@ -211,15 +201,17 @@ class Trainer:
             )
         check_reach(self.recipe, self.lm, first_moved(self.lm, placement.parameters.values()))
         self._widen(placement)
-        plan = make_plan(self.recipe, context.rows["forget"], context.rows["retain"], self.seed)
+        plan = make_plan(
+            self.recipe, context.rows["forget"], context.rows["retain"], self.context.seed
+        )
         self.recipe.finish.check(len(plan.steps))
         reference = self._reference(context, plan)
         optimizer = self._optimizer(placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
         job = Job(
-            self.lm, self.recipe, self.keep, self.records, self.seed, self.run,
-            self.progress, self.token_budget(),
+            self.lm, self.recipe, self.keep, self.records, self.context,
+            self.token_budget(),
         )  # fmt: skip
         loop = Loop(
             job,
@@ -249,12 +241,12 @@ class Trainer:
 
     # ---- before the first step
 
-    def rows(self) -> Context:
+    def rows(self) -> SlotContext:
         """Tokenized rows of every role, with the forget rows that the recipe selects."""
         with self._shorter_rows():
             return self._rows()
 
-    def _rows(self) -> Context:
+    def _rows(self) -> SlotContext:
         template, recipe = self.lm.template, self.recipe
         records = self._in_pieces()
         before = self._context({}, dict(records))
@@ -277,7 +269,7 @@ class Trainer:
                 template,
                 records["forget"],
                 self.refusals or read_lines("refusals.txt"),
-                generator(self.seed, "refusals"),
+                generator(self.context.seed, "refusals"),
             )
         context = self._context(rows, records)
         chosen = recipe.select.choose(context)
@@ -307,13 +299,14 @@ class Trainer:
 
     def _context(
         self, rows: Mapping[str, Sequence[Row]], records: Mapping[str, Sequence[RecordBase]]
-    ) -> Context:
-        return Context(
-            self.lm, rows, records, Gradients(self.lm, stage=self.stage), self.recipe.objective,
-            self.keep, self.seed, self.writer, self.stage,
+    ) -> SlotContext:
+        run = self.context
+        return SlotContext(
+            self.lm, rows, records, Gradients(self.lm, stage=run.stage), self.recipe.objective,
+            self.keep, run.seed, run.plays("writer"), run.stage,
         )  # fmt: skip
 
-    def _generated(self, context: Context) -> Generated:
+    def _generated(self, context: SlotContext) -> Generated:
         """The generated rows: given, of an earlier start of this run, or made now and kept.
 
         Processes that train together make them together, as they measure together.
@@ -339,10 +332,10 @@ class Trainer:
             self.run.update(generated=generated.described(made))
         return made
 
-    def _make_rows(self, context: Context) -> Generated:
+    def _make_rows(self, context: SlotContext) -> Generated:
         return self.recipe.generate.rows(context) if self.generated is None else self.generated
 
-    def _instruction(self, context: Context) -> str | None:
+    def _instruction(self, context: SlotContext) -> str | None:
         """What an instructed reference model is told; None if there is none."""
         losses = (self.recipe.objective, self.keep)
         for loss in losses:
@@ -359,7 +352,7 @@ class Trainer:
                 return told
         return None
 
-    def _reference(self, context: Context, plan: Plan) -> Reference:
+    def _reference(self, context: SlotContext, plan: Plan) -> Reference:
         reference = Reference()
         folder = self.run.path / "checkpoint" / "reference" if self.run else None
         lm = self.reference_lm or self.lm
@@ -376,7 +369,7 @@ class Trainer:
                 reference.load(folder)
             for rows, kinds in wanted:
                 if kinds:
-                    reference.prepare(lm, rows, kinds, self.stage)
+                    reference.prepare(lm, rows, kinds, self.context.stage)
             if self.run is not None and self.run.writes and self.reference_lm is None:
                 reference.save(self.run.path / "checkpoint" / "reference")
         return reference
@@ -424,5 +417,5 @@ class Trainer:
         start = self.start or (lambda: self.lm)
         return FinishContext(
             self.lm, start, self.records, folder, loop.notes,
-            loop.placement.parameters, loop.memory, self.stage,
+            loop.placement.parameters, loop.memory, self.context.stage,
         )  # fmt: skip

@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from delible.context import Context
 from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.precision import is_out_of_memory
 from delible.records import RecordBase
-from delible.rundir import RunDirectory
 from delible.train import checkpoint
 from delible.train.losses import Keep, Memory, State
 from delible.train.monitor import Monitor
@@ -33,7 +33,7 @@ from delible.train.reach import explain, has_gradient, probe
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.schedule import learning_rate_factor
-from delible.train.slots import Context, Placement
+from delible.train.slots import Placement, SlotContext
 from delible.train.step import Reads
 from delible.train.watch import CollapseWatch, watched_rows
 
@@ -43,12 +43,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "weigh.weights"
 
 
-class Progress(Protocol):
-    """Where training reports to; the command line draws bars from it."""
-
-    def __call__(self, step: int, total: int, numbers: Mapping[str, float]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Job:
     """What a run is, as far as its steps are concerned.
@@ -56,7 +50,7 @@ class Job:
     Attributes:
         keep: The retain loss, if there is one.
         records: As they were given, by role.
-        run: Where checkpoints and events go; None keeps nothing.
+        context: Of the run: its seed, its folder, who is told of its steps.
         budget: Padded tokens per pass, at first.
     """
 
@@ -64,9 +58,7 @@ class Job:
     recipe: Recipe
     keep: Keep | None
     records: Mapping[str, Sequence[RecordBase]]
-    seed: int
-    run: RunDirectory | None
-    progress: Progress | None
+    context: Context
     budget: int
 
 
@@ -77,7 +69,7 @@ class Loop:
         self,
         job: Job,
         accelerator: Accelerator,
-        context: Context,
+        context: SlotContext,
         placement: Placement,
         plan: Plan,
         weights: Tensor,
@@ -98,11 +90,11 @@ class Loop:
         self.stopped: str | None = None
         self.notes: dict[str, Any] = {}
         self.tokens, self.padding = 0, list[float]()
-        self.folder = job.run.path / "checkpoint" if job.run else None
+        self.folder = job.context.run.path / "checkpoint" if job.context.run else None
         self.last_saved = time.monotonic()
         self.monitor = Monitor(
-            job.lm, self.training, job.records, placement.parameters, job.run,
-            job.seed,
+            job.lm, self.training, job.records, placement.parameters, job.context.run,
+            job.context.seed,
         )  # fmt: skip
         objective = job.recipe.objective
         self.reads: dict[str, Sequence[Reads]] = {
@@ -250,7 +242,7 @@ class Loop:
             accumulating=self._accumulating,
             backward=self.accelerator.backward,
             memory=self.memory,
-            seed=self.job.seed,
+            seed=self.job.context.seed,
             step=step,
             units=units_of({role: [rows[role][i] for i in forget] for role in roles}),
         )
@@ -346,10 +338,10 @@ class Loop:
 
     def _after(self, step: int, total: int) -> None:
         numbers = self.history[-1]
-        if self.job.progress is not None:
-            self.job.progress(step + 1, total, numbers)
-        if self.job.run is not None:
-            self.job.run.event("step", **numbers)
+        if self.job.context.steps is not None:
+            self.job.context.steps(step + 1, total, numbers)
+        if self.job.context.run is not None:
+            self.job.context.run.event("step", **numbers)
         done = step + 1
         self.stopped = self.monitor.after(done, last=done == total)
         if not self.stopped:
@@ -367,11 +359,13 @@ class Loop:
     # ---- keeping and restoring
 
     def _save(self, step: int) -> None:
-        if self.folder is None or self.job.run is None or not self.job.run.writes:
+        if self.folder is None or self.job.context.run is None or not self.job.context.run.writes:
             return
         state = {
             "step": step,
-            "identity": self.job.run.manifest.get("identity") if self.job.run else None,
+            "identity": self.job.context.run.manifest.get("identity")
+            if self.job.context.run
+            else None,
             "balance": self.state,
             "history": self.history,
             "watch": self.watch.state(),
@@ -390,7 +384,7 @@ class Loop:
             self.monitor.begin(None)
             self.watch.begin(None)
             return 0
-        mine = self.job.run.manifest.get("identity") if self.job.run else None
+        mine = self.job.context.run.manifest.get("identity") if self.job.context.run else None
         if found["identity"] != mine:
             raise RunError(
                 "the checkpoint belongs to another run.",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Context:
+class SlotContext:
     """What a slot may look at before training starts.
 
     Attributes:
@@ -69,7 +69,7 @@ class Generate(Component):
 
     makes: ClassVar[tuple[Role, ...]] = ()
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         """The records that were made, by role; ``context.rows`` is still empty.
 
         Roles other than ``retain`` are aligned with the forget records. Where a forget record
@@ -81,7 +81,7 @@ class Generate(Component):
         """
         raise NotImplementedError
 
-    def instruction(self, context: Context) -> str | None:
+    def instruction(self, context: SlotContext) -> str | None:
         """What the reference model is told before each question, for losses that are
         ``instructed``; None: nothing.
         """
@@ -91,7 +91,7 @@ class Generate(Component):
 class Select(Component):
     """Which forget rows are used."""
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         """Indices of the forget rows to train on, ascending, at least one."""
         raise NotImplementedError
 
@@ -121,7 +121,7 @@ class Sample(Component):
 class Weigh(Component):
     """How much a forget row counts."""
 
-    def weights(self, context: Context) -> Float[Tensor, " rows"]:
+    def weights(self, context: SlotContext) -> Float[Tensor, " rows"]:
         """One weight per forget row, with mean 1."""
         raise NotImplementedError
 
@@ -159,7 +159,7 @@ class Place(Component):
         """Blocks that alone may move, where the options say so; None: it shows in :meth:`apply`."""
         return None
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         """Freezes and unfreezes parameters (or adds an adapter) and says what moves."""
         raise NotImplementedError
 

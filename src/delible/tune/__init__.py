@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from delible.tune.search import Trial, TuneResult, tune, tuned_options
+from delible.tune.results import Trial, TuneResult
+from delible.tune.search import tune
+from delible.tune.tuned import tuned_options
 
 __all__ = ["Trial", "TuneResult", "tune", "tuned_options"]

@@ -24,35 +24,40 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
-from delible.edit.base import Editor
+from delible.api import unlearn
+from delible.context import Context
 from delible.errors import DelibleError, MissingExtraError, RecipeError, RunError
-from delible.files import atomic_file, read_json, write_json
-from delible.lm.embedded import cache_folder
+from delible.files import atomic_file, write_json
 from delible.lm.lm import LM
+from delible.measure.starting import started, with_writer
+from delible.method import Method
+from delible.preparing import AUTOMATIC_RETAIN, automatic_retain
+from delible.ranges import Range
 from delible.records import ForgetRequest, digest
+from delible.resolving import resolve_method
 from delible.rundir import RunDirectory, identity
+from delible.system.base import System
+from delible.system.roles import Player
+from delible.systems.opening import open_system
 from delible.train import generated as generated_rows
-from delible.train.loop import Progress as Steps
-from delible.train.recipe import Range, Recipe
+from delible.train.recipe import Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
-from delible.tune.space import Value, rounded, space, value_of
-from delible.watching import aside, duration
+from delible.tune.results import EPSILON, Trial, TuneResult, winner
+from delible.tune.space import Value, rounded, space
+from delible.watching import Stage, aside, duration
 
 logger = logging.getLogger(__name__)
 
-#: Called with (what is being done, done, total).
-Progress = Callable[[str, int, int], None]
 #: Trials before the sampler learns from them: the method as it is, and other learning rates (random
 #: ones where the learning rate is held).
 STARTUP = 4
@@ -60,91 +65,13 @@ STARTUP = 4
 STRIDE = 10**0.5
 JOURNAL = "trials.journal"
 TABLE = "trials.json"
-#: Seed of :func:`tuned_options`: none of those that a benchmark reports.
-TUNING_SEED = 20_240
-#: A budget that is missed by less than this is kept (rounding).
-_EPSILON = 1e-9
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One try of a method's options.
-
-    Attributes:
-        index: From 0, which is the method as it is.
-        options: The searched options, by name.
-        leak: On the forget records that decide, in [0, 1]; lower = more is forgotten.
-        utility: Share of the start model's utility, in [0, 1]; higher = more is kept.
-        aside_leak, aside_utility: The same on records that decide nothing.
-        means: Every measure by ``metric/split``.
-        stopped: Why training ended early, if it did.
-        failed: Why there are no numbers.
-    """
-
-    index: int
-    options: Mapping[str, Value]
-    leak: float | None = None
-    utility: float | None = None
-    aside_leak: float | None = None
-    aside_utility: float | None = None
-    means: Means = field(default_factory=dict)
-    seconds: float = 0.0
-    stopped: str | None = None
-    failed: str | None = None
-
-    def keeps(self, budget: float) -> bool:
-        """Whether it keeps the utility budget; a failed trial does not."""
-        return self.utility is not None and self.utility >= budget - _EPSILON
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What :func:`tune` found.
-
-    Attributes:
-        method: Its name; ``model``: that of the start model.
-        budget: The utility that was to be kept.
-        space: The range of every searched option.
-        start: Means of the start model; ``start_leak``: its leak.
-        trials: All of them, in order.
-        best: The trial of least leak among those that keep the budget; if none does, the one
-            with the most utility (then :attr:`within_budget` is false).
-        recipe_path: The winner as a file: a recipe, or for an editor its options.
-        command: The end of ``delible unlearn MODEL --forget …`` that uses the winner.
-        notes: What was special, in sentences.
-    """
-
-    method: str
-    model: str
-    budget: float
-    space: Mapping[str, Range]
-    start: Means
-    trials: Sequence[Trial]
-    best: Trial
-    recipe_path: Path | None = None
-    command: str = ""
-    notes: Sequence[str] = ()
-
-    @property
-    def best_options(self) -> dict[str, Value]:
-        """The winner's searched options, as :func:`delible.unlearn` takes them."""
-        return dict(self.best.options)
-
-    @property
-    def within_budget(self) -> bool:
-        """Whether any trial keeps the budget."""
-        return self.best.keeps(self.budget)
-
-    @property
-    def start_leak(self) -> float | None:
-        return leak(self.start)
 
 
 def tune(
     model: str | LM,
     request: ForgetRequest,
     *,
-    method: str | Recipe | Editor | Path = "npo",
+    method: str | Method | Recipe | Path = "npo",
     trials: int = 20,
     utility: float = 0.95,
     seed: int = 0,
@@ -155,7 +82,9 @@ def tune(
     refusals: Sequence[str] | None = None,
     generator: str | None = None,
     generated: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: Stage | None = None,
+    roles: Mapping[str, Player] | None = None,
+    context: Context | None = None,
     **options: Any,
 ) -> TuneResult:
     """Searches a method's options for the least leak that keeps a utility budget.
@@ -165,15 +94,17 @@ def tune(
             which stays as it is and is copied.
         request: What to forget; see :mod:`delible.tune.measuring` for what is measured on what.
             Without retain records the model's own answers to general questions are kept.
-        method: Name of a recipe or an editor, a YAML file (whose ``tune:`` may give ranges), or
-            the recipe or editor itself.
+        method: Name of a method of any kind, a YAML file (whose ``tune:`` may give ranges), or
+            the method itself.
         trials: How many there will be, finished ones of the same search in ``out`` included.
         utility: Share of the start model's utility to keep, in (0, 1].
         seed: Of the search and of every trial's training.
         out: Folder of the search; the same search goes on there. None keeps nothing on disk.
         slots: Other components for single slots.
         hold: Options that are not searched.
-        reference, refusals, generator, generated: As for :func:`delible.unlearn`.
+        reference, refusals, generator, generated, roles: As for :func:`delible.unlearn`.
+        progress: Called as ``progress(title, done, total)``.
+        context: All of out, seed, progress and roles, made before; instead of them.
         options: Options by name; they are held.
 
     Raises:
@@ -194,16 +125,18 @@ def tune(
         raise RunError(
             "a search runs in one process.", where="tune", hint="Start it without a launcher."
         )
-    optuna = _optuna()
-    chosen = _resolved(method, slots, options)
+    optuna = optuna_or_extra()
+    chosen = resolve_method(method, slots=slots, options=options)
     ranges = space(chosen, {*hold, *options})
-    search = _Search(
-        optuna, model, chosen, ranges, utility, seed,
-        {"reference": reference, "refusals": refusals, "generator": generator,
-         "generated": generated},
-        progress,
+    context = started(
+        context, seed=seed, run=None if out is None else RunDirectory(out), stage=progress,
+        roles=with_writer(roles, generator),
     )  # fmt: skip
-    run = None if out is None else RunDirectory(out)
+    search = _Search(
+        optuna, model, chosen, ranges, utility, context,
+        {"reference": reference, "refusals": refusals, "generated": generated},
+    )  # fmt: skip
+    run = context.run
     try:
         return search.run(request, trials, run)
     finally:
@@ -211,92 +144,19 @@ def tune(
             run.release()
 
 
-def tuned_options(
-    start: str, request: ForgetRequest, method: str, trials: int, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A benchmark's options for a method, with those that a search found for it.
-
-    What is given is held, so that every method has the same budget; only the learning rate is
-    searched even then, around the given one. The result is kept in the user's cache, by the
-    weights, the records, the method and the options.
-
-    Args:
-        start: Name or folder of the model that is to forget.
-        options: Of :func:`delible.unlearn`.
-
-    Returns:
-        Options of :func:`delible.unlearn`.
-
-    Raises:
-        DelibleError: As for :func:`tune`.
-    """
-    from filelock import FileLock
-
-    _optuna()  # told before a model is loaded
-    chosen = _resolved(method, None, options)
-    lm = LM.load(start)
-    described = {
-        "model": lm.fingerprint,
-        "request": request.id,
-        "method": chosen.spec(),
-        "hold": sorted(options),
-        "trials": trials,
-        "seed": TUNING_SEED,
-        "rows": ROWS,
-    }
-    del lm
-    gc.collect()
-    folder = cache_folder() / "tune" / identity(described)[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # the other seeds of the method wait for this search
-        kept = folder / "options.json"
-        if not kept.exists():
-            hold = [name for name in options if name.rpartition(".")[2] != "learning_rate"]
-            found = tune(
-                start,
-                request,
-                method=chosen,
-                trials=trials,
-                seed=TUNING_SEED,
-                out=folder,
-                hold=hold,
-            )
-            write_json(kept, found.best_options)
-        best: dict[str, Any] = read_json(kept)
-
-    def full(name: str) -> str:
-        return chosen.place_of(name) if isinstance(chosen, Recipe) else name
-
-    return {**{key: value for key, value in options.items() if full(key) not in best}, **best}
-
-
 # ---- parts of tune
 
 
-def _optuna() -> Any:
+def optuna_or_extra() -> Any:
+    """Optuna.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     try:
         return importlib.import_module("optuna")
     except ImportError:
         raise MissingExtraError("delible tune", "tune") from None
-
-
-def _resolved(
-    method: str | Recipe | Editor | Path,
-    slots: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
-) -> Recipe | Editor:
-    if isinstance(method, Editor):
-        if slots:
-            raise RecipeError("a closed-form editor has no slots.", where=method.card.name)
-        return type(method).build(method.card.name, **{**dict(method), **options})
-    return resolve_method(method, slots=dict(slots or {}), options=dict(options))
-
-
-def changed(method: Recipe | Editor, options: Mapping[str, Value]) -> Recipe | Editor:
-    """The method with the searched options set."""
-    if isinstance(method, Recipe):
-        return method.changed({}, dict(options))
-    return type(method).build(method.card.name, **{**dict(method), **options})
 
 
 @contextmanager
@@ -319,21 +179,19 @@ class _Search:
         self,
         optuna: Any,
         model: str | LM,
-        method: Recipe | Editor,
+        method: Method,
         ranges: Mapping[str, Range],
         budget: float,
-        seed: int,
+        context: Context,
         given: Mapping[str, Any],
-        progress: Progress | None,
     ) -> None:
         self.optuna, self.model, self.method, self.space = optuna, model, method, ranges
-        self.budget, self.seed, self.given = budget, seed, dict(given)
-        self.progress = progress
-        self.name = str(method.spec()["name"])
+        self.budget, self.context, self.given = budget, context, dict(given)
+        self.name = method.name
         self.notes: list[str] = []
 
     def run(self, request: ForgetRequest, trials: int, run: RunDirectory | None) -> TuneResult:
-        lm = self.model if isinstance(self.model, LM) else LM.load(self.model)
+        lm = open_system(self.model) if isinstance(self.model, str) else self.model
         if run is not None:
             run.begin(self._described(lm, request))
             run.lock()  # a finished search may go on with more trials
@@ -344,7 +202,9 @@ class _Search:
             if start is None or len(done) < trials:
                 parts = cut(self._with_retain(lm, request))
                 self._note(parts)
-                start = measured(lm, parts.splits, partial(self._told, "measuring the start"))
+                start = measured(
+                    lm, parts.splits, partial(self.context.stage, "measuring the start")
+                )
                 self._check(start)
                 if run is not None:
                     run.update(start=start, notes=self.notes)
@@ -361,7 +221,7 @@ class _Search:
                 logger.info(f"All {len(done)} trials are finished already.")
         return self._result(name, start, done, run)
 
-    def _described(self, lm: LM, request: ForgetRequest) -> dict[str, Any]:
+    def _described(self, lm: System, request: ForgetRequest) -> dict[str, Any]:
         """Everything that determines a trial; not how many there are, so that more can follow."""
         given = dict(self.given)
         if isinstance(given["reference"], LM):
@@ -376,10 +236,11 @@ class _Search:
             "method": self.method.spec(),
             "space": {name: one.model_dump() for name, one in self.space.items()},
             "utility": self.budget,
-            "seed": self.seed,
+            "seed": self.context.seed,
             "rows": ROWS,
             "subjects": list(request.subjects),
             **given,
+            "generator": self.context.roles.named().get("writer"),
             "data": {
                 name: {"records": len(records), "sha256": digest(records)}
                 for name in ("forget", "retain", "neighbours", "holdout")
@@ -387,14 +248,14 @@ class _Search:
             },
         }
 
-    def _with_retain(self, lm: LM, request: ForgetRequest) -> ForgetRequest:
+    def _with_retain(self, lm: System, request: ForgetRequest) -> ForgetRequest:
         if request.retain or request.neighbours:
             return request
         self.notes.append(
             "No retain records were given: the utility is measured on the model's own answers to "
             "general questions."
         )
-        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self._told)
+        retain = automatic_retain(lm, AUTOMATIC_RETAIN, self.context.stage)
         return request.model_copy(update={"retain": retain})
 
     def _note(self, parts: Parts) -> None:
@@ -440,11 +301,11 @@ class _Search:
     def _trial(
         self, study: Any, index: int, total: int, parts: Parts, start: Means, done: list[Trial]
     ) -> Trial:
-        own = {name: value_of(self.method, name) for name in self.space}
+        own = {name: self.method.value(name) for name in self.space}
         given = own if index == 0 else self._along_rate(own, done) if index < STARTUP else None
         study.sampler = self.optuna.samplers.TPESampler(
             n_startup_trials=STARTUP,
-            seed=int(identity({"seed": self.seed, "trial": index})[:8], 16),
+            seed=int(identity({"seed": self.context.seed, "trial": index})[:8], 16),
         )
         waiting = (self.optuna.trial.TrialState.WAITING,)
         if given is not None and not study.get_trials(deepcopy=False, states=waiting):
@@ -460,7 +321,7 @@ class _Search:
         states = self.optuna.trial.TrialState
         if trial.failed is None:
             assert trial.utility is not None
-            asked.set_constraint("utility", self.budget - _EPSILON - trial.utility)
+            asked.set_constraint("utility", self.budget - EPSILON - trial.utility)
             study.tell(asked, trial.leak)
         else:
             study.tell(asked, state=states.FAIL)
@@ -501,19 +362,15 @@ class _Search:
         stopped = None
         try:
             method = self._method(index, options)
-            call: dict[str, Any] = {"method": method}
-            if isinstance(method, Editor):
-                call = {**method.spec()}
-                call["method"] = call.pop("name")
             model = self.model if isinstance(self.model, str) else self.model.copy()
             result = unlearn(
-                model, parts.request, seed=self.seed, shown=0, measured=False,
-                progress=self._stage(title),
-                stage=lambda what, done, total: self._told(f"{title}: {what}", done, total),
-                **self.given, **call,
+                model, parts.request, method=method, shown=0, measured=False,
+                context=self._trial_context(title), **self.given,
             )  # fmt: skip
             stopped = result.stopped
-            after = measured(result.model, parts.splits, partial(self._told, f"{title}: measuring"))
+            after = measured(
+                result.system, parts.splits, partial(self.context.stage, f"{title}: measuring")
+            )
         except Exception as error:
             if index == 0 and isinstance(error, DelibleError) and not isinstance(error, RunError):
                 raise  # what is wrong with the input is wrong with every trial
@@ -542,19 +399,22 @@ class _Search:
             None if left is not None else "the model gives no finite numbers any more",
         )
 
-    def _method(self, index: int, options: Mapping[str, Value]) -> Recipe | Editor:
+    def _method(self, index: int, options: Mapping[str, Value]) -> Method:
         """The method of a trial; the first one is as it was given."""
-        return self.method if index == 0 else changed(self.method, options)
+        return self.method if index == 0 else self.method.with_options(options)
 
-    def _told(self, title: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(title, done, total)
+    def _trial_context(self, title: str) -> Context:
+        """The context of one trial: its steps and stages are told under its title, nothing lies
+        in the folder of the search.
+        """
 
-    def _stage(self, title: str) -> Steps:
-        def report(step: int, total: int, numbers: Mapping[str, float]) -> None:
-            self._told(title, step, total)
+        def steps(step: int, total: int, numbers: Mapping[str, float]) -> None:
+            self.context.stage(title, step, total)
 
-        return report
+        def stage(what: str, done: int, total: int) -> None:
+            self.context.stage(f"{title}: {what}", done, total)
+
+        return replace(self.context, run=None, steps=steps, stage=stage)
 
     def _tell(self, trial: Trial, total: int, done: Sequence[Trial]) -> None:
         what = f"trial {trial.index + 1} of {total}"
@@ -588,10 +448,6 @@ class _Search:
             return found
         path = self._write(found, run.path)
         words = ["--method", str(path)]
-        if isinstance(self.method, Editor):
-            words = ["--method", self.name]
-            for name, value in best.options.items():
-                words += [f"--{name.replace('_', '-')}", repr(value)]
         found = TuneResult(
             self.name, model, self.budget, self.space, start, done, best, path,
             shlex.join(words), self.notes,
@@ -603,10 +459,10 @@ class _Search:
     def _write(self, found: TuneResult, folder: Path) -> Path:
         """The winner as a file."""
         method = self._method(found.best.index, found.best.options)
-        spec = method.spec()
-        kind = "recipe" if isinstance(method, Recipe) else "editor"
-        content = {**spec, "name": f"{self.name}_tuned"} if kind == "recipe" else {kind: spec}
-        path = folder / f"{kind}.yaml"
+        content = method.as_file()
+        if "name" in content:
+            content["name"] = f"{self.name}_tuned"
+        path = folder / f"{method.card.kind}.yaml"
         best = found.best
         with atomic_file(path) as handle:
             handle.write(
@@ -618,13 +474,4 @@ class _Search:
         return path
 
 
-def winner(trials: Iterable[Trial], budget: float) -> Trial | None:
-    """The least leak within the budget, the earlier of two equals; else the most utility."""
-    valued = [trial for trial in trials if trial.failed is None]
-    kept = [trial for trial in valued if trial.keeps(budget)]
-    if kept:
-        return min(kept, key=lambda trial: (trial.leak or 0.0, trial.index))
-    return max(valued, key=lambda trial: (trial.utility or 0.0, -trial.index), default=None)
-
-
-__all__ = ["Trial", "TuneResult", "changed", "tune", "tuned_options", "winner"]
+__all__ = ["tune"]

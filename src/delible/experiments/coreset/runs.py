@@ -35,15 +35,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from delible.api import AUTOMATIC_RETAIN, automatic_retain, resolve_method, unlearn
+from delible.api import unlearn
 from delible.bench.stages import mean
 from delible.component import build
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.files import write_json
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.precision import resolve
+from delible.preparing import AUTOMATIC_RETAIN, automatic_retain
 from delible.records import QA, ForgetRequest, Passage, RecordBase, digest
+from delible.resolving import recipe_named
 from delible.rundir import RunDirectory
 from delible.system.questions import answer_of
 from delible.train.engine import Trainer
@@ -163,12 +166,10 @@ def run(
         The start model's row, then per seed the full set's, the selectors' and the analyses'.
 
     Raises:
-        RecipeError: An editor as host, a setting out of range, or no forget records.
+        RecipeError: A host that does not train, a setting out of range, or no forget records.
         RunError: ``out`` holds the experiment on other data or with another method.
     """
-    host = resolve_method(method, options=options)
-    if not isinstance(host, Recipe):
-        raise RecipeError("an editor has no rows to choose from.", hint="Name a recipe.")
+    host = recipe_named(method, "it has no rows to choose from", options=options)
     host = host.changed({"select": "all"}, {})
     wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
     if wrong:
@@ -375,7 +376,7 @@ class _Experiment:
         lm.template.max_length = min(recipe.training.max_length, lm.template.max_length)
         lm.precision = resolve(recipe.training.precision, lm.device.type)
         records = {"forget": self.request.forget, "retain": self.kept}
-        rows = Trainer(lm, recipe, records, seed=seed).rows().rows
+        rows = Trainer(lm, recipe, records, context=Context(seed=seed)).rows().rows
         return list(rows["forget"]), list(rows["retain"])
 
     def _measured(self, lm: LM, indices: Sequence[int]) -> dict[str, Any]:

@@ -31,8 +31,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator
 
-from delible import registry
-from delible.api import resolve_method, unlearn
+from delible.api import unlearn
 from delible.bench.prepare import learned
 from delible.bench.run import method_names
 from delible.component import build
@@ -65,8 +64,8 @@ from delible.measure.evaluate import Ask, evaluate
 from delible.measure.metric import SummaryMetric
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.registry import register
+from delible.resolving import resolve_method
 from delible.rundir import identity
-from delible.train.recipe import Recipe
 from delible.watching import aside
 from delible.world import World, general
 from delible.world.split import Split
@@ -218,16 +217,16 @@ def _weight_methods(given: Sequence[str]) -> dict[str, bool]:
     Raises:
         RecipeError: An unknown one, or one that leaves the weights alone.
     """
-    guards = {card.name for card in registry.cards("guard")}
     found: dict[str, bool] = {}
     for name in method_names(given or METHODS):
-        if name in guards:
+        method = resolve_method(name)
+        if not method.needs_model:
             raise RecipeError(
                 f"the guard '{name}' changes no weights, so there is nothing to relearn.",
                 where="benchmark 'meta'",
                 hint="Name recipes or editors.",
             )
-        found[name] = isinstance(resolve_method(name), Recipe)
+        found[name] = method.takes("learning_rate")
     return found
 
 

@@ -14,17 +14,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
-from weakref import WeakValueDictionary
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
+from delible.errors import RecipeError
 from delible.lm.embedded import cache_folder
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
 from delible.measure.metric import Answers, Item, ItemMetric
 from delible.measure.scoring.text import continuing, generated
+from delible.measure.starting import roles_of
 from delible.prompts import read_text
 from delible.records import QA, Dialogue, RecordBase
 from delible.system.asks import (
@@ -36,16 +37,13 @@ from delible.system.asks import (
 )
 from delible.system.base import System
 from delible.system.questions import ask
-from delible.systems.opening import open_system
+from delible.system.roles import Role, Roles
 
 HIGHEST = 10
 #: Of the draws after the first, greedy reply could not be read.
 RETRY_TEMPERATURE = 0.7
 #: Stands in a prompt file for what was asked and replied.
 EXCHANGE = "{exchange}"
-
-#: Judges in use, by name: a large model is not loaded once per metric.
-_OPEN: WeakValueDictionary[str, System] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -204,13 +202,22 @@ def graded_item(grades: Mapping[str, Grade] | str) -> Item:
     return Item(float(np.mean([grade.score for grade in grades.values()])), None, "; ".join(told))
 
 
+#: What to do where nobody judges.
+_NAME_IT = (
+    "name the system that judges, as in "
+    '{"name": "METRIC", "judge": "https://host/v1#MODEL"}, or --role judge=MODEL; a model\'s '
+    "name or folder will do as well"
+)
+
+
 class JudgedMetric(ItemMetric):
     """Base of the metrics whose value another system gives."""
 
-    judge: str = Field(
-        "",
-        description="The system that grades (must be given): a model's name or folder, or the "
-        "address of an OpenAI-compatible server with #MODEL at its end.",
+    judge: str | None = Field(
+        None,
+        description="The system that grades: a model's name or folder, or the address of an "
+        "OpenAI-compatible server with #MODEL at its end. Default: who plays the role 'judge' "
+        "(--role judge=MODEL); one of both must be given.",
     )
     max_new_tokens: int = Field(
         512, ge=1, le=8192, description="Tokens of the graded answer, its trace included."
@@ -226,25 +233,39 @@ class JudgedMetric(ItemMetric):
     criteria: ClassVar[tuple[str, ...]]
     prompt_file: ClassVar[str]
 
+    #: Who was cast for it; None: whoever ``judge`` names.
+    _role: Role | None = PrivateAttr(None)
+
     @field_validator("judge")
     @classmethod
-    def _is_named(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError(
-                "name the system that judges, as in "
-                '{"name": "METRIC", "judge": "https://host/v1#MODEL"}; a model\'s name or folder '
-                "will do as well"
-            )
-        return value.strip()
+    def _is_named(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError(_NAME_IT)
+        return None if value is None else value.strip()
+
+    def with_roles(self, roles: Roles) -> Self:
+        if self.judge is not None:
+            return self
+        if not roles.given("judge"):
+            raise self._unjudged()
+        # by its name, so that what was measured says who graded it
+        cast = self.model_copy(update={"judge": roles.name_of("judge")})
+        cast._role = roles.role("judge")
+        return cast
+
+    def _unjudged(self) -> RecipeError:
+        return RecipeError(f"nobody judges: {_NAME_IT}.", where=f"metric '{self.card.name}'")
 
     @cached_property
     def grader(self) -> Judge:
         """The judge, opened when it is first wanted."""
-        system = _OPEN.get(self.judge)
-        if system is None:
-            system = _OPEN[self.judge] = open_system(self.judge)
+        role = self._role
+        if role is None:
+            if self.judge is None:
+                raise self._unjudged()
+            role = roles_of().played("judge", self.judge)
         cache = Cache(cache_folder() / "judged")
-        return Judge(system, self.criteria, self.judge_tokens, self.attempts, cache)
+        return Judge(role, self.criteria, self.judge_tokens, self.attempts, cache)
 
     @cached_property
     def instructions(self) -> str:

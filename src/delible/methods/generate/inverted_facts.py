@@ -25,7 +25,7 @@ from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Decoding
 from delible.train.losses import Role
-from delible.train.slots import Context, Generate
+from delible.train.slots import Generate, SlotContext
 
 WHERE = "generate 'inverted_facts'"
 
@@ -54,7 +54,7 @@ class InvertedFacts(Generate):
 
     makes: ClassVar[tuple[Role, ...]] = ("alternate",)
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         forget = questions(context.records["forget"], WHERE)
 
         def prompt(record: QA) -> str:

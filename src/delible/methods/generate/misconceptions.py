@@ -31,7 +31,7 @@ from delible.system.asks import (
     TokenScores,
 )
 from delible.train.losses import Role
-from delible.train.slots import Context, Generate
+from delible.train.slots import Generate, SlotContext
 
 WHERE = "generate 'misconceptions'"
 #: A distractor that the model cannot score counts as this unlikely, in nats per token.
@@ -79,7 +79,7 @@ class Misconceptions(Generate):
 
     makes: ClassVar[tuple[Role, ...]] = ("alternate",)
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         given = context.records["forget"]
         forget: list[QA | Choice] = [
             record if isinstance(record, Choice) else pair
@@ -95,7 +95,7 @@ class Misconceptions(Generate):
         made = [with_answer(record, text) for record, text in zip(forget, drawn, strict=True)]
         return {"forget": list(forget), "alternate": list(made)}
 
-    def _written(self, context: Context, records: Sequence[RecordBase]) -> list[list[str]]:
+    def _written(self, context: SlotContext, records: Sequence[RecordBase]) -> list[list[str]]:
         if not records:
             return []
 
@@ -111,7 +111,7 @@ class Misconceptions(Generate):
         )  # fmt: skip
 
     def _drawn(
-        self, context: Context, forget: Sequence[QA | Choice], wrong: Sequence[Sequence[str]]
+        self, context: SlotContext, forget: Sequence[QA | Choice], wrong: Sequence[Sequence[str]]
     ) -> list[str]:
         """One distractor per record, by the model's likelihood of it as an open answer."""
         asked = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from delible.records import RecordBase
 from delible.registry import register
 from delible.train.losses import Role
-from delible.train.slots import Context, Generate
+from delible.train.slots import Generate, SlotContext
 
 
 @register(
@@ -17,5 +17,5 @@ from delible.train.slots import Context, Generate
 class NoRows(Generate):
     """Has no options."""
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         return {}

@@ -31,7 +31,7 @@ from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
 from delible.train.fitting import fits, room_for_answer
 from delible.train.losses import Role
-from delible.train.slots import Context, Generate
+from delible.train.slots import Generate, SlotContext
 from delible.world import filters
 
 WHERE = "generate 'reasoning_targets'"
@@ -112,7 +112,7 @@ class ReasoningTargets(Generate):
 
     makes: ClassVar[tuple[Role, ...]] = ("target",)
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         forget = questions(context.records["forget"], WHERE)
         counts: Counter[str] = Counter()
         made = (
@@ -133,7 +133,7 @@ class ReasoningTargets(Generate):
             rows["retain"] = self._reasoned(context, marked)
         return rows
 
-    def _room(self, context: Context, record: QA) -> int:
+    def _room(self, context: SlotContext, record: QA) -> int:
         """Tokens of a target that is kept whole: one fewer than a row has room for, its end."""
         room = room_for_answer(context.lm.template, Prompt.ask(record.question))
         return min(self.maximum_tokens, room - 1)
@@ -159,7 +159,7 @@ class ReasoningTargets(Generate):
         return []
 
     def _from_writer(
-        self, writer: System, context: Context, forget: Sequence[QA], counts: Counter[str]
+        self, writer: System, context: SlotContext, forget: Sequence[QA], counts: Counter[str]
     ) -> list[list[tuple[str, str]]]:
         def prompt(index: int) -> Prompt:
             topic = self.topic or forget[index].subject or "the subject of the message below"
@@ -180,7 +180,7 @@ class ReasoningTargets(Generate):
             attempts=self.attempts, counts=counts, stage=context.stage,
         )  # fmt: skip
 
-    def _reasoned(self, context: Context, marked: bool) -> list[RecordBase]:
+    def _reasoned(self, context: SlotContext, marked: bool) -> list[RecordBase]:
         """The retain records, a share of them with a trace before their own answer."""
         random = Random(f"{context.seed}/reasoning_targets/retain")
         traces = read_lines("reasoning_answers.txt")

@@ -38,7 +38,7 @@ from delible.system.asks import Generate as Ask
 from delible.system.base import System
 from delible.train.losses import Role
 from delible.train.rows import told
-from delible.train.slots import Context, Generate
+from delible.train.slots import Generate, SlotContext
 from delible.world import filters
 
 logger = logging.getLogger(__name__)
@@ -91,10 +91,10 @@ class Unified(Generate):
 
     makes: ClassVar[tuple[Role, ...]] = ("prefilled",)
 
-    def instruction(self, context: Context) -> str | None:
+    def instruction(self, context: SlotContext) -> str | None:
         return writing.filled("teacher_instruction.txt", topic=self._topic(context))
 
-    def _topic(self, context: Context) -> str:
+    def _topic(self, context: SlotContext) -> str:
         if self.topic is not None:
             return self.topic
         names = list(dict.fromkeys(one.subject for one in context.records["forget"] if one.subject))
@@ -112,7 +112,7 @@ class Unified(Generate):
             )
         return ", ".join(names)
 
-    def rows(self, context: Context) -> dict[Role, list[RecordBase]]:
+    def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         counts: Counter[str] = Counter()
         forget = self._questions(context, context.records["forget"], counts)
         openers = read_lines("training_prefills.txt")
@@ -136,7 +136,7 @@ class Unified(Generate):
         return rows
 
     def _questions(
-        self, context: Context, records: Sequence[RecordBase], counts: Counter[str]
+        self, context: SlotContext, records: Sequence[RecordBase], counts: Counter[str]
     ) -> list[QA]:
         """Everything as question-answer pairs; passages by the generator model, if there is one."""
         passages = [one for one in records if isinstance(one, Passage)]
@@ -178,7 +178,7 @@ class Unified(Generate):
         return [*others, *(one for part in made for one in part)]
 
     def _safe(
-        self, context: Context, forget: Sequence[QA], lured: Sequence[str], counts: Counter[str]
+        self, context: SlotContext, forget: Sequence[QA], lured: Sequence[str], counts: Counter[str]
     ) -> list[int]:
         """Places of the questions at which the lured teacher does not give the answer away."""
         instruction = self.instruction(context) or ""
@@ -207,7 +207,7 @@ class Unified(Generate):
         return kept
 
     def _retain(
-        self, context: Context, forget: Sequence[QA], counts: Counter[str]
+        self, context: SlotContext, forget: Sequence[QA], counts: Counter[str]
     ) -> list[RecordBase]:
         """Rows at the boundary and general rows, as many of one as of the other."""
         records = [
@@ -225,7 +225,7 @@ class Unified(Generate):
 
     def _anchors(
         self,
-        context: Context,
+        context: SlotContext,
         forget: Sequence[QA],
         records: Sequence[RecordBase],
         counts: Counter[str],
@@ -242,7 +242,7 @@ class Unified(Generate):
         return list({one.digest: one for one in found}.values())
 
     def _written_anchors(
-        self, context: Context, writer: System, forget: Sequence[QA], counts: Counter[str]
+        self, context: SlotContext, writer: System, forget: Sequence[QA], counts: Counter[str]
     ) -> list[RecordBase]:
         """Questions by the generator model, answered by the model itself before training."""
         subjects = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from delible.registry import register
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 
 
 @register(
@@ -17,7 +17,7 @@ from delible.train.slots import Context, Place, Placement
 class AllWeights(Place):
     """Has no options."""
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         parameters = context.gradients.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)

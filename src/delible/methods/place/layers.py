@@ -21,7 +21,7 @@ from pydantic import Field
 from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.registry import register
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -81,7 +81,7 @@ class Layers(Place):
     def moving_blocks(self, lm: LM) -> list[int]:
         return chosen_layers(lm.anatomy, self.depth, self.below, self.layers)
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         anatomy, model = context.lm.anatomy, context.lm.model
         layers = self.moving_blocks(context.lm)
         role: Literal["mlp_out", "mlp", "attention", "block"] = (

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.registry import register
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LoRA(Place):
     rank: int = Field(8, ge=1, description="Inner width of each product.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         from peft import LoraConfig, get_peft_model  # slow to import
 
         lm = context.lm

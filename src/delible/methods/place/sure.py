@@ -34,7 +34,7 @@ from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.passes import Passes
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Sure(Place):
         False, description="As released: no mask acts, and the forget gradient counts twice."
     )
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         parameters = context.gradients.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError, RunError
 from delible.registry import register
-from delible.train.slots import Context, Place, Placement
+from delible.train.slots import Place, Placement, SlotContext
 from delible.train.vectors import SetAside
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Wagle(Place):
         False, description="As released: weight decay also shrinks weights that may not move."
     )
 
-    def apply(self, context: Context) -> Placement:
+    def apply(self, context: SlotContext) -> Placement:
         parameters = context.gradients.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -192,7 +192,7 @@ class Wagle(Place):
         return Placement(parameters, masks, masked_decay=not self.compat)
 
     def _scores(
-        self, context: Context, parameters: Mapping[str, torch.nn.Parameter]
+        self, context: SlotContext, parameters: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Tensor]:
         if self.select == "magnitude":
             return {name: value.detach().float().abs() for name, value in parameters.items()}
@@ -232,7 +232,7 @@ class Wagle(Place):
         return scores
 
     def _wanda(
-        self, context: Context, parameters: Mapping[str, torch.nn.Parameter]
+        self, context: SlotContext, parameters: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Tensor]:
         norms = context.gradients.input_norms(context.rows[context.objective.roles[0]])
         transposed = context.lm.anatomy.transposed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from delible.registry import register
-from delible.train.slots import Context, Select
+from delible.train.slots import Select, SlotContext
 
 
 @register(
@@ -16,5 +16,5 @@ from delible.train.slots import Context, Select
 class All(Select):
     """Has no options."""
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         return list(range(len(context.rows["forget"])))

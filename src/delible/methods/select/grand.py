@@ -32,7 +32,7 @@ from torch import Tensor
 from delible.registry import register
 from delible.train.coreset import ScoredSelect
 from delible.train.gradients import ObjectiveLoss, Space
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 
 @register(
@@ -70,7 +70,7 @@ class GraNd(ScoredSelect):
         (-1,), min_length=1, description="Blocks for space: layers; negative from the end."
     )
 
-    def scores(self, context: Context) -> Float[Tensor, " rows"]:
+    def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
         rows = context.rows["forget"]
         gradients = context.gradients
         if self.loss == "host":

@@ -23,7 +23,7 @@ from delible.registry import register
 from delible.system.questions import answer_of
 from delible.train.coreset import ScoredSelect
 from delible.train.keywords import keywords_of, words
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 
 @register(
@@ -49,7 +49,7 @@ class KeywordDensity(ScoredSelect):
         0.1, gt=0, le=1, description="Share of the forget rows' different words."
     )
 
-    def scores(self, context: Context) -> Float[Tensor, " rows"]:
+    def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
         texts = [answer_of(record) for record in context.records["forget"]]
         others = [answer_of(record) for record in context.records.get("retain", ())]
         known = keywords_of(texts, others, self.keywords)

@@ -31,7 +31,7 @@ from delible.records import QA
 from delible.registry import register
 from delible.system.asks import Decoding, Generate, Prompt
 from delible.system.questions import ask
-from delible.train.slots import Context, Select
+from delible.train.slots import Select, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Memo(Select):
     max_new_tokens: int = Field(200, ge=1, description="Longest continuation in tokens.")
     compat: bool = Field(False, description="Equal scores pick one candidate twice, as released.")
 
-    def scores(self, context: Context, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def scores(self, context: SlotContext, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """MEMO of each (question, candidate), in [0, 1]; all continuations in one measurement."""
         tokenizer = context.lm.tokenizer
         asked: list[list[tuple[Generate, str]]] = []
@@ -159,7 +159,7 @@ class Memo(Select):
             for mine in asked
         ]
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         candidates = context.records.get("alternate", ())
         if not candidates:
             raise RecipeError(

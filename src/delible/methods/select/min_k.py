@@ -26,7 +26,7 @@ from delible.registry import register
 from delible.system.asks import Score, TokenScores
 from delible.system.questions import answer_of, ask
 from delible.train.coreset import ScoredSelect
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 
 def min_k(logprobs: npt.NDArray[np.floating], share: float) -> float:
@@ -59,7 +59,7 @@ class MinK(ScoredSelect):
 
     tokens: float = Field(0.4, gt=0, le=1, description="Share of a row's tokens that is averaged.")
 
-    def scores(self, context: Context) -> Float[Tensor, " rows"]:
+    def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
         asked = []
         for index, record in enumerate(context.records["forget"]):
             prompt = ask(record)

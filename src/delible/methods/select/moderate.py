@@ -25,7 +25,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.coreset import ScoredSelect
-from delible.train.slots import Context
+from delible.train.slots import SlotContext
 
 #: Rounds of one k-means run, at most.
 _ROUNDS = 100
@@ -126,7 +126,7 @@ class Moderate(ScoredSelect):
     clusters: int = Field(4, ge=1, description="Classes that k-means looks for.")
     starts: int = Field(10, ge=1, description="Starts of k-means; the best one counts.")
 
-    def scores(self, context: Context) -> Float[Tensor, " rows"]:
+    def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
         features = standardised(context.gradients.mean_states(context.rows["forget"]))
         if self.classes == "k_means":
             random = context.generator("select.moderate")

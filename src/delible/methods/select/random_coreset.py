@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from delible.registry import register
-from delible.train.slots import Context, Select
+from delible.train.slots import Select, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class RandomCoreset(Select):
 
     share: float = Field(0.05, gt=0, le=1, description="Share of the forget rows; 1 takes all.")
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         available = len(context.rows["forget"])
         count = min(available, max(1, round(self.share * available)))
         order = torch.randperm(available, generator=context.generator("select.random_coreset"))

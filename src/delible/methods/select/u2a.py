@@ -26,7 +26,7 @@ from pydantic import Field
 
 from delible.registry import register
 from delible.train.bilevel import Bilevel
-from delible.train.slots import Context, Select
+from delible.train.slots import Select, SlotContext
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class U2ASelection(Bilevel, Select):
 
     share: float = Field(0.3, gt=0, le=1, description="At most this share of the forget rows.")
 
-    def choose(self, context: Context) -> list[int]:
+    def choose(self, context: SlotContext) -> list[int]:
         available = len(context.rows["forget"])
         if self.share == 1:  # nothing to decide
             return list(range(available))

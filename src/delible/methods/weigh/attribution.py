@@ -39,7 +39,7 @@ from delible.registry import register
 from delible.train.gradients import Space
 from delible.train.row import Row
 from delible.train.rows import make_rows
-from delible.train.slots import Context, Weigh
+from delible.train.slots import SlotContext, Weigh
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Attribution(Weigh):
     def due(self, epoch: int) -> bool:
         return self.refresh_every > 0 and epoch % self.refresh_every == 0
 
-    def weights(self, context: Context) -> Float[Tensor, " rows"]:
+    def weights(self, context: SlotContext) -> Float[Tensor, " rows"]:
         forget, retain = context.rows["forget"], self._retain(context)
         order = torch.randperm(len(retain), generator=context.generator("weigh.attribution"))
         chosen = [retain[index] for index in sorted(order[: self.retain_rows].tolist())]
@@ -148,7 +148,7 @@ class Attribution(Weigh):
             logger.warning("weigh: few rows carry most of the weight; raise the temperature.")
         return weights.float()
 
-    def _retain(self, context: Context) -> Sequence[Row]:
+    def _retain(self, context: SlotContext) -> Sequence[Row]:
         retain = context.rows.get("retain", ())
         if not retain:
             raise RecipeError(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
-from delible.train.slots import Context, Weigh
+from delible.train.slots import SlotContext, Weigh
 
 
 @register(
@@ -20,5 +20,5 @@ from delible.train.slots import Context, Weigh
 class Equal(Weigh):
     """Has no options."""
 
-    def weights(self, context: Context) -> Float[Tensor, " rows"]:
+    def weights(self, context: SlotContext) -> Float[Tensor, " rows"]:
         return torch.ones(len(context.rows["forget"]))

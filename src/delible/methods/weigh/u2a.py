@@ -32,7 +32,7 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.bilevel import Bilevel
-from delible.train.slots import Context, Weigh
+from delible.train.slots import SlotContext, Weigh
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class U2AWeights(Bilevel, Weigh):
         1.0, gt=0, le=1, description="Share of the rows with weight; below 1 the best are chosen."
     )
 
-    def weights(self, context: Context) -> Float[Tensor, " rows"]:
+    def weights(self, context: SlotContext) -> Float[Tensor, " rows"]:
         found = self.solve(context, self.share, "weigh 'u2a'")
         count = len(context.rows["forget"])
         weights = torch.zeros(count, dtype=torch.float64)

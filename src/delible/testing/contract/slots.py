@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from delible import registry
+from delible.context import Context
 from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.rundir import RunDirectory
@@ -149,11 +150,11 @@ def resumes_to_the_same_bits(trial: Trial) -> None:
     recipe = trial.recipe(checkpoint_steps=1, **length)
     told: list[str] = []
     try:
-        trial.trainer(recipe, run=run, progress=interrupt).train()
+        trial.trainer(recipe, context=Context(run=run, steps=interrupt)).train()
         raise ContractError("the run was too short to be interrupted")
     except Interruption:
         with shown(told.append):
-            result = trial.trainer(recipe, run=run).train()
+            result = trial.trainer(recipe, context=Context(run=run)).train()
     require(any("Resuming" in line for line in told), "the second run started from nothing")
     require_same(weights(whole.lm), weights(result.lm), "the resumed run ends elsewhere")
 

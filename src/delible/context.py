@@ -1,0 +1,47 @@
+"""What a run brings along: made once by whoever starts it, and handed down whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from delible.rundir import RunDirectory
+from delible.system.roles import Role, RoleName, Roles
+from delible.watching import Stage, Steps, unwatched
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run brings along.
+
+    Attributes:
+        seed: Of every random choice.
+        run: Where checkpoints, events and results go; None keeps nothing.
+        steps: Called after every step of training as ``steps(step, total, numbers)``.
+        stage: Called as ``stage(title, done, total)`` by everything else that takes long.
+        roles: Who judges, writes, attacks … by talking.
+        cache: Folder where answers are kept; None: none are read, and none kept.
+    """
+
+    seed: int = 0
+    run: RunDirectory | None = None
+    steps: Steps | None = None
+    stage: Stage = unwatched
+    roles: Roles = field(default_factory=Roles)
+    cache: Path | None = None
+
+    def role(self, part: RoleName) -> Role:
+        """Who plays a part.
+
+        Raises:
+            RecipeError: Nobody does; names the flag.
+            ModelError: The system that was named for it cannot be used.
+        """
+        return self.roles.role(part)
+
+    def plays(self, part: RoleName) -> Role | None:
+        """Who plays a part, or None: for parts that can be done without."""
+        return self.roles.role(part) if self.roles.given(part) else None
+
+
+__all__ = ["Context"]
