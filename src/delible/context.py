@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from delible.rundir import RunDirectory
-from delible.system.roles import Role, RoleName, Roles
+from delible.system.role import Role, RoleName
+from delible.system.roles import Roles
 from delible.watching import Stage, Steps, unwatched
 
 

@@ -17,7 +17,9 @@ from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, REFERENCE, bench, method_names
 from delible.bench.spread import spread
 from delible.bench.table import mean_of_runs
+from delible.context import Context
 from delible.errors import MissingExtraError, RecipeError
+from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 WORLD: dict[str, Any] = {"name": "world", "people": 6, "forget": 1, "limit": 4}
@@ -72,6 +74,27 @@ def test_every_row_is_there_and_measured(finished: runner.BenchResult) -> None:
     assert rows["target_detector"].numbers["answer_probability/forget"].mean is None
     assert rows["target_detector"].numbers["rouge_l_recall/forget"].mean is not None
     assert rows["target_detector"].failed is None
+
+
+def test_roles_reach_every_cell(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[object] = []
+
+    def unlearn(start: str, request: object, *, context: Context, **options: object) -> object:
+        played.append((context.seed, context.roles.named()))
+        raise RecipeError("far enough")
+
+    monkeypatch.setattr(one_cell, "unlearn", unlearn)
+    made = bench(
+        WORLD, methods=("gradient_ascent",), model=model, seeds=2, out=tmp_path,
+        roles={"writer": "somebody", "judge": {"system": "another", "calls": 3}},
+    )  # fmt: skip
+    roles = {"judge": {"system": "another", "calls": 3}, "writer": "somebody"}
+    assert played == [(0, roles), (1, roles)]
+    assert made.common["roles"] == roles
+    with pytest.raises(RecipeError, match="cells open it"):
+        bench(WORLD, model=model, roles={"judge": Scripted([])})  # type: ignore[dict-item]
 
 
 def test_all_methods_have_their_first_run_before_any_has_its_second(

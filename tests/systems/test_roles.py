@@ -10,11 +10,12 @@ from pydantic import BaseModel, Field
 from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.measure.cache import Cache
-from delible.measure.starting import roles_of, started
+from delible.measure.starting import roles_of, started, with_itself, with_writer
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
 from delible.system.forms import read_form
-from delible.system.roles import Role, RoleOptions, Roles
+from delible.system.role import Role, RoleOptions
+from delible.system.roles import Roles
 from delible.systems.scripted import Line, Scripted
 
 
@@ -181,3 +182,22 @@ def test_scripts() -> None:
     ) == ["NO"]
     short = Scripted(["one"])
     assert short.generate([ASKED, ASKED], Decoding()) == ["one", NoAnswer("the script has ended")]
+
+
+def test_the_model_itself_may_play() -> None:
+    model = Scripted(["x", "y"], name="model")
+    named = {"writer": "self", "judge": {"system": "self", "calls": 1}, "critic": "other"}
+    context = with_itself(started(None, roles=named), model)
+    assert context.role("writer").system is model
+    judge = context.role("judge")
+    assert (judge.system, judge.options.calls) == (model, 1)
+    assert context.roles.players["critic"] == "other"
+    plain = Context(roles=Roles({"judge": "other"}))
+    assert with_itself(plain, model) is plain
+
+
+def test_a_writer_is_given_once() -> None:
+    assert with_writer({"judge": "a"}, "b") == {"judge": "a", "writer": "b"}
+    assert with_writer(None, None) == {}
+    with pytest.raises(RecipeError, match="given twice"):
+        with_writer({"writer": "a"}, "b")

@@ -151,6 +151,10 @@ def bench(
                 where="bench",
                 hint="Prompt attacks are asked by 'delible audit', or by the benchmark itself.",
             )
+    if not all(isinstance(player, str | Mapping) for player in (roles or {}).values()):
+        raise RecipeError(
+            "a system is given for a role.", where="bench", hint="Give its name: cells open it."
+        )
     cast_asks(chosen.asks(), roles_of(roles))  # what nobody plays is told before any work
     tasks = chosen.tasks(Data(data))
     common: Manifest = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from delible.errors import RecipeError
 
@@ -35,7 +35,7 @@ def read_roles(given: Sequence[str] | None) -> dict[str, Any]:
             if name in found:
                 raise RecipeError(f"the {name} is given twice.", where="--role")
         found |= more
-    Roles(found)  # what makes no sense is told before any work
+    Roles(cast(Any, found))  # what makes no sense is told before any work
     return found
 
 

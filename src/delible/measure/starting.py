@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from delible.context import Context
 from delible.errors import RecipeError
@@ -12,7 +13,8 @@ from delible.lm.embedded import cache_folder
 from delible.measure.cache import Cache
 from delible.rundir import RunDirectory
 from delible.system.base import System
-from delible.system.roles import Player, RoleName, Roles
+from delible.system.role import Role, RoleName, RoleOptions
+from delible.system.roles import Player, Roles, options_of
 from delible.systems.opening import open_system
 from delible.watching import Stage, Steps, unwatched
 
@@ -31,7 +33,8 @@ def roles_of(players: Mapping[str, Player] | Roles | None = None) -> Roles:
     """
     if isinstance(players, Roles):
         return players
-    return Roles(dict(players or {}), open_system, _answers)
+    # an unknown name among them is told there
+    return Roles(cast(Mapping[RoleName, Player], dict(players or {})), open_system, _answers)
 
 
 def with_writer(players: Mapping[str, Player] | None, writer: Player | None) -> dict[str, Player]:
@@ -53,11 +56,12 @@ def with_writer(players: Mapping[str, Player] | None, writer: Player | None) -> 
 def with_itself(context: Context, system: System) -> Context:
     """The context in which ``"self"`` is this system."""
     roles = context.roles
-    if ITSELF not in roles.players.values():
+    players = dict(roles.players)
+    for part, player in roles.players.items():
+        if isinstance(player, str | Mapping | RoleOptions) and roles.name_of(part) == ITSELF:
+            players[part] = Role(part, system, options_of(part, player), roles.kept(part))
+    if players == roles.players:
         return context
-    players = {
-        part: system if player == ITSELF else player for part, player in roles.players.items()
-    }
     return replace(context, roles=Roles(players, roles.opens, roles.answers))
 
 

@@ -37,7 +37,8 @@ from delible.system.asks import (
 )
 from delible.system.base import System
 from delible.system.questions import ask
-from delible.system.roles import Role, Roles
+from delible.system.role import Role
+from delible.system.roles import Roles
 
 HIGHEST = 10
 #: Of the draws after the first, greedy reply could not be read.
