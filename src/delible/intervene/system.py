@@ -77,7 +77,8 @@ class Intervened(LM):
     @property
     def fingerprint(self) -> str:
         """That of the bare model, and what acts on it in which order."""
-        joined = "/".join([self.bare.fingerprint, *(one.identity for one in self.interventions)])
+        below = (self.bare.fingerprint, self.template.fingerprint, self.precision)
+        joined = "/".join([*below, *(one.identity for one in self.interventions)])
         return hashlib.sha256(joined.encode()).hexdigest()
 
     @property
@@ -265,7 +266,8 @@ def _picture(lm: LM) -> Tensor:
             f"its tower for images ('{vision_blocks(lm)}') cannot be tried: {error}",
             where=type(lm.core).__name__,
         ) from error
-    return torch.cat([one.flatten() for one in _tensors(found)])
+    # what the language model reads, where it comes beside the tower's own states
+    return torch.cat([one.flatten() for one in _tensors(getattr(found, "pooler_output", found))])
 
 
 def _tensors(found: Any) -> list[Tensor]:

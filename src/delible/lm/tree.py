@@ -175,18 +175,16 @@ def node_states(
         cache = prefix.cache(lm)
     cached = {} if cache is None else {cache_argument(backbone): cache}
     prompts = [[*prefix.ids, *tree.ids[: tree.question]] for tree in trees]
-    texts = texts_of(lm, [torch.from_numpy(tree.sees(before)) for tree in trees])
-    with (
-        told(lm, packed(prompts, depths, before, lm.device)),
-        text_by_text(lm, texts) as attending,
-    ):
-        return backbone(  # type: ignore[no-any-return]
-            input_ids=ids.to(lm.device),
-            position_ids=positions.to(lm.device),
-            use_cache=cache is not None,
-            **cached,
-            **attending,
-        ).last_hidden_state[0]
+    with told(lm, packed(prompts, depths, before, lm.device)):
+        texts = texts_of(lm, [torch.from_numpy(tree.sees(before)) for tree in trees])
+        with text_by_text(lm, texts) as attending:
+            return backbone(  # type: ignore[no-any-return]
+                input_ids=ids.to(lm.device),
+                position_ids=positions.to(lm.device),
+                use_cache=cache is not None,
+                **cached,
+                **attending,
+            ).last_hidden_state[0]
 
 
 def tree_values(
