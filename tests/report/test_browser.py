@@ -229,7 +229,7 @@ def test_dark_and_light_differ_and_are_readable(
           if (e.textContent.trim() && e.getClientRects().length && !e.closest('.hidden')) {
             worst = Math.min(worst, ratio(getComputedStyle(e).color, back(e))); } });
         document.querySelectorAll('svg text').forEach(e => {
-          if (e.getAttribute('class') !== 'inside') {
+          if (!e.closest('.inside')) {
             worst = Math.min(worst, ratio(getComputedStyle(e).fill, back(e.closest('svg')))); } });
         return [paper, worst];
         """
