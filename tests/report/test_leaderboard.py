@@ -363,22 +363,23 @@ def test_without_a_reference_nothing_is_drawn_or_marked_by_it() -> None:
     assert "best: unknown, no reference" in chart_of(text, "wide")
 
 
-def test_a_huge_interval_does_not_squeeze_the_chart() -> None:
-    def places(interval: tuple[float, float] | None) -> list[float]:
+@pytest.mark.parametrize("side", ["x_interval", "y_interval"])
+def test_a_huge_interval_does_not_squeeze_the_chart(side: str) -> None:
+    def apart(interval: tuple[float, float] | None) -> float:
         spots = [
-            charts.Spot(0.2, 0.5, "method", "a", "1", "a", None, interval),
+            charts.Spot(0.2, 0.5, "method", "a", "1", "a", **{side: interval}),
             charts.Spot(0.4, 0.6, "method", "b", "2", "b"),
         ]
         svg = charts.methods(
             spots, identifier="c", title="t", description="d", x_label="x", y_label="y"
         )
-        return [
-            float(y) for y in re.findall(r"translate\([\d.]+,([\d.]+)\)", layer_of(svg, "points"))
-        ]
+        found = re.findall(r"translate\(([\d.]+),([\d.]+)\)", layer_of(svg, "points"))
+        (x, y), (other_x, other_y) = (tuple(map(float, one)) for one in found)
+        return other_x - x if side == "x_interval" else y - other_y
 
-    plain, wide = places(None), places((-50.0, 50.0))
-    assert plain[0] - plain[1] > 0
-    assert wide[0] - wide[1] > 0.4 * (plain[0] - plain[1])
+    plain, wide = apart(None), apart((-50.0, 50.0))
+    assert plain > 0
+    assert wide > 0.4 * plain
 
 
 def test_labels_of_a_crowded_chart_do_not_cover_each_other(text: str) -> None:

@@ -166,6 +166,8 @@ def test_leak_cells_show_scores_of_every_system_and_words(rich_page: str) -> Non
     # e = 1 - (0.58 - 0.07) / (0.86 - 0.07)
     assert cell.split() == ["0.35", "leaks", "O", "0.86", "U", "0.58", "R", "0.07"]
     assert 'class="e1"' in row
+    # the cell's own axis, from 0 at 5 to 1 at 131: the circle is the unlearned system
+    assert 'class="mark unlearned" cx="78.1"' in row
     assert "this measure was not taken under this attack" in table
 
 

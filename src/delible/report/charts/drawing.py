@@ -118,8 +118,8 @@ def draw(spec: Spec, *, identifier: str, title: str, description: str) -> Markup
     """
     import vl_convert  # a browser engine: only pages with charts wait for it
 
-    drawn = vl_convert.vegalite_to_svg(json.dumps(spec, allow_nan=False), allowed_base_urls=[])
-    root = ElementTree.fromstring(UNWRITABLE.sub("\ufffd", drawn))
+    text = json.dumps(_writable(spec), allow_nan=False)
+    root = ElementTree.fromstring(vl_convert.vegalite_to_svg(text, allowed_base_urls=[]))
     _tidy(root)
     head = {"class": "chart", "role": "img", "viewBox": root.attrib["viewBox"]}
     head["aria-labelledby"] = f"{identifier}-title {identifier}-text"
@@ -129,6 +129,15 @@ def draw(spec: Spec, *, identifier: str, title: str, description: str) -> Markup
         element.text = text
         root.insert(place, element)
     return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=True))
+
+
+def _writable(value: Any) -> Any:
+    """Without characters that cannot be drawn; the library ends the process at some of them."""
+    if isinstance(value, str):
+        return UNWRITABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {key: _writable(one) for key, one in value.items()}
+    return [_writable(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _tidy(element: ElementTree.Element) -> None:
