@@ -11,7 +11,7 @@ import pytest
 from delible.cli.app import app
 from delible.cli.commands import COMMANDS
 
-HEAVY = ("torch", "transformers", "numpy", "pyarrow")
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "vl_convert")
 LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.modules]))"
 
 

@@ -103,8 +103,9 @@ def test_no_errors_no_overflow_every_section_visible(
     assert [entry for entry in sizes if entry[1] < 300 or entry[2] < 40] == []
 
 
-def test_no_request_leaves_the_page(browser: Any, pages: dict[str, str]) -> None:
-    open_page(browser, pages["rich"], 1280)
+@pytest.mark.parametrize("name", PAGES)
+def test_no_request_leaves_the_page(browser: Any, pages: dict[str, str], name: str) -> None:
+    open_page(browser, pages[name], 1280)
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
 
 
@@ -229,7 +230,7 @@ def test_dark_and_light_differ_and_are_readable(
           if (e.textContent.trim() && e.getClientRects().length && !e.closest('.hidden')) {
             worst = Math.min(worst, ratio(getComputedStyle(e).color, back(e))); } });
         document.querySelectorAll('svg text').forEach(e => {
-          if (e.getAttribute('class') !== 'inside') {
+          if (!e.closest('.inside')) {
             worst = Math.min(worst, ratio(getComputedStyle(e).fill, back(e.closest('svg')))); } });
         return [paper, worst];
         """
@@ -242,3 +243,61 @@ def test_dark_and_light_differ_and_are_readable(
     dark, worst_dark = contrast()
     assert light != dark
     assert min(worst_light, worst_dark) >= 4.5, (worst_light, worst_dark)
+
+
+@pytest.mark.parametrize("name", ["rich", "leaderboard", "experiment"])
+def test_nothing_in_a_chart_leaves_a_narrow_screen(
+    browser: Any, pages: dict[str, str], name: str
+) -> None:
+    open_page(browser, pages[name], 390)
+    script = """
+    const parts = [...document.querySelectorAll('svg.chart text, svg.chart path, svg.chart line')]
+      .filter(e => e.getClientRects().length);
+    const outside = parts.filter(e => { const box = e.getBoundingClientRect();
+      return box.left < -1 || box.right > innerWidth + 1; });
+    return [parts.length, outside.map(e => e.outerHTML.slice(0, 90))];
+    """
+    count, outside = browser.execute_script(script)
+    assert count > 30
+    assert outside == []
+
+
+@pytest.mark.parametrize("name", ["rich", "leaderboard", "experiment"])
+def test_marks_follow_the_theme_and_can_be_seen(
+    browser: Any, pages: dict[str, str], name: str
+) -> None:
+    script = """
+    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => {
+      v /= 255; return v <= 0.03928 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4); });
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const paper = light(getComputedStyle(document.body).backgroundColor);
+    const ratio = c => (Math.max(light(c), paper) + 0.05) / (Math.min(light(c), paper) + 0.05);
+    return [...document.querySelectorAll('svg.chart .points path, svg.chart .lines path')]
+      .filter(e => e.getClientRects().length).map(e => { const style = getComputedStyle(e);
+        const seen = [style.fill, style.stroke].filter(c => c.startsWith('rgb'));
+        return [seen.join(' '), Math.max(...seen.map(ratio))]; });
+    """
+    found = {}
+    for scheme in ("light", "dark"):
+        open_page(browser, pages[name], 1280, scheme)
+        found[scheme] = browser.execute_script(script)
+    assert len(found["light"]) == len(found["dark"]) > 10
+    assert all(one[0] != other[0] for one, other in zip(found["light"], found["dark"], strict=True))
+    assert min(ratio for _, ratio in [*found["light"], *found["dark"]]) >= 3.0
+
+
+@pytest.mark.parametrize("scope", ["#trade-off", "#outcomes", "#relearning"])
+def test_what_one_points_at_has_a_value(browser: Any, pages: dict[str, str], scope: str) -> None:
+    open_page(browser, pages["rich"], 1280)
+    script = """
+    const scope = document.querySelector(arguments[0]);
+    scope.scrollIntoView();
+    return [...scope.querySelectorAll('.points path, .shares path')].map(e => {
+      const box = e.getBoundingClientRect();
+      const at = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+      return at && at.closest('svg.chart') && at.querySelector('title')
+        ? at.querySelector('title').textContent : null; }).filter(told => told);
+    """
+    told = browser.execute_script(script, scope)
+    assert len(told) > 8
+    assert all(any(letter.isdigit() for letter in text) for text in told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from delible.bench.table import Number, Table, TableRow, tabulate
 from delible.cli import output
 from delible.errors import RunError
 from delible.measure.benchmark import Chart, Curve, Findings
-from delible.report import charts, html, ranking
+from delible.report import charts, ranking
+from delible.report.charts import placing
 from delible.report.findings import render_findings, write_findings
 from delible.report.leaderboard import render_page, write_page
+from delible.report.words import number, text_of
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("leaderboard_example.py")))
 CHECKS = runpy.run_path(str(Path(__file__).with_name("test_report.py")))
@@ -141,7 +144,7 @@ def test_tasks_in_order_become_curves(text: str) -> None:
     rows = said[said.rindex("The numbers of this chart") :]
     assert " 10 " in rows
     assert " 40 " in rows
-    assert html.number(mean) in rows
+    assert number(mean) in rows
     assert "From task to task" not in page("InOrder", EXAMPLE["cells"](["npo"], 1))
 
 
@@ -276,22 +279,55 @@ def chart_of(text: str, name: str) -> str:
     return text.split(f'aria-labelledby="trade-{name}-title')[1].split("</svg>")[0]
 
 
+def layer_of(chart: str, name: str) -> str:
+    """The marks of one layer; empty where it has none."""
+    return "".join(re.findall(rf'<g class="{name}">(.*?)</g>', chart))
+
+
+def ruled(layer: str) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height of lines."""
+    found = re.findall(r'translate\(([\d.-]+),([\d.-]+)\)" x2="([\d.-]+)" y2="([\d.-]+)"', layer)
+    return [tuple(map(float, one)) for one in found]
+
+
 def test_the_chart_draws_the_aim_where_the_reference_is(text: str) -> None:
     chart = chart_of(text, "wide")
-    aim = re.search(r'class="aim" x1="([\d.]+)" x2="([\d.]+)"', chart)
-    diamond = re.search(r'class="mark reference[^"]*" d="M([\d.]+) ', chart)
-    assert aim is not None
+    (aim,) = ruled(layer_of(chart, "aims"))
+    points = layer_of(chart, "points")
+    diamond = re.search(r'translate\(([\d.]+),[\d.]+\)"[^>]*fill="var\(--reference\)"', points)
     assert diamond is not None
-    assert aim[1] == aim[2] == diamond[1]
+    assert aim[0] == pytest.approx(float(diamond[1]), abs=0.02)
+    assert aim[2] == pytest.approx(0)
+    assert abs(aim[3]) > 300
     assert "nearest to the reference is best" in chart
-    assert len(re.findall(r'<text class="name ', chart)) == 14
-    assert 'class="mark editor' in chart
-    assert 'class="mark guard' in chart
+    assert layer_of(chart, "names").count("</text>") == 14
+    # a square, a diamond, a triangle; circles and a ring
+    shapes = Counter(re.findall(r' d="([^"]*)"', points)).most_common()
+    assert [count for _, count in shapes] == [11, 1, 1, 1]
+    assert points.count('fill="var(--paper)"') == 1
+
+
+def test_every_mark_says_its_values_when_one_points_at_it(text: str) -> None:
+    points = layer_of(chart_of(text, "wide"), "points")
+    said = re.findall(r"<title>([^<]*)</title></path>", points)
+    assert len(said) == points.count("<path") == 14
+    npo = next(one for one in said if one.startswith("npo: "))
+    mean = row(text, "npo")[1].replace("◇", "").replace("level with the best: ", "").strip()
+    assert npo.startswith(f"npo: forget probability {mean}, model utility 0.")
 
 
 def test_error_bars_are_there_for_several_seeds_only(text: str) -> None:
-    assert 'class="error"' in chart_of(text, "wide")
-    assert 'class="error"' not in chart_of(page(cells=EXAMPLE["cells"](seeds=1)), "wide")
+    chart = chart_of(text, "wide")
+    bars = ruled(layer_of(chart, "errors"))
+    assert len(bars) == 2 * 11  # one method has a single run; the baselines, too
+    assert sorted({(width == 0, height == 0) for _, _, width, height in bars}) == [
+        (False, True),
+        (True, False),
+    ]
+    assert layer_of(chart, "vertical_caps").count("<path") > 11
+    once = chart_of(page(cells=EXAMPLE["cells"](seeds=1)), "wide")
+    assert layer_of(once, "points")
+    assert layer_of(once, "errors") == ""
 
 
 def test_the_narrow_chart_has_numbers_that_the_list_explains(text: str) -> None:
@@ -310,9 +346,9 @@ def test_a_higher_axis_points_right_and_a_reference_without_x_is_a_level_line() 
     chart = chart_of(text, "wide")
     assert "higher is better →" in chart
     assert "the reference’s utility" in chart
-    line = re.search(r'class="aim" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)" y2="([\d.]+)"', chart)
-    assert line is not None
-    assert line[1] == line[2]
+    (line,) = ruled(layer_of(chart, "aims"))
+    assert line[3] == pytest.approx(0)
+    assert abs(line[2]) > 300
     assert "model utility, %" in chart
     assert "a value is missing: retrained reference" in words(text)
 
@@ -321,34 +357,37 @@ def test_without_a_reference_nothing_is_drawn_or_marked_by_it() -> None:
     cells = [cell for cell in EXAMPLE["cells"]() if cell["method"] != REFERENCE]
     text = page("LowerForgets", cells)
     assert "← lower is better" in chart_of(text, "wide")
-    assert 'class="aim"' not in chart_of(text, "wide")
+    assert layer_of(chart_of(text, "wide"), "aims") == ""
     assert "No retrained reference." in words(text)
     text = page("Example", cells)
     assert "best: unknown, no reference" in chart_of(text, "wide")
 
 
-def test_a_huge_interval_does_not_squeeze_the_chart() -> None:
-    def places(interval: tuple[float, float] | None) -> list[float]:
+@pytest.mark.parametrize("side", ["x_interval", "y_interval"])
+def test_a_huge_interval_does_not_squeeze_the_chart(side: str) -> None:
+    def apart(interval: tuple[float, float] | None) -> float:
         spots = [
-            charts.Spot(0.2, 0.5, "method", "a", "1", "a", None, interval),
+            charts.Spot(0.2, 0.5, "method", "a", "1", "a", **{side: interval}),
             charts.Spot(0.4, 0.6, "method", "b", "2", "b"),
         ]
         svg = charts.methods(
             spots, identifier="c", title="t", description="d", x_label="x", y_label="y"
         )
-        return [float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)"', svg)]
+        found = re.findall(r"translate\(([\d.]+),([\d.]+)\)", layer_of(svg, "points"))
+        (x, y), (other_x, other_y) = (tuple(map(float, one)) for one in found)
+        return other_x - x if side == "x_interval" else y - other_y
 
-    plain, wide = places(None), places((-50.0, 50.0))
-    assert plain[0] - plain[1] > 0
-    assert wide[0] - wide[1] > 0.4 * (plain[0] - plain[1])
+    plain, wide = apart(None), apart((-50.0, 50.0))
+    assert plain > 0
+    assert wide > 0.4 * plain
 
 
 def test_labels_of_a_crowded_chart_do_not_cover_each_other(text: str) -> None:
     boxes = [
         (float(x) - 3.4 * len(name), float(y) - 10, float(x) + 3.4 * len(name), float(y) + 2)
         for x, y, name in re.findall(
-            r'<text class="name \w+" x="([\d.]+)" y="([\d.]+)" [^>]*><title>[^<]*</title>([^<]*)<',
-            chart_of(text, "wide"),
+            r"translate\(([\d.]+),([\d.]+)\)[^>]*><title>[^<]*</title>([^<]*)<",
+            layer_of(chart_of(text, "wide"), "names"),
         )
     ]
     assert len(boxes) == 14
@@ -370,7 +409,7 @@ def test_labels_of_a_crowded_chart_do_not_cover_each_other(text: str) -> None:
     ],
 )
 def test_names_are_spaced_and_stay_inside(given: list[float], expected: list[float]) -> None:
-    assert charts.spaced(given, 10.0, 0.0, 100.0) == pytest.approx(expected)
+    assert placing.spaced(given, 10.0, 0.0, 100.0) == pytest.approx(expected)
 
 
 # --- experiments ---------------------------------------------------------------------------
@@ -427,7 +466,7 @@ def test_findings_may_be_empty_or_hostile() -> None:
     ],
 )  # fmt: skip
 def test_values_of_findings(value: Any, expected: str) -> None:
-    assert html.text_of(value) == expected
+    assert text_of(value) == expected
 
 
 def test_both_pages_are_written(tmp_path: Path) -> None:

@@ -13,7 +13,18 @@ import pytest
 
 from delible.audit.result import AuditResult, Example, Measurement, VerdictResult
 from delible.errors import RunError
-from delible.report import ReportData, charts, html, page, read_run, read_runs, render, write
+from delible.report import (
+    ReportData,
+    charts,
+    key,
+    matrix,
+    pictures,
+    read_run,
+    read_runs,
+    render,
+    write,
+)
+from delible.report import words as wording
 
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
 SECTIONS = [
@@ -130,7 +141,7 @@ def test_every_verdict_has_words(label: Any) -> None:
 
 
 def test_key_numbers(rich_page: str) -> None:
-    numbers = page.key_numbers(EXAMPLE["rich"]())
+    numbers = key.key_numbers(EXAMPLE["rich"]())
     assert numbers.metric == "answer_probability"
     assert numbers.kept == pytest.approx(100 * 0.79 / 0.84)
     # relearning on the forget rows, ROUGE-L: 1 - (0.85 - 0.44) / (0.93 - 0.44)
@@ -143,9 +154,9 @@ def test_key_numbers(rich_page: str) -> None:
 
 def test_time_comes_from_start_and_end_without_a_cost() -> None:
     manifest = {"started": "2026-01-05T10:00:00+00:00", "ended": "2026-01-05T11:02:03+00:00"}
-    assert page.key_numbers(ReportData(title="t", manifest=manifest)).seconds == 3723
-    assert html.duration(3723) == "1 h 02 min"
-    assert page.key_numbers(ReportData(title="t", manifest={"started": "soon"})).seconds is None
+    assert key.key_numbers(ReportData(title="t", manifest=manifest)).seconds == 3723
+    assert wording.duration(3723) == "1 h 02 min"
+    assert key.key_numbers(ReportData(title="t", manifest={"started": "soon"})).seconds is None
 
 
 def test_leak_cells_show_scores_of_every_system_and_words(rich_page: str) -> None:
@@ -155,6 +166,8 @@ def test_leak_cells_show_scores_of_every_system_and_words(rich_page: str) -> Non
     # e = 1 - (0.58 - 0.07) / (0.86 - 0.07)
     assert cell.split() == ["0.35", "leaks", "O", "0.86", "U", "0.58", "R", "0.07"]
     assert 'class="e1"' in row
+    # the cell's own axis, from 0 at 5 to 1 at 131: the circle is the unlearned system
+    assert 'class="mark unlearned" cx="78.1"' in row
     assert "this measure was not taken under this attack" in table
 
 
@@ -187,7 +200,7 @@ def test_what_is_left_of_the_rest_is_shown(rich_page: str) -> None:
 def test_colour_steps_are_cut_where_the_verdict_cuts(
     erased: float | None, step: int | None
 ) -> None:
-    assert page._step(erased) == step
+    assert matrix.step(erased) == step
 
 
 def test_hostile_text_is_escaped_everywhere() -> None:
@@ -303,7 +316,7 @@ def test_glossary_explains_only_words_of_the_page(rich_page: str) -> None:
 def test_values_that_are_not_finite_leave_gaps(rich_page: str) -> None:
     assert "1 recorded loss value was not finite" in visible(rich_page)
     chart = rich_page.split('aria-labelledby="training-forget_loss-title')[1].split("</svg>")[0]
-    path = re.search(r'class="line forget" d="([^"]+)"', chart)
+    path = re.search(r'class="lines"><path d="([^"]+)" stroke="var\(--forget\)"', chart)
     assert path is not None
     assert path[1].count("M") == 2
     assert "nan" not in path[1]
@@ -329,14 +342,6 @@ def test_thinning_keeps_spikes_and_the_last_point() -> None:
     assert thinned.xs[-1] == 9_999
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-1, 1, [-1, -0.5, 0, 0.5, 1]), (3, 3, [3])],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert charts.ticks(low, high) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(("step", "halves"), [(1.0, False), (1.5, True)])
 def test_what_is_counted_has_whole_ticks(step: float, halves: bool) -> None:
     line = charts.Line("npo", "series0", [1.0, 1 + step, 4.0], [0.2, 0.3, 0.4])
@@ -345,7 +350,7 @@ def test_what_is_counted_has_whole_ticks(step: float, halves: bool) -> None:
     )
     assert drawn is not None
     assert (">1.5<" in drawn) is halves
-    assert ">3<" in drawn
+    assert (">3.0<" if halves else ">3<") in drawn
 
 
 @pytest.mark.parametrize(
@@ -362,7 +367,7 @@ def test_what_is_counted_has_whole_ticks(step: float, halves: bool) -> None:
     ],
 )
 def test_numbers_for_reading(value: float | None, text: str) -> None:
-    assert html.number(value) == text
+    assert wording.number(value) == text
 
 
 def test_several_runs_become_one_table() -> None:
@@ -426,11 +431,12 @@ def test_a_resumed_run_may_hold_one_broken_line_per_interruption(tmp_path: Path)
     assert data.notes == [
         "The run was interrupted: 1 half-written line of its log could not be read."
     ]
-    training = page._training(data.events)
+    training = pictures.training(data.events)
     assert training is not None
-    path = re.search(r'class="line forget" d="([^"]+)"', training["panels"][0]["svg"])
+    path = re.search(r'class="lines"><path d="([^"]+)"', training["panels"][0]["svg"])
     assert path is not None
-    places = [float(pair.split()[0]) for pair in re.split("[ML]", path[1])[1:]]
+    places = [float(pair.split(",")[0]) for pair in re.split("[ML]", path[1])[1:]]
+    assert len(places) == 119  # all steps but the broken one
     assert places == sorted(places)
 
 
@@ -459,9 +465,10 @@ def test_a_run_without_an_audit_shows_the_answers_it_kept(tmp_path: Path) -> Non
 
 def test_labels_of_the_scatter_belong_to_their_marks(rich_page: str) -> None:
     chart = rich_page.split('aria-labelledby="trade-title')[1].split("</svg>")[0]
-    named = re.findall(r'<text class="name (\w+)"[^>]*>(\w+)</text>', chart)
+    names = chart.split('class="names"')[1].split("</g>")[0]
+    named = re.findall(r'fill="var\(--(\w+)\)">(\w+)</text>', names)
     assert sorted(named) == [(name, name) for name in ("original", "reference", "unlearned")]
-    badges = re.findall(r'<text class="number unlearned"[^>]*>(\d+)</text>', chart)
+    badges = re.findall(r">(\d+)</text>", chart.split('class="numbers"')[1].split("</g>")[0])
     assert badges == [str(number) for number in range(1, 8)]
 
 

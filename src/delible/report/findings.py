@@ -9,9 +9,10 @@ from typing import Any
 
 from delible.files import write_json
 from delible.measure.benchmark import Experiment, Findings
-from delible.report import charts, html
+from delible.report import html
 from delible.report.origin import flags, machine, options_of
 from delible.report.panels import panels
+from delible.report.words import finite, text_of
 from delible.rundir import git_revision, hardware, versions
 
 
@@ -73,7 +74,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "columns": [{"title": column, "number": numeric[column]} for column in columns],
         "rows": [
             [
-                {"text": html.text_of(value := row.get(column)), "value": _sort_key(value)}
+                {"text": text_of(value := row.get(column)), "value": _sort_key(value)}
                 for column in columns
             ]
             for row in rows
@@ -82,11 +83,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _sort_key(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not charts.finite(value)):
+    if value is None or (isinstance(value, float) and not finite(value)):
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
-    return html.text_of(value).lower()
+    return text_of(value).lower()
 
 
 def _command(experiment: Experiment, described: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What all pages share: the environment of the templates, numbers as text, writing.
+"""What all pages share: the environment of the templates, and how a page is written.
 
 ``layout.html.j2`` is the frame of a page, ``style.css`` its looks and ``script.js`` what tables
 do when they are clicked; all three end up inside the page. The content security policy names the
@@ -12,60 +12,20 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
 from delible.errors import RunError
-from delible.report import charts
+from delible.report.words import duration, finite, number, pretty
 
 FOLDER = Path(__file__).parent
 NO_RECORD = "not measured in this audit"
 
 
-def pretty(name: str, capital: bool = True) -> str:
-    """``answer_probability`` -> ``Answer probability``; abbreviations of the field keep theirs."""
-    words = name.replace("_", " ").replace("rouge l", "ROUGE-L").replace("rouge", "ROUGE")
-    return words[:1].upper() + words[1:] if capital else words
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for reading: three decimals, or powers of ten where that would hide it."""
-    if value is None or not charts.finite(value):
-        return "–"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 10.0**-digits:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{mantissa} × 10{raised}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 100:
-        return f"{value:.1f}"
-    return f"{value:.{digits}f}"
-
-
-def text_of(value: Any) -> str:
-    """Any value, for reading; ``–`` for none."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return number(value) if charts.finite(value) else str(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(text_of(part) for part in value)
-    return str(value)
-
-
 def shown(value: float | None, reason: str | None = None, digits: int = 3) -> Markup:
     """A number, or a dash whose tooltip says why there is none."""
-    if value is not None and charts.finite(value):
+    if value is not None and finite(value):
         return Markup(escape(number(value, digits)))
     reason = reason or (NO_RECORD if value is None else f"the value is {value}")
     return Markup('<span class="none" title="{}">–<span class="hidden"> ({})</span></span>').format(
@@ -82,21 +42,9 @@ def score(value: float | None, reason: str | None = None) -> Markup:
 
 def elapsed(seconds: float | None) -> Markup:
     """A duration, or a dash whose tooltip says why there is none."""
-    if seconds is None or not charts.finite(seconds):
+    if seconds is None or not finite(seconds):
         return shown(None, "no time was recorded")
     return Markup(escape(duration(seconds)))
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the two largest units that matter."""
-    if seconds is None or not charts.finite(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def _script_hash(text: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from delible.component import Component
-from delible.report import charts, html
+from delible.report.words import finite, text_of
 
 
 def options_of(component: Component) -> dict[str, str]:
     """Every option as text."""
     return {
-        key: "not set" if value is None else html.text_of(value)
+        key: "not set" if value is None else text_of(value)
         for key, value in component.spec().items()
         if key != "name"
     }
@@ -25,9 +25,9 @@ def machine(found: Any) -> str:
         return str(found)
     words = [str(found[key]) for key in ("accelerator", "machine", "system") if found.get(key)]
     for key in ("processors", "threads"):
-        if charts.finite(found.get(key)):
+        if finite(found.get(key)):
             words.append(f"{found[key]:g} {key.removesuffix('s') if found[key] == 1 else key}")
-    if charts.finite(found.get("memory_gib")):
+    if finite(found.get("memory_gib")):
         words.append(f"{found['memory_gib']:g} GiB memory")
     if found.get("precision"):
         words.append(f"products in {found['precision']}")

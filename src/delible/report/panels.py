@@ -7,7 +7,8 @@ from typing import Any
 
 from delible.bench.table import ORIGINAL, REFERENCE
 from delible.measure.benchmark import Chart
-from delible.report import charts, html
+from delible.report import charts
+from delible.report.words import finite, number
 
 #: Different looks of curves; further ones begin anew with another dash.
 LOOKS = 8
@@ -27,15 +28,15 @@ def _panel(index: int, chart: Chart) -> dict[str, Any] | None:
     for place, curve in enumerate(chart.curves):
         other = f"series{place % LOOKS} dash{place // LOOKS % 3}"
         kind = BASELINES.get(curve.name, other)
-        points = sorted((float(x), y) for x, y in curve.points if charts.finite(x))
+        points = sorted((float(x), y) for x, y in curve.points if finite(x))
         series.append(charts.Line(curve.name, kind, [x for x, _ in points], [y for _, y in points]))
     svg = charts.lines(
         series,
         identifier=f"chart-{index}",
         title=chart.title,
         description="; ".join(
-            f"{line.label} from {html.number(line.ys[0])} at {line.xs[0]:g} to "
-            f"{html.number(line.ys[-1])} at {line.xs[-1]:g}"
+            f"{line.label} from {number(line.ys[0])} at {line.xs[0]:g} to "
+            f"{number(line.ys[-1])} at {line.xs[-1]:g}"
             for line in series
             if line.ys
         ),
@@ -52,5 +53,5 @@ def _panel(index: int, chart: Chart) -> dict[str, Any] | None:
         "x_label": chart.x_label,
         "crowded": len(series) > LOOKS,
         "curves": [line.label for line in series],
-        "rows": [(f"{x:g}", [html.number(values.get(x)) for values in by_curve]) for x in places],
+        "rows": [(f"{x:g}", [number(values.get(x)) for values in by_curve]) for x in places],
     }

@@ -7,7 +7,6 @@ take no part. In a column that is best at the reference's value the distance to 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +46,11 @@ def methods_of(table: Table) -> list[TableRow]:
 def axis_of(table: Table, axis: Axis) -> Column | None:
     """The column of that axis."""
     return next((column for column in table.columns if column.axis == axis), None)
+
+
+def axes_of(table: Table) -> tuple[Column | None, Column | None]:
+    """The column of forgetting and that of utility."""
+    return axis_of(table, "forget"), axis_of(table, "utility")
 
 
 def aim_of(table: Table, column: Column) -> float | None:
@@ -109,8 +113,7 @@ def places(table: Table) -> dict[tuple[str, str], Place]:
 
 def front(table: Table) -> list[str]:
     """Methods that no other method beats in forgetting without losing to it in utility."""
-    axes: Sequence[Axis] = ("forget", "utility")
-    columns = [axis_of(table, axis) for axis in axes]
+    columns = axes_of(table)
     found: dict[str, tuple[float, ...]] = {}
     for row in methods_of(table):
         losses = [
@@ -119,7 +122,7 @@ def front(table: Table) -> list[str]:
             if column is not None
         ]
         known = tuple(one.mean for one in losses if one is not None)
-        if len(known) == len(axes):
+        if len(known) == len(columns):
             found[row.method] = known
     return [
         name

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from delible.achieved import Achieved
 from delible.audit.result import AuditResult, SystemRole
 from delible.errors import RunError
-from delible.report import charts
+from delible.report.words import finite
 
 ROLES: tuple[SystemRole, ...] = ("original", "unlearned", "reference")
 
@@ -207,7 +207,7 @@ def tell(
             f"{model or 'A language model'} was asked to forget"
             + (f" with the method {method}." if method else ".")
         )
-    steps = [event["step"] for event in events if charts.finite(event.get("step"))]
+    steps = [event["step"] for event in events if finite(event.get("step"))]
     if steps:
         sentences.append(f"Training took {max(steps):,} steps.")
     if audit is not None and (audit.verdict is not None or audit.leaks):

@@ -1,6 +1,6 @@
 """The page of ``delible tune``: every trial's leak against its utility, and the winner.
 
-The prose is in ``tuning.html.j2``, the drawing in ``charts.py``.
+The prose is in ``tuning.html.j2``, the drawing in ``charts/``.
 """
 
 from __future__ import annotations
