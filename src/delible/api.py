@@ -533,7 +533,7 @@ def _asked(request: ForgetRequest, count: int) -> list[tuple[str, RecordBase, Pr
 
 def _question(record: RecordBase) -> str:
     prompt = ask(record)
-    return prompt.messages[-1].content if prompt and prompt.messages else ""
+    return prompt.messages[-1].text if prompt and prompt.messages else ""
 
 
 def _probe(lm: LM, shown: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:
