@@ -23,6 +23,7 @@ from delible.messages import ToolCall
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System
 from delible.system.replies import FinishReason, Piece, Reply, ToolCallPiece, Unanswered, Usage
+from delible.systems.thoughts import settled
 
 
 class Served:
@@ -193,25 +194,6 @@ class _Call:
     def _send(self, piece: Piece | Unanswered) -> None:
         with contextlib.suppress(RuntimeError):  # the loop of a caller that is gone is closed
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that stays as it is whatever follows.
-
-    White space at both ends, the beginning of a stop text, and a character whose bytes are not
-    all there wait for what follows.
-    """
-    text = text.lstrip()
-    held = max(
-        (
-            size
-            for one in stop
-            for size in range(1, len(one))
-            if text.endswith(one[:size])
-        ),
-        default=0,
-    )  # fmt: skip
-    return text[: len(text) - held].rstrip("\ufffd").rstrip()
 
 
 class Gathered:
