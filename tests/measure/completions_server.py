@@ -115,7 +115,8 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
             if reply.sent:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-                self.send_header("Connection", "close")
+                for name, value in {"Connection": "close", **reply.headers}.items():
+                    self.send_header(name, value)
                 self.end_headers()
             for chunk in reply.sent or ():
                 self.wfile.write(chunk)

@@ -110,12 +110,15 @@ def test_a_stream_that_dies_is_no_answer_and_what_was_said_is_not_said_again() -
     begun = speaks("Ada", " Norrby")[:2]
     failure = b'data: {"error": {"message": "out of memory", "code": 500}}\n\n'
     for sent, reason in (
-        (begun, "the answer broke off"),
-        ([*begun, failure], "the server says 500: out of memory"),
-        ([*begun, b'data: {"cho\n\n'], "the reply is not JSON"),
+        (Sent(sent=begun), "the answer broke off"),
+        (Sent(sent=begun, headers={"Content-Length": "9999"}), "the connection failed"),
+        (Sent(sent=begun, held=True), "no answer within 0.3 seconds"),
+        (Sent(sent=[*begun, failure]), "the server says 500: out of memory"),
+        (Sent(sent=[*begun, b'data: {"cho\n\n']), "the reply is not JSON"),
     ):
-        with serving(once(Sent(sent=sent))) as server:
-            stream = Endpoint(server.url, "small", **QUICK).stream(WHO, Decoding(9))
+        with serving(once(sent)) as server:
+            endpoint = Endpoint(server.url, "small", timeout_seconds=0.3, attempts=3)
+            stream = endpoint.stream(WHO, Decoding(9))
 
             async def scene() -> list[str]:
                 texts = [(await anext(stream)).text]  # noqa: B023
@@ -143,6 +146,14 @@ def test_a_stream_that_fails_before_it_speaks_is_tried_again() -> None:
 def test_what_is_missing_after_the_end_of_an_answer_does_not_matter() -> None:
     pieces, _, _ = heard(once(Sent(sent=speaks("Ada")[:3])))
     assert (text_of(pieces), pieces[-1].finish, pieces[-1].usage) == ("Ada", "stop", Usage())
+
+
+def test_the_end_of_a_stream_ends_the_answer_whenever_its_reason_comes_if_it_does() -> None:
+    pieces, _, _ = heard(once(Sent(sent=[event({"content": "Ada"}), DONE])))
+    assert (text_of(pieces), pieces[-1].finish) == ("Ada", "stop")
+    sent = [event({"content": "Ada"}, "length"), event({}), DONE]
+    pieces, _, _ = heard(once(Sent(sent=sent)))
+    assert (text_of(pieces), pieces[-1].finish) == ("Ada", "length")
 
 
 def test_a_server_that_does_not_stream_answers_whole() -> None:

@@ -218,9 +218,7 @@ def spoken(text: str, prompt: Prompt, decoding: Decoding, *, done: bool = True) 
         done: Whether it is whole; else only what stays as it is whatever follows.
     """
     thoughts, answer = parted(text)
-    if is_cut_thought(text):  # a thought may hold any stop text
-        thoughts, answer = text, ""
-    elif prompt.prefill and answer.startswith(prompt.prefill):
+    if prompt.prefill and answer.startswith(prompt.prefill):
         answer = answer.removeprefix(prompt.prefill)
     elif not done and prompt.prefill.startswith(answer):
         answer = ""
