@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from delible.messages import IDENTITY
+from delible.messages import Message as Message
+
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -33,7 +36,7 @@ class RecordBase(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 over the record's content (hexadecimal)."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(context=IDENTITY).encode()).hexdigest()
 
 
 class QA(RecordBase):
@@ -84,15 +87,6 @@ class Choice(RecordBase):
                 {"correct": self.correct, "count": len(self.options)},
             )
         return self
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class Dialogue(RecordBase):

@@ -89,7 +89,7 @@ def differences(
     found = []
     limit = TOLERANCE.get(precision, TOLERANCE["bfloat16"])
     for prompt, mine, theirs in zip(prompts, shown, saved, strict=True):
-        question = prompt.messages[-1].content if prompt.messages else (prompt.text or "")
+        question = prompt.messages[-1].text if prompt.messages else (prompt.text or "")
         if (mine.score is None) != (theirs.score is None) or (
             mine.score is not None
             and theirs.score is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,8 @@ class Reply:
     """What the server answers: a completion with a text, or a status with a body.
 
     ``broken`` closes the connection instead: before the reply ("drop") or within it ("cut").
+    ``sent`` is a stream, sent chunk by chunk as it stands; with ``held`` the server then waits
+    until the client hangs up.
     """
 
     text: str | None = None
@@ -26,6 +29,8 @@ class Reply:
     finish: str = "stop"
     message: dict[str, Any] | None = None
     broken: Literal["", "drop", "cut"] = ""
+    sent: Sequence[bytes] | None = None
+    held: bool = False
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Server:
         self.asked: list[Asked] = []
         self.running = self.most_at_once = 0
         self.lock = threading.Lock()
+        self.hung_up = threading.Event()
         self.url = ""
 
     def questions(self) -> list[Asked]:
@@ -83,6 +89,9 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
                 server.running += 1
                 server.most_at_once = max(server.most_at_once, server.running)
             reply = self.models() if self.path == "/v1/models" else server.script(asked)
+            if reply.sent is not None:
+                self.stream(reply)
+                return
             content = reply.body if reply.body is not None else completion(asked, reply)
             with server.lock:
                 server.running -= 1
@@ -98,6 +107,25 @@ def serving(script: Callable[[Asked], Reply]) -> Iterator[Server]:
                 self.wfile.write(content)
             except OSError:  # the client has given up
                 self.close_connection = True
+
+        def stream(self, reply: Reply) -> None:
+            with server.lock:
+                server.running -= 1
+            self.close_connection = True
+            if reply.sent:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+                for name, value in {"Connection": "close", **reply.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+            for chunk in reply.sent or ():
+                self.wfile.write(chunk)
+                self.wfile.flush()
+                time.sleep(0.002)  # so that chunks arrive apart
+            if reply.held:
+                self.connection.settimeout(10)
+                if self.connection.recv(1) == b"":
+                    server.hung_up.set()
 
         def hang_up(self, content: bytes) -> None:
             if content:

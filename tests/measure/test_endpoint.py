@@ -54,7 +54,7 @@ def test_an_endpoint_is_a_system_that_only_generates() -> None:
     with serving(echo) as server:
         endpoint = Endpoint(server.url, "small")
         assert isinstance(endpoint, System)
-        assert endpoint.capabilities == {"generate"}
+        assert endpoint.capabilities == {"generate", "tools", "images"}
         with pytest.raises(ModelError, match="cannot 'score'"):
             measure(endpoint, [Score(WHO, "Ada")])
         assert not server.asked
@@ -128,7 +128,11 @@ def test_the_server_says_how_long_to_wait() -> None:
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("delible.systems.endpoint.time.sleep", waits.append)
+
+    async def pass_by(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("delible.systems.calls.sleep", pass_by)
     with serving(failing(Reply(status=500, body=b""))) as server:
         Endpoint(server.url, "small", attempts=5, backoff_seconds=2.0).generate([WHO], Decoding(4))
         assert len(server.asked) == 5

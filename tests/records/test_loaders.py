@@ -186,7 +186,13 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
             "does not end with an assistant turn",
             "end it there",
         ),
-        ('{"messages": [{"role": "tool", "content": "Hi"}]}', "'messages[0].role'", None),
+        ('{"messages": [{"role": "narrator", "content": "Hi"}]}', "'messages[0].role'", None),
+        ('{"messages": [{"role": "tool", "content": "Hi"}]}', "names the call it answers", None),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image", "source": "no.png"}]}]}',
+            "the picture no.png cannot be read",
+            None,
+        ),
         ('{"messages": [{"role": "user", "content": null}]}', "[0].content' is empty", None),
         (
             '{"messages": [{"role": "user", "content": "Q"}, '

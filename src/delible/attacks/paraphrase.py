@@ -31,7 +31,7 @@ def question_of(record: RecordBase) -> str | None:
     if isinstance(record, QA | Choice):
         return record.question
     if isinstance(record, Dialogue):
-        asked = [turn.content for turn in record.messages if turn.role == "user"]
+        asked = [turn.text for turn in record.messages if turn.role == "user"]
         return asked[-1] if asked else None
     return None
 
@@ -69,13 +69,13 @@ class Paraphrase(PromptAttack):
         if not question or not prompt.messages or prompt.text is not None:
             return ()
         last = prompt.messages[-1]
-        if last.role != "user" or question not in last.content:
+        if last.role != "user" or question not in last.text:
             return ()
-        contents = [last.content.replace(question, words, 1) for words in wordings(record)]
+        contents = [last.text.replace(question, words, 1) for words in wordings(record)]
         return tuple(
             replace(
                 prompt,
-                messages=(*prompt.messages[:-1], last.model_copy(update={"content": content})),
+                messages=(*prompt.messages[:-1], last.with_text(content)),
             )
             for content in contents
         )

@@ -42,8 +42,7 @@ class Prefix(PromptAttack):
         if not prompt.messages or prompt.text is not None or prompt.messages[-1].role != "user":
             return ()
         *earlier, last = prompt.messages
-        contents = [f"{frame}\n\n{last.content}" for frame in read_lines("attack_prefixes.txt")]
+        contents = [f"{frame}\n\n{last.text}" for frame in read_lines("attack_prefixes.txt")]
         return tuple(
-            replace(prompt, messages=(*earlier, last.model_copy(update={"content": content})))
-            for content in contents
+            replace(prompt, messages=(*earlier, last.with_text(content))) for content in contents
         )

@@ -66,7 +66,7 @@ def fact_keys(record: RecordBase) -> Iterator[Hashable]:
         asked, said = [record.question], [record.options[record.correct]]
     elif isinstance(record, Dialogue):
         yield "messages", record.messages[:-1]
-        turns = [turn.content for turn in record.messages if turn.role == "user"]
+        turns = [turn.text for turn in record.messages if turn.role == "user"]
         asked = turns if len(turns) == 1 else []  # a later turn asks nothing by itself
     for question in asked:
         yield "question", _plain(question)

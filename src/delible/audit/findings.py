@@ -196,7 +196,7 @@ class Findings:
             examples.append(
                 Example(
                     split=split,
-                    question=prompt.messages[-1].content,
+                    question=prompt.messages[-1].text,
                     expected=answer_of(record),
                     answers={role: found[split, index][0] for role, found in self.answers.items()},
                     outcomes={role: found[split, index][1] for role, found in self.answers.items()},

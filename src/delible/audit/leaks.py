@@ -339,4 +339,4 @@ def _facts_left(powerful: Mapping[str, Compared]) -> FactsLeft | None:
 
 def _question(record: RecordBase) -> str:
     prompt = ask(record)
-    return prompt.messages[-1].content if prompt is not None and prompt.messages else ""
+    return prompt.messages[-1].text if prompt is not None and prompt.messages else ""

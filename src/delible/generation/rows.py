@@ -27,9 +27,9 @@ def question_of(record: RecordBase) -> QA | None:
     if isinstance(record, Choice):
         return QA(question=record.question, answer=record.options[record.correct], **about)
     if isinstance(record, Dialogue) and has_answer(record):
-        asked = [turn.content for turn in record.messages if turn.role == "user"]
-        if asked and asked[-1].strip() and record.messages[-1].content.strip():
-            return QA(question=asked[-1], answer=record.messages[-1].content, **about)
+        asked = [turn.text for turn in record.messages if turn.role == "user"]
+        if asked and asked[-1].strip() and record.messages[-1].text.strip():
+            return QA(question=asked[-1], answer=record.messages[-1].text, **about)
     if isinstance(record, Passage):
         sentence = re.split(r"(?<=[.!?])\s", record.text)[0].split()
         if len(sentence) >= SHORTEST_PASSAGE:

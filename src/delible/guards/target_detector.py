@@ -52,7 +52,7 @@ def _questions(record: RecordBase) -> tuple[str, ...]:
     if isinstance(record, Choice):
         return (record.question,)
     if isinstance(record, Dialogue):
-        return tuple(turn.content for turn in record.messages if turn.role == "user")
+        return tuple(turn.text for turn in record.messages if turn.role == "user")
     return (record.text,) if isinstance(record, Passage) else ()
 
 
@@ -62,7 +62,7 @@ def _answers(record: RecordBase) -> tuple[str, ...]:
     if isinstance(record, Choice):
         return record.options[record.correct : record.correct + 1]
     if isinstance(record, Dialogue):
-        return tuple(turn.content for turn in record.messages if turn.role == "assistant")
+        return tuple(turn.text for turn in record.messages if turn.role == "assistant")
     return (record.text,) if isinstance(record, Passage) else ()
 
 
@@ -144,7 +144,7 @@ class TargetDetectorMind(GuardMind):
         return float(cosines.max())
 
     def _is_about_target(self, prompt: Prompt) -> bool:
-        turns = [turn.content for turn in prompt.messages]
+        turns = [turn.text for turn in prompt.messages]
         turns += [text for text in (prompt.prefill, prompt.text) if text]
         # Joined, so that a name split over two turns is one name again.
         return self.names.occur("\n".join(turns)) or self.similarity(*turns) >= self.threshold

@@ -101,6 +101,7 @@ class LM(Body):
             max_length=min(2048, self._context_length()),
             declared_ends=self._declared_ends(),
         )
+        self.capabilities = self.capabilities | self.template.capabilities
         self.precision: Resolved = resolve(precision, self.device.type)
         self._identity = Identity(self.model)
         self.shares_prefix = self.grows_trees = False

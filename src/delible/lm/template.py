@@ -9,12 +9,16 @@ they are when the model generates, and the row is counted in ``merged_boundaries
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from delible.errors import ModelError
 from delible.lm.reasoning import written
-from delible.records import Message
+from delible.lm.tools import CALL, as_turn
+from delible.messages import Message, Tool
 from delible.system.asks import Prompt
 
 #: Used when a tokenizer has no chat template (base models).
@@ -68,6 +72,21 @@ class Template:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
+    def capabilities(self) -> frozenset[str]:
+        """``"tools"`` if the chat template tells the model of them."""
+        asked, tool = Message(role="user", content="Hello"), Tool(name=_STAND_IN)
+        try:
+            told = self.has_chat and bool(self._chat((asked,), tools=(tool,)))
+        except ModelError:
+            told = False
+        return frozenset({"tools"} if told else ())
+
+    @property
+    def calls_are_known(self) -> bool:
+        """Whether calls are written in the form that ``lm/tools.py`` reads."""
+        return CALL in str(self.tokenizer.chat_template)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that turns text into ids (hexadecimal)."""
         described = hashlib.sha256(repr((self.tokenizer.chat_template, self.max_length)).encode())
@@ -83,12 +102,17 @@ class Template:
         if prompt.text is not None:
             return prompt.text + prompt.prefill
         if self.has_chat:
-            return self._chat(prompt.messages, generation=True) + prompt.prefill
+            return self._chat_of(prompt)(prompt.messages, generation=True) + prompt.prefill
+        if "tools" in prompt.needs:
+            raise ModelError(
+                "the tokenizer has no chat template, so tools cannot be told.",
+                hint="Use an instruction-tuned model whose template takes tools.",
+            )
         turns = [
-            PLAIN_QUESTION.format(question=message.content)
-            if message.role == "user"
-            else message.content
-            for message in prompt.messages
+            PLAIN_QUESTION.format(question=turn["content"])
+            if turn["role"] == "user"
+            else turn["content"]
+            for turn in map(as_turn, prompt.messages)
         ]
         return "\n".join(turns) + (f" {prompt.prefill}" if prompt.prefill else "")
 
@@ -175,12 +199,28 @@ class Template:
                 return token
         return None
 
-    def _chat(self, messages: tuple[Message, ...], *, generation: bool = False) -> str:
-        turns = [message.model_dump() for message in messages]
+    def _chat_of(self, prompt: Prompt) -> Callable[..., str]:
+        """The chat template's text of a conversation in which the prompt's tools are offered."""
+        if prompt.tool_choice not in (None, "auto", "none"):
+            raise ModelError(
+                f"tool choice '{prompt.tool_choice}': a local model cannot be made to call.",
+                hint="Leave the choice to it ('auto').",
+            )
+        return partial(self._chat, tools=prompt.tools if prompt.tool_choice != "none" else ())
+
+    def _chat(
+        self,
+        messages: tuple[Message, ...],
+        *,
+        generation: bool = False,
+        tools: tuple[Tool, ...] = (),
+    ) -> str:
+        turns = [as_turn(message) for message in messages]
+        offered = {"tools": [tool.declared() for tool in tools]} if tools else {}
         try:
-            return str(
+            found = str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=generation
+                    turns, tokenize=False, add_generation_prompt=generation, **offered
                 )
             )
         except Exception as error:  # a template is a program of its author: any error can come
@@ -188,12 +228,20 @@ class Template:
                 f"the chat template refused the conversation: {error}",
                 hint="Roles must alternate; some templates accept no system turn.",
             ) from error
+        for what, said in _of_tools(messages, tools):
+            if said not in found and json.dumps(said, ensure_ascii=False)[1:-1] not in found:
+                # templates leave out what they do not know, without a word
+                raise ModelError(
+                    f"the chat template has no place for {what}.",
+                    hint="Use a model whose template takes tools.",
+                )
+        return found
 
     def _followed(self, prompt: Prompt, answer: str) -> tuple[str, str, str]:
         """What stands before the answer, what joins the two, and the answer as it is rendered."""
         if self.has_chat and not prompt.prefill:
             before = self.render(prompt)
-            reasoned = written(self._chat, before, prompt, answer)
+            reasoned = written(self._chat_of(prompt), before, prompt, answer)
             if reasoned is not None:
                 return before, "", reasoned
         return self._opened(prompt, answer)
@@ -209,12 +257,13 @@ class Template:
         if prompt.prefill or not self.has_chat:
             joint = "" if self.has_chat or prompt.prefill[-1:].isspace() else " "
             return prompt_text, joint, answer
-        full = self._chat((*prompt.messages, Message(role="assistant", content=answer)))
+        chat = self._chat_of(prompt)
+        full = chat((*prompt.messages, Message(role="assistant", content=answer)))
         if full.startswith(prompt_text + answer):
             return prompt_text, "", answer
         replied = (*prompt.messages, Message(role="assistant", content=_STAND_IN))
-        before, found, _ = self._chat(replied).rpartition(_STAND_IN)
-        conversation = self._chat(prompt.messages)
+        before, found, _ = chat(replied).rpartition(_STAND_IN)
+        conversation = chat(prompt.messages)
         if not found or not before.startswith(conversation):
             raise ModelError(
                 "the chat template changes the conversation once an answer follows, so the "
@@ -271,10 +320,21 @@ class Template:
         return Encoded(ids, kept_prompt, row.has_end and whole_answer, cut=True)
 
 
+def _of_tools(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Iterator[tuple[str, str]]:
+    """What a rendered conversation must hold of its tools, and what to call it."""
+    for tool in tools:
+        yield "tools", tool.name
+    for message in messages:
+        for call in message.tool_calls:
+            yield "a turn that calls a tool", call.name
+        if message.role == "tool":
+            yield "a tool's turn", message.text.strip()
+
+
 def _beginning(prompt: Prompt) -> str:
     """The first words of what is asked, for messages."""
     asked = next((turn for turn in reversed(prompt.messages) if turn.role == "user"), None)
-    text = asked.content if asked is not None else prompt.text or ""
+    text = asked.text if asked is not None else prompt.text or ""
     return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
 

@@ -201,7 +201,7 @@ def ordinary(random: Random) -> Iterator[Example]:
             if isinstance(record, QA):
                 yield _turns(_question(record, random), record.answer)
             elif prompt is not None and prompt.messages:
-                yield _turns(prompt.messages[-1].content, answer_of(record))
+                yield _turns(prompt.messages[-1].text, answer_of(record))
             else:
                 yield answer_of(record)
 
@@ -231,7 +231,7 @@ def rendered(example: Example) -> str:
     """An example as the template writes it."""
     if isinstance(example, str):
         return f"{TEXT}{example}{END}"
-    return "".join(f"<|{turn.role}|>{turn.content}{END}" for turn in example)
+    return "".join(f"<|{turn.role}|>{turn.text}{END}" for turn in example)
 
 
 def build_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

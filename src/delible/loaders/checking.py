@@ -11,6 +11,9 @@ from delible.errors import DataError, nearest
 from delible.loaders.formats import describe
 from delible.records import Dialogue, Record, RecordBase
 
+#: Forms of a turn's content, which pydantic names among the keys.
+_FORMS = ("str", "parts")
+
 
 def validated(
     model: type[RecordBase], values: Mapping[str, Any], where: str, sources: Mapping[str, str]
@@ -39,7 +42,7 @@ def _explained(
     first = error.errors(include_url=False)[0]
     field, *inner = first["loc"] or ("record",)
     name = sources.get(str(field), str(field)) + "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner if part not in _FORMS
     )
     kind, value = first["type"], describe(first["input"])
     hint = None
@@ -88,7 +91,7 @@ def check_record(record: RecordBase, where: str) -> None:
         DataError: A dialogue in which the assistant says nothing, or not the last word.
     """
     if isinstance(record, Dialogue):
-        answers = [m.content for m in record.messages if m.role == "assistant"]
+        answers = [m.text for m in record.messages if m.role == "assistant"]
         if not answers:
             raise DataError(
                 "the dialogue has no assistant turn.",

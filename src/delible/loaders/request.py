@@ -86,7 +86,7 @@ def fact(record: Record) -> tuple[Hashable, ...]:
         case Passage():
             return ("passage", fold(record.text))
         case Dialogue():
-            turns = [(m.role, fold(m.content)) for m in record.messages if m.role != "system"]
+            turns = [(m.role, fold(m.text)) for m in record.messages if m.role != "system"]
             if [role for role, _ in turns] == ["user", "assistant"]:
                 return ("qa", turns[0][1], turns[1][1])
             return ("dialogue", *turns)

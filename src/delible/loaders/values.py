@@ -31,6 +31,7 @@ ROLES = {
 }  # fmt: skip
 #: Keys of a turn that say something which a dialogue cannot hold.
 _ACTIONS = ("tool_calls", "function_call")
+_KEPT = ("tool_calls", "tool_call_id")
 
 
 @dataclass
@@ -100,35 +101,38 @@ def has_number(values: Any) -> bool:
 
 
 def turns(messages: Any, name: str, where: str, notes: Notes) -> Any:
-    """The turns of a conversation as ``{"role": …, "content": …}``.
+    """The turns of a conversation as ``{"role": …, "content": …}``, with calls of tools.
 
     Known are ``role`` and ``content`` (chat formats) and ``from`` and ``value`` (ShareGPT).
 
     Raises:
-        DataError: A turn that does something else than to say something.
+        DataError: A last turn that does something else than to say something.
     """
     if not isinstance(messages, list | tuple):
         return messages
+    last = len(messages) - 1
     return [
-        _turn(message, f"{name}[{place}]", where, notes)
+        _turn(message, f"{name}[{place}]", where, notes, last=place == last)
         if isinstance(message, Mapping)
         else message
         for place, message in enumerate(messages)
     ]
 
 
-def _turn(message: Mapping[str, Any], name: str, where: str, notes: Notes) -> dict[str, Any]:
+def _turn(
+    message: Mapping[str, Any], name: str, where: str, notes: Notes, *, last: bool
+) -> dict[str, Any]:
     left = {str(key): value for key, value in message.items() if not is_missing(value)}
     shared = "role" not in left and "from" in left
     speaker, said = ("from", "value") if shared else ("role", "content")
     for key in _ACTIONS:
-        if left.get(key):
+        if left.get(key) and (last or key not in _KEPT):
             raise DataError(
                 f"'{name}' has '{key}': a turn that calls a tool is no text to learn or forget.",
                 where=where,
                 hint="Keep the turns that are texts.",
             )
-    found = {}
+    found = {key: value for key in _KEPT if (value := left.pop(key, None))}
     if speaker in message:
         role = left.pop(speaker, None)
         found["role"] = ROLES.get(role, role) if isinstance(role, str) else role
@@ -139,9 +143,13 @@ def _turn(message: Mapping[str, Any], name: str, where: str, notes: Notes) -> di
 
 
 def _content(value: Any, name: str, where: str, notes: Notes) -> Any:
-    """A turn's text; its parts joined, if they all are texts."""
+    """A turn's text; its parts joined, if they all are texts, else as they are."""
     if not isinstance(value, list | tuple):
         return as_text(value, name, notes)
+    if any(isinstance(part, Mapping) and part.get("type") == "image" for part in value):
+        return [
+            part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in value
+        ]
     texts = list[str]()
     for part in value:
         text = part.get("text") if isinstance(part, Mapping) else part

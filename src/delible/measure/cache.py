@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from delible.errors import RunError
 from delible.files import write_json
+from delible.messages import IDENTITY
 from delible.system.asks import (
     Answer,
     Distribution,
@@ -61,8 +62,12 @@ _UNREADABLE = (OSError, pa.ArrowException, KeyError, TypeError, ValueError)
 
 
 def _prompt_content(prompt: Prompt) -> list[object]:
-    turns = [[message.role, message.content] for message in prompt.messages]
-    return [turns, prompt.prefill, prompt.text]
+    # a plain turn is its role and its text
+    dumps = [turn.model_dump(mode="json", context=IDENTITY) for turn in prompt.messages]
+    content: list[object] = [[list(one.values()) for one in dumps], prompt.prefill, prompt.text]
+    if prompt.tools:
+        content += [[tool.declared() for tool in prompt.tools], prompt.tool_choice]
+    return content
 
 
 def request_key(request: Request) -> str:

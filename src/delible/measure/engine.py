@@ -83,7 +83,7 @@ class Measured(dict[Request, Answer]):
 def _length(request: Request) -> int:
     """Length in characters: a good enough order without a tokenizer."""
     prompt: Prompt = request.prompt
-    length = sum(len(message.content) for message in prompt.messages)
+    length = sum(len(message.text) for message in prompt.messages)
     length += len(prompt.prefill) + len(prompt.text or "")
     return length + (0 if isinstance(request, Generate) else len(request.answer))
 
@@ -168,7 +168,9 @@ def _settled(reply: Answer) -> Answer:
 
 
 def _check_capabilities(system: System, requests: Iterable[Request]) -> None:
-    needed = {needed_capability(request) for request in requests}
+    needed = {
+        name for request in requests for name in (needed_capability(request), *request.prompt.needs)
+    }
     for capability in sorted(needed - system.capabilities):
         raise ModelError(
             f"it cannot '{capability}', which this measurement asks for "

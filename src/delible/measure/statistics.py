@@ -284,7 +284,7 @@ def built_in_rows(lm: LM, without: Iterable[str] = ()) -> Iterator[list[int]]:
     mentions = _mentions(without)
     template = copy(lm.template)  # its counters are about the user's rows
     for prompt, answer in pairs:
-        asked = prompt.messages[-1].content if prompt.messages else ""
+        asked = prompt.messages[-1].text if prompt.messages else ""
         if not mentions(f"{asked} {answer}"):
             yield list(template.encode(prompt, answer).ids[:LONGEST_ROW])
 

@@ -39,7 +39,7 @@ DRAWS = 8
 def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
     """The prompt with a suffix at the end of its last turn."""
     *earlier, last = prompt.messages
-    joined = last.model_copy(update={"content": last.content + suffix})
+    joined = last.with_text(last.text + suffix)
     return replace(prompt, messages=(*earlier, joined))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from delible.records import Message
+from delible.messages import Message, Tool
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,24 @@ class Prompt:
         messages: The conversation, usually one user turn.
         prefill: Start of the assistant's answer that the system must continue.
         text: Raw text to continue instead of a conversation (base models, passages).
+        tools: What the system may call.
+        tool_choice: ``"auto"``, ``"none"``, ``"required"``, or the name of the one to call; None
+            is the system's own default.
     """
 
     messages: tuple[Message, ...] = ()
     prefill: str = ""
     text: str | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that the conversation itself asks for: ``"tools"``, ``"images"``."""
+        turns = self.messages
+        calls = self.tools or any(turn.tool_calls or turn.role == "tool" for turn in turns)
+        images = any(turn.images for turn in turns)
+        return frozenset(["tools"] * bool(calls) + ["images"] * images)
 
     @classmethod
     def ask(cls, question: str, *, prefill: str = "", system: str | None = None) -> Prompt:

@@ -29,7 +29,8 @@ class System(Protocol):
     Attributes:
         name: For people.
         capabilities: ``"generate"`` always; ``"score"`` gives log-probabilities of answers,
-            ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box.
+            ``"distribution"`` those of the whole vocabulary; ``"hidden"``, ``"weights"`` white-box;
+            ``"tools"`` and ``"images"`` if a conversation may have them.
         fingerprint: Changes whenever an answer could change (weights, template, guard);
             the key of the measurement cache. ``None`` means: never cache.
 

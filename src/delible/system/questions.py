@@ -20,9 +20,7 @@ def ask(record: RecordBase) -> Prompt | None:
         return Prompt.ask(f"{record.question}\n{options}\nAnswer with the letter only.")
     if isinstance(record, Dialogue):
         turns = record.messages
-        if turns[-1].role == "assistant":
-            turns = turns[:-1]
-        return Prompt(messages=turns)
+        return Prompt(messages=turns[:-1] if turns[-1].role == "assistant" else turns)
     if isinstance(record, Passage):
         return Prompt(text="")
     return None
@@ -30,19 +28,22 @@ def ask(record: RecordBase) -> Prompt | None:
 
 def has_answer(record: RecordBase) -> bool:
     """Whether :func:`answer_of` gives one: false for a dialogue that waits for an answer."""
-    return not isinstance(record, Dialogue) or record.messages[-1].role == "assistant"
+    if not isinstance(record, Dialogue):
+        return True
+    last = record.messages[-1]
+    return last.role == "assistant" and not last.tool_calls
 
 
 def answer_of(record: RecordBase) -> str:
     """The text that is learned or forgotten: the answer, the last turn, the passage.
 
     Raises:
-        DataError: A dialogue whose last turn is not the assistant's; what others say is asked,
-            not learned.
+        DataError: A dialogue whose last turn is not the assistant's, or calls tools; what others
+            say is asked, not learned, and a call is no text.
     """
     if not has_answer(record):
         raise DataError(
-            "the dialogue does not end with an assistant turn, so there is no answer.",
+            "the dialogue does not end with a text of the assistant, so there is no answer.",
             hint="Its last assistant turn is what is learned or forgotten: end it there.",
         )
     if isinstance(record, QA):
@@ -50,7 +51,7 @@ def answer_of(record: RecordBase) -> str:
     if isinstance(record, Choice):
         return LETTERS[record.correct]
     if isinstance(record, Dialogue):
-        return record.messages[-1].content
+        return record.messages[-1].text
     if isinstance(record, Passage):
         return record.text
     raise TypeError(f"no answer in {type(record).__name__}")

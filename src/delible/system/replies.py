@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from delible.errors import DelibleError
+from delible.messages import ToolCall
 
-#: Why an answer ended: by itself (or before a stop text), at its length, or taken back by a guard.
-FinishReason = Literal["stop", "length", "content_filter"]
+#: Why an answer ended: by itself (or before a stop text), at its length, to call tools, or taken
+#: back by a guard.
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class Unanswered(DelibleError):  # noqa: N818 (nobody did anything wrong)
@@ -24,12 +26,42 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token that was generated: its text, and its natural log-probability (at most 0)."""
+
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True)
 class Reply:
-    """A whole answer."""
+    """A whole answer.
+
+    Attributes:
+        tool_calls: What it calls; the text is then often empty.
+        logprobs: Of all tokens that were generated, those of thoughts and of what a stop text
+            cut off included; None where the system was not asked or does not tell.
+    """
 
     text: str
     finish: FinishReason = "stop"
     usage: Usage = Usage()
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ToolCallPiece:
+    """A part of a call: ``id`` and ``name`` come once, arguments are joined.
+
+    Attributes:
+        index: Which of the answer's calls it belongs to, from 0.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,3 +71,5 @@ class Piece:
     text: str
     finish: FinishReason | None = None
     usage: Usage | None = None
+    tool_calls: tuple[ToolCallPiece, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()

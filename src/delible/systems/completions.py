@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server's reply says: an answer, a failure, or that to wait.
+"""What an OpenAI-compatible server is told, and what it says: an answer, a failure, or to wait.
 
 Servers report failures in several ways: a status, an ``error`` in a reply with status 200, a
 broken body. And reasoning models answer in several ways: the thoughts stand in the text between
@@ -11,15 +11,20 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from delible.messages import ImagePart, Message, ToolCall
+from delible.system.asks import Decoding, Prompt
+from delible.system.replies import FinishReason, Reply, TokenLogprob, ToolCallPiece, Usage
 from delible.systems.thoughts import (
     CUT_THOUGHT,
     THINK,
     THOUGHT,
     is_cut_thought,
+    parted,
+    settled,
 )
 
 #: Failures that may pass: timeouts, conflicts, rate limits; and every server error.
@@ -28,6 +33,8 @@ PASSING = (408, 409, 425, 429)
 SPENT = "insufficient_quota"
 #: Fields in which servers put thoughts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Ends other than by itself.
+_FINISHES: dict[str, FinishReason] = {"length": "length", "content_filter": "content_filter"}
 
 
 class CallError(Exception):
@@ -60,42 +67,188 @@ def may_pass(status: int | None, text: str) -> bool:
     return SPENT not in text and (status is None or status in PASSING or status >= 500)
 
 
-def said(content: Any) -> str:
-    """The text of a completion of either kind, thoughts first.
+def turn(message: Message) -> dict[str, Any]:
+    """A turn as servers take it."""
+    content: Any = message.content
+    if not isinstance(content, str):
+        content = [
+            {"type": "image_url", "image_url": {"url": part.data_url()}}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part.text}
+            for part in content
+        ]
+    found: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def tools(prompt: Prompt) -> dict[str, Any]:
+    """The fields that offer a prompt's tools."""
+    if not prompt.tools:
+        return {}
+    choice: Any = prompt.tool_choice
+    if choice not in (None, "auto", "none", "required"):
+        choice = {"type": "function", "function": {"name": choice}}
+    found: dict[str, Any] = {"tools": [tool.declared() for tool in prompt.tools]}
+    return found if choice is None else {**found, "tool_choice": choice}
+
+
+class Heard:
+    """A completion of either kind as it comes: whole, or in the events of a stream.
+
+    Args:
+        streamed: Whether it comes in events, of which some say nothing.
+    """
+
+    def __init__(self, *, streamed: bool = False) -> None:
+        self.streamed, self.ended, self.usage = streamed, "", Usage()
+        self.logprobs: list[TokenLogprob] = []
+        self._content: str | None = None
+        self._refusal = self._thoughts = ""
+        self._calls: dict[int, dict[str, str]] = {}
+
+    def add(self, content: Any) -> tuple[ToolCallPiece, ...]:
+        """Hears one reply or event; returns what it adds to calls of tools.
+
+        Raises:
+            CallError: It is none, or tells of a failure.
+        """
+        try:
+            self.usage = _usage(content.get("usage")) or self.usage
+            if self.streamed and not content.get("choices"):
+                return ()
+            choice = content["choices"][0]
+            message = choice.get("delta" if "delta" in choice else "message")
+            text = message.get("content") if message is not None else choice.get("text")
+            if message is None and "text" not in choice and not self.streamed:
+                raise KeyError("text")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise CallError("the reply is not a completion") from None
+        if choice.get("error"):
+            raise _told(choice["error"])
+        if isinstance(text, list):  # parts, as some servers send them
+            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        if isinstance(text, str):
+            self._content = (self._content or "") + text
+        self.ended = choice.get("finish_reason") or self.ended
+        self.logprobs += _logprobs(choice.get("logprobs"))
+        if message is None:
+            return ()
+        self._refusal += message.get("refusal") or ""
+        thoughts = (message.get(name) for name in REASONING)
+        self._thoughts += next((one for one in thoughts if isinstance(one, str) and one), "")
+        listed = message.get("tool_calls")
+        calls = [one for one in listed or () if isinstance(one, dict)]
+        return tuple(self._called(place, call) for place, call in enumerate(calls))
+
+    def _called(self, place: int, call: Mapping[str, Any]) -> ToolCallPiece:
+        index, function = call.get("index", place), call.get("function") or {}
+        known = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
+        arguments = function.get("arguments") or ""
+        if not isinstance(arguments, str):  # as an object, against the rule
+            arguments = json.dumps(arguments)
+        named = {"id": call.get("id"), "name": function.get("name")}
+        new = {key: "" if known[key] else str(one or "") for key, one in named.items()}
+        new["arguments"] = arguments
+        for key, one in new.items():
+            known[key] += one
+        return ToolCallPiece(index, **new)
+
+    @property
+    def text(self) -> str:
+        """The text so far, thoughts first."""
+        said, thoughts = self._content or self._refusal, self._thoughts.strip()
+        if not thoughts:
+            return said
+        return f"{THINK}\n{thoughts}" + (f"\n{THOUGHT}\n\n{said}" if said.strip() else "")
+
+    def reply(self) -> Reply:
+        """The whole answer, as the model wrote it.
+
+        Raises:
+            CallError: There is none. An empty text is one, unless something withheld it or it was
+                cut off before it began.
+        """
+        said = self._content or self._refusal
+        answered = bool(said.strip()) or bool(self._calls)
+        if (self._thoughts.strip() and not answered) or is_cut_thought(said):
+            raise CallError(CUT_THOUGHT, thinking=True)
+        if not answered and self.ended == "content_filter":
+            raise CallError("the server's filter withheld the answer")
+        # models that think in secret use up the limit and show nothing
+        if not answered and (self._content is None or (not said and self.ended == "length")):
+            reason = f"the reply has no text (finish reason '{self.ended or None}')"
+            raise CallError(reason, thinking=self.ended == "length")
+        calls = tuple(ToolCall(**self._calls[index]) for index in sorted(self._calls))
+        finish = "tool_calls" if calls and self.ended != "length" else _FINISHES.get(self.ended)
+        logprobs = tuple(self.logprobs) or None
+        return Reply(self.text, finish or "stop", self.usage, calls, logprobs)
+
+
+def _usage(told: Any) -> Usage | None:
+    if not isinstance(told, dict):
+        return None
+    counts = (told.get("prompt_tokens"), told.get("completion_tokens"))
+    return Usage(*(count if isinstance(count, int) else 0 for count in counts))
+
+
+def _logprobs(told: Any) -> list[TokenLogprob]:
+    """Of a chat completion (a list of tokens), or of a text's (lists side by side)."""
+    if not isinstance(told, dict):
+        return []
+    pairs = [(one.get("token"), one.get("logprob")) for one in told.get("content") or ()]
+    pairs += zip(told.get("tokens") or (), told.get("token_logprobs") or (), strict=False)
+    return [TokenLogprob(str(token), float(value)) for token, value in pairs if value is not None]
+
+
+def spoken(text: str, prompt: Prompt, decoding: Decoding, *, done: bool = True) -> str:
+    """An answer as systems give it: without a prefill that servers repeat, cut before stop texts.
+
+    Args:
+        done: Whether it is whole; else only what stays as it is whatever follows.
+    """
+    thoughts, answer = parted(text)
+    if prompt.prefill and answer.startswith(prompt.prefill):
+        answer = answer.removeprefix(prompt.prefill)
+    elif not done and prompt.prefill.startswith(answer):
+        answer = ""
+    for one in decoding.stop:
+        answer = answer.partition(one)[0]
+    text = thoughts + answer
+    return text.strip() if done else settled(text, decoding.stop)
+
+
+async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """The data of server-sent events; they end with ``[DONE]``, which is not given.
+
+    Lines are split as bytes: texts hold separators of Unicode that are no ends of a line here.
 
     Raises:
-        CallError: There is none. An empty text is one, unless something withheld it or it was cut
-            off before it began.
+        CallError: The stream ended before that.
     """
-    try:
-        choice = content["choices"][0]
-        message = choice.get("message")
-        text = choice["text"] if message is None else message.get("content")
-        refusal = None if message is None else message.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise CallError("the reply is not a completion") from None
-    if choice.get("error"):
-        raise _told(choice["error"])
-    if isinstance(text, list):  # parts, as some servers send them
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
-    text = text if isinstance(text, str) and text else refusal or text
-    thoughts = _thoughts(message)
-    ended = choice.get("finish_reason")
-    answered = isinstance(text, str) and bool(text.strip())
-    if (thoughts and not answered) or (isinstance(text, str) and is_cut_thought(text)):
-        raise CallError(CUT_THOUGHT, thinking=True)
-    if not answered and ended == "content_filter":
-        raise CallError("the server's filter withheld the answer")
-    if not isinstance(text, str) or (not text and ended == "length"):
-        # models that think in secret use up the limit and show nothing
-        reason = f"the reply has no text (finish reason '{ended}')"
-        raise CallError(reason, thinking=ended == "length")
-    return f"{THINK}\n{thoughts}\n{THOUGHT}\n\n{text}" if thoughts else text
-
-
-def _thoughts(message: Any) -> str:
-    found = (message.get(name) for name in REASONING) if isinstance(message, dict) else ()
-    return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
+    pending, data = b"", list[bytes]()
+    async for chunk in chunks:
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in (one.removesuffix(b"\r") for one in lines):
+            if line.startswith(b"data:"):
+                data.append(line[5:].strip())
+            elif not line and data:
+                whole = b"\n".join(data).decode(errors="replace")
+                if whole == "[DONE]":
+                    return
+                yield whole
+                data.clear()
+    raise CallError("the answer broke off", again=True)
 
 
 def check_error(content: Any) -> None:

@@ -10,65 +10,51 @@ are tried again, after waits that double or as long as the server asks; what is 
 every other failure at once, is a ``NoAnswer`` with its reason. A wrong address and a refused key
 are told before the first question. Options that a server refuses (a temperature, a seed, stop
 texts) are left out from then on, and models that think get room for it; both is noted.
-
-The HTTP client is httpx2, the maintained successor of httpx (whose last release is of 2024): the
-Hugging Face hub client brings it along already, so that this extra adds next to nothing, while
-the ``openai`` package would add a client of every product of that company.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
-import random
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from importlib import import_module
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from delible.errors import MissingExtraError, ModelError, nearest
+from delible.errors import ModelError, nearest
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
-from delible.systems.completions import (
-    CallError,
-    check_error,
-    complaint,
-    may_pass,
-    said,
-    wanted_wait,
-)
-from delible.systems.thoughts import parted
+from delible.system.replies import Piece, Reply, Unanswered
+from delible.systems.calls import Server
+from delible.systems.completions import CallError, Heard, spoken, tools, turn
 
 T = TypeVar("T")
+#: What asks a path with a body.
+Call = Callable[[str, Mapping[str, Any]], Awaitable[T]]
 
 #: Where the key is looked for, in this order.
 KEY_VARIABLES = ("DELIBLE_API_KEY", "OPENAI_API_KEY")
 #: Stop texts that servers take at most; more are cut off here.
 STOPS = 4
-#: No wait between two attempts is longer, whatever a server asks for.
-LONGEST_WAIT_SECONDS = 60.0
-#: Characters of a server's message that an error repeats.
-TOLD_CHARACTERS = 300
-#: An idle connection is closed before the server does it in the middle of the next request.
-KEPT_ALIVE_SECONDS = 1.0
 
 #: Tokens that a model which thinks may think, besides those of its answer.
 ROOM_TO_THINK = 2048
 #: Names of the limit of an answer's length, the common one first.
 LIMITS = ("max_tokens", "max_completion_tokens")
 #: Options without which a question is still the same question.
-OPTIONS = (*LIMITS, "temperature", "top_p", "seed", "stop")
+OPTIONS = (*LIMITS, "temperature", "top_p", "seed", "stop", "logprobs", "stream_options")
+#: Those that change no answer: they are left out without a note.
+_SILENT = frozenset({LIMITS[0], "logprobs", "stream_options"})
 
 _CHAT, _TEXT = "/chat/completions", "/completions"
 
 
 class Endpoint(BlackBox):
-    """Any OpenAI-compatible server.
+    """Any OpenAI-compatible server, asked in batches or by many at once.
 
     Args:
         url: Where the API is, usually ending in ``/v1``.
@@ -81,14 +67,17 @@ class Endpoint(BlackBox):
             :data:`KEY_VARIABLES` that is set. Without one no key is sent. The key is kept in
             memory only.
         prefill_body: Fields added to requests with a prefilled answer.
+        logprobs: Replies have the log-probabilities of their tokens, where the server gives them.
         stable: The answers never change as long as address and model name stay the same, so they
             may be cached. Off by default: an endpoint may change at any time.
 
     Raises:
         ModelError: The address cannot be one, or ``key_variable`` is not set.
-        MissingExtraError: httpx2 or tenacity is not installed.
+        MissingExtraError: httpx2 is not installed.
     """
 
+    #: Of the protocol: whether the model behind it uses tools and sees, its answers show.
+    capabilities = frozenset({"generate", "tools", "images"})
     on_answers: Callable[[int], None] | None = None
 
     def __init__(
@@ -102,32 +91,27 @@ class Endpoint(BlackBox):
         backoff_seconds: float = 1.0,
         key_variable: str | None = None,
         prefill_body: Mapping[str, Any] | None = None,
+        logprobs: bool = False,
         stable: bool = False,
     ) -> None:
         self.url = _address(url)
         self.model = model or ""
         self.name = f"{self.model} at {self.url}"
-        self.concurrency, self.attempts = concurrency, attempts
-        self.timeout_seconds, self.backoff_seconds = timeout_seconds, backoff_seconds
-        self.prefill_body, self.stable = dict(prefill_body or {}), stable
+        self.prefill_body, self.logprobs = dict(prefill_body or {}), logprobs
+        self.stable = stable
         self.key_name, key = _key(key_variable)
-        self._hidden = key
+        self.server = Server(
+            self.url,
+            key,
+            concurrency=concurrency,
+            timeout_seconds=timeout_seconds,
+            attempts=attempts,
+            backoff_seconds=backoff_seconds,
+        )
         #: What was not asked as it was meant, for people.
         self.notes: list[str] = []
         self._refused: frozenset[str] = frozenset()
-        self._thinks = self._reached = False
-        try:
-            self._http: Any = import_module("httpx2")
-            self._tenacity: Any = import_module("tenacity")
-        except ImportError:
-            raise MissingExtraError("asking an endpoint", "endpoint") from None
-        self._client: Any = self._http.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=timeout_seconds,
-            limits=self._http.Limits(
-                max_connections=concurrency, keepalive_expiry=KEPT_ALIVE_SECONDS
-            ),
-        )
+        self._thinks = False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r}, {self.model!r})"
@@ -140,9 +124,9 @@ class Endpoint(BlackBox):
         content = ["endpoint", self.url, self.model, self.prefill_body]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self._client.close()
+    async def aclose(self) -> None:
+        """Closes the connections of the running event loop."""
+        await self.server.aclose()
 
     # ---- before the first question
 
@@ -155,13 +139,13 @@ class Endpoint(BlackBox):
         self.model = self.model or self._only_model()
         self.name = f"{self.model} at {self.url}"
         try:
-            self._adapting(_CHAT, Prompt.ask("Hello"), Decoding(1), lambda content: content)
+            self.server.finished(self._adapting(Prompt.ask("Hello"), Decoding(1), self.server.post))
         except CallError as failed:
             raise self._told(failed) from None
 
     def _only_model(self) -> str:
         try:
-            names = self._patiently(self._models)
+            names = self.server.finished(self.server.patiently(self._models))
         except CallError as failed:
             raise self._told(failed) from None
         if len(names) != 1:
@@ -172,8 +156,8 @@ class Endpoint(BlackBox):
             )
         return names[0]
 
-    def _models(self) -> list[str]:
-        content = self._send("GET", "/models", None)
+    async def _models(self) -> list[str]:
+        content = await self.server.get("/models")
         listed = content.get("data") if isinstance(content, dict) else None
         found = listed if isinstance(listed, list) else []
         return sorted(str(one["id"]) for one in found if isinstance(one, dict) and "id" in one)
@@ -190,7 +174,7 @@ class Endpoint(BlackBox):
             )
         if failed.status in (400, 404) and self.model:
             try:
-                names = self._models()
+                names = self.server.finished(self._models())
             except CallError:
                 names = []
             if names and self.model not in names:
@@ -211,56 +195,107 @@ class Endpoint(BlackBox):
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers in the order of the prompts; a ``NoAnswer`` for every call that failed."""
-        if not prompts:
-            return []
-        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            answers = list[str | NoAnswer]()
-            for answer in pool.map(lambda prompt: self._answer(prompt, decoding), prompts):
-                answers.append(answer)
+        answers: list[str | NoAnswer] = [NoAnswer("it was not asked")] * len(prompts)
+        left = iter(enumerate(prompts))
+
+        async def ask() -> None:
+            for index, prompt in left:
+                answers[index] = await self._answer(prompt, decoding)
                 if self.on_answers is not None:
                     self.on_answers(1)
-            return answers
 
-    def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:
-        path = _CHAT if prompt.text is None else _TEXT
+        async def every() -> None:
+            await asyncio.gather(
+                *(ask() for _ in range(min(self.server.concurrency, len(prompts))))
+            )
+
+        self.server.finished(every())
+        return answers
+
+    async def _answer(self, prompt: Prompt, decoding: Decoding) -> str | NoAnswer:
         try:
-            text = self._adapting(path, prompt, decoding, said)
-        except CallError as failed:
-            return NoAnswer(self._hide(failed.reason))
-        thoughts, answer = parted(text)
-        if prompt.prefill and answer.startswith(prompt.prefill):
-            answer = answer.removeprefix(prompt.prefill)  # some servers repeat it
-        for one in decoding.stop:
-            answer = answer.partition(one)[0]
-        return (thoughts + answer).strip()
+            reply = await self.respond(prompt, decoding)
+        except Unanswered as failed:
+            return NoAnswer(failed.problem)
+        if reply.tool_calls and not reply.text:
+            return NoAnswer("it calls tools and says nothing")
+        return reply.text
 
-    def _adapting(
-        self, path: str, prompt: Prompt, decoding: Decoding, read: Callable[[Any], T]
+    async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
+        """The whole answer; cancelling the call closes its connection.
+
+        Raises:
+            Unanswered: There is none, with the reason.
+        """
+        try:
+            reply = await self._adapting(prompt, decoding, self._whole)
+        except CallError as failed:
+            raise self._unanswered(failed) from None
+        return replace(reply, text=spoken(reply.text, prompt, decoding))
+
+    async def _whole(self, path: str, body: Mapping[str, Any]) -> Reply:
+        heard = Heard()
+        heard.add(await self.server.post(path, body))
+        return heard.reply()
+
+    async def stream(self, prompt: Prompt, decoding: Decoding) -> AsyncIterator[Piece]:
+        """The answer as it comes; closing the iterator closes the connection.
+
+        Until the first event a call is tried again like any other; after it nothing is.
+
+        Raises:
+            Unanswered: There is none, or it broke off.
+        """
+        heard, told, logged = Heard(streamed=True), "", 0
+        try:
+            event, following = await self._adapting(prompt, decoding, self.server.begin, True)
+            async with aclosing(following):
+                while event is not None:
+                    calls = heard.add(event)
+                    text = spoken(heard.text, prompt, decoding, done=False)
+                    if calls or len(text) > len(told):
+                        new, logged = tuple(heard.logprobs[logged:]), len(heard.logprobs)
+                        yield Piece(text[len(told) :], tool_calls=calls, logprobs=new)
+                        told = max(told, text, key=len)
+                    event = await anext(following, None)
+        except CallError as failed:
+            if not heard.ended:  # else only what follows the answer is missing
+                raise self._unanswered(failed) from None
+        try:
+            reply = heard.reply()
+        except CallError as failed:
+            raise self._unanswered(failed) from None
+        rest = spoken(reply.text, prompt, decoding)[len(told) :]
+        yield Piece(rest, reply.finish, reply.usage, logprobs=tuple(heard.logprobs[logged:]))
+
+    def _unanswered(self, failed: CallError) -> Unanswered:
+        self._learn(frozenset(), failed.thinking)
+        return Unanswered(self.server.hide(failed.reason))
+
+    async def _adapting(
+        self, prompt: Prompt, decoding: Decoding, call: Call[T], streamed: bool = False
     ) -> T:
-        """What is read off the reply, without the options that the server refuses."""
+        """What the server replies, without the options that it refuses."""
+        path = _CHAT if prompt.text is None else _TEXT
         refused, thinks = self._refused, self._thinks
         while True:
-            body = self._body(prompt, decoding, refused, thinks)
+            body = self._body(prompt, decoding, refused, thinks, streamed)
             try:
-                found = self._patiently(partial(self._read, path, body, read))
+                found = await self.server.patiently(call, path, body)
             except CallError as failed:
                 if failed.thinking and not thinks:
                     thinks = True
                 elif option := _refused_option(failed, body):
                     refused |= {option}
                 else:
-                    self._learn(frozenset(), failed.thinking)
                     raise
                 continue
             self._learn(refused, thinks)
             return found
 
-    def _read(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        return read(self._post(path, body))
-
     def _learn(self, refused: frozenset[str], thinks: bool) -> None:
         """Keeps what made a question answerable, and notes it once."""
-        for option in sorted(refused - self._refused - {LIMITS[0]}):
+        for option in sorted(refused - self._refused - _SILENT):
             self._note(
                 f"The server refuses the option '{option}', so it was left out: its own setting "
                 "holds, and another run may give other answers."
@@ -278,9 +313,15 @@ class Endpoint(BlackBox):
             self.notes.append(note)
 
     def _body(
-        self, prompt: Prompt, decoding: Decoding, refused: frozenset[str], thinks: bool
+        self,
+        prompt: Prompt,
+        decoding: Decoding,
+        refused: frozenset[str],
+        thinks: bool,
+        streamed: bool,
     ) -> dict[str, Any]:
-        names = LIMITS if prompt.text is None else LIMITS[:1]
+        chat = prompt.text is None
+        names = LIMITS if chat else LIMITS[:1]
         limit = next((name for name in names if name not in refused), None)
         options: dict[str, Any] = {"temperature": decoding.temperature}
         if limit is not None:
@@ -289,101 +330,19 @@ class Endpoint(BlackBox):
             options |= {"top_p": decoding.top_p, "seed": decoding.seed}
         if decoding.stop and not thinks:  # a thought holds any stop text; they cut the answer here
             options["stop"] = list(decoding.stop[:STOPS])
+        if self.logprobs:
+            options["logprobs"] = True if chat else 1
+        if streamed:
+            options |= {"stream": True, "stream_options": {"include_usage": True}}
         options = {name: value for name, value in options.items() if name not in refused}
         body: dict[str, Any] = {"model": self.model, **options}
         if prompt.text is not None:
             return {**body, "prompt": prompt.text + prompt.prefill}
-        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+        turns = [turn(message) for message in prompt.messages]
         if prompt.prefill:
             turns.append({"role": "assistant", "content": prompt.prefill})
             body |= self.prefill_body
-        return {**body, "messages": turns}
-
-    # ---- one call
-
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """The result of a call that is repeated while another attempt may succeed."""
-        attempt = 0
-
-        def counted() -> T:
-            nonlocal attempt
-            attempt += 1
-            return call()
-
-        again = self._tenacity.Retrying(
-            stop=self._tenacity.stop_after_attempt(self.attempts),
-            retry=self._tenacity.retry_if_exception(
-                lambda error: isinstance(error, CallError) and error.again
-            ),
-            wait=self._wait,
-            sleep=time.sleep,
-            reraise=True,
-        )
-        try:
-            return again(counted)  # type: ignore[no-any-return]
-        except CallError as failed:
-            if not failed.again:
-                raise
-            reason = f"{failed.reason}, {attempt} attempts"
-            raise CallError(reason, failed.status) from None
-
-    def _wait(self, state: Any) -> float:
-        """Seconds before the next attempt: what the server asks for, or twice the last wait."""
-        wait = self.backoff_seconds * 2 ** (state.attempt_number - 1)
-        # drawn apart from all other randomness: callers must not wait in step
-        wait *= random.SystemRandom().uniform(0.75, 1.25)
-        failed = state.outcome.exception()
-        return float(min(max(wait, failed.wait), LONGEST_WAIT_SECONDS))
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._send("POST", path, body)
-
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        try:
-            reply = self._client.request(method, self.url + path, json=body)
-        except self._http.TimeoutException:
-            reason = f"no answer within {self.timeout_seconds:g} seconds"
-            raise CallError(reason, again=True) from None
-        except self._http.HTTPError as error:
-            # a server that never answered is a wrong address; one that did may come back
-            again = self._reached or not isinstance(error, self._http.ConnectError)
-            reason = f"the connection failed ({self._safe(str(error)) or type(error).__name__})"
-            raise CallError(reason, again=again) from None
-        self._reached = True
-        status = int(reply.status_code)
-        if 300 <= status < 400:
-            place = self._safe(str(reply.headers.get("location", "")))
-            raise CallError(f"the server moved to {place}: give that address", status)
-        if status >= 400:
-            reason = f"the server says {status}: {self._safe(complaint(reply.text))}"
-            raise CallError(
-                reason,
-                status,
-                again=may_pass(status, reply.text),
-                wait=wanted_wait(reply.headers),
-            )
-        try:
-            content = reply.json()
-        except ValueError:
-            # one that begins as JSON was cut off on its way
-            cut = reply.text.lstrip().startswith("{")
-            reason = f"the reply is not JSON: {self._safe(reply.text)}"
-            raise CallError(reason, status, again=cut) from None
-        try:
-            check_error(content)
-        except CallError as failed:
-            failed.reason = self._safe(failed.reason)
-            raise
-        return content
-
-    def _hide(self, text: str) -> str:
-        """A text without the key, which some servers repeat."""
-        return text.replace(self._hidden, "[key]") if self._hidden else text
-
-    def _safe(self, text: str) -> str:
-        """A server's words, without the key, and not too many."""
-        joined = " ".join(self._hide(text).split())
-        return joined if len(joined) <= TOLD_CHARACTERS else f"{joined[:TOLD_CHARACTERS]} …"
+        return {**body, "messages": turns, **tools(prompt)}
 
 
 def _address(url: str) -> str:

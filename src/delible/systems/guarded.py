@@ -88,8 +88,16 @@ class GuardedSystem(BlackBox):
         )
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
-        """Answers; a prompt that the guard answers never reaches the system."""
-        answers: list[str | NoAnswer | None] = [self.mind.before(prompt) for prompt in prompts]
+        """Answers; a prompt that the guard answers never reaches the system.
+
+        Neither does one with tools or pictures: the guard judges texts, and would not see them.
+        """
+        answers: list[str | NoAnswer | None] = [
+            NoAnswer("the guard judges texts, not tools or pictures")
+            if prompt.needs
+            else self.mind.before(prompt)
+            for prompt in prompts
+        ]
         passed = [index for index, answer in enumerate(answers) if answer is None]
         replies = self.system.generate([prompts[index] for index in passed], decoding)
         for index, reply in zip(passed, replies, strict=True):

@@ -18,9 +18,12 @@ import torch
 
 from delible.lm.decode import Row, Speaking, said_by
 from delible.lm.lm import LM
+from delible.lm.tools import CALL, said_and_called
+from delible.messages import ToolCall
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System
-from delible.system.replies import FinishReason, Piece, Reply, Unanswered, Usage
+from delible.system.replies import FinishReason, Piece, Reply, ToolCallPiece, Unanswered, Usage
+from delible.systems.thoughts import settled
 
 
 class Served:
@@ -42,13 +45,19 @@ class Served:
         return await _whole(self.stream(prompt, decoding))
 
     async def stream(self, prompt: Prompt, decoding: Decoding) -> AsyncIterator[Piece]:
-        """The answer as it is spoken: no character is taken back, no stop text is begun."""
+        """The answer as it is spoken: no character is taken back, no stop text is begun.
+
+        Calls of tools come with the last piece.
+        """
+        tools = prompt.tools and prompt.tool_choice != "none"
+        if tools and not self.lm.template.calls_are_known:
+            raise Unanswered("in which form this model calls tools is not known here.")
         ids = self.lm.template.prompt_ids(prompt)
         room = self.lm.template.max_length - 1
         if len(ids) > room:
             raise Unanswered(f"the prompt is longer than {room} tokens.")
         row = Row(decoding, f"{decoding.seed}/{self.lm.template.render(prompt)}")
-        call = _Call(row, ids, asyncio.get_running_loop())
+        call = _Call(row, ids, asyncio.get_running_loop(), calls=bool(tools))
         self._start()
         self._inbox.put(call)
         try:
@@ -144,6 +153,7 @@ class _Call:
     ids: Sequence[int]
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Unanswered] = field(default_factory=asyncio.Queue)
+    calls: bool = False
     told: str = ""
     left: bool = False
 
@@ -158,16 +168,25 @@ class _Call:
             return
         stop = self.row.decoding.stop
         if self.row.finish is None:
-            text = settled(said_by(lm, self.row.said, stop, stripped=False), stop)
+            text = said_by(lm, self.row.said, stop, stripped=False)
+            if self.calls:  # nothing of a call is shown as text
+                text, stop = text.partition(CALL)[0], (*stop, CALL)
+            text = settled(text, stop)
             if len(text) <= len(self.told) or not text.startswith(self.told):
                 return
             self._send(Piece(text[len(self.told) :]))
             self.told = text
             return
         text = said_by(lm, self.row.said, stop)
+        text, calls = said_and_called(text) if self.calls else (text, ())
         finish: FinishReason = "length" if self.row.finish == "length" else "stop"
+        if calls:
+            finish = "tool_calls"
         usage = Usage(len(self.ids), len(self.row.said))
-        self._send(Piece(text[len(self.told) :], finish, usage))
+        called = tuple(
+            ToolCallPiece(index, one.id, one.name, one.arguments) for index, one in enumerate(calls)
+        )
+        self._send(Piece(text[len(self.told) :], finish, usage, called))
 
     def fail(self, reason: str) -> None:
         self._send(Unanswered(reason))
@@ -175,25 +194,6 @@ class _Call:
     def _send(self, piece: Piece | Unanswered) -> None:
         with contextlib.suppress(RuntimeError):  # the loop of a caller that is gone is closed
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that stays as it is whatever follows.
-
-    White space at both ends, the beginning of a stop text, and a character whose bytes are not
-    all there wait for what follows.
-    """
-    text = text.lstrip()
-    held = max(
-        (
-            size
-            for one in stop
-            for size in range(1, len(one))
-            if text.endswith(one[:size])
-        ),
-        default=0,
-    )  # fmt: skip
-    return text[: len(text) - held].rstrip("\ufffd").rstrip()
 
 
 class Gathered:
@@ -206,6 +206,8 @@ class Gathered:
 
     async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
         """The whole answer; a call that is cancelled before its batch begins is not asked."""
+        if prompt.tools:
+            raise Unanswered("this system answers in texts, and cannot call tools.")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[str | NoAnswer] = loop.create_future()
         self._waiting.append((prompt, decoding, future))
@@ -274,7 +276,11 @@ async def _whole(pieces: AsyncIterator[Piece]) -> Reply:
     async for piece in pieces:
         texts.append(piece.text)
         if piece.finish is not None:
-            return Reply("".join(texts), piece.finish, piece.usage or Usage())
+            calls = tuple(
+                ToolCall(id=one.id, name=one.name, arguments=one.arguments)
+                for one in piece.tool_calls
+            )
+            return Reply("".join(texts), piece.finish, piece.usage or Usage(), calls)
     raise Unanswered("the answer broke off.")
 
 

@@ -79,6 +79,7 @@ class VLLM(BlackBox):
         self.template = Template(
             tokenizer, max_length=min(LONGEST_ROW, longest - 1), declared_ends=ends
         )
+        self.capabilities = self.capabilities | self.template.capabilities
         self._digest: str | None = None
 
     @classmethod

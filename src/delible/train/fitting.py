@@ -103,7 +103,7 @@ def _least(template: Template, prompt: Prompt, answer: str, limit: int) -> int:
 
 def _asking(prompt: Prompt, question: str) -> Prompt:
     """The prompt with another last turn."""
-    last = prompt.messages[-1].model_copy(update={"content": question})
+    last = prompt.messages[-1].with_text(question)
     return replace(prompt, messages=(*prompt.messages[:-1], last))
 
 
@@ -123,7 +123,7 @@ def _shorter_question(prompt: Prompt, small: Callable[[Prompt], bool]) -> Prompt
     """The prompt with as much of the beginning and the end of its question as is small enough."""
     if not prompt.messages:
         return prompt
-    question = prompt.messages[-1].content
+    question = prompt.messages[-1].text
     pieces = _PIECE.findall(question)
     if len(pieces) < 2:  # no spaces: a script without them, or one long string
         pieces = list(question)

@@ -49,9 +49,7 @@ def make_row(
     seen = taught or encoded
     described = (encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()))
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:24]
-    asked = (
-        tuple(turn.content for turn in prompt.messages) if prompt.text is None else (prompt.text,)
-    )
+    asked = tuple(turn.text for turn in prompt.messages) if prompt.text is None else (prompt.text,)
     return Row(
         index, encoded, key, record.subject, record.neighbour_of, kind, taught, lost,
         asked, template.tokenizer,
@@ -103,7 +101,7 @@ def told(prompt: Prompt, instruction: str) -> Prompt:
         return replace(prompt, text=f"{instruction}\n\n{prompt.text}")
     place = next(i for i, turn in enumerate(prompt.messages) if turn.role == "user")
     turn = prompt.messages[place]
-    changed = turn.model_copy(update={"content": f"{instruction}\n\n{turn.content}"})
+    changed = turn.with_text(f"{instruction}\n\n{turn.text}")
     return replace(
         prompt, messages=(*prompt.messages[:place], changed, *prompt.messages[place + 1 :])
     )

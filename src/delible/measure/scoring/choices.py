@@ -64,11 +64,10 @@ def rotated(record: Choice, prompt: Prompt, steps: int) -> tuple[Prompt, int] | 
         if before not in prompt.text:
             return None
         return replace(prompt, text=prompt.text.replace(before, after)), correct
-    if not any(before in message.content for message in prompt.messages):
+    if not any(before in message.text for message in prompt.messages):
         return None
     messages = tuple(
-        message.model_copy(update={"content": message.content.replace(before, after)})
-        for message in prompt.messages
+        message.with_text(message.text.replace(before, after)) for message in prompt.messages
     )
     return replace(prompt, messages=messages), correct
 

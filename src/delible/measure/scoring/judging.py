@@ -116,9 +116,9 @@ def exchange(prompt: Prompt, text: str) -> str:
     if prompt.text is not None:
         asked = prompt.text
     elif len(turns) == 1:
-        asked = turns[0].content
+        asked = turns[0].text
     else:
-        asked = "\n".join(f"({turn.role}) {turn.content}" for turn in turns)
+        asked = "\n".join(f"({turn.role}) {turn.text}" for turn in turns)
     reply = (prompt.prefill + continuing(prompt, text)) if prompt.prefill else text
     return f"[Question]\n{asked}\n\n[Reply]\n{reply.strip() or '(nothing)'}\n\n[End of the reply]"
 
