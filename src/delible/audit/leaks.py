@@ -92,6 +92,17 @@ def fact_labels(records: Sequence[RecordBase]) -> tuple[int, ...]:
     )
 
 
+def places(all_of_them: Sequence[str], some: Sequence[str]) -> list[int]:
+    """Where some records stand among all, by their digests.
+
+    Of records that are given twice each takes a place of its own.
+    """
+    free: dict[str, list[int]] = {}
+    for index, digest in enumerate(all_of_them):
+        free.setdefault(digest, []).append(index)
+    return [free[digest].pop(0) if len(free[digest]) > 1 else free[digest][0] for digest in some]
+
+
 @dataclass(frozen=True)
 class Compared:
     """What a measure found under an attack, ready to be compared.
