@@ -64,6 +64,45 @@ def fact_keys(record: RecordBase) -> Iterator[Hashable]:
         yield "answer", record.subject, _plain(answer)
 
 
+class _Joined:
+    """Indices that are joined into groups."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+
+    def root(self, index: int) -> int:
+        while self.parent[index] != index:
+            self.parent[index] = self.parent[self.parent[index]]
+            index = self.parent[index]
+        return index
+
+    def join(self, one: int, other: int) -> None:
+        first, second = sorted((self.root(one), self.root(other)))
+        self.parent[second] = first
+
+    def groups(self) -> dict[int, list[int]]:
+        """Each group by its first index, in order."""
+        found: dict[int, list[int]] = {}
+        for index in range(len(self.parent)):
+            found.setdefault(self.root(index), []).append(index)
+        return found
+
+
+def fact_numbers(records: Sequence[RecordBase]) -> tuple[int, ...]:
+    """Records of one fact have the same number; so has a record that is given twice.
+
+    Unlike in :func:`facts_of` a text is a fact of its own, and an answer alone joins only records
+    of one subject.
+    """
+    joined, first = _Joined(len(records)), dict[Hashable, int]()
+    for index, record in enumerate(records):
+        for key in (("same", record.digest), *fact_keys(record)):
+            if not isinstance(key, tuple) or key[:2] != ("answer", None):
+                joined.join(first.setdefault(key, index), index)
+    place = {root: number for number, root in enumerate(joined.groups())}
+    return tuple(place[joined.root(index)] for index in range(len(records)))
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts of some records.
@@ -79,38 +118,24 @@ class Facts:
 
 def facts_of(records: Sequence[RecordBase]) -> Facts:
     """Records by fact, and which of them tell facts of others."""
-    parent = list(range(len(records)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    def join(one: int, other: int) -> None:
-        first, second = sorted((root(one), root(other)))
-        parent[second] = first
-
     whole = {r.subject for r in records if isinstance(r, Passage) and r.subject and not r.group}
-    first: dict[Hashable, int] = {}
+    joined, first = _Joined(len(records)), dict[Hashable, int]()
     for index, record in enumerate(records):
         keys = list(fact_keys(record))
         if record.subject in whole:  # a biography holds all facts of its subject
             keys.append(("subject", record.subject))
         for key in keys:
-            join(first.setdefault(key, index), index)
+            joined.join(first.setdefault(key, index), index)
     tells = _tells(records)
     while True:
-        between = {(root(one), root(other)) for one, other in tells}
+        between = {(joined.root(one), joined.root(other)) for one, other in tells}
         mutual = [(one, other) for one, other in between if one < other and (other, one) in between]
         if not mutual:
             break
         for one, other in sorted(mutual):
-            join(one, other)
-    groups: dict[int, list[int]] = {}
-    for index in range(len(records)):
-        groups.setdefault(root(index), []).append(index)
-    place = {key: number for number, key in enumerate(groups)}
+            joined.join(one, other)
+    groups = joined.groups()
+    place = {root: number for number, root in enumerate(groups)}
     told: list[set[int]] = [set() for _ in groups]
     for one, other in between:
         if one != other:
