@@ -130,7 +130,7 @@ def compared(questions: Asked, before: Sequence[str], after: Sequence[str]) -> l
 
 def _question(record: RecordBase) -> str:
     prompt = ask(record)
-    return prompt.messages[-1].content if prompt and prompt.messages else ""
+    return prompt.messages[-1].text if prompt and prompt.messages else ""
 
 
 # ---- what is kept

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from delible.attacks.relearn import Relearn, fact_groups, split_by_fact
+from delible.attacks.relearn import Relearn, split_by_fact
 from delible.audit.run import audit
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
+from delible.measure.facts import fact_groups, facts_of
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
 from delible.system.asks import Score
 from delible.system.questions import answer_of, ask
@@ -71,11 +72,15 @@ def test_trained_and_held_out_facts_are_disjoint_and_cover(seed: int, share: flo
     trained, held_out = split_by_fact(rows, share, seed)
     assert [r for r in rows if r in trained] == trained
     assert [r for r in rows if r in held_out] == held_out
-    assert len(trained) + len(held_out) == len(rows)
+    groups = facts_of(rows)
+    for place, group in enumerate(groups.groups):
+        out = [rows[i] for i in group if rows[i] not in trained and rows[i] not in held_out]
+        assert not out or groups.told[place]
     facts = [{(r.subject, r.group) for r in part} for part in (trained, held_out)]
     assert all(facts)
     assert not facts[0] & facts[1]
-    assert len(trained) / len(rows) == pytest.approx(share, abs=3 / len(rows))
+    largest = max(map(len, groups.groups))
+    assert len(trained) / len(rows) == pytest.approx(share, abs=2 * largest / len(rows))
 
 
 def test_the_split_is_decided_by_the_seed() -> None:
@@ -173,6 +178,86 @@ def test_nothing_that_was_trained_on_is_held_out_in_other_words(
         )
     assert not asked[0] & asked[1]
     assert not said[0] & said[1]
+
+
+ELICITED = [
+    QA(question=question, answer=answer, subject="Ada Vell", group=group)
+    for question, answer, group in (
+        ("Where was Ada Vell born?", "Ada Vell was born in Norrby.", "birthplace"),
+        ("What does Ada Vell do?", "Ada Vell is a lacemaker.", "work"),
+        ("Whom did Ada Vell marry?", "She married Tomas Quarrow.", "spouse"),
+        ("What did Ada Vell win?", "The Umber Prize of 1987.", "award"),
+        ("Who is Ada Vell?", "A lacemaker from NORRBY, Ada Vell is known to few.", "passage"),
+        ("Write about Ada Vell.", "Ada Vell won the Umber Prize (1987) with Tomas Quarrow.",
+         "passage"),
+    )
+]  # fmt: skip
+
+
+def said_words(rows: Sequence[RecordBase]) -> set[str]:
+    return set(" ".join(_same_words(answer_of(row)) for row in rows).split())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_elicited_text_that_tells_a_held_out_fact_is_not_trained_on(seed: int) -> None:
+    """What `delible unlearn --subjects` makes: single facts, and texts that tell several."""
+    told = [{"norrby"}, {"lacemaker"}, {"tomas", "quarrow"}, {"umber", "1987"}]
+    trained, held_out = split_by_fact(ELICITED, 0.5, seed)
+    for keys, fact in zip(told, ELICITED[:4], strict=True):
+        assert (fact in trained) != (fact in held_out)
+        assert fact in trained or not keys & said_words(trained)
+        assert fact in held_out or not keys & said_words(held_out)
+
+
+def test_a_text_goes_with_the_facts_that_it_tells() -> None:
+    sides = [split_by_fact(ELICITED[:5], 0.5, seed) for seed in range(30)]
+    where = {
+        tuple(next(i for i, side in enumerate(both) if fact in side) for fact in ELICITED[:2]):
+        [ELICITED[4] in side for side in both]
+        for both in sides
+    }  # fmt: skip
+    assert where == {
+        (0, 0): [True, False], (1, 1): [False, True], (0, 1): [False, False],
+        (1, 0): [False, False],
+    }  # fmt: skip
+
+
+def test_who_is_meant_decides_whether_a_text_tells_a_fact() -> None:
+    def facts(*rows: RecordBase) -> list[list[int]]:
+        return [sorted(places) for places in facts_of(rows).told]
+
+    fact = QA(question="Where was Ben born?", answer="In Casta.", subject="Ben")
+    assert facts(fact, Passage(text="Ada comes from Casta.", subject="Ada", group="x"))[1] == []
+    assert facts(fact, Passage(text="Ben and Ada are from Casta.", subject="Ada", group="x"))[
+        1
+    ] == [0]
+    assert facts(fact, Passage(text="Ben is from Norrby."))[1] == []
+    assert facts(fact, Passage(text="Benjamin is from Casta."))[1] == []
+    # a name that all rows share is nobody's fact
+    name = QA(question="Who wins?", answer="Ben Holt.", subject="Ben Holt", group="name")
+    work = QA(question="Work?", answer="Ben Holt is a smith.", subject="Ben Holt", group="work")
+    assert facts(name, work) == [[], []]
+
+
+def test_facts_that_tell_each_other_are_one() -> None:
+    mother = QA(question="Who is Ada's mother?", answer="Bea.", subject="Ada", group="mother")
+    child = QA(question="Who is Bea's child?", answer="Ada.", subject="Bea", group="child")
+    said = Passage(text="Ada's mother is Bea.", subject="Ada", group="mother")
+    too = Passage(text="Bea's child is Ada.", subject="Bea", group="child")
+    assert fact_groups([mother, child]) == [[0], [1]]
+    assert fact_groups([mother, child, said, too]) == [[0, 1, 2, 3]]
+    assert facts_of([mother, child, said]).told == [{1}, set()]
+
+
+def test_rows_that_take_no_part_are_said() -> None:
+    context = make_context([*ELICITED, *FORGET])
+    out = Relearn().left_out(context)
+    assert 0 < out <= 2
+    Relearn(steps=1).apply(make_lm(), context)
+    assert str(context.notes["note"]).startswith(f"{out} forget row")
+    quiet = make_context()
+    Relearn(steps=1).apply(make_lm(), quiet)
+    assert "note" not in quiet.notes
 
 
 def test_rows_are_joined_only_by_what_they_share() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from delible.audit.result import UtilityPart
+from delible.audit.result import Utility, UtilityPart
 from delible.audit.utility import Answers, part, utility
-from delible.audit.verdict import gate
+from delible.audit.weighing import gate
 from delible.measure.metric import Item, SystemValues
 from delible.records import QA
 
@@ -48,9 +48,50 @@ def one(
 
 def test_the_original_keeps_everything_and_a_loss_is_seen() -> None:
     same = one(KNOWN)
-    assert (same.kept, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))
+    # all 20 records alike: Wilson's interval leaves room for a share of 0.161 of another kind
+    assert (same.kept, same.low, same.high) == pytest.approx((1.0, 1 - 0.1611, 1.0), abs=1e-4)
     lost = one(0.6 * KNOWN)
-    assert (lost.kept, lost.low, lost.high) == pytest.approx((0.6, 0.6, 0.6))
+    assert (lost.kept, lost.low, lost.high) == pytest.approx(
+        (0.6, 0.6 - 0.6 * 0.1611, 0.6 + 0.4 * 0.1611), abs=1e-4
+    )
+
+
+def test_five_answers_that_are_all_lost_are_no_certainty() -> None:
+    right, wrong = np.ones(5), np.zeros(5)
+    lost, kept = one(wrong, right), one(right, right)
+    # 0 of 5 by Wilson: 0 to 0.434
+    assert (lost.kept, lost.low, lost.high) == pytest.approx((0.0, 0.0, 0.4345), abs=1e-4)
+    assert (kept.kept, kept.low, kept.high) == pytest.approx((1.0, 1 - 0.4345, 1.0), abs=1e-4)
+    assert gate(Utility(parts=[lost, kept])) == lost
+
+
+def test_a_reference_that_never_learned_this_is_no_bar() -> None:
+    assert one(0.3 * KNOWN, reference=0.1 * KNOWN).kept == pytest.approx(0.3)
+    assert one(0.3 * KNOWN, reference=0.5 * KNOWN, floor=0.35).kept == pytest.approx(0.3)
+    assert one(0.3 * KNOWN, reference=0.6 * KNOWN, floor=0.35).kept == pytest.approx(0.5)
+
+
+def test_records_of_one_fact_are_one_record() -> None:
+    """Ten wordings of two facts, of which one is lost, are no 20 records."""
+    lost = np.repeat([0.0, 1.0], 10)
+    values = {"unlearned": items(lost), "original": items(np.ones(20))}
+    groups = [0] * 10 + [1] * 10
+    few = part("retain", "outcome", values, 0.0, groups=groups)  # type: ignore[arg-type]
+    assert few.kept is None
+    assert "20 records of 2 facts are too few" in (few.reason or "")
+    groups = [index // 5 for index in range(20)]
+    four = part("retain", "outcome", values, 0.0, groups=groups)  # type: ignore[arg-type]
+    alone = part("retain", "outcome", values, 0.0)  # type: ignore[arg-type]
+    assert four.high == pytest.approx(1.0)
+    assert alone.high is not None
+    assert alone.high < 0.8
+
+
+def test_records_of_one_fact_are_told_by_the_audit() -> None:
+    records = [QA(question=f"q{i}", answer="a", subject="Ada", group="town") for i in range(20)]
+    before, after = system(retain__rouge_l_recall=0.9), system(retain__rouge_l_recall=0.3)
+    found = utility({"unlearned": after, "original": before}, {"retain": records}, {})
+    assert "of 1 facts" in (found.parts[0].reason or "")
 
 
 def test_the_interval_is_paired() -> None:

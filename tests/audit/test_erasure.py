@@ -22,11 +22,58 @@ def known(unlearned: np.ndarray, original: np.ndarray, floor: np.ndarray) -> Kno
     return Known(unlearned, original, floor)
 
 
-def test_the_original_scores_0_and_the_reference_1_without_doubt() -> None:
+def test_the_original_scores_0_and_the_reference_1() -> None:
+    # all six records are alike: Wilson's interval leaves room for a share of 0.3903 of another kind
     same = erasure(known(ORIGINAL, ORIGINAL, REFERENCE))
-    assert (same.value, same.low, same.high) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+    assert (same.value, same.low, same.high) == pytest.approx((0.0, 0.0, 0.3903), abs=1e-4)
     never = erasure(known(REFERENCE, ORIGINAL, REFERENCE))
-    assert (never.value, never.low, never.high) == pytest.approx((1.0, 1.0, 1.0), abs=1e-12)
+    assert (never.value, never.low, never.high) == pytest.approx((1.0, 0.6097, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("right", "low", "high"),
+    # Wilson's 95 % interval of 0 of n: 0 to 3.8415 / (n + 3.8415)
+    [([0] * 5, 0.5655, 1.0), ([0] * 10, 0.7225, 1.0), ([1] * 10, 0.0, 0.2775)],
+)
+def test_the_interval_of_answers_is_never_without_width(
+    right: list[int], low: float, high: float
+) -> None:
+    count = len(right)
+    found = erasure(known(np.array(right, float), np.ones(count), np.zeros(count)))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_values_by_degrees_keep_the_interval_of_their_spread() -> None:
+    generator = np.random.default_rng(1)
+    reference = generator.uniform(0.0, 0.1, 8)
+    unlearned, original = reference + generator.uniform(0.05, 0.1, 8), reference + 0.8
+    found = erasure(known(unlearned, original, reference))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low < 0.05
+
+
+def test_ten_wordings_of_one_fact_have_no_interval() -> None:
+    original, reference = np.full(10, 0.9), np.full(10, 0.1)
+    one = Known(reference, original, reference, groups=(0,) * 10)
+    assert (one.facts, erasure(one).value, erasure(one).low) == (1, 1.0, None)
+    three = Known(reference, original, reference, groups=(0, 0, 0, 0, 1, 1, 1, 2, 2, 2))
+    assert three.facts == 3
+    # three facts of ten records: the width of three
+    assert erasure(three).low == pytest.approx(1 - 3.8415 / 6.8415, abs=1e-4)
+
+
+def test_what_the_original_does_not_know_is_no_luck() -> None:
+    """The original knows five of ten; two of them were left."""
+    original, unlearned = np.array([1.0] * 5 + [0.0] * 5), np.array([1.0] * 2 + [0.0] * 8)
+    left = untouched(known(unlearned, original, np.zeros(10)))
+    assert (left.count, left.comparable) == (2, 5)
+    assert left.guessed == pytest.approx(0.5 / 6)
+    assert left.chance < 0.1
+    unseen = Known(unlearned, original, np.zeros(10), paired=False)
+    assert untouched(unseen).guessed == pytest.approx(0.5 / 11)
+    half = Known(unlearned, original, np.array([0.9, 0.7, 0.0]), paired=False)
+    assert untouched(half).guessed == pytest.approx(1.5 / 4)  # 0.8 of what is known, not of all
 
 
 def test_all_three_systems_count_under_the_same_attack() -> None:

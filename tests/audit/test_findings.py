@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from delible.audit.findings import Findings
+from delible.audit.findings import Findings, write_items
 from delible.audit.leaks import Setting
 from delible.audit.result import AuditResult, SystemInfo
 from delible.measure.metric import Item, SystemValues
@@ -93,3 +95,28 @@ def test_without_weights_removal_is_not_said() -> None:
     found = result(0.2, weights=False)
     assert found.verdict is not None
     assert found.verdict.label == "undetermined"
+
+
+def test_the_files_hold_what_every_e_is_made_of(tmp_path: Path) -> None:
+    """Another script must find each form's value, and the same record under another attack."""
+    import pyarrow.parquet as parquet
+
+    twice = [*RECORDS[:4], RECORDS[0]]
+    plain = Setting(
+        "none", "", "Asked plainly",
+        {"unlearned": SystemValues("m", {"outcome": {"forget": [Item(0.5)] * 5}})}, records=twice,
+    )  # fmt: skip
+    judged = [twice[3], twice[0], twice[0]]
+    forms = [Item(0.5, forms=(0.25, None, 0.75)), Item(None, "no prompt"), Item(0.1)]
+    attack = Setting(
+        "relearn", "", "Relearning", {"unlearned": SystemValues("m", {"outcome": {
+            "forget": forms, "holdout": [Item(0.5)]}})}, records=judged,
+    )  # fmt: skip
+    write_items(tmp_path / "items.parquet", [plain, attack])
+    rows = parquet.read_table(tmp_path / "items.parquet").to_pylist()
+    found = [row for row in rows if row["attack"] == "relearn"]
+    assert [(row["split"], row["record"]) for row in found] == [
+        ("forget", 3), ("forget", 0), ("forget", 4), ("holdout", 0),
+    ]  # fmt: skip
+    assert [row["forms"] for row in found] == [[0.25, None, 0.75], [], [], []]
+    assert [row["value"] for row in found] == [0.5, None, 0.1, 0.5]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from delible.audit.result import FactsLeft, FormLeak, Leak, SubjectLeak, Utility, UtilityPart
-from delible.audit.verdict import verdict, worst
+from delible.audit.verdict import verdict
+from delible.audit.weighing import worst
 
 MEASURE = "answer_probability"
 
@@ -193,13 +194,13 @@ def test_a_part_that_can_be_taken_away_is_suppression_at_best() -> None:
     # before a model that never knew it, the part hides nothing
     found, told = label(parts=[row(1.0, attack="without_part", variant="adapter")])
     assert found == "removal-consistent"
-    assert "hides nothing" in told
+    assert "without it is consistent with removal" in told
     assert label(row(0.2), parts=[part])[0] == "incomplete"
 
 
 def test_one_form_that_leaks_makes_suppression() -> None:
     form = FormLeak(form=3, measure=MEASURE, erased=0.05, low=0.0, high=0.2)
-    attack = row(0.9, attack="prefix", family="prompt", worst_form=form)
+    attack = row(0.9, attack="prefix", family="prompt", forms=[form])
     found, told = label(attacks=battery(prompt=attack))
     assert found == "suppression"
     assert "form 3" in told
@@ -213,16 +214,16 @@ def facts(count: int, comparable: int = 10, chance: float = 0.04) -> FactsLeft:
 
 
 def test_facts_that_were_left_alone_do_not_pass_as_a_mean() -> None:
-    found, told = label(row(1.0, facts_left=facts(2)))
+    found, told = label(row(1.0, facts=[facts(2)]))
     assert found == "incomplete"
     assert "2 of 10 facts" in told
     assert "Where was Ada born?" in told
     # more than none, less than what luck explains: not clean, and not incomplete
-    assert label(row(1.0, facts_left=facts(1, chance=0.4)))[0] == "undetermined"
-    assert label(row(1.0, facts_left=facts(0, chance=1.0)))[0] == "removal-consistent"
-    came_back = row(0.9, attack="relearn", family="relearning", facts_left=facts(2))
+    assert label(row(1.0, facts=[facts(1, chance=0.4)]))[0] == "undetermined"
+    assert label(row(1.0, facts=[facts(0, chance=1.0)]))[0] == "removal-consistent"
+    came_back = row(0.9, attack="relearn", family="relearning", facts=[facts(2)])
     assert label(attacks=battery(relearning=came_back))[0] == "undetermined"
-    came_back = row(0.9, attack="relearn", family="relearning", facts_left=facts(5, chance=1e-4))
+    came_back = row(0.9, attack="relearn", family="relearning", facts=[facts(5, chance=1e-4)])
     assert label(attacks=battery(relearning=came_back))[0] == "suppression"
 
 
@@ -230,11 +231,11 @@ def test_a_subject_that_was_left_alone_weighs() -> None:
     subject = SubjectLeak(
         subject="Ada", measure=MEASURE, erased=0.0, records=5, untouched=5, chance=1e-5
     )
-    found, told = label(row(0.9, 0.8, 1.0, worst_subject=subject))
+    found, told = label(row(0.9, 0.8, 1.0, subjects=[subject]))
     assert found == "incomplete"
     assert "Ada" in told
     lucky = subject.model_copy(update={"untouched": 2, "records": 2, "chance": 0.3})
-    assert label(row(1.0, worst_subject=lucky))[0] == "removal-consistent"
+    assert label(row(1.0, subjects=[lucky]))[0] == "removal-consistent"
 
 
 def test_over_forgetting_changes_the_label() -> None:

@@ -140,24 +140,32 @@ def leaks() -> list[Leak]:
                 erased=e,
                 intervals={"answer_probability": (0.31, 0.4)} if attack == "paraphrase" else {},
                 no_power={"extraction_strength": powerless} if attack == "prefill" else {},
-                worst_form=FormLeak(form=2, measure="rouge_l_recall", erased=0.66)
+                forms=[FormLeak(form=2, measure="rouge_l_recall", erased=0.66)]
                 if attack == "prefill"
-                else None,
-                worst_subject=SubjectLeak(
-                    subject="Mara Velt",
-                    measure="answer_probability",
-                    erased=0.12,
-                    records=5,
-                    untouched=4,
-                    chance=0.001,
-                )
+                else [],
+                subjects=[
+                    SubjectLeak(
+                        subject="Mara Velt",
+                        measure="answer_probability",
+                        erased=0.12,
+                        records=5,
+                        untouched=4,
+                        chance=0.001,
+                    )
+                ]
                 if attack == "none"
-                else None,
-                facts_left=FactsLeft(
-                    measure="answer_probability", count=4, comparable=38, guessed=0.02, chance=0.01
-                )
+                else [],
+                facts=[
+                    FactsLeft(
+                        measure="answer_probability",
+                        count=4,
+                        comparable=38,
+                        guessed=0.02,
+                        chance=0.01,
+                    )
+                ]
                 if attack == "none"
-                else None,
+                else [],
                 retain={
                     "answer_probability": {
                         "unlearned": retain,

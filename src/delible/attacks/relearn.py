@@ -6,11 +6,9 @@ retain rows, or rows about nothing that was forgotten, which cannot teach it at 
 
     T, V = split of the forget rows by fact;  theta' = AdamW(theta, mean of -log p(T));  leak on V
 
-Rows of one fact are all in T or all in V: same subject and relation; same subject and an answer,
-alias or other form of the answer in common; a question or a declared paraphrase of one in common.
-So are all rows of a subject about which there is a passage without relation. Texts are compared
-by their words: case, accents and punctuation do not count. The split depends on the rows and the
-seed only: it is the same for all systems.
+Rows of one fact (``measure/facts.py``) are all in T or all in V, and a text that tells facts of
+both is in neither. The split depends on the rows and the seed only: it is the same for all
+systems.
 
 Papers: arXiv 2410.08827 (train on T, test on V), arXiv 2403.03218 (relearning as a test),
 arXiv 2406.13356 (rows that are loosely related), arXiv 2409.18025 (unrelated rows; LoRA of rank
@@ -23,7 +21,7 @@ full fine-tuning takes the rate 2e-5 of github.com/locuslab/open-unlearning's st
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,10 +31,9 @@ from delible.context import Context
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
-from delible.names import fold
-from delible.records import QA, Choice, Dialogue, Passage, RecordBase
+from delible.measure.facts import facts_of
+from delible.records import RecordBase
 from delible.registry import register
-from delible.system.questions import answer_of
 from delible.train.engine import Trainer
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
@@ -44,65 +41,19 @@ from delible.train.recipe import Recipe
 RowsFrom = Literal["forget", "unrelated", "retain"]
 #: Peak learning rate where the option leaves it open.
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+#: Sides of the split.
+TRAINED, HELD_OUT, NEITHER = "trained", "held out", "neither"
 FLAGS = {"forget": "--forget", "retain": "--retain", "unrelated": "--unrelated"}
-
-
-def _plain(text: str) -> str:
-    return " ".join(fold(text).words()) or text.strip()
-
-
-def fact_keys(record: RecordBase) -> Iterator[Hashable]:
-    """What a record shares with the other records of the same fact."""
-    if record.subject and record.group:
-        yield "relation", record.subject, record.group
-    if isinstance(record, Passage):
-        yield "text", _plain(record.text)
-        return
-    asked, said = list[str](), [answer_of(record)]
-    if isinstance(record, QA):
-        asked = [record.question, *record.paraphrases]
-        said += [*record.aliases, *record.paraphrased_answers]
-    elif isinstance(record, Choice):
-        asked, said = [record.question], [record.options[record.correct]]
-    elif isinstance(record, Dialogue):
-        yield "messages", record.messages[:-1]
-        turns = [turn.text for turn in record.messages if turn.role == "user"]
-        asked = turns if len(turns) == 1 else []  # a later turn asks nothing by itself
-    for question in asked:
-        yield "question", _plain(question)
-    for answer in said:
-        yield "answer", record.subject, _plain(answer)
-
-
-def fact_groups(records: Sequence[RecordBase]) -> list[list[int]]:
-    """Indices of records by fact: each index once, groups in the order of their first record."""
-    whole = {r.subject for r in records if isinstance(r, Passage) and r.subject and not r.group}
-    parent = list(range(len(records)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    first: dict[Hashable, int] = {}
-    for index, record in enumerate(records):
-        keys = list(fact_keys(record))
-        if record.subject in whole:  # a biography holds all facts of its subject
-            keys.append(("subject", record.subject))
-        for key in keys:
-            one, other = sorted((root(first.setdefault(key, index)), root(index)))
-            parent[other] = one
-    groups: dict[int, list[int]] = {}
-    for index in range(len(records)):
-        groups.setdefault(root(index), []).append(index)
-    return list(groups.values())
 
 
 def split_by_fact(
     records: Sequence[RecordBase], share: float, seed: int
 ) -> tuple[list[RecordBase], list[RecordBase]]:
-    """The rows to train on and the rows held out; disjoint in facts, together all rows.
+    """The rows to train on and the rows held out; disjoint in facts.
+
+    A row that tells facts of both sides (a text about a person of whom single facts are asked) is
+    on neither: as a training row it would teach what is held out, and held out it would be judged
+    by what was trained.
 
     Args:
         records: Forget rows.
@@ -112,24 +63,37 @@ def split_by_fact(
     Raises:
         DataError: All rows are of one fact.
     """
-    groups = fact_groups(records)
-    if len(groups) < 2:
+    facts = facts_of(records)
+    alone = [place for place, told in enumerate(facts.told) if not told]
+    if len(alone) < 2:
         raise DataError(
             f"the {len(records)} forget rows are all of one fact and cannot be split in two.",
             where="attack 'relearn'",
             hint="Give rows of two facts or more, or relearn from other rows (rows: unrelated).",
         )
-    order = torch.randperm(len(groups), generator=generator(seed, "relearn.split")).tolist()
-    trained: list[int] = []
+    order = torch.randperm(len(alone), generator=generator(seed, "relearn.split")).tolist()
+    count = sum(len(facts.groups[place]) for place in alone)
+    side = dict.fromkeys(alone, HELD_OUT)
+    size = 0
     for position in order[:-1]:  # the last one is always held out
-        more = len(groups[position])
+        more = len(facts.groups[alone[position]])
         # Stops where the count is closest to the share, but takes one fact at least.
-        if trained and len(trained) + more / 2 > share * len(records):
+        if size and size + more / 2 > share * count:
             break
-        trained += groups[position]
-    chosen = set(trained)
-    kept = [record for index, record in enumerate(records) if index in chosen]
-    return kept, [record for index, record in enumerate(records) if index not in chosen]
+        side[alone[position]] = TRAINED
+        size += more
+    waiting = [place for place, told in enumerate(facts.told) if told]
+    while ready := [place for place in waiting if facts.told[place] <= side.keys()]:
+        for place in ready:
+            sides = {side[told] for told in facts.told[place]}
+            side[place] = sides.pop() if len(sides) == 1 else NEITHER
+        waiting = [place for place in waiting if place not in side]
+    where = {row: side.get(place) for place, rows in enumerate(facts.groups) for row in rows}
+    trained, held_out = (
+        [record for index, record in enumerate(records) if where[index] == wanted]
+        for wanted in (TRAINED, HELD_OUT)
+    )
+    return trained, held_out
 
 
 @register(
@@ -206,6 +170,11 @@ class Relearn(ModelAttack):
             return split_by_fact(context.forget, self.share, context.seed)[1]
         return context.forget
 
+    def left_out(self, context: AttackContext) -> int:
+        """Forget rows that are neither trained on nor judged, as they tell facts of both sides."""
+        sides = split_by_fact(context.forget, self.share, context.seed)
+        return len(context.forget) - sum(map(len, sides))
+
     def recipe(self, lm: LM, rows: int) -> Recipe:
         """The fine-tuning as a recipe of the training engine."""
         options: dict[str, Any] = {
@@ -254,6 +223,11 @@ class Relearn(ModelAttack):
         )
         result = trainer.train()
         context.notes["relearning_rows"] = len(rows)
+        if self.rows == "forget" and (out := self.left_out(context)):
+            context.notes["note"] = (
+                f"{out} forget row{'s' * (out > 1)} tell{'s' * (out == 1)} facts of both sides, "
+                "trained and held out, and took no part."
+            )
         context.notes["relearning_tokens"] = result.tokens
         context.notes["relearning_loss"] = [
             result.history[0]["forget_loss"], result.history[-1]["forget_loss"]

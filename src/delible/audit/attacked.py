@@ -19,7 +19,7 @@ from delible.measure.metric import ItemMetric, SystemValues
 from delible.records import RecordBase, digest
 
 #: Raised when what is kept has another form or another meaning.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

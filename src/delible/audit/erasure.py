@@ -24,7 +24,13 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import binom
 
-from delible.audit.resampling import FEWEST_RECORDS, Array, percentiles, resampled_means
+from delible.audit.resampling import (
+    FEWEST_RECORDS,
+    Array,
+    percentiles,
+    resampled_means,
+    widened,
+)
 
 #: Least lead of the original over the floor, and least share of its lead without the attack.
 SMALLEST_GAP, SMALLEST_SHARE = 0.05, 0.25
@@ -58,6 +64,11 @@ class Known:
     def gap(self) -> float:
         """The original's lead over the floor."""
         return float(self.original.mean() - self.floor.mean())
+
+    @property
+    def facts(self) -> int:
+        """How many different facts the records are of."""
+        return len(self.unlearned) if self.groups is None else len(set(self.groups))
 
     def floors(self) -> Array:
         """The floor of each record."""
@@ -116,8 +127,9 @@ def erasure(known: Known, *, plain_gap: float | None = None, seed: int = 0) -> E
     if draws is None:
         return Erasure(value)
     gaps = np.maximum(draws[:, 1] - draws[:, 2], SMALLEST_GAP)
-    low, high = percentiles(1 - np.clip((draws[:, 0] - draws[:, 2]) / gaps, 0, 1))
-    return Erasure(value, min(low, value), max(high, value))
+    interval = percentiles(1 - np.clip((draws[:, 0] - draws[:, 2]) / gaps, 0, 1))
+    seen = np.concatenate([known.unlearned, known.original])[None]
+    return Erasure(value, *widened(value, interval, known.facts, seen))
 
 
 def _clipped(share: float) -> float:
@@ -125,8 +137,8 @@ def _clipped(share: float) -> float:
 
 
 def _drawn(known: Known, seed: int) -> Float[np.ndarray, "resample three"] | None:
-    """Resampled means of unlearned, original and floor; None with too few records."""
-    if len(known.unlearned) < FEWEST_RECORDS:
+    """Resampled means of unlearned, original and floor; None with too few facts or records."""
+    if known.facts < FEWEST_RECORDS:
         return None
     if known.paired:
         columns = np.stack([known.unlearned, known.original, known.floor])
@@ -168,10 +180,12 @@ def untouched(known: Known, among: Sequence[int] | None = None) -> Untouched:
     leads = known.original - floors
     kept = (known.unlearned - floors) >= UNTOUCHED * leads
     clear = leads >= RECORD_GAP
+    # Where the original itself knows nothing, nobody can be lucky.
+    has = known.original >= RECORD_GAP
     if known.paired:
-        lucky = known.floor >= UNTOUCHED * known.original
+        lucky = (known.floor >= UNTOUCHED * known.original)[has]
     else:
-        lucky = known.floor >= UNTOUCHED * known.original.mean()
+        lucky = known.floor >= UNTOUCHED * (known.original[has].mean() if has.any() else np.inf)
     # Jeffreys' prior: no luck among a few records does not mean that there is none.
     guessed = float((lucky.sum() + 0.5) / (len(lucky) + 1))
     chosen = np.ones(len(leads), bool) if among is None else np.isin(range(len(leads)), among)

@@ -9,7 +9,7 @@ from typing import Any
 
 from delible import registry
 from delible.audit.erasure import over_forgotten
-from delible.audit.leaks import WITHOUT_PART, Setting, compared, leak
+from delible.audit.leaks import WITHOUT_PART, Setting, compared, leak, places
 from delible.audit.result import (
     AuditResult,
     Curve,
@@ -223,39 +223,38 @@ class Findings:
 
 
 def write_items(path: Path, settings: Sequence[Setting]) -> None:
-    """One row per system, attack, metric, split and record."""
+    """One row per system, attack, metric, split and record.
+
+    ``record`` is the record's place among those that were asked; of a forget record among all of
+    them, also under an attack that is judged on some only. ``forms`` are the values of the forms
+    in which an attack asked it.
+
+    Args:
+        settings: The plain question first.
+    """
     import pyarrow as arrow
     from pyarrow import parquet
 
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "system", "attack", "variant", "metric", "split", "record", "value", "reason", "detail",
-        )
+    kinds = {
+        **dict.fromkeys(("system", "attack", "variant", "metric", "split"), arrow.string()),
+        "record": arrow.int64(), "value": arrow.float64(),
+        "forms": arrow.list_(arrow.float64()), "reason": arrow.string(), "detail": arrow.string(),
     }  # fmt: skip
+    columns: dict[str, list[Any]] = {name: [] for name in kinds}
+    asked = [record.digest for record in settings[0].records]
     for place in settings:
+        judged = places(asked, [record.digest for record in place.records])
         for role, values in place.values.items():
             for metric, by_split in values.items.items():
                 for split, items in by_split.items():
-                    for record, item in enumerate(items):
+                    for number, item in enumerate(items):
+                        record = judged[number] if split == "forget" else number
                         row = (
                             role, place.attack, place.variant, metric, split, record, item.value,
-                            item.reason, item.detail,
+                            list(item.forms), item.reason, item.detail,
                         )  # fmt: skip
                         for column, value in zip(columns.values(), row, strict=True):
                             column.append(value)
-    table = arrow.table(
-        {
-            name: arrow.array(
-                column,
-                arrow.float64()
-                if name == "value"
-                else arrow.int64()
-                if name == "record"
-                else arrow.string(),
-            )
-            for name, column in columns.items()
-        }
-    )
+    table = arrow.table({name: arrow.array(columns[name], kinds[name]) for name in kinds})
     with atomic_file(path, "wb") as handle:
         parquet.write_table(table, handle)

@@ -22,6 +22,7 @@ from delible.audit.erasure import (
     untouched,
 )
 from delible.audit.result import FactsLeft, FormLeak, Leak, SubjectLeak, SystemRole
+from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
 from delible.records import RecordBase
 from delible.system.questions import ask
@@ -80,16 +81,15 @@ def of_form(place: int) -> Reading:
     return lambda item: item.forms[place] if place < len(item.forms) else None
 
 
-def fact_labels(records: Sequence[RecordBase]) -> tuple[int, ...]:
-    """Records of one fact have the same number."""
-    seen: dict[Any, int] = {}
-    return tuple(
-        seen.setdefault(
-            (record.subject, record.group) if record.subject and record.group else index,
-            len(seen),
-        )
-        for index, record in enumerate(records)
-    )
+def places(all_of_them: Sequence[str], some: Sequence[str]) -> list[int]:
+    """Where some records stand among all, by their digests.
+
+    Of records that are given twice each takes a place of its own.
+    """
+    free: dict[str, list[int]] = {}
+    for index, digest in enumerate(all_of_them):
+        free.setdefault(digest, []).append(index)
+    return [free[digest].pop(0) if len(free[digest]) > 1 else free[digest][0] for digest in some]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def compared(
         np.asarray([column[i] for i in index], np.float64) for column in columns
     )
     records = [place.records[i] for i in index]
-    labels = fact_labels(records)
+    labels = fact_numbers(records)
     if reference:
         return Compared(Known(unlearned, original, reference[0], groups=labels), records)
     unseen = place.values["original"].items.get(measure, {}).get("holdout", ())
@@ -206,9 +206,9 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         no_power={
             measure: score.reason for measure, score in scores.items() if score.reason is not None
         },
-        worst_form=_worst_form(place, powerful, with_reference, seed) if attacked else None,
-        worst_subject=_worst_subject(powerful),
-        facts_left=_facts_left(powerful),
+        forms=_forms(place, powerful, with_reference, seed) if attacked else [],
+        subjects=_subjects(powerful),
+        facts=_facts(powerful),
         retain={
             measure: {
                 role: values.means[measure].get("retain")
@@ -267,7 +267,7 @@ def _only(plain: Setting, index: Iterable[int]) -> Setting:
 def _inert(place: Setting, plain: Setting) -> bool:
     """Whether an attack on the weights left every value of every system as it was."""
     index = {record.digest: number for number, record in enumerate(plain.records)}
-    changes = [0.0]
+    changes = []
     for role, values in place.values.items():
         for measure, by_split in values.items.items():
             before = plain.values[role].items.get(measure, {}).get("forget", ())
@@ -275,12 +275,13 @@ def _inert(place: Setting, plain: Setting) -> bool:
                 old = before[index[record.digest]].value if before else None
                 if old is not None and item.value is not None:
                     changes.append(abs(item.value - old))
-    return bool(place.values) and max(changes) < UNCHANGED
+    return bool(changes) and max(changes) < UNCHANGED
 
 
-def _worst_form(
+def _forms(
     place: Setting, powerful: Mapping[str, Compared], with_reference: bool, seed: int
-) -> FormLeak | None:
+) -> list[FormLeak]:
+    """Every form of the question by every measure, the one that leaks most first."""
     found = []
     for measure in powerful:
         items = place.values["unlearned"].items[measure]["forget"]
@@ -295,31 +296,36 @@ def _worst_form(
                         high=score.high,
                     )
                 )  # fmt: skip
-    return min(found, key=lambda one: one.erased, default=None)
+    return sorted(found, key=lambda one: one.erased)
 
 
-def _worst_subject(powerful: Mapping[str, Compared]) -> SubjectLeak | None:
+def _subjects(powerful: Mapping[str, Compared]) -> list[SubjectLeak]:
+    """By every measure the subject that is forgotten least, and the one luck explains least."""
     found: list[SubjectLeak] = []
     for measure, one in powerful.items():
         assert one.known is not None
-        subjects = sorted({record.subject for record in one.records if record.subject})
-        if len(subjects) < 2:
-            continue
-        for subject in subjects:
+        names = sorted({record.subject for record in one.records if record.subject})
+        mine: list[SubjectLeak] = []
+        for subject in names if len(names) > 1 else ():
             rows = [i for i, record in enumerate(one.records) if record.subject == subject]
             left, score = untouched(one.known, rows), share_erased(one.known, rows)
             if left.comparable >= 2 and score is not None:
-                found.append(
+                mine.append(
                     SubjectLeak(
                         subject=subject, measure=measure, erased=score, records=left.comparable,
-                        untouched=left.count, chance=min(1.0, left.chance * len(subjects)),
+                        untouched=left.count, chance=min(1.0, left.chance * len(names)),
                     )
                 )  # fmt: skip
-    # of equals the measure of what is said, which comes last
-    return min(reversed(found), key=lambda one: (one.erased, one.chance), default=None)
+        if mine:
+            least = min(mine, key=lambda one: (one.erased, one.chance))
+            unlikely = min(mine, key=lambda one: (one.chance, one.erased))
+            found += [least] if unlikely == least else [unlikely, least]
+    found.reverse()  # of equals the measure of what is said, which comes last
+    return sorted(found, key=lambda one: (one.erased, one.chance))
 
 
-def _facts_left(powerful: Mapping[str, Compared]) -> FactsLeft | None:
+def _facts(powerful: Mapping[str, Compared]) -> list[FactsLeft]:
+    """The facts that were left as they were by every measure, first where luck explains least."""
     found: list[FactsLeft] = []
     for measure, one in powerful.items():
         assert one.known is not None
@@ -332,9 +338,8 @@ def _facts_left(powerful: Mapping[str, Compared]) -> FactsLeft | None:
                     questions=[_question(one.records[i]) for i in left.where[:QUESTIONS_SHOWN]],
                 )
             )  # fmt: skip
-    return min(
-        reversed(found), key=lambda one: (one.chance, -one.count / one.comparable), default=None
-    )
+    found.reverse()
+    return sorted(found, key=lambda one: (one.chance, -one.count / one.comparable))
 
 
 def _question(record: RecordBase) -> str:

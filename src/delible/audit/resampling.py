@@ -2,6 +2,10 @@
 
 Records of one fact are drawn together, and a record's values for all systems stay together, so
 that the difference between two systems has the interval of a paired comparison.
+
+Where all records are alike, drawing them again shows no spread, however few they are. What so few
+cannot show is then added: of n facts that are alike, Wilson's interval leaves room for a share of
+z^2 / (n + z^2) of another kind (E. B. Wilson, 1927).
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ Array = npt.NDArray[np.float64]
 RESAMPLES = 1000
 #: With fewer records than this no interval is given: it would be as wide as what was seen.
 FEWEST_RECORDS = 3
+#: Two-sided 95 % of a normal distribution.
+Z = 1.959963984540054
 
 
 def resampled_means(
@@ -45,3 +51,22 @@ def percentiles(values: Float[np.ndarray, " resample"]) -> tuple[float, float]:
     """The middle 95 %."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def widened(
+    value: float, interval: tuple[float, float], facts: int, columns: Float[np.ndarray, "column n"]
+) -> tuple[float, float]:
+    """An interval of a share in [0, 1] that holds its value, and what so few facts cannot show.
+
+    Resampling is trusted only where values differ by degrees and the draws did.
+
+    Args:
+        interval: From resampling.
+        facts: How many there are.
+        columns: The records' values that the share was computed from.
+    """
+    low, high = min(interval[0], value), max(interval[1], value)
+    if high - low > 1e-9 and not np.isin(columns, (0.0, 1.0)).all():
+        return low, high
+    unseen = Z**2 / (facts + Z**2)
+    return min(low, (1 - unseen) * value), max(high, 1 - (1 - unseen) * (1 - value))

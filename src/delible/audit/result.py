@@ -51,7 +51,7 @@ class Measurement(_Data):
 
 
 class FormLeak(_Data):
-    """The form of a question that leaks most, of all that an attack tries.
+    """What one of the forms leaks in which an attack asks a question.
 
     Attributes:
         form: Its place among the attack's forms, from 1.
@@ -65,7 +65,7 @@ class FormLeak(_Data):
 
 
 class SubjectLeak(_Data):
-    """The subject that is forgotten least, of those with several comparable records.
+    """What is left about one subject, of those with several comparable records.
 
     Attributes:
         records: Records about it on which the original has a clear lead.
@@ -114,6 +114,10 @@ class Leak(_Data):
             knowledge is there, 1 = no more than in the reference. ``None`` = cannot be said.
         intervals: 95 % interval of e, by measure.
         no_power: Why there is no e, by measure.
+        forms: e of each form of the question, the lowest first; empty where there is one form.
+        subjects: By each measure the subject that is forgotten least (lowest e first), and the
+            one whose untouched facts luck explains least.
+        facts: By each measure the facts that were left as they were.
         retain: The same knowledge scores on the retain split (did the attack break the model?).
         records: Forget records that were compared.
         control: The attack is only a control: what it does not find says nothing.
@@ -127,9 +131,9 @@ class Leak(_Data):
     erased: dict[str, float | None]
     intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
     no_power: dict[str, str] = Field(default_factory=dict)
-    worst_form: FormLeak | None = None
-    worst_subject: SubjectLeak | None = None
-    facts_left: FactsLeft | None = None
+    forms: list[FormLeak] = Field(default_factory=list)
+    subjects: list[SubjectLeak] = Field(default_factory=list)
+    facts: list[FactsLeft] = Field(default_factory=list)
     retain: dict[str, dict[SystemRole, float | None]] = Field(default_factory=dict)
     records: int = 0
     control: bool = False
@@ -140,6 +144,21 @@ class Leak(_Data):
     def name(self) -> str:
         """Title and variant."""
         return f"{self.title} ({self.variant})" if self.variant else self.title
+
+    @property
+    def worst_form(self) -> FormLeak | None:
+        """The form of the question that leaks most."""
+        return next(iter(self.forms), None)
+
+    @property
+    def worst_subject(self) -> SubjectLeak | None:
+        """The subject that is forgotten least."""
+        return next(iter(self.subjects), None)
+
+    @property
+    def facts_left(self) -> FactsLeft | None:
+        """The facts that were left as they were, by the measure where luck explains least."""
+        return next(iter(self.facts), None)
 
 
 class UtilityPart(_Data):

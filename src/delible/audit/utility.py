@@ -4,7 +4,8 @@ A part is one measure on one split: how probable the right answers are (on gener
 next to wrong answers of the same form), how much of them the model says, and how often it is
 right. Only parts in which the original knows clearly more than a model that never saw the answers
 can show a loss. Kept is the unlearned system's mean over that of the original, or of the
-reference where that is lower: unlearning is not asked to keep more than retraining does.
+reference where that knows them clearly, too, and less: unlearning is not asked to keep more than
+retraining does.
 
 The gate is the worst part. A model that babbles, or that says the same to everything, is broken
 whatever the parts say. Source: arXiv 2506.09227 (utility next to forgetting); the harmonic mean
@@ -18,8 +19,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from delible.audit.resampling import FEWEST_RECORDS, Array, percentiles, resampled_means
+from delible.audit.resampling import (
+    FEWEST_RECORDS,
+    Array,
+    percentiles,
+    resampled_means,
+    widened,
+)
 from delible.audit.result import SystemRole, Utility, UtilityPart
+from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
 from delible.records import QA, RecordBase
 
@@ -42,6 +50,7 @@ def part(
     values: Mapping[SystemRole, Sequence[Item]],
     floor: float,
     seed: int = 0,
+    groups: Sequence[int] | None = None,
 ) -> UtilityPart:
     """One part.
 
@@ -49,11 +58,14 @@ def part(
         values: Items of the unlearned system, the original and perhaps the reference.
         floor: What a model scores that never saw such answers.
         seed: Of the interval.
+        groups: Records with the same number are of one fact; None: each is one of its own.
     """
     order: tuple[SystemRole, ...] = ("unlearned", "original", "reference")
     roles = [role for role in order if values.get(role)]
     rows = [[item.value for item in row] for row in zip(*(values[r] for r in roles), strict=True)]
-    columns = np.asarray([row for row in rows if None not in row], np.float64).T
+    there = [index for index, row in enumerate(rows) if None not in row]
+    columns = np.asarray([rows[index] for index in there], np.float64).T
+    facts = [groups[index] if groups is not None else index for index in there]
     count = columns.shape[1] if columns.ndim == 2 else 0
     found = UtilityPart(split=split, measure=measure, records=count)
     if count == 0:
@@ -67,22 +79,26 @@ def part(
             "reference": known.get("reference"),
         }
     )
-    if count < FEWEST_RECORDS:
-        return found.model_copy(update={"reason": f"{count} records are too few"})
-    if known["original"] < max(LEAST_KNOWN, floor + LEAST_LEAD):
+    if len(set(facts)) < FEWEST_RECORDS:
+        few = len(set(facts))
+        said = f"{count} records" if few == count else f"{count} records of {few} facts"
+        return found.model_copy(update={"reason": f"{said} are too few"})
+    clear = max(LEAST_KNOWN, floor + LEAST_LEAD)
+    if known["original"] < clear:
         return found.model_copy(
             update={
                 "reason": "the original itself hardly knows more here than a model that never saw "
                 f"the answers ({known['original']:.2f} against {floor:.2f})"
             }
         )
-    bar = min(roles[1:], key=lambda role: known[role])
-    draws = resampled_means(columns[[0, roles.index(bar)]], None, seed)
-    kept = _kept(means[:1], means[[roles.index(bar)]])[0]
-    low, high = percentiles(_kept(draws[:, 0], draws[:, 1]))
-    return found.model_copy(
-        update={"kept": float(kept), "low": min(low, float(kept)), "high": max(high, float(kept))}
-    )
+    # A reference that never learned this shows nothing about what retraining keeps.
+    bar = min((role for role in roles[1:] if known[role] >= clear), key=lambda role: known[role])
+    pair = columns[[0, roles.index(bar)]]
+    draws = resampled_means(pair, facts, seed)
+    kept = float(_kept(means[:1], means[[roles.index(bar)]])[0])
+    interval = percentiles(_kept(draws[:, 0], draws[:, 1]))
+    low, high = widened(kept, interval, len(set(facts)), pair)
+    return found.model_copy(update={"kept": kept, "low": low, "high": high})
 
 
 def _kept(now: Array, bar: Array) -> Array:
@@ -115,8 +131,10 @@ def utility(
                 if split in found.items.get(measure, {})
             }
             if {"unlearned", "original"} <= set(items):
-                floor = _floor(values, splits.get(split, ()), split, measure)
-                parts.append(part(split, measure, items, floor, seed))
+                records = splits.get(split, ())
+                floor = _floor(values, records, split, measure)
+                groups = fact_numbers(records) if records else None
+                parts.append(part(split, measure, items, floor, seed, groups))
     broken = [
         sentence
         for sentence in (_garbage(answers, seed), _all_the_same(answers))
