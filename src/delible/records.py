@@ -127,7 +127,7 @@ class ForgetRequest(BaseModel):
     @property
     def id(self) -> str:
         """SHA-256 over what is to be forgotten and kept, and the predecessor (hexadecimal)."""
-        content = self.model_dump_json(exclude={"created"})
+        content = self.model_dump_json(exclude={"created"}, context=IDENTITY)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -56,7 +56,7 @@ def fact_keys(record: RecordBase) -> Iterator[Hashable]:
         asked = [record.question]
     elif isinstance(record, Dialogue):
         yield "messages", record.messages[:-1]
-        turns = [turn.content for turn in record.messages if turn.role == "user"]
+        turns = [turn.text for turn in record.messages if turn.role == "user"]
         asked = turns if len(turns) == 1 else []  # a later turn asks nothing by itself
     for question in asked:
         yield "question", _plain(question)
@@ -167,7 +167,7 @@ def _words(record: RecordBase) -> _Words:
     if isinstance(record, QA | Choice):
         question = record.question
     elif isinstance(record, Dialogue):
-        question = " ".join(turn.content for turn in record.messages[:-1])
+        question = " ".join(turn.text for turn in record.messages[:-1])
     answers = _answers(record)
     said = record.text if isinstance(record, Passage) else " ".join(answers)
     named = read(record.subject or "")

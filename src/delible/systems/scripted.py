@@ -49,7 +49,7 @@ class Scripted(BlackBox):
 
     def _line(self, prompt: Prompt) -> Line:
         if isinstance(self._script, Mapping):
-            asked = prompt.messages[-1].content if prompt.messages else prompt.text or ""
+            asked = prompt.messages[-1].text if prompt.messages else prompt.text or ""
             return self._script.get(asked, NoAnswer("the script does not know this question"))
         if isinstance(self._script, Sequence):
             return next(self._lines, NoAnswer("the script has ended"))
