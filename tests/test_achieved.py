@@ -145,7 +145,9 @@ def test_damage_without_forgetting_is_told_as_such() -> None:
 
 def measured(*values: float | None) -> Measured:
     items = [Item(value, None if value is not None else "no") for value in values]
-    return Measured("m", None, (), SystemValues("m", {"answer_probability": {"forget": items}}))
+    return Measured(
+        "m", None, ("score",), SystemValues("m", {"answer_probability": {"forget": items}})
+    )
 
 
 def test_rows_are_paired() -> None:

@@ -70,7 +70,7 @@ def test_only_a_flag_leaves_it_out(lm: LM, tmp_path: Path, monkeypatch: pytest.M
     assert not json.loads((tmp_path / "run" / "manifest.json").read_text())["verified"]
     unlearn(lm, REQUEST, out=tmp_path / "other", **QUICK)
     ((folder, model, prompts, shown),) = calls
-    assert folder == tmp_path / "other" / "model"
+    assert folder == tmp_path / "other"
     assert model is lm
     asked = [prompt.messages[-1].content for prompt in prompts]
     assert asked == [ROWS[0].question, ROWS[1].question, ROWS[3].question]

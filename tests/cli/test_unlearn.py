@@ -119,6 +119,7 @@ def test_the_folder_follows_data_and_options(run: Any, here: Path, words: list[s
         told = {
             "spec": spec, "model": "m", "request": request, "seed": 0, "anchor": None,
             "reference": None, "refusals": None, "generator": None, "generated": None,
+            "roles": None,
         }  # fmt: skip
         return _folder(**{**told, **other})
 

@@ -165,6 +165,6 @@ def test_a_turn_with_another_text_keeps_its_pictures() -> None:
 def test_a_dialogue_that_ends_with_a_call_has_no_answer() -> None:
     ends = Dialogue(messages=rich().messages[:2])
     assert not has_answer(ends)
-    with pytest.raises(DataError, match="does not end with a text of the assistant"):
+    with pytest.raises(DataError, match="ends with a call of a tool"):
         answer_of(ends)
     assert answer_of(rich()) == "A dot."

@@ -12,7 +12,7 @@ from delible import registry
 from delible.bench.run import method_names
 from delible.errors import RecipeError
 from delible.records import QA
-from delible.resolving import resolve_method
+from delible.resolving import recipe_named, resolve_method
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe, Training, presets_of, read_yaml
 
@@ -81,17 +81,17 @@ presets:
 def test_a_preset_takes_the_place_of_whole_slots(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(FILE)
-    found = resolve_method(f"{path}@paper")
-    assert isinstance(found, Recipe)
+    found = recipe_named(f"{path}@paper", "it has no presets")
     assert found.name == "mine@paper"
     assert found.training == Training(learning_rate=1e-5), "nothing of the defaults is left"
     assert found.objective.spec() == {"name": "npo", "beta": 0.1}
     assert found.keep.card.name == "nll"
     assert not found.tune
-    assert resolve_method(str(path)) == Recipe.from_file(path)
+    assert recipe_named(str(path), "it is none") == Recipe.from_file(path)
     assert Recipe.from_file(f"{path}@longer").tune
-    changed = resolve_method("npo@paper", options={"beta": 0.2}, strength="gentle")
-    assert isinstance(changed, Recipe)
+    changed = recipe_named(
+        resolve_method("npo@paper", options={"beta": 0.2}, strength="gentle"), "it has no beta"
+    )
     assert changed.training.learning_rate == pytest.approx(0.5e-5)
     assert changed.objective.spec()["beta"] == 0.2
 
@@ -102,8 +102,8 @@ def test_a_preset_takes_the_place_of_whole_slots(tmp_path: Path) -> None:
         ("npo@papr", r"no preset 'papr'.*Did you mean 'paper'"),
         ("novice@paper", r"no preset 'paper'.*It has none"),
         ("npoo@paper", r"unknown method 'npoo'.*Did you mean 'npo'"),
-        ("rocr@paper", r"closed-form editor: it has no presets.*Say 'rocr' alone"),
-        ("target_detector@paper", "unknown method 'target_detector'"),
+        ("rocr@paper", r"is no recipe: it has no presets.*Say 'rocr' alone"),
+        ("target_detector@paper", "is no recipe: it has no presets"),
     ],
 )
 def test_a_preset_that_is_not_there_is_refused_wherever_methods_are_named(

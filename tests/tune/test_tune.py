@@ -23,8 +23,9 @@ from delible.train.recipe import Recipe
 from delible.tune import search as searching
 from delible.tune import tune, tuned_options
 from delible.tune.measuring import ROWS, cut, leak, utility
-from delible.tune.search import STARTUP, Trial, winner
-from delible.tune.space import rounded, space, value_of
+from delible.tune.results import Trial, winner
+from delible.tune.search import STARTUP
+from delible.tune.space import rounded, space
 
 QUICK: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
 
@@ -60,13 +61,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, score: Callable[[dict[str, Any]], 
         stopped = None
 
         def __init__(self, model: Any) -> None:
-            self.model = model
+            self.system = model
 
     def unlearn(model: Any, request: Any, *, method: Any, **_: Any) -> Result:
         values = {
-            "rate": method.training.learning_rate,
-            "beta": method.objective.beta,
-            "weight": method.balance.retain_weight,
+            "rate": method.recipe.training.learning_rate,
+            "beta": method.recipe.objective.beta,
+            "weight": method.recipe.balance.retain_weight,
         }
         calls.append(values)
         return Result(score(values))
@@ -98,21 +99,21 @@ def test_every_recipe_has_a_space_that_holds_its_own_values() -> None:
     from delible import registry
 
     for name in registry.recipe_files():
-        recipe = Recipe.named(name)
-        found = space(recipe)
+        method = resolve_method(name)
+        found = space(method)
         assert {"training.learning_rate", "training.epochs"} <= set(found), name
         for option, bounds in found.items():
-            own = value_of(recipe, option)
+            own = method.value(option)
             assert bounds.low <= own <= bounds.high, f"{name}: {option}"
         for end in ("low", "high"):  # both ends are allowed values
-            recipe.changed({}, {
-                option: type(value_of(recipe, option))(getattr(bounds, end))
+            method.with_options({
+                option: type(method.value(option))(getattr(bounds, end))
                 for option, bounds in found.items()
             })  # fmt: skip
 
 
 def test_the_rule_of_the_space() -> None:
-    npo = space(Recipe.named("npo"))
+    npo = space(resolve_method("npo"))
     assert set(npo) == {
         "training.learning_rate", "training.epochs", "objective.beta", "balance.retain_weight",
     }  # fmt: skip
@@ -122,18 +123,18 @@ def test_the_rule_of_the_space() -> None:
     assert npo["training.epochs"] == Range(low=5, high=20, log=True)
     assert npo["objective.beta"].high == pytest.approx(1.0)
     # no retain loss: its weight is nothing to search
-    assert "balance.retain_weight" not in space(Recipe.named("gradient_ascent"))
+    assert "balance.retain_weight" not in space(resolve_method("gradient_ascent"))
     # a depth is bounded, so it is no scale; the inactive constant is kept out by the recipe file
-    rmu = space(Recipe.named("rmu"))
+    rmu = space(resolve_method("rmu"))
     assert {one for one in rmu if one.startswith("objective")} == {"objective.adaptive"}
     assert set(space(resolve_method("rocr"))) == {"threshold", "rho"}
-    short = Recipe.named("npo").changed({}, {"max_steps": 1})
+    short = resolve_method("npo", options={"max_steps": 1})
     assert space(short)["training.max_steps"] == Range(low=1, high=2, log=True)
     assert "training.epochs" not in space(short)
 
 
 def test_held_options_are_left_out_and_holding_all_is_refused() -> None:
-    npo = Recipe.named("npo")
+    npo = resolve_method("npo")
     assert not {"training.epochs", "training.max_steps"} & set(space(npo, ["epochs"]))
     assert "objective.beta" not in space(npo, ["npo.beta"])
     with pytest.raises(RecipeError, match="unknown option 'bet'"):
@@ -151,7 +152,7 @@ def test_ranges_of_a_recipe_file(tmp_path: Path) -> None:
     recipe = Recipe.from_file(path)
     assert recipe.tune == {"objective.beta": Range(low=0.2, high=0.4), "training.epochs": None}
     assert "tune" not in recipe.spec()
-    found = space(recipe)
+    found = space(resolve_method(recipe))
     assert "training.epochs" not in found
     assert found["objective.beta"] == Range(low=0.1, high=0.4)  # widened: the recipe's own value
     # they survive other options, and go with their component
@@ -244,7 +245,7 @@ def test_first_trial_is_the_recipe_and_the_winner_keeps_the_budget(
     monkeypatch.setattr(searching, "unlearn", noting)
     found = tune(model, REQUEST, trials=14, utility=0.9, out=tmp_path / "out")
     npo = Recipe.named("npo")
-    assert tried[0] == npo
+    assert tried[0].recipe == npo
     assert found.trials[0].options["training.learning_rate"] == npo.training.learning_rate
     assert [trial.index for trial in found.trials] == list(range(14))
     # the budget allows a third of a decade more than the recipe's own rate; beyond, less is left
@@ -485,7 +486,9 @@ def test_an_editor_is_searched_too(model: str, tmp_path: Path) -> None:
     assert [trial.failed for trial in found.trials] == [None, None]
     content = yaml.safe_load((tmp_path / "editor.yaml").read_text())
     assert content["editor"]["rho"] == found.best_options["rho"]
-    assert found.command.startswith("--method rocr --threshold ")
+    again = resolve_method(tmp_path / "editor.yaml")
+    assert found.command == f"--method {tmp_path / 'editor.yaml'}"
+    assert again.value("rho") == found.best_options["rho"]
 
 
 def test_tuned_options_are_kept_in_the_cache(
@@ -503,7 +506,7 @@ def test_tuned_options_are_kept_in_the_cache(
     assert set(found) == {
         "max_steps", "training.learning_rate", "objective.beta", "balance.retain_weight",
     }  # fmt: skip
-    assert isinstance(resolve_method("npo", options=found), Recipe)
+    assert resolve_method("npo", options=found).name == "npo"
     assert tuned_options(model, REQUEST, "npo", 3, given) == found
     assert len(calls) == 3
     tuned_options(model, REQUEST, "npo", 3, {**given, "beta": 0.2})

@@ -73,4 +73,4 @@ def said_and_called(text: str) -> tuple[str, tuple[ToolCall, ...]]:
         return ""
 
     said = _CALLS.sub(taken, text)
-    return (said.strip() if calls else text), tuple(calls)
+    return said.strip(), tuple(calls)

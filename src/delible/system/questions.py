@@ -41,9 +41,11 @@ def answer_of(record: RecordBase) -> str:
         DataError: A dialogue whose last turn is not the assistant's, or calls tools; what others
             say is asked, not learned, and a call is no text.
     """
-    if not has_answer(record):
+    if isinstance(record, Dialogue) and not has_answer(record):
+        calls = bool(record.messages[-1].tool_calls)
+        ends = "ends with a call of a tool" if calls else "does not end with an assistant turn"
         raise DataError(
-            "the dialogue does not end with a text of the assistant, so there is no answer.",
+            f"the dialogue {ends}, so there is no answer.",
             hint="Its last assistant turn is what is learned or forgotten: end it there.",
         )
     if isinstance(record, QA):

@@ -99,17 +99,18 @@ class Server:
 
     async def patiently(self, call: Callable[..., Awaitable[T]], *given: Any) -> T:
         """The result of a call that is repeated while another attempt may succeed."""
-        for attempt in range(1, self.attempts + 1):
+        attempt = 1
+        while True:
             try:
                 return await call(*given)
             except CallError as failed:
                 if not failed.again:
                     raise
-                if attempt == self.attempts:
+                if attempt >= self.attempts:
                     failed.reason += f", {attempt} attempts"
                     raise
                 await sleep(self._wait(attempt, failed.wait))
-        raise AssertionError("there is a first attempt")
+            attempt += 1
 
     def _wait(self, attempt: int, wanted: float) -> float:
         """Seconds before the next attempt: what the server asks for, or twice the last wait."""
