@@ -74,6 +74,6 @@ def test_a_cache_that_cannot_be_written_gives_what_it_has(
         teach(start)
     monkeypatch.undo()
     monkeypatch.setenv("DELIBLE_CACHE", str(Path(start).parent / "cache"))
-    folder, _, _ = teach(start)
+    folder, _ = teach(start)
     monkeypatch.setattr(prepare, "FileLock", ReadOnly)
     assert teach(start)[0] == folder

@@ -118,6 +118,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from tiny_runs import make
+from delible.context import Context
 from delible.rundir import RunDirectory
 from delible.train.engine import Trainer
 from delible.records import QA
@@ -132,8 +133,8 @@ def slow(step, total, numbers):
     print(step, flush=True)
     time.sleep(0.2 if len(sys.argv) > 3 else 0)
 lm = make()
-Trainer(lm, recipe(epochs=6, checkpoint_steps=1), {"forget": forget, "retain": retain}, run=run,
-        progress=slow).train()
+Trainer(lm, recipe(epochs=6, checkpoint_steps=1), {"forget": forget, "retain": retain},
+        context=Context(run=run, steps=slow)).train()
 save_file(weights(lm) if "lm_head.weight" not in weights(lm) else
           {k: v for k, v in weights(lm).items()}, folder / "end.safetensors")
 """

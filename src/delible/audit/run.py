@@ -178,7 +178,6 @@ class _Audit:
         self.white_box = True
         self.systems = self._systems(system, model, before, reference, guard)
         self.measured: dict[str, int] = {}
-        self._said: set[str] = set()
         self.kept = Kept(self.cache)
 
     # ---- what is asked of whom
@@ -348,10 +347,6 @@ class _Audit:
             self.measured[key] = self.measured.get(key, 0) + count
         if must_answer:
             check_answered(f"the {title} system", values.asked, values.unanswered)
-        for note in self.cache.notes if self.cache else ():
-            if note not in self._said:
-                self._said.add(note)
-                logger.warning(note)
         missing = unanswered(title, values.asked, values.unanswered)
         if missing is not None:
             self._leave_out(missing)
