@@ -191,6 +191,7 @@ def said(kinds: str, texts: Sequence[str] | None = None) -> Answers:
         (said("ggggggwwww"), said("wwwwwwcccc"), "60%"),
         (said("ggggggwwww"), said("gggggwwwww"), None),
         (said("gwwwwwwwww"), said("wwwwwwwwww"), None),
+        (said("ggwwww"), said("wwwwww"), None),  # a third, of six answers: may be chance
         (said("gggg"), said("cccc"), None),
         (said("w" * 10, ["Fine."] * 9 + ["No."]), said("c" * 10), "90%"),
         (said("w" * 10, ["Fine."] * 9 + ["No."]), said("w" * 10, ["Yes."] * 8 + ["a", "b"]), None),

@@ -132,6 +132,39 @@ def test_records_of_one_fact_are_drawn_together() -> None:
     assert together == pytest.approx(0.5 / np.sqrt(2), rel=0.1)
 
 
+def test_facts_with_more_records_weigh_more() -> None:
+    columns = np.array([[1.0, 1.0, 1.0, 0.0]])
+    drawn = resampled_means(columns, (0, 0, 0, 1), 0)[:, 0]
+    # both facts, or one of them twice: a mean over records, never over more than were drawn
+    assert sorted(set(np.round(drawn, 6))) == [0.0, 0.75, 1.0]
+
+
+def test_answers_are_widened_although_draws_differ() -> None:
+    """One of ten is still right: resampling is too sure (0.7 to 1.0), Wilson's bound is lower."""
+    right = np.array([1.0] + [0.0] * 9)
+    found = erasure(known(right, np.ones(10), np.zeros(10)))
+    assert found.value == pytest.approx(0.9)
+    assert found.low == pytest.approx(0.9 * 0.7225, abs=1e-3)
+
+
+def test_a_lead_that_is_kept_is_measured_from_the_floor() -> None:
+    """0.76 of 0.9 is much, but not where a model that never knew it says 0.5."""
+    half = np.full(4, 0.5)
+    assert untouched(known(np.full(4, 0.76), np.full(4, 0.9), half)).count == 0
+    assert untouched(known(np.full(4, 0.83), np.full(4, 0.9), half)).count == 4
+
+
+def test_the_floor_without_a_reference_is_itself_uncertain() -> None:
+    unseen = np.array([0.0, 0.0, 0.6])
+    one = Known(np.full(12, 0.25), np.full(12, 0.9), unseen, paired=False)
+    found = erasure(one)
+    assert found.low is not None
+    assert found.high is not None
+    # the records are all alike, the three unseen ones are not: 0 to 0.6
+    assert found.low < 0.8
+    assert found.high == pytest.approx(1.0)
+
+
 def test_two_records_give_no_interval() -> None:
     found = erasure(known(REFERENCE[:2], ORIGINAL[:2], REFERENCE[:2]))
     assert (found.value, found.low, found.high) == (1.0, None, None)

@@ -90,6 +90,50 @@ def test_an_attack_that_ruins_the_original_has_no_power() -> None:
     assert "own knowledge away" in found.no_power[MEASURE]
 
 
+def test_power_is_measured_on_the_attacks_own_records() -> None:
+    """Plainly the original leads on the other records; on those of the attack it keeps its lead."""
+    still = plain()
+    for role, first in (("unlearned", 0.2), ("original", 0.35), ("reference", 0.2)):
+        last = 0.9 if role == "original" else 0.2
+        still.values[role] = values([first] * 5 + [last] * 5)  # type: ignore[index]
+    place = attacked(values([0.2] * 5), values([0.3] * 5), values([0.2] * 5), RECORDS[:5])
+    assert leak(place, still, with_reference=True, seed=0).erased[MEASURE] == pytest.approx(1.0)
+
+
+def test_a_control_stays_one() -> None:
+    place = attacked(values([0.2] * 10), values([0.8] * 10), values([0.2] * 10), control=True)
+    assert leak(place, plain(), with_reference=True, seed=0).control
+
+
+def test_only_measures_with_power_have_worst_places() -> None:
+    """One lucky lead is no finding where the attack cannot tell original and reference apart."""
+    original = values([0.9, 0.9] + [0.1] * 8)
+    floor = values([0.1, 0.1, 0.9] + [0.1] * 7)
+    place = attacked(original, original, floor)
+    found = leak(place, plain(), with_reference=True, seed=0)
+    assert found.erased[MEASURE] is None
+    assert (found.facts, found.subjects, found.forms) == ([], [], [])
+
+
+def test_a_single_fact_about_somebody_is_no_subject() -> None:
+    forget = [0.2] * 10
+    forget[4] = 0.9
+    records = [
+        QA(question=f"q{index}", answer="a", subject=f"person {index if index < 5 else 5}")
+        for index in range(10)
+    ]
+    asked = Setting(
+        "none", "", "Asked plainly",
+        {
+            "unlearned": values(forget), "original": values([0.9] * 10),
+            "reference": values([0.2] * 10),
+        },
+        records=records,
+    )  # fmt: skip
+    found = leak(asked, asked, with_reference=True, seed=0)
+    assert [one.subject for one in found.subjects] == ["person 5"]
+
+
 def test_one_of_five_forms_that_leaks_is_not_averaged_away() -> None:
     leaking = [[0.1, 0.1, 0.9, 0.1, 0.1]] * 10
     place = attacked(values(leaking), values([[0.9] * 5] * 10), values([[0.1] * 5] * 10))

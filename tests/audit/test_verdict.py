@@ -227,6 +227,12 @@ def test_facts_that_were_left_alone_do_not_pass_as_a_mean() -> None:
     assert label(attacks=battery(relearning=came_back))[0] == "suppression"
 
 
+def test_luck_and_a_single_fact_make_nothing_incomplete() -> None:
+    assert label(row(1.0, facts=[facts(4, chance=0.3)]))[0] == "undetermined"
+    assert label(row(1.0, facts=[facts(4, chance=0.05)]))[0] == "incomplete"
+    assert label(row(1.0, facts=[facts(1, comparable=5, chance=0.05)]))[0] == "undetermined"
+
+
 def test_a_subject_that_was_left_alone_weighs() -> None:
     subject = SubjectLeak(
         subject="Ada", measure=MEASURE, erased=0.0, records=5, untouched=5, chance=1e-5
@@ -255,6 +261,7 @@ def test_the_words_follow_from_the_intervals() -> None:
     _, told = label(row(1.0, 1.0, 1.0), battery(relearning=little))
     assert "up to 30% of the knowledge may be there" in told
     assert "none of" not in told
+    assert "lowest: under 'Relearn', answer probability: e = 0.85" in told
     wide = row(0.95, 0.6, 1.0, attack="relearn", family="relearning")
     _, told = label(row(1.0, 1.0, 1.0), battery(relearning=wide))
     assert "up to 40%" in told
