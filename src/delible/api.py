@@ -139,6 +139,9 @@ def unlearn(
         request = preparing.with_forget_rows(system, request, context, review=review)
         if review and run is not None:
             return UnlearnResult(system, run.path, [], to_review=elicited.place(run))
+    start = finishing.Start.of(system)
+    if start.chain and request.predecessor is None:
+        request = request.model_copy(update={"predecessor": start.chain[-1].request})
     asked = finishing.asked(request, shown)
     before = finishing.answers(system, asked)
     found: dict[SystemRole, Measured] = {}
@@ -148,7 +151,6 @@ def unlearn(
             never = open_system(reference) if isinstance(reference, str) else reference
             found["reference"] = probabilities(never, request)
             del never
-    start = finishing.Start.of(system)
     began = time.perf_counter()
     outcome = chosen.apply(system, request, context)
     seconds = time.perf_counter() - began

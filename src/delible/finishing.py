@@ -82,21 +82,50 @@ class UnlearnResult:
 
 
 @dataclass(frozen=True)
+class Link:
+    """An earlier run that a run goes on from.
+
+    Attributes:
+        folder: Its run directory.
+        request: Id of its request.
+        ended: When it did.
+    """
+
+    folder: str
+    request: str
+    method: str
+    ended: str
+
+
+def chain_of(system: System) -> tuple[Link, ...]:
+    """The runs whose result a system is, the first one first; empty for a model of elsewhere."""
+    folder = Path(system.name).expanduser()
+    manifest = RunDirectory(folder).manifest if is_artefact(folder) else {}
+    if "request" not in manifest:
+        return ()
+    method = manifest.get("run", {}).get("method", {}).get("name", "?")
+    mine = Link(str(folder.resolve()), manifest["request"], method, str(manifest.get("ended", "")))
+    return (*(Link(**one) for one in manifest.get("chain", ())), mine)
+
+
+@dataclass(frozen=True)
 class Start:
     """The system before, as an artefact names it.
 
     Attributes:
         base: Its name and identity.
         lasting: Its name opens it again.
+        chain: The runs that made it, the first one first.
     """
 
     base: Base
     lasting: bool
+    chain: tuple[Link, ...] = ()
 
     @classmethod
     def of(cls, system: System) -> Start:
         """To be asked before anything is changed."""
-        return cls(opening.described(system), opening.opens_again(system))
+        return cls(opening.described(system), opening.opens_again(system), chain_of(system))
 
 
 # ---- what is shown
@@ -171,6 +200,8 @@ def keep(
         examples=[asdict(example) for example in result.examples],
         achieved=None if result.achieved is None else result.achieved.as_json(),
         verified=checked,
+        request=request.id,
+        chain=[asdict(one) for one in start.chain],
         artefact=artefact.model_dump(mode="json", exclude_none=True),
     )
     shutil.rmtree(run.path / "checkpoint", ignore_errors=True)

@@ -35,10 +35,12 @@ class Patch(ArtefactKind):
 
     def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         content.save(folder / _PART)
-        return {_PART: _PART}, {}
+        return {_PART: _PART}, {"title": content.title}
 
     def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
         lm = language_model(base(), str(folder))
-        PatchOfWeights.load(folder / artefact.parts[_PART]).apply(lm)
+        patch = PatchOfWeights.load(folder / artefact.parts[_PART])
+        patch.title = str(artefact.options.get("title", patch.title))
+        patch.apply(lm)
         lm.origin = ModelInfo(str(folder), "run", str(folder))
         return lm

@@ -131,6 +131,11 @@ def read_run(directory: str | Path) -> ReportData:
             )
     if manifest.get("stopped"):
         notes.append(f"The training was stopped early: {manifest['stopped']}")
+    if chain := manifest.get("chain"):
+        earlier = ", then ".join(
+            f"{one['method']} in {one['folder']} (ended {str(one['ended'])[:10]})" for one in chain
+        )
+        notes.append(f"It goes on from the result of {earlier}.")
     notes += _shortened(manifest)
     audit = None
     if audit_path.exists():

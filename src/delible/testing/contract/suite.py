@@ -35,6 +35,7 @@ from delible.testing.contract.intervention import (
     intervention_is_taken_off_exactly,
     intervention_survives_saving,
 )
+from delible.testing.contract.method import outcome_is_kept_opened_and_taken_off
 from delible.testing.contract.metric import (
     benchmark_declares_its_table,
     metric_gives_a_value_or_a_reason,
@@ -104,9 +105,11 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "harden": (hardening_adds_and_puts_back, *_RUN),
     "attack": (rewriting_is_deterministic,),
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
+    "editor": (outcome_is_kept_opened_and_taken_off,),
+    "intervention": (outcome_is_kept_opened_and_taken_off,),
     "guard": (
         guard_refuses_what_is_forgotten, guard_gives_no_scores, guard_fails_closed,
-        guard_changes_the_fingerprint,
+        guard_changes_the_fingerprint, outcome_is_kept_opened_and_taken_off,
     ),
 }  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""Methods: what is made is kept, opened, and taken off again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+
+from delible import registry
+from delible.context import Context
+from delible.lm.lm import LM
+from delible.method import Method
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import Composed, System
+from delible.system.questions import ask
+from delible.systems.opening import described, keep, open_lm, open_system, undo
+from delible.testing.contract.trial import (
+    FORGET,
+    REQUEST,
+    RETAIN,
+    Trial,
+    answers,
+    require,
+    require_same,
+    weights,
+)
+
+PROMPTS = [prompt for record in (*FORGET, *RETAIN) if (prompt := ask(record)) is not None]
+DECODING = Decoding(6)
+
+
+def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
+    """Saved and opened it answers as before; taken off, as its base, bit by bit, and back again."""
+    card = trial.component.card
+    if card.name not in {known.name for known in registry.cards(card.kind)}:
+        return  # what is not installed (an entry point) has no name to be opened by
+    folder = trial.folder / "method"
+    trial.lm().save(folder / "base")
+    base = _precise(open_lm(str(folder / "base")))
+    start, plain = _said(base), weights(cast(LM, base))
+    below = described(base)
+    torch.manual_seed(1)
+    outcome = cast(Method, trial.component).apply(base, REQUEST, Context())
+    made = _said(outcome.system)
+    keep(outcome.kind, outcome.content, folder / "run", below, outcome.system)
+    name = str(folder / "run")
+    require(_same(_said(_precise(open_system(name))), made), "opened, it answers otherwise")
+    parted = outcome.system
+    require(isinstance(parted, Composed), "it does not say what can be taken off")
+    found = cast(Composed, parted).taken_off()
+    require(found is not None, "nothing can be taken off")
+    assert found is not None
+    require(_same(_said(found[1]), start), "taken off, it does not answer as its base")
+    require(_same(_said(outcome.system), made), "taking it off changed the whole")
+    undo(folder / "run")
+    undone = _precise(open_system(name))
+    require(isinstance(undone, LM), "undone, it is not its base")
+    require_same(plain, weights(cast(LM, undone)), "undone, its weights are not those of its base")
+    require(_same(_said(undone), start), "undone, it does not answer as its base")
+    undo(folder / "run", back=True)
+    require(_same(_said(_precise(open_system(name))), made), "put on again, it answers otherwise")
+
+
+def _precise(system: System) -> System:
+    """The system, computing in fp32 whatever this machine would choose."""
+    inner = system
+    while hasattr(inner, "system"):
+        inner = inner.system
+    lm = cast(LM, inner)
+    lm.precision = "float32"
+    getattr(lm, "bare", lm).precision = "float32"
+    return system
+
+
+def _said(system: System) -> tuple[list[str | NoAnswer], list[np.ndarray]]:
+    prompts: Sequence[Prompt] = PROMPTS
+    texts = list(system.generate(prompts, DECODING))
+    return texts, answers(system)[0] if isinstance(system, LM) else []
+
+
+def _same(
+    left: tuple[list[str | NoAnswer], list[np.ndarray]],
+    right: tuple[list[str | NoAnswer], list[np.ndarray]],
+) -> bool:
+    pairs = zip(left[1], right[1], strict=True)
+    return left[0] == right[0] and all(np.array_equal(one, other) for one, other in pairs)
