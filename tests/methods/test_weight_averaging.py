@@ -39,7 +39,9 @@ def train(lm: LM, finish: dict[str, Any], place: Any = "all", **options: Any) ->
             "finish": {"name": "weight_averaging", **finish}, "training": training,
         }
     )  # fmt: skip
-    return Trainer(lm, recipe, {"forget": FORGET, "retain": RETAIN}, **options).train()
+    return Trainer(
+        lm, recipe, {"forget": FORGET, "retain": RETAIN}, context=Context(**options)
+    ).train()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_there_are_always_enough_points_inside_the_run(total: int) -> None:
 def test_a_run_that_is_too_short_is_refused_before_its_first_step() -> None:
     seen: list[int] = []
     with pytest.raises(RecipeError, match="has 4 steps"):
-        train(by_hand.tiny_lm(), {}, training={"epochs": 4}, progress=lambda *_: seen.append(1))
+        train(by_hand.tiny_lm(), {}, training={"epochs": 4}, steps=lambda *_: seen.append(1))
     assert not seen
     result = train(by_hand.tiny_lm(), {"points": 2}, training={"epochs": 4})
     assert result.notes["weight_averaging"] == {"points": 2}
@@ -95,7 +97,7 @@ def test_a_run_ends_at_the_mean_of_its_late_weights() -> None:
     plain, averaged = by_hand.tiny_lm(), by_hand.tiny_lm()
     seen: list[list[Tensor]] = []
     result = train(averaged, {"start": 0.5, "every": 2, "points": 3},
-                   progress=lambda *_: seen.append(weights(averaged)))  # fmt: skip
+                   steps=lambda *_: seen.append(weights(averaged)))  # fmt: skip
     assert result.notes["weight_averaging"] == {"points": 3}
     for index, found in enumerate(weights(averaged)):
         expected = torch.stack([seen[step - 1][index].double() for step in (5, 7, 9)]).mean(0)
@@ -151,7 +153,7 @@ def test_a_killed_run_resumes_with_its_mean(tmp_path: Path, stop_after: int) -> 
         run = RunDirectory(tmp_path / str(forgets))
         run.begin({"name": "mean"})
         with pytest.raises(StopError):
-            train(by_hand.tiny_lm(), finish, run=run, progress=interrupt)
+            train(by_hand.tiny_lm(), finish, run=run, steps=interrupt)
         kept = run.path / "checkpoint" / "last" / "memory.safetensors"
         assert kept.exists() == (stop_after > 4)
         if forgets:
@@ -172,7 +174,7 @@ def test_a_run_that_ends_early_says_that_nothing_was_averaged(
     last: list[list[Tensor]] = []
     result = train(
         lm, {"start": 0.9, "every": 1, "points": 2},
-        progress=lambda *_: last.append(weights(lm)),
+        steps=lambda *_: last.append(weights(lm)),
         training={"monitor_steps": 1, "stop_at_forget_probability": 0.999},
     )  # fmt: skip
     assert result.stopped is not None

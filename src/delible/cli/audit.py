@@ -128,6 +128,8 @@ def audit(
     asked_metrics = _components(metrics, "metric")
     asked_attacks = _components(attacks, "attack")
     roles = read_roles(role)
+    if "judge" not in roles:
+        _need_no_judge(asked_metrics or ())
     thresholds = [
         *_shorthand("forget.answer_probability>", max_forget_probability),
         *_shorthand("retain.answer_probability<", min_retain_probability),
@@ -178,6 +180,15 @@ def audit(
 
         reporter.say(f"The report: {write_page(place)}")
         return _judge(reporter, result, thresholds)
+
+
+def _need_no_judge(metrics: Sequence[Any]) -> None:
+    """Refuses metrics that nobody would judge, before any work."""
+    from delible.component import build
+    from delible.system.roles import Roles
+
+    for one in metrics:
+        build("metric", one).with_roles(Roles())
 
 
 def _components(given: Sequence[str] | None, kind: Kind) -> list[Any] | None:

@@ -386,7 +386,7 @@ def _folder(
     refusals: Sequence[str] | None,
     generator: str | None,
     generated: Path | None,
-    roles: Mapping[str, Any],
+    roles: Mapping[str, Any] | None = None,
 ) -> Path:
     """The same for the same command and data, so that a killed run is found again."""
     content = [spec, model, request.id, seed, anchor, refusals]
