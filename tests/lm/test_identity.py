@@ -85,7 +85,7 @@ def test_every_unknown_hook_is_another_one_and_is_forgotten_when_it_goes() -> No
         handle.remove()
     assert len(seen) == 31
     assert lm.fingerprint in seen
-    assert len(identity._names) < 15
+    assert all(alive() is not None for alive, _ in identity._names.values())  # none is kept on
 
 
 def test_the_same_hook_elsewhere_is_another_model() -> None:
