@@ -232,6 +232,8 @@ def test_adapters_on_off_scaled_and_merged_are_told_apart(tmp_path: Path) -> Non
     lm.model.merge_adapter()
     ask()
     assert len({*seen}) == len(seen)
+    lm.merge_adapter()  # an ordinary model again: as if its weights had been loaded
+    assert lm.fingerprint == LM(lm.model, lm.tokenizer, precision="float32").fingerprint
 
 
 def test_a_copy_has_the_same_and_reads_no_weights_again(monkeypatch: pytest.MonkeyPatch) -> None:
