@@ -221,6 +221,18 @@ def test_two_threads_ask_the_same_weights_with_it_and_without() -> None:
     assert not any(one._forward_hooks for one in lm.model.modules())
 
 
+def test_the_bare_model_stays_bare_while_the_other_is_asked() -> None:
+    lm = bare("llama")
+    before = logprobs(lm)
+    for site in (BLOCK, Site(what="block_input", layers=(1,))):
+        found = intervened(lm, [scaling(site=site)])
+        with found.evaluating():
+            assert any(one._forward_hooks or one._forward_pre_hooks for one in lm.model.modules())
+            inside = logprobs(lm)
+            assert far(found, lm) > 1e-2
+        assert all(np.array_equal(one, two) for one, two in zip(before, inside, strict=True))
+
+
 # ---- saved and loaded
 
 

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from delible.errors import ModelError
@@ -37,7 +37,7 @@ class Where:
     what: str
     layer: int | None
     _tokens: int
-    _chosen: Bool[Tensor, "rows new"] | None
+    _chosen: Int[Tensor, " token"] | None
 
     @property
     def layout(self) -> Layout:
@@ -59,7 +59,8 @@ class Where:
         return self._of(self.layout.place)
 
     def _of(self, values: Tensor) -> Tensor:
-        return values.reshape(-1) if self._chosen is None else values[self._chosen]
+        flat = values.reshape(-1)
+        return flat if self._chosen is None else flat[self._chosen]
 
 
 #: (states [token, width], where) -> states of the same shape; None: it only reads.
@@ -173,13 +174,10 @@ class Taps:
 
     def _one(self, states: Tensor, place: Place, tap: Tap) -> Tensor:
         flat = states.reshape(-1, states.shape[-1])
-        chosen = None
-        if tap.positions.kind != "all":
-            layout = _layout(len(flat), place.what)
-            chosen = tap.positions.chosen(self.lm, layout)
-            if not bool(chosen.any()):
-                return states
-        part = flat if chosen is None else flat[chosen.reshape(-1)]
+        chosen = None if tap.positions.kind == "all" else self._chosen(tap, place, len(flat))
+        if chosen is not None and not len(chosen):
+            return states
+        part = flat if chosen is None else flat[chosen]
         new = tap.function(part, Where(place.what, place.layer, len(flat), chosen))
         if new is None:
             return states
@@ -190,8 +188,17 @@ class Taps:
             )
         new = new.to(states.dtype)
         if chosen is not None:
-            new = flat.masked_scatter(chosen.reshape(-1, 1), new)
+            new = flat.index_copy(0, chosen, new)
         return new.reshape(states.shape)
+
+    def _chosen(self, tap: Tap, place: Place, tokens: int) -> Int[Tensor, " token"] | None:
+        """Which of all tokens are meant, found once per call of the backbone; None: all are."""
+        layout = _layout(tokens, place.what)
+        key = ("flat", tap.positions)
+        if key not in layout.known:
+            flat = tap.positions.chosen(self.lm, layout).reshape(-1).nonzero()[:, 0]
+            layout.known[key] = None if len(flat) == tokens else flat
+        return layout.known[key]  # type: ignore[no-any-return]
 
 
 def _layout(tokens: int, what: str) -> Layout:

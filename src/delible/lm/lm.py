@@ -175,6 +175,7 @@ class LM(Body):
         """Takes another form of the same model: with an adapter, or with one merged."""
         self.model = model
         self.anatomy = derive(self.core)  # an adapter moves the matrices to `base_layer`
+        self._identity = Identity(model)
         self.touch()
 
     def merge_adapter(self) -> None:
