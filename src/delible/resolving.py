@@ -97,10 +97,10 @@ def recipe_named(
     Raises:
         RecipeError: The method is none; or as for :func:`resolve_method`.
     """
-    found = resolve_method(method, slots=slots, options=options)
+    found = resolve_method(method)
     if not isinstance(found, GradientMethod):
         raise RecipeError(
             f"'{found.name}' takes no training steps, so {why}.",
             hint="Name recipes ('delible list recipes').",
         )
-    return found.recipe
+    return found.with_slots(slots or {}, options or {}).recipe

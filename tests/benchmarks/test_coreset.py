@@ -166,7 +166,7 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"method": "rocr"}, "editor"),
+        ({"method": "rocr"}, "no rows to choose from"),
         ({"fractions": (0.5, 1.5)}, "1.5 is not in"),
         ({"fractions": (0.0,)}, "0.0 is not in"),
         ({"selectors": ("random_corset",), "fractions": (0.5,)}, "random_coreset"),

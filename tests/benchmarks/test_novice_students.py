@@ -176,7 +176,7 @@ def test_it_runs_and_resumes(short: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_has_no_level_is_refused_at_once(tmp_path: Path) -> None:
     setting = Setting(model="no such model", methods=("rocr",), seeds=1, folder=tmp_path)
-    with pytest.raises(RecipeError, match="no steps"):
+    with pytest.raises(RecipeError, match="takes no training steps"):
         NoviceStudents().run(setting)
     with pytest.raises(RecipeError, match="nobody to keep"):
         NoviceStudents(people=4, forget=4).material()

@@ -20,6 +20,8 @@ from delible.measure.benchmark import (
     Task,
 )
 from delible.records import QA
+from delible.system.asks import Prompt
+from delible.systems.guarded import GuardedSystem
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 QUICK = {"max_steps": 1, "batch_size": 4}
@@ -108,23 +110,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def ran(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Three requests, the second one not measured; what every method was given."""
-    asked: dict[str, Any] = {"unlearned": [], "guarded": []}
-    unlearn, guard = one_cell.unlearn, one_cell.guard
+    asked: dict[str, Any] = {"gradient_ascent": [], "target_detector": []}
+    unlearn = one_cell.unlearn
 
     def unlearned(start: str, request: Any, **options: Any) -> Any:
         result = unlearn(start, request, **options)
-        asked["unlearned"].append((start, request, str(result.model.fingerprint)))
+        asked[options["method"]].append((start, request, result.system))
         return result
-
-    def guarded(system: Any, request: Any, *args: Any, **options: Any) -> Any:
-        asked["guarded"].append((str(system.fingerprint), request))
-        return guard(system, request, *args, **options)
 
     # three requests, two checkpoints: after the second (2 of 3, rounded) and the third
     chosen = QuickPCH(forget=3, retain=2, requests=3, checkpoints=2, limit=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_cell, "unlearn", unlearned)
-        patch.setattr(one_cell, "guard", guarded)
         patch.setattr(one_cell, "build", lambda kind, spec: _quick(chosen, kind, spec))
         asked["result"] = bench(
             chosen, methods=("gradient_ascent", "target_detector"), model=model,
@@ -144,24 +141,31 @@ def tasks_of(ran: dict[str, Any]) -> list[Task]:
 
 def test_the_stream_goes_on_from_the_last_result(ran: dict[str, Any]) -> None:
     tasks = tasks_of(ran)
-    calls = ran["unlearned"]
+    calls = ran["gradient_ascent"]
     assert [request for _, request, _ in calls] == [task.request for task in tasks]
     assert "target" in calls[0][0]
     for (start, _, _), before in zip(calls[1:], tasks, strict=False):
         assert f"{before.name}--gradient_ascent" in start
-    assert len({fingerprint for *_, fingerprint in calls}) == 3
+    assert len({system.fingerprint for *_, system in calls}) == 3
     assert not (ran["result"].folder / "models").exists()
 
 
 def test_a_guard_guards_all_requests_so_far(ran: dict[str, Any]) -> None:
+    """Guards stand before guards; below all of them is the first model."""
     tasks = tasks_of(ran)
-    names = [set(request.subjects) for _, request in ran["guarded"]]
-    so_far = [
-        {name for task in tasks[: place + 1] for name in task.request.subjects}
-        for place in range(3)
-    ]
-    assert names == so_far
-    assert len({fingerprint for fingerprint, _ in ran["guarded"]}) == 1  # always the first model
+    assert [request for _, request, _ in ran["target_detector"]] == [one.request for one in tasks]
+    below = set()
+    for place, (*_, system) in enumerate(ran["target_detector"]):
+        minds = []
+        while isinstance(system, GuardedSystem):
+            minds.append(system.mind)
+            system = system.system
+        assert len(minds) == place + 1
+        below.add(system.identity)
+        for name in {name for task in tasks[: place + 1] for name in task.request.subjects}:
+            asked = Prompt.ask(f"Who is {name}?")
+            assert any(mind.before(asked) is not None for mind in minds), name
+    assert len(below) == 1
 
 
 def test_degree_and_utility_are_in_the_table(ran: dict[str, Any]) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from delible import registry
+from delible.cards import METHODS
 
 
 @pytest.mark.parametrize(
     ("word", "kinds"),
     [
-        ("methods", {"recipe", "editor"}), ("method", {"recipe", "editor"}),
+        ("methods", set(METHODS)), ("method", set(METHODS)),
         ("metrics", {"metric"}), ("metric", {"metric"}), ("guards", {"guard"}),
         ("attacks", {"attack"}), ("objectives", {"objective"}), ("finishes", {"finish"}),
         ("harden", {"harden"}),

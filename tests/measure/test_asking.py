@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from delible import api
+from delible import finishing
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
@@ -58,5 +58,5 @@ def test_rows_say_which_record_has_no_answer() -> None:
 
 def test_a_record_without_an_answer_is_not_shown_among_the_examples() -> None:
     request = ForgetRequest(forget=(WAITING, Dialogue(messages=(USER, ASSISTANT))))
-    shown = api._asked(request, 2)
+    shown = finishing.asked(request, 2)
     assert [record for _, record, _ in shown] == [request.forget[1]]

@@ -271,7 +271,7 @@ def test_a_circle_is_told(base: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"kind": "codebok"}, "unknown kind 'codebok'"),
-        ({"version": 99}, r"form 99.*Update delible"),
+        ({"version": 99}, r"form 99.*update yours"),
         ({"parts": {"patch": "../patch"}}, "outside the folder"),
         ({"parts": {"patch": "gone"}}, "part 'patch' is missing"),
         ({"colour": "red"}, "unknown option 'colour'"),

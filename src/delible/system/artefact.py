@@ -110,7 +110,7 @@ def read(folder: Path) -> Artefact:
         raise RunError(
             f"it has the form {version}, this delible knows {VERSION}.",
             where=str(path),
-            hint="Update delible: pip install --upgrade delible.",
+            hint="A newer delible wrote it: update yours.",
         )
     try:
         artefact = Artefact.build(str(path), **content)
