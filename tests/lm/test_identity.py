@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -16,7 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from delible.lm import identity
 from delible.lm.hooks import capture
+from delible.lm.identity import settings_of
 from delible.lm.lm import LM
+from delible.lm.load import weights_digest
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.system.asks import Decoding, Generate, Prompt, Score
@@ -49,7 +52,24 @@ def test_a_plain_model_keeps_its_fingerprint(family: str) -> None:
             one.copy_((torch.arange(one.numel()) % 97 - 48).reshape(one.shape) / 256)
     lm = LM(model, tiny_tokenizer(), precision="float32")
     lm.template = SimpleNamespace(fingerprint="template")  # type: ignore[assignment]
-    assert lm.fingerprint == GOLDEN[family]
+    known = f"{weights_digest(model)}/template/float32"
+    assert hashlib.sha256(known.encode()).hexdigest() == GOLDEN[family]
+    by_hand = f"{known}/{settings_of(lm.core.config)}"
+    assert lm.fingerprint == hashlib.sha256(by_hand.encode()).hexdigest()
+    assert lm.identity == hashlib.sha256(f"{weights_digest(model)}/template".encode()).hexdigest()
+
+
+def test_equal_weights_with_another_window_are_another_model() -> None:
+    """Only the settings differ: what the one answers is never taken for the other's."""
+    wide, narrow = (
+        LM(tiny_model("mistral", sliding_window=window), tiny_tokenizer(), precision="float32")
+        for window in (64, 8)
+    )
+    assert weights_digest(wide.model) == weights_digest(narrow.model)
+    assert wide.fingerprint != narrow.fingerprint
+    wide.core.config._name_or_path = "elsewhere"
+    again = LM(tiny_model("mistral", sliding_window=64), tiny_tokenizer(), precision="float32")
+    assert wide.fingerprint == again.fingerprint
 
 
 def test_what_only_reads_changes_nothing() -> None:

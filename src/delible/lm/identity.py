@@ -17,6 +17,7 @@ A plain model has none of these, and its identity is the digest alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import weakref
@@ -37,6 +38,13 @@ IDENTITY = "delible_identity"
 _LIBRARIES = frozenset({
     "torch", "transformers", "peft", "delible", "accelerate", "bitsandbytes", "torchao",
     "gptqmodel", "awq", "hqq", "compressed_tensors", "optimum", "kernels",
+})  # fmt: skip
+#: Settings that say where a model is from, or how it is stored, computed or trained.
+_UNTELLING = frozenset({
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype",
+    "use_cache", "quantization_config", "_attn_implementation", "attn_implementation",
+    "_experts_implementation", "bos_token_id", "eos_token_id", "pad_token_id",
+    "output_hidden_states", "output_attentions", "return_dict", "gradient_checkpointing",
 })  # fmt: skip
 #: Hooks of the libraries that change no value: what collects outputs, what asks for gradients.
 _READING = re.compile(
@@ -95,6 +103,20 @@ class Identity:
             kind = type(module)
             if self._loaded.get(name, kind) is not kind:
                 yield f"{name} is {kind.__module__}.{kind.__qualname__}"
+
+
+def settings_of(config: Any) -> str:
+    """A model's settings (window, rope, scales, …) without those that change no answer, as JSON.
+
+    Two models of equal weights answer differently where these differ.
+    """
+
+    def telling(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: telling(value) for key, value in part.items() if key not in _UNTELLING}
+        return part
+
+    return json.dumps(telling(config.to_diff_dict()), sort_keys=True, default=str)
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:

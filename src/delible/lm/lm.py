@@ -23,7 +23,7 @@ from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.forward import Forward, collate, map_logits
-from delible.lm.identity import Identity
+from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
 from delible.lm.load import ModelInfo, load_model, with_adapter
 from delible.lm.parts import has_other_parts, kind_of
@@ -150,7 +150,8 @@ class LM(Body):
         Weights that were changed in a way that PyTorch does not count (``.data``, outside of its
         own operations) have to be told with :meth:`touch`.
         """
-        joined = f"{self._identity.of(self.model)}/{self.template.fingerprint}/{self.precision}"
+        parts = [self._identity.of(self.model), self.template.fingerprint, self.precision]
+        joined = "/".join([*parts, settings_of(self.core.config)])
         return hashlib.sha256(joined.encode()).hexdigest()
 
     @property
