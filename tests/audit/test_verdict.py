@@ -280,9 +280,12 @@ def test_too_few_records_are_said() -> None:
 
 def test_a_missing_reference_and_rows_without_power_are_said() -> None:
     rows = [*battery(), row(None, attack="quantize", variant="2 bit", family="quantization")]
-    found, told = label(attacks=rows, without_reference=True)
+    compared = GONE.model_copy(update={"knowledge": {MEASURE: {"original": 0.9}}})
+    found, told = label(compared, rows, without_reference=True)
     assert found == "removal-consistent"
-    assert "no retrain reference" in told
+    assert "no retrain reference: what the original scores" in told
+    _, told = label(attacks=rows, without_reference=True)
+    assert "neither a retrain reference nor the original" in told
     assert "No score could be given for: Quantize (2 bit)." in told
 
 

@@ -68,9 +68,12 @@ def verdict(
     """
     label, reasons = _label(plain, attacks, parts, utility, over_forgotten, white_box)
     if without_reference:
+        known = any(found.get("original") is not None for found in plain.knowledge.values())
         reasons.append(
             "There was no retrain reference: what the original scores on records that it never saw "
             "was taken instead."
+            if known
+            else "There was neither a retrain reference nor the original to compare with."
         )
     if over_forgotten is not None:
         other = (

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from delible.lm.adapters import each_its_own
 from delible.lm.attention import attention_window, token_by_token
 from delible.lm.body import Body
 from delible.lm.forward import cache_argument, fill_prefix
@@ -158,6 +159,7 @@ class Row:
         finish: Why it ended: an end token or a stop text, its length, or logits that are no
             numbers; None while it goes on.
         prompt: The tokens that it continues, once it has begun.
+        adapter: Which of the model's adapters speaks; see :class:`Prompt`.
     """
 
     decoding: Decoding
@@ -165,6 +167,7 @@ class Row:
     said: list[int] = field(default_factory=list)
     finish: Finish | None = None
     prompt: Sequence[int] = ()
+    adapter: str | None = None
 
     @cached_property
     def draw(self) -> random.Random:
@@ -208,9 +211,10 @@ class Speaking:
         return self.lm.shares_prefix and self.lm.road in ("trees", "prefix")
 
     def join(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> None:
-        """Reads the prompts of rows that begin to speak.
+        """Reads the prompts of rows that begin to speak; their adapter is on, see ``adapters.py``.
 
         Args:
+            rows: Of one adapter.
             prompts: Token ids, one sequence per row; they go through the model as one batch.
         """
         for row, prompt in zip(rows, prompts, strict=True):
@@ -259,7 +263,8 @@ class Speaking:
             lambda: [len(row.said) for row in self.rows],
             self._mask.device,
         )
-        with turn(self.lm.core), token_by_token(self.lm):
+        adapters = each_its_own(self.lm, [row.adapter for row in self.rows])
+        with turn(self.lm.core), token_by_token(self.lm), adapters:
             self._states = self._following(fed, self._mask, self._cache, layout)
 
     def leave(self) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from delible.errors import ModelError, RunError
+from delible.lm.adapters import check_name, names_of, wearing
 from delible.lm.anatomy import Anatomy, derive
 from delible.lm.attention import attention_window
 from delible.lm.body import AfterHead, Body, Budget, Road
@@ -48,7 +49,7 @@ from delible.system.base import System
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+R, T = TypeVar("R"), TypeVar("T")
 
 
 _NOT_FINITE = "the model gives values that are not finite numbers"
@@ -77,7 +78,7 @@ class LM(Body):
             reproduce the model's own logits.
     """
 
-    capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights"})
+    capabilities = frozenset({"generate", "score", "distribution", "hidden", "weights", "adapters"})
     #: Called with so many answers' worth of work whenever it is done, if somebody wants to know.
     on_answers: Callable[[int], None] | None = None
 
@@ -191,14 +192,33 @@ class LM(Body):
             except ValueError as error:  # what PEFT raises for values that are not finite
                 raise RunError(f"the adapter cannot be merged: {error}") from error
 
-    def put_on(self, adapter: Path) -> None:
-        """Wears a saved PEFT adapter.
+    def put_on(self, adapter: Path, name: str | None = None) -> None:
+        """Wears a saved PEFT adapter; beside those it has, if a name is given.
+
+        Args:
+            name: By which questions ask for it (:attr:`Prompt.adapter`). The first one stays on.
 
         Raises:
-            ModelError: It does not fit.
+            ModelError: It does not fit, or the name is taken.
         """
         patches, origin = self.patches, self.origin
-        self.wear(with_adapter(self.core, adapter, self.origin.place if self.origin else self.name))
+        if name in names_of(self):
+            raise ModelError(f"there is an adapter '{name}' already.", where=self.name)
+        below = self.origin.place if self.origin else self.name
+        start = self.model if name is not None and self.wears_adapter else self.core
+        self.wear(with_adapter(start, adapter, below, name or "default"))
+        self.patches, self.origin = patches, origin
+
+    def switch(self, adapter: str) -> None:
+        """Turns one of several adapters on, and the others off.
+
+        Raises:
+            ModelError: The model has no such adapter.
+        """
+        check_name(self, adapter)
+        patches, origin = self.patches, self.origin
+        self.model.set_adapter(adapter)
+        self.touch()
         self.patches, self.origin = patches, origin
 
     def taken_off(self) -> tuple[str, LM] | None:
@@ -274,11 +294,28 @@ class LM(Body):
         Where questions have several answers each (perturbed, paraphrased), a question is
         computed once for all of them; otherwise rows of like length share a batch.
         """
-        return self._answered(requests, self._score)
+        return self._by_adapter(requests, lambda mine: self._answered(mine, self._score))
 
     def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
         """Distributions, hidden states or gradient norms; requests of one kind."""
-        return self._answered(requests, self._inspect)
+        return self._by_adapter(requests, lambda mine: self._answered(mine, self._inspect))
+
+    def _by_adapter(
+        self, requests: Sequence[R], answer: Callable[[Sequence[R]], list[T]]
+    ) -> list[T]:
+        """Answers to requests, or prompts, each by the adapter that it names."""
+        named = [getattr(one, "prompt", one).adapter for one in requests]
+        if all(name is None for name in named):
+            return answer(requests)
+        found: dict[int, T] = {}
+        for name in dict.fromkeys(named):
+            if name is not None:
+                check_name(self, name)
+            places = [place for place, one in enumerate(named) if one == name]
+            with wearing(self, name):
+                answers = answer([requests[place] for place in places])
+            found.update(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(requests))]
 
     def _answered(
         self,
@@ -375,9 +412,12 @@ class LM(Body):
             values = tree_values(self, prefix, [trees[place] for place in places], function)
             yield [index for place in places for index in groups[place]], values
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers up to the end of the turn, a stop text or the length limit."""
+        return self._by_adapter(prompts, lambda mine: self._generate(mine, decoding))
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         ids = [self.template.prompt_ids(prompt) for prompt in prompts]
         room = self.template.max_length - 1
         answers: list[str | NoAnswer] = [

@@ -225,8 +225,8 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any]) -> Loaded:
     return Loaded(model.eval(), tokenizer, info)
 
 
-def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> Any:
-    """A model that wears a saved PEFT adapter.
+def with_adapter(model: Any, folder: Path, base: str, name: str = "default") -> Any:
+    """A model that wears a saved PEFT adapter, beside those that it wears already.
 
     Raises:
         ModelError: It does not fit the model, or changes no weights.
@@ -237,7 +237,13 @@ def with_adapter(model: PreTrainedModel, folder: Path, base: str) -> Any:
     try:
         with embedded.quiet(), warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            worn: Any = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name, local_files_only=True)
+                worn: Any = model
+            else:
+                worn = PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, local_files_only=True
+                )
     except Exception as error:  # peft raises whatever its parsers meet
         raise ModelError(
             f"the adapter does not fit its base model: {_first_line(error)}",

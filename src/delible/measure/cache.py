@@ -67,6 +67,8 @@ def _prompt_content(prompt: Prompt) -> list[object]:
     content: list[object] = [[list(one.values()) for one in dumps], prompt.prefill, prompt.text]
     if prompt.tools:
         content += [[tool.declared() for tool in prompt.tools], prompt.tool_choice]
+    if prompt.adapter is not None:
+        content.append({"adapter": prompt.adapter})
     return content
 
 

@@ -21,6 +21,8 @@ class Prompt:
         tools: What the system may call.
         tool_choice: ``"auto"``, ``"none"``, ``"required"``, or the name of the one to call; None
             is the system's own default.
+        adapter: Which of the model's adapters answers, by name; empty: none of them; None: the
+            one that is on.
     """
 
     messages: tuple[Message, ...] = ()
@@ -28,14 +30,16 @@ class Prompt:
     text: str | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: str | None = None
+    adapter: str | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Capabilities that the conversation itself asks for: ``"tools"``, ``"images"``."""
+        """What the conversation itself asks for: ``"tools"``, ``"images"``, ``"adapters"``."""
         turns = self.messages
         calls = self.tools or any(turn.tool_calls or turn.role == "tool" for turn in turns)
         images = any(turn.images for turn in turns)
-        return frozenset(["tools"] * bool(calls) + ["images"] * images)
+        named = self.adapter is not None
+        return frozenset(["tools"] * bool(calls) + ["images"] * images + ["adapters"] * named)
 
     @classmethod
     def ask(cls, question: str, *, prefill: str = "", system: str | None = None) -> Prompt:

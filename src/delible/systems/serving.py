@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from delible.lm.adapters import check_name, wearing
 from delible.lm.decode import Row, Speaking, said_by
 from delible.lm.lm import LM
 from delible.lm.tools import CALL, said_and_called
@@ -56,7 +57,10 @@ class Served:
         room = self.lm.template.max_length - 1
         if len(ids) > room:
             raise Unanswered(f"the prompt is longer than {room} tokens.")
-        row = Row(decoding, f"{decoding.seed}/{self.lm.template.render(prompt)}")
+        if prompt.adapter is not None:
+            check_name(self.lm, prompt.adapter)
+        seed = f"{decoding.seed}/{self.lm.template.render(prompt)}"
+        row = Row(decoding, seed, adapter=prompt.adapter)
         call = _Call(row, ids, asyncio.get_running_loop(), calls=bool(tools))
         self._start()
         self._inbox.put(call)
@@ -117,7 +121,10 @@ class Served:
         new = self._admitted(speaking, waiting, calls)
         if new:
             calls.update((call.row, call) for call in new)
-            speaking.join([call.row for call in new], [call.ids for call in new])
+            for adapter in dict.fromkeys(call.row.adapter for call in new):
+                mine = [call for call in new if call.row.adapter == adapter]
+                with wearing(self.lm, adapter):
+                    speaking.join([call.row for call in mine], [call.ids for call in mine])
         if speaking.goes_on:
             speaking.step()
         for call in list(calls.values()):
