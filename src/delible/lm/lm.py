@@ -9,28 +9,29 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from delible.errors import ModelError, RunError
-from delible.lm.adapters import check_name, names_of, wearing
+from delible.lm.adapters import check_name, wearing
 from delible.lm.anatomy import Anatomy, derive
 from delible.lm.attention import attention_window
-from delible.lm.body import AfterHead, Body, Budget, Road
+from delible.lm.body import AfterHead, Budget, Road
 from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
-from delible.lm.load import ModelInfo, load_model, with_adapter
+from delible.lm.load import ModelInfo, load_model
 from delible.lm.parts import has_other_parts, kind_of
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
 from delible.lm.values import token_values
+from delible.lm.worn import Removable, Worn
 from delible.precision import (
     Precision,
     Resolved,
@@ -49,21 +50,14 @@ from delible.system.base import System
 
 logger = logging.getLogger(__name__)
 
-R, T = TypeVar("R"), TypeVar("T")
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 _NOT_FINITE = "the model gives values that are not finite numbers"
 
 
-class Removable(Protocol):
-    """A change of weights that knows what was there before."""
-
-    title: str
-
-    def undo(self, lm: LM) -> None: ...
-
-
-class LM(Body):
+class LM(Worn):
     """A Hugging Face causal language model, white-box.
 
     Args:
@@ -161,89 +155,6 @@ class LM(Body):
         joined = f"{self._identity.of(self.model)}/{self.template.fingerprint}"
         return hashlib.sha256(joined.encode()).hexdigest()
 
-    def touch(self) -> None:
-        """Says that the weights have changed: those of the adapter, if the model wears one."""
-        self._identity.forget()
-        self.patches = []
-        if not self.wears_adapter:
-            self.origin = None
-
-    @property
-    def wears_adapter(self) -> bool:
-        """Whether a PEFT adapter is on."""
-        return hasattr(self.model, "merge_and_unload")
-
-    def wear(self, model: Any) -> None:
-        """Takes another form of the same model: with an adapter, or with one merged."""
-        self.model = model
-        self.anatomy = derive(self.core)  # an adapter moves the matrices to `base_layer`
-        self._identity = Identity(model)
-        self.touch()
-
-    def merge_adapter(self) -> None:
-        """Adds an adapter, if there is one, to the weights: an ordinary model again.
-
-        Raises:
-            RunError: The adapter's values are not finite.
-        """
-        if self.wears_adapter:
-            try:
-                self.wear(self.model.merge_and_unload(safe_merge=True))
-            except ValueError as error:  # what PEFT raises for values that are not finite
-                raise RunError(f"the adapter cannot be merged: {error}") from error
-
-    def put_on(self, adapter: Path, name: str | None = None) -> None:
-        """Wears a saved PEFT adapter; beside those it has, if a name is given.
-
-        Args:
-            name: By which questions ask for it (:attr:`Prompt.adapter`). The first one stays on.
-
-        Raises:
-            ModelError: It does not fit, or the name is taken.
-        """
-        patches, origin = self.patches, self.origin
-        if name in names_of(self):
-            raise ModelError(f"there is an adapter '{name}' already.", where=self.name)
-        below = self.origin.place if self.origin else self.name
-        start = self.model if name is not None and self.wears_adapter else self.core
-        self.wear(with_adapter(start, adapter, below, name or "default"))
-        self.patches, self.origin = patches, origin
-
-    def switch(self, adapter: str) -> None:
-        """Turns one of several adapters on, and the others off.
-
-        Raises:
-            ModelError: The model has no such adapter.
-        """
-        check_name(self, adapter)
-        patches, origin = self.patches, self.origin
-        self.model.set_adapter(adapter)
-        self.touch()
-        self.patches, self.origin = patches, origin
-
-    def taken_off(self) -> tuple[str, LM] | None:
-        """The adapter, or else the last patch, and a copy of the model without it."""
-        if self.wears_adapter:
-            bare = self.copy(f"{self.name} without its adapter")
-            patches = bare.patches
-            bare.wear(bare.model.unload())
-            bare.patches = patches
-            return "adapter", bare
-        if self.patches:
-            title = self.patches[-1].title
-            bare = self.copy(f"{self.name} without its {title}")
-            bare.patches[-1].undo(bare)
-            return title, bare
-        return None
-
-    def merged(self) -> LM:
-        """A plain model with all that it wears in its weights (itself if it wears nothing)."""
-        if not self.wears_adapter:
-            return self
-        twin = self.copy()
-        twin.merge_adapter()
-        return twin
-
     def copy(self, name: str | None = None) -> LM:
         """An independent copy with its own weights."""
         twin = copy.copy(self)
@@ -304,7 +215,8 @@ class LM(Body):
         self, requests: Sequence[R], answer: Callable[[Sequence[R]], list[T]]
     ) -> list[T]:
         """Answers to requests, or prompts, each by the adapter that it names."""
-        named = [getattr(one, "prompt", one).adapter for one in requests]
+        asked: Sequence[Any] = requests
+        named = [getattr(one, "prompt", one).adapter for one in asked]
         if all(name is None for name in named):
             return answer(requests)
         found: dict[int, T] = {}
