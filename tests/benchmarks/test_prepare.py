@@ -56,6 +56,14 @@ def test_a_taught_model_is_kept_until_it_is_damaged(
         assert (folder / "model.safetensors").read_bytes() == whole
 
 
+def test_a_model_that_an_earlier_version_taught_is_found(start: str) -> None:
+    folder, _ = teach(start)
+    (folder / "hashes.json").unlink()
+    folder.parent.with_suffix(".lock").touch()
+    assert teach(start) == (folder, [])
+    assert (folder / "hashes.json").is_file()
+
+
 def test_a_cache_that_cannot_be_written_gives_what_it_has(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
