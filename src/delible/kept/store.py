@@ -76,6 +76,8 @@ def cell(
     path: Path | None,
     make: Callable[[], Mapping[str, Any]],
     then: Callable[[], object] | None = None,
+    *,
+    entry: Path | None = None,
 ) -> dict[str, Any]:
     """Plain data from its JSON file, or made now and kept there.
 
@@ -83,6 +85,7 @@ def cell(
         path: The file; None keeps nothing.
         make: Makes it. A result with the key ``failed`` is not kept, so that it is tried again.
         then: Called when it is kept, such as to remove what it was made from.
+        entry: The folder that the file belongs to, if that is made as a whole.
 
     Returns:
         What the file says, or would say.
@@ -92,7 +95,7 @@ def cell(
     """
     if path is None:
         return dict(make())
-    with alone(path):
+    with alone(entry or path):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:

@@ -73,7 +73,7 @@ def tuned_options(
             roles=roles,
         ).best_options
 
-    with kept.alone(folder):  # the other seeds of the method wait for this search
-        best = kept.cell(folder / "options.json", searched)
+    # the other seeds of the method wait for this search
+    best = kept.cell(folder / "options.json", searched, entry=folder)
     held = {name: value for name, value in options.items() if chosen.option(name) not in best}
     return {**held, **best}
