@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from delible import kept
+from delible.kept import hashes
 
 
 @pytest.fixture
@@ -77,8 +78,8 @@ def test_a_broken_folder_of_an_earlier_version_is_not_sealed(folder: Path, tmp_p
 def test_files_are_read_once_per_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept.seal(folder)
     read: list[str] = []
-    real = kept._sha256
-    monkeypatch.setattr(kept, "_sha256", lambda path: [read.append(path.name), real(path)][1])
+    real = hashes._sha256
+    monkeypatch.setattr(hashes, "_sha256", lambda path: [read.append(path.name), real(path)][1])
     for _ in range(3):
         assert kept.damage(folder) is None
     assert sorted(read) == ["config.json", "model.safetensors", "words.txt"]

@@ -40,6 +40,7 @@ _REFUSED = {
     errno.EIO: ("the disk reports a read or write error.", "Check the disk, or use another one."),
     errno.ENAMETOOLONG: ("the name is too long for this file system.", "Choose a shorter one."),
     errno.EISDIR: ("it is a folder, not a file.", "Choose another path."),
+    errno.EEXIST: ("a file is in the way of a folder.", "Choose another path."),
     errno.ENOTDIR: ("a part of the path is a file, not a folder.", "Choose another path."),
     errno.EMFILE: ("too many files are open.", "Raise the limit (ulimit -n)."),
     errno.ENFILE: ("too many files are open on this machine.", "Close some programs."),

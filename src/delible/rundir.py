@@ -12,7 +12,6 @@ one starts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -30,15 +29,11 @@ from filelock import FileLock, Timeout
 
 from delible.errors import RunError
 from delible.files import UNFINISHED, clear_unfinished, explain_disk, write_json
+from delible.kept import identity
 
 #: Held by the process that writes a run.
 LOCK = ".lock"
 PACKAGES = ("delible", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy")
-
-
-def identity(content: Mapping[str, Any]) -> str:
-    """SHA-256 of plain data (hexadecimal); two runs with the same identity are the same run."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _set(content: Any) -> Any:

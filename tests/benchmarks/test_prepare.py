@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from delible.bench import prepare
 from delible.bench.prepare import learned
 from delible.errors import RunError
+from delible.kept import store
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -56,6 +56,14 @@ def test_a_taught_model_is_kept_until_it_is_damaged(
         assert (folder / "model.safetensors").read_bytes() == whole
 
 
+def test_a_model_that_an_earlier_version_taught_is_found(start: str) -> None:
+    folder, _ = teach(start)
+    (folder / "hashes.json").unlink()
+    folder.parent.with_suffix(".lock").touch()
+    assert teach(start) == (folder, [])
+    assert (folder / "hashes.json").is_file()
+
+
 def test_a_cache_that_cannot_be_written_gives_what_it_has(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,17 +71,17 @@ def test_a_cache_that_cannot_be_written_gives_what_it_has(
         def __init__(self, path: Path) -> None:
             pass
 
-        def acquire(self) -> None:
+        def acquire(self, timeout: float = -1) -> None:
             raise OSError(errno.EROFS, "Read-only file system")
 
         def release(self) -> None:
             pass
 
-    monkeypatch.setattr(prepare, "FileLock", ReadOnly)
+    monkeypatch.setattr(store, "FileLock", ReadOnly)
     with pytest.raises(RunError, match="read-only"):
         teach(start)
     monkeypatch.undo()
     monkeypatch.setenv("DELIBLE_CACHE", str(Path(start).parent / "cache"))
     folder, _ = teach(start)
-    monkeypatch.setattr(prepare, "FileLock", ReadOnly)
+    monkeypatch.setattr(store, "FileLock", ReadOnly)
     assert teach(start)[0] == folder

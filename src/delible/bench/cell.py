@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from delible import kept
 from delible.api import unlearn
 from delible.bench.cost import Cost
 from delible.bench.spread import Manifest
@@ -23,7 +24,8 @@ from delible.bench.table import ORIGINAL, REFERENCE
 from delible.component import build
 from delible.context import Context
 from delible.errors import DelibleError, RunError
-from delible.files import read_json, write_json
+from delible.files import read_json
+from delible.kept import identity
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack
 from delible.measure.benchmark import Benchmark, Data, Task
@@ -33,7 +35,6 @@ from delible.measure.metric import SummaryMetric, SystemValues
 from delible.measure.starting import started
 from delible.records import ForgetRequest, RecordBase
 from delible.resolving import resolve_method
-from delible.rundir import identity
 from delible.system.base import System
 from delible.system.roles import Roles
 from delible.systems.opening import open_lm, stands_on_base
@@ -89,10 +90,14 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
         ``attack: …/label``), ``counts`` of records without a value, ``seconds``,
         ``peak_bytes``, ``values`` of every record; or ``failed`` with the reason.
     """
-    place = _place(manifest)
-    if place.exists():
-        return cast(Manifest, read_json(place))
-    watcher = cast(Watcher, watch or Nobody())
+    over = partial(_tidy, manifest)
+    return kept.cell(
+        _place(manifest), lambda: _worked(manifest, cast(Watcher, watch or Nobody())), over
+    )
+
+
+def _worked(manifest: Manifest, watcher: Watcher) -> Manifest:
+    """What :func:`run_cell` returns, made now."""
     benchmark, tasks = _declared(json.dumps(manifest["benchmark"]), manifest["data"])
     task = next(one for one in tasks if one.name == manifest["task"])
     earlier = _earlier(tasks, task)
@@ -129,10 +134,6 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     except DelibleError as error:  # one method that cannot do it must not end the others' runs
         result = {**head, "failed": str(error), "numbers": {}, "seconds": None}
     gc.collect()
-    if "failed" not in result:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, result)
-        _tidy(manifest, earlier)
     return result
 
 
@@ -146,7 +147,7 @@ def _earlier(tasks: Sequence[Task], task: Task) -> list[Task]:
     return found
 
 
-def _tidy(manifest: Manifest, earlier: Sequence[Task]) -> None:
+def _tidy(manifest: Manifest) -> None:
     """Removes the models that a finished cell no longer needs, unless all are to be kept.
 
     Its own goes if no task goes on from it, and those that it went on from; but what stands on
@@ -155,6 +156,8 @@ def _tidy(manifest: Manifest, earlier: Sequence[Task]) -> None:
     """
     if manifest["keep_models"]:
         return
+    tasks = _declared(json.dumps(manifest["benchmark"]), manifest["data"])[1]
+    earlier = _earlier(tasks, next(one for one in tasks if one.name == manifest["task"]))
     mine = _model_folder(manifest, str(manifest["task"]))
     over = not manifest.get("leads")
     gone = [mine] if over else []

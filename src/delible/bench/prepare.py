@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from delible import kept
 from delible.api import unlearn
-from delible.files import explain_disk, refused_by_disk
-from delible.lm.embedded import cache_folder
 from delible.records import ForgetRequest, Record, digest
-from delible.rundir import RunDirectory, identity
+from delible.rundir import RunDirectory
 from delible.train.recipe import Recipe
 from delible.watching import Steps
 
@@ -48,8 +43,8 @@ def learned(
     described = {
         "model": model, "data": digest(records), "seed": seed, "method": method.spec(),
     }  # fmt: skip
-    folder = cache_folder() / "learned" / f"{title}-{identity(described)[:12]}"
-    with _alone(folder):
+    folder = kept.place("learned", described, title=title, digits=12)
+    with kept.alone(folder):
         is_done = RunDirectory(folder).manifest.get("status") == "done"
         damage = kept.damage(folder / "model") if is_done else None
         if damage is not None:
@@ -71,22 +66,3 @@ def learned(
     if result.resumed_finished:
         logger.info(f"{title} taken from the cache: {folder}.")
     return folder / "model"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """A second process waits; but where nothing can be written, there is nothing to wait for."""
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        if not (folder / "model").is_dir():
-            with explain_disk(folder.parent):
-                raise
-        if refused_by_disk(error) is None:
-            raise
-    try:
-        yield
-    finally:
-        lock.release()

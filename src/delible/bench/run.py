@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from delible import registry
+from delible import kept, registry
 from delible.bench.cell import Nobody, Watcher, cast_asks, run_cell
 from delible.bench.prepare import learned
 from delible.bench.spread import Chain, Manifest, spread
@@ -23,14 +23,14 @@ from delible.cards import METHODS
 from delible.component import build
 from delible.errors import RecipeError, nearest
 from delible.files import write_json
-from delible.lm.embedded import cache_folder
+from delible.kept import identity
 from delible.lm.lm import LM
 from delible.measure.attack import ModelAttack
 from delible.measure.benchmark import Benchmark, Data, Task
 from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
 from delible.resolving import resolve_method
-from delible.rundir import hardware, identity, versions
+from delible.rundir import hardware, versions
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
@@ -273,8 +273,8 @@ def _written(
             if start not in models:
                 models[start] = LM.load(start)
             content = benchmark.corpus(models[start], task, data).model_dump(mode="json")
-            path = cache_folder() / "requests" / f"{identity(content)[:16]}.json"
-            write_json(path, content)
+            path = kept.place("requests", content, ending=".json")
+            kept.cell(path, partial(dict, content))
             found[task.name] = str(path)
     return found
 

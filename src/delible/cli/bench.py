@@ -159,9 +159,9 @@ def _experiment(
     data: Path | None,
     out: Path | None,
 ) -> int:
+    from delible.kept import identity
     from delible.measure.benchmark import Data, Setting
     from delible.report.findings import write_findings
-    from delible.rundir import identity
 
     described = {
         "experiment": experiment.spec(), "model": model, "methods": list(methods),

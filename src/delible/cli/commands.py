@@ -63,6 +63,12 @@ COMMANDS = {
         "Take off what a run made: it answers as the model before, bit by bit.",
         "Example: delible undo runs/mine",
     ),
+    "cache": (
+        "delible.cli.cache:cache",
+        "[list | size | clear] [OPTIONS]",
+        "See what is kept between runs, how large it is, and clear it.",
+        "Example: delible cache clear --collection answers --older-than 30",
+    ),
     "list": (
         "delible.cli.listing:list_",
         "[KIND] [OPTIONS]",

@@ -101,9 +101,10 @@ def tune(
         sentences = _lines(refusals)
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
+        from delible.kept import identity
         from delible.report.tuning import write_search
         from delible.resolving import resolve_method
-        from delible.rundir import RunDirectory, identity
+        from delible.rundir import RunDirectory
         from delible.tune import tune as search
 
         chosen = resolve_method(method, options=given)

@@ -11,17 +11,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from filelock import FileLock
-
+from delible import kept
 from delible.errors import DataError
-from delible.lm.embedded import cache_folder
 from delible.lm.lm import LM
 from delible.loaders import read_records, write_records
 from delible.prompts import read_lines
 from delible.records import QA
-from delible.rundir import identity
 from delible.system.asks import Decoding, NoAnswer, Prompt
 
 logger = logging.getLogger(__name__)
@@ -75,9 +71,9 @@ def write_biographies(
         "version": VERSION, "model": lm.fingerprint, "name": name, "about": about, "seed": seed,
         "passages": passages, "pairs": pairs, "tokens": max_new_tokens,
     }  # fmt: skip
-    path = _place(name, identity(described)[:12])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    spelled = re.sub(r"[^\w-]+", "-", name).strip("-").lower()[:60]
+    path = kept.place("corpora", described, title=spelled, ending=".jsonl", digits=12)
+    with kept.alone(path, required=False) as writes:
         if path.exists():
             logger.info(f"Biographies of {name} taken from the cache: {path}.")
             return [record for record in read_records(path) if isinstance(record, QA)]
@@ -107,13 +103,9 @@ def write_biographies(
             logger.warning(
                 f"{passages - len(rows)} of {passages} biographies of {name} are blank: left out."
             )
-        write_records(rows, path)
+        if writes:
+            write_records(rows, path)
     return rows
-
-
-def _place(name: str, key: str) -> Path:
-    spelled = re.sub(r"[^\w-]+", "-", name).strip("-").lower()[:60]
-    return cache_folder() / "corpora" / f"{spelled}-{key}.jsonl"
 
 
 def _texts(

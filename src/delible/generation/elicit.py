@@ -28,7 +28,7 @@ from delible.generation.agreement import (
     says_a_fact,
     whole_sentences,
 )
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.prompts import read_lines

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TypeVar
 
 from delible.errors import DataError
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.prompts import read_text

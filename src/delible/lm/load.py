@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from delible import kept
 from delible.errors import ModelError, nearest
 from delible.lm import embedded, tiny
 from delible.lm.parts import class_of, companions, dropped_tensors
@@ -106,6 +107,7 @@ def load_model(
         return _load_folder(name, tiny.tiny_model(), "tiny", options)
     path = Path(name).expanduser().absolute()
     if path.is_dir():
+        kept.use(path)  # if it is one that benchmarks taught
         for folder, in_run in ((path, False), (path / "model", True), (path / "adapter", True)):
             if (folder / "adapter_config.json").is_file():
                 return _load_adapter(name, folder, options)

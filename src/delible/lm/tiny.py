@@ -33,8 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from delible import kept
-from delible.errors import ModelError
-from delible.files import clear_unfinished, explain_disk
+from delible.files import explain_disk
 from delible.lm import embedded
 from delible.lm.tiny_training import TinyOptions, batches, threads, train
 from delible.prompts import read_lines
@@ -85,46 +84,23 @@ def tiny_model(options: TinyOptions | None = None) -> Path:
     Raises:
         ModelError: The cache cannot be written.
     """
-    import filelock
-
     options = options or TINY
-    target = embedded.cache_folder() / "models" / folder_name(options)
-    if target.is_dir() and kept.damage(target) is None:
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_dir():
-                if (damage := kept.damage(target)) is None:
-                    return target
-                logger.warning(f"{target} is damaged ({damage}): it is built anew.")
-                kept.remove(target)
-            began = time.perf_counter()
-            logger.info("Building the tiny model, once (how long that takes is said soon) …")
-            _build_in(target.with_name(f".{target.name}.building"), target, options)
-            logger.info(f"Built in {time.perf_counter() - began:.0f} seconds: {target}.")
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the cache: {error}.",
-            where=str(target.parent),
-            hint="Free some space (50 MB), or set DELIBLE_CACHE to another folder.",
-        ) from error
-    return target
+    target = kept.cache_folder() / "models" / folder_name(options)
+    return kept.folder(target, lambda work: _built(work, options), space="50 MB", goes_on=True)
 
 
-def _build_in(work: Path, target: Path, options: TinyOptions) -> None:
-    """Builds in a folder that a killed build leaves for the next, then moves the result."""
-    work.mkdir(exist_ok=True)
-    clear_unfinished(work)
+def _built(work: Path, options: TinyOptions) -> Path:
+    """Builds in a folder that a killed build leaves for the next."""
+    began = time.perf_counter()
+    logger.info("Building the tiny model, once (how long that takes is said soon) …")
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     model, tokenizer = build(options, checkpoint=work / "checkpoint.pt")
     with embedded.quiet(), explain_disk(result):
         model.save_pretrained(result, safe_serialization=True)
         tokenizer.save_pretrained(result)
-    kept.seal(result)
-    result.rename(target)
-    shutil.rmtree(work, ignore_errors=True)
+    logger.info(f"Built in {time.perf_counter() - began:.0f} seconds.")
+    return result
 
 
 def folder_name(options: TinyOptions) -> str:

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from delible.component import Component
 from delible.errors import DataError, DelibleError
-from delible.files import read_json, write_json
+from delible.kept import cell, identity
 from delible.loaders.mapping import read_records
 from delible.loaders.sources import READERS, read_rows
 from delible.measure.evaluate import Ask
 from delible.records import ForgetRequest, Record, RecordBase
-from delible.rundir import identity
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -267,14 +266,14 @@ class Experiment(Component):
         """
         key = identity({"experiment": self.spec(), "model": setting.model, **described})[:8]
         file = setting.folder / "cells" / f"{name.replace(' ', '-')}-{key}.json"
-        if file.exists():
-            return dict(read_json(file))
-        try:
-            cell = dict(work())
-        except DelibleError as error:  # one method that cannot do it must not end the others'
-            return {"failed": str(error)}
-        write_json(file, cell)
-        return cell
+
+        def made() -> Mapping[str, Any]:
+            try:
+                return cast(Mapping[str, Any], work())
+            except DelibleError as error:  # one method that cannot do it must not end the others'
+                return {"failed": str(error)}
+
+        return cell(file, made)
 
 
 __all__ = [

@@ -1,9 +1,9 @@
 """What a system has already answered, on disk: nothing is asked twice, a killed run goes on.
 
 One folder per system fingerprint holds Parquet parts that are only ever added. A row is one
-answer under the SHA-256 of its request; prompts are not stored, but generated texts are, so
-delete the folder when the answers themselves must go. Values come back to the bit. Whole
-distributions are not kept (a row of one is megabytes), nor is what could not be answered.
+answer under the SHA-256 of its request; prompts are not stored, but generated texts are: when
+the answers themselves must go, ``delible cache clear`` removes them. Values come back to the bit.
+Whole distributions are not kept (a row of one is megabytes), nor is what could not be answered.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from delible import kept
 from delible.errors import RunError
 from delible.files import write_json
 from delible.messages import IDENTITY
@@ -226,7 +227,10 @@ class Cache:
 
     def _refresh(self, fingerprint: str) -> dict[str, Answer]:
         known = self._known.setdefault(fingerprint, {})
-        for path in sorted(self.folder_of(fingerprint).glob("answers-*.parquet")):
+        folder = self.folder_of(fingerprint)
+        if folder.is_dir():
+            kept.use(folder)
+        for path in sorted(folder.glob("answers-*.parquet")):
             if path in self._seen:
                 continue
             self._seen.add(path)
@@ -266,6 +270,7 @@ class Cache:
         self._known.setdefault(fingerprint, {}).update(keyed)
         folder = self.folder_of(fingerprint)
         path = folder / f"answers-{uuid.uuid4().hex}.parquet"
+        is_new = not folder.exists()
         self._seen.add(path)
         table = _to_table(keyed, fingerprint)
 
@@ -281,6 +286,9 @@ class Cache:
                     unfinished.unlink(missing_ok=True)
 
         self._try(put)
+        if is_new and self.writes:
+            kept.use(folder)
+            kept.keep_within(folder)
 
     def write_json(self, name: str, content: Any) -> None:
         """Keeps plain data beside the answers, such as what an attack found."""

@@ -9,7 +9,7 @@ from typing import cast
 
 from delible.context import Context
 from delible.errors import RecipeError
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.rundir import RunDirectory
 from delible.system.base import System

@@ -5,7 +5,7 @@
 A change of the down-projection that is zero on the directions in which generic text writes leaves
 ordinary behaviour alone; closed-form editors ask for C or for its null space. Both are kept in
 the user's cache folder, under the weights, the layer and the tokens they come from, so a model is
-read once; delete the folder ``statistics`` there to free the space (layers x width^2 x 8 bytes).
+read once (layers x width^2 x 8 bytes; ``delible cache`` shows and clears them).
 
 Papers: arXiv 2202.05262 (second moments of keys), 2410.02355 (null space). Deviations: the text
 is built in (general knowledge, plain sentences and fictional people, as chat and as running text)
@@ -33,10 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from delible import kept
 from delible.errors import DataError, ModelError
 from delible.files import atomic_file
 from delible.lm.anatomy import unwrapped
-from delible.lm.embedded import cache_folder
 from delible.lm.hooks import capture, truncated
 from delible.records import QA, Passage
 from delible.system.asks import Prompt
@@ -372,7 +372,6 @@ def second_moments(
     Raises:
         DataError: There is no text.
         ModelError: A block has no single down-projection.
-        RunError: The cache cannot be written.
     """
     taken = take(rows, tokens)
     count = sum(len(row) for row in taken)
@@ -383,17 +382,19 @@ def second_moments(
     for row in taken:
         text.update(f"{len(row)}:".encode() + row.tobytes())
     identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}"
-    folder = cache_folder() / "statistics" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    moments = {
-        layer: kept[0]
-        for layer in layers
-        if (kept := _read(folder / f"moment-{layer}.safetensors", ["moment"])) is not None
-    }
-    missing = [layer for layer in layers if layer not in moments]
-    if missing:
-        for layer, moment in _measure(lm, taken, missing, count).items():
+    folder = kept.cache_folder() / "statistics" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    places = {layer: folder / f"moment-{layer}.safetensors" for layer in layers}
+    with kept.alone(folder, required=False) as writes:
+        moments = {
+            layer: known[0]
+            for layer, path in places.items()
+            if (known := _read(path, ["moment"])) is not None
+        }
+        missing = [layer for layer in layers if layer not in moments]
+        for layer, moment in (_measure(lm, taken, missing, count) if missing else {}).items():
             moments[layer] = moment
-            _write(folder / f"moment-{layer}.safetensors", {"moment": moment})
+            if writes:
+                _write(places[layer], {"moment": moment})
     for layer, width in widths.items():
         if count < 2 * width:
             logger.warning(
@@ -472,13 +473,15 @@ def spectra(statistics: Statistics) -> dict[int, Spectrum]:
     found = {}
     for layer, moment in statistics.moments.items():
         path = statistics.folder / f"spectrum-{layer}.safetensors"
-        kept = _read(path, ["values", "vectors"])
-        if kept is None:
+        with kept.alone(path, required=False) as writes:
+            known = _read(path, ["values", "vectors"])
+            if known is not None:
+                found[layer] = Spectrum(*known)
+                continue
             logger.info(f"statistics: decomposing layer {layer} ({moment.shape[0]:,} directions)")
             found[layer] = spectrum(moment)
-            _write(path, {"values": found[layer].values, "vectors": found[layer].vectors})
-        else:
-            found[layer] = Spectrum(*kept)
+            if writes:
+                _write(path, {"values": found[layer].values, "vectors": found[layer].vectors})
     return found
 
 

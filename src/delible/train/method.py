@@ -9,11 +9,11 @@ from typing import Any, Self
 from delible import registry
 from delible.cards import Card, Need
 from delible.context import Context
+from delible.kept import identity
 from delible.lm.lm import LM, language_model
 from delible.method import Method, Outcome
 from delible.ranges import DECADE, Range, scales
 from delible.records import ForgetRequest
-from delible.rundir import identity
 from delible.system.base import System
 from delible.systems.opening import open_lm
 from delible.train.engine import Trainer, check_needs

@@ -37,6 +37,7 @@ from delible.api import unlearn
 from delible.context import Context
 from delible.errors import DelibleError, MissingExtraError, RecipeError, RunError
 from delible.files import atomic_file, write_json
+from delible.kept import identity
 from delible.lm.lm import LM
 from delible.measure.starting import started, with_writer
 from delible.method import Method
@@ -44,7 +45,7 @@ from delible.preparing import AUTOMATIC_RETAIN, automatic_retain
 from delible.ranges import Range
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
-from delible.rundir import RunDirectory, identity
+from delible.rundir import RunDirectory
 from delible.system.base import System
 from delible.system.roles import Player
 from delible.systems.opening import open_system

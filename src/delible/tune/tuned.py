@@ -6,12 +6,10 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from delible.files import read_json, write_json
-from delible.lm.embedded import cache_folder
+from delible import kept
 from delible.measure.starting import roles_of
 from delible.records import ForgetRequest
 from delible.resolving import resolve_method
-from delible.rundir import identity
 from delible.system.roles import Player
 from delible.systems.opening import open_system
 from delible.tune.measuring import ROWS
@@ -45,8 +43,6 @@ def tuned_options(
     Raises:
         DelibleError: As for :func:`tune`.
     """
-    from filelock import FileLock
-
     optuna_or_extra()  # told before a model is loaded
     chosen = resolve_method(method, options=options)
     system = open_system(start)
@@ -62,23 +58,22 @@ def tuned_options(
     }
     del system
     gc.collect()
-    folder = cache_folder() / "tune" / identity(described)[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # the other seeds of the method wait for this search
-        kept = folder / "options.json"
-        if not kept.exists():
-            hold = [name for name in options if name.rpartition(".")[2] != "learning_rate"]
-            found = tune(
-                start,
-                request,
-                method=chosen,
-                trials=trials,
-                seed=TUNING_SEED,
-                out=folder,
-                hold=hold,
-                roles=roles,
-            )
-            write_json(kept, found.best_options)
-        best: dict[str, Any] = read_json(kept)
+    folder = kept.place("tune", described)
+
+    def searched() -> dict[str, Any]:
+        hold = [name for name in options if name.rpartition(".")[2] != "learning_rate"]
+        return tune(
+            start,
+            request,
+            method=chosen,
+            trials=trials,
+            seed=TUNING_SEED,
+            out=folder,
+            hold=hold,
+            roles=roles,
+        ).best_options
+
+    # the other seeds of the method wait for this search
+    best = kept.cell(folder / "options.json", searched, entry=folder)
     held = {name: value for name, value in options.items() if chosen.option(name) not in best}
     return {**held, **best}

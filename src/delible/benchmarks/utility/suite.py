@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from delible.errors import RecipeError
-from delible.files import read_json, write_json
+from delible.kept import cache_folder, cell, identity
 from delible.measure.benchmark import (
     Chart,
     Curve,
@@ -25,7 +25,6 @@ from delible.measure.benchmark import (
     Setting,
 )
 from delible.registry import register
-from delible.rundir import identity
 from delible.world import general, general_choices
 
 #: Our own tasks, made without any download.
@@ -122,7 +121,6 @@ class Utility(Experiment):
     ) -> dict[str, Any]:
         """The harness's results on a model, from an earlier run if there is one."""
         from delible.benchmarks.utility.harness import run_harness
-        from delible.lm.embedded import cache_folder
         from delible.lm.lm import LM
         from delible.measure.cache import Cache
 
@@ -134,21 +132,20 @@ class Utility(Experiment):
             "shots": self.shots,
         }
         place = setting.folder / f"results_{identity(described)[:12]}.json"
-        if place.exists():
-            return dict(read_json(place))
-        results = run_harness(
-            lm,
-            names,
-            limit=self.limit,
-            shots=self.shots,
-            include=include,
-            cache=Cache(cache_folder() / "answers"),
-        )
-        kept: dict[str, Any] = {
-            key: results[key] for key in ("results", "n-samples", "model_name") if key in results
-        }
-        write_json(place, kept)
-        return kept
+
+        def made() -> dict[str, Any]:
+            results = run_harness(
+                lm,
+                names,
+                limit=self.limit,
+                shots=self.shots,
+                include=include,
+                cache=Cache(cache_folder() / "answers"),
+            )
+            told = ("results", "n-samples", "model_name")
+            return {key: results[key] for key in told if key in results}
+
+        return cell(place, made)
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:

@@ -22,12 +22,11 @@ on the keywords alone, on the text without them, on as many words at random).
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,7 +39,7 @@ from delible.bench.stages import mean
 from delible.component import build
 from delible.context import Context
 from delible.errors import RecipeError
-from delible.files import write_json
+from delible.kept import cell
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.precision import resolve
@@ -256,12 +255,11 @@ class _Experiment:
                     _drop_model(folder)
 
     def start(self) -> CoresetRow:
-        known = self._known("start")
-        if known is None:
+        def made() -> CoresetRow:
             values = self._measured(self.lm, [])
-            known = CoresetRow("start", 0.0, 0, 0, 0, 0.0, 0, 0.0, 0.0, **values)
-            self._write("start", known)
-        return known
+            return CoresetRow("start", 0.0, 0, 0, 0, 0.0, 0, 0.0, 0.0, **values)
+
+        return self._row("start", made)
 
     def selected(
         self,
@@ -281,17 +279,15 @@ class _Experiment:
         self, spec: Mapping[str, Any], key: str, fraction: float, seed: int
     ) -> tuple[list[int], float]:
         """Which records a selector takes and the seconds that took; chosen once."""
-        kept = self.out / "rows" / f"{key}.chosen.json" if self.out is not None else None
-        if kept is not None and kept.exists():
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            return found["rows"], found["seconds"]
-        began = time.perf_counter()
-        recipe = self.host.changed({"select": {**spec, "share": fraction}}, {})
-        indices = [row.index for row in self._rows(recipe, seed)[0]]
-        seconds = time.perf_counter() - began
-        if kept is not None:
-            write_json(kept, {"rows": indices, "seconds": seconds})
-        return indices, seconds
+
+        def made() -> dict[str, Any]:
+            began = time.perf_counter()
+            recipe = self.host.changed({"select": {**spec, "share": fraction}}, {})
+            indices = [row.index for row in self._rows(recipe, seed)[0]]
+            return {"rows": indices, "seconds": time.perf_counter() - began}
+
+        found = cell(self._place(f"{key}.chosen"), made)
+        return found["rows"], found["seconds"]
 
     def analysed(self, variant: Variant, share: float, seed: int) -> CoresetRow:
         records = keyword_records(self.request.forget, self.kept, variant, share, seed)
@@ -314,43 +310,46 @@ class _Experiment:
             epochs: How often they are seen; None: at the full set's number of updates.
         """
         key = _key(selector, fraction, seed) + (f"-epochs{epochs}" if epochs is not None else "")
-        known = self._known(key)
-        if known is not None:
-            return known
-        trained = records or [self.request.forget[index] for index in indices]
-        request = self.request.model_copy(update={"forget": tuple(trained)})
-        recipe = (
-            self.extended(request, seed)
-            if epochs is None
-            else self.host.changed({}, {"training.epochs": epochs, "training.max_steps": None})
-        )
         folder = self.out / "runs" / key if self.out is not None else None
-        length = f", {epochs} epochs" if epochs is not None else ""
-        logger.info(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
-        began = time.perf_counter()
-        result = unlearn(
-            self.lm.copy(),
-            request,
-            method=recipe,
-            out=folder,
-            seed=seed,
-            shown=0,
-            measured=False,
-            verify=False,
-        )
-        seconds = time.perf_counter() - began
-        steps = len(result.history)
-        per_epoch = math.ceil(len(trained) / recipe.training.batch_size)
-        done = CoresetRow(
-            selector, fraction, seed, len(trained), steps, round(steps / per_epoch, 3),
-            int(result.notes.get("tokens", 0)), round(seconds, 2), round(selection_seconds, 2),
-            **self._measured(result.model, indices),
-            stopped=result.stopped, barriers=self._barriers(selector, seed, result.model),
-        )  # fmt: skip
-        self._write(key, done)
-        if folder is not None and not self.keep_models and not (self.connect and selector == "all"):
-            _drop_model(folder)
-        return done
+
+        def made() -> CoresetRow:
+            trained = records or [self.request.forget[index] for index in indices]
+            request = self.request.model_copy(update={"forget": tuple(trained)})
+            recipe = (
+                self.extended(request, seed)
+                if epochs is None
+                else self.host.changed({}, {"training.epochs": epochs, "training.max_steps": None})
+            )
+            length = f", {epochs} epochs" if epochs is not None else ""
+            logger.info(f"coreset: {selector}, {len(trained)} records{length}, seed {seed}")
+            began = time.perf_counter()
+            result = unlearn(
+                self.lm.copy(),
+                request,
+                method=recipe,
+                out=folder,
+                seed=seed,
+                shown=0,
+                measured=False,
+                verify=False,
+            )
+            seconds = time.perf_counter() - began
+            steps = len(result.history)
+            per_epoch = math.ceil(len(trained) / recipe.training.batch_size)
+            return CoresetRow(
+                selector, fraction, seed, len(trained), steps, round(steps / per_epoch, 3),
+                int(result.notes.get("tokens", 0)), round(seconds, 2), round(selection_seconds, 2),
+                **self._measured(result.model, indices),
+                stopped=result.stopped, barriers=self._barriers(selector, seed, result.model),
+            )  # fmt: skip
+
+        def over() -> None:
+            if folder is not None and not (
+                self.keep_models or (self.connect and selector == "all")
+            ):
+                _drop_model(folder)
+
+        return self._row(key, made, over)
 
     def extended(self, request: ForgetRequest, seed: int) -> Recipe:
         """The host with as many epochs as it takes to reach the full set's updates."""
@@ -418,15 +417,13 @@ class _Experiment:
         forgotten = [1 - value for value in line["forget"]]
         return {"forget": barrier(forgotten), "retain": barrier(line["retain"])}
 
-    def _known(self, key: str) -> CoresetRow | None:
-        path = self.out / "rows" / f"{key}.json" if self.out is not None else None
-        if path is None or not path.exists():
-            return None
-        return CoresetRow(**json.loads(path.read_text(encoding="utf-8")))
+    def _place(self, key: str) -> Path | None:
+        return self.out / "rows" / f"{key}.json" if self.out is not None else None
 
-    def _write(self, key: str, row: CoresetRow) -> None:
-        if self.out is not None:
-            write_json(self.out / "rows" / f"{key}.json", asdict(row))
+    def _row(
+        self, key: str, make: Callable[[], CoresetRow], then: Callable[[], None] | None = None
+    ) -> CoresetRow:
+        return CoresetRow(**cell(self._place(key), lambda: asdict(make()), then))
 
 
 def keyword_records(

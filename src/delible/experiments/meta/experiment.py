@@ -48,8 +48,7 @@ from delible.experiments.meta.scores import (
     spread,
     variants,
 )
-from delible.files import read_json, write_json
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder, cell, identity
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
 from delible.measure.benchmark import (
@@ -65,7 +64,6 @@ from delible.measure.metric import SummaryMetric
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.registry import register
 from delible.resolving import resolve_method
-from delible.rundir import identity
 from delible.watching import aside
 from delible.world import World, general
 from delible.world.split import Split
@@ -289,17 +287,16 @@ class _Run:
         }
         folder = self.setting.folder / "models"
         path = folder / f"{title}-{identity(described)[:8]}.json"
-        if path.exists():
-            return cast(Model, read_json(path))
-        try:
-            with aside():  # many models, each a cell of a table
-                found = {"title": title, **make()}
-        except DelibleError as error:
-            logger.warning(f"{title} could not be made: {error}")
-            return {"title": title, "failed": str(error)}
-        write_json(path, found)
-        gc.collect()
-        return found
+
+        def made() -> Model:
+            try:
+                with aside():  # many models, each a cell of a table
+                    return {"title": title, **make()}
+            except DelibleError as error:
+                logger.warning(f"{title} could not be made: {error}")
+                return {"title": title, "failed": str(error)}
+
+        return cell(path, made, then=gc.collect)
 
     def _pool_settings(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Options and seed of every model of a variant; the first is the one that unlearns."""

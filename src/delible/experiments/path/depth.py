@@ -18,6 +18,7 @@ Deviations: questions about made-up people; all weights move, by AdamW instead o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from pydantic import Field
 from delible.bench import stages as histories
 from delible.bench.stages import mean, scores_of
 from delible.errors import RecipeError
-from delible.files import read_json, write_json
+from delible.kept import cell, identity
 from delible.lm.lm import LM
 from delible.measure.benchmark import (
     Chart,
@@ -38,7 +39,7 @@ from delible.measure.benchmark import (
 )
 from delible.records import QA, ForgetRequest
 from delible.registry import register
-from delible.rundir import identity
+from delible.train.recipe import Recipe
 from delible.world import World
 
 #: The three kinds of answer, as templates.
@@ -174,23 +175,26 @@ class PathDepth(Experiment):
                         "recipe": recipe.spec(), "seed": seed,
                     }  # fmt: skip
                     key = f"{Path(name).stem}-{order}-{seed}-{identity(described)[:8]}"
-                    cell = setting.folder / "cells" / f"{key}.json"
-                    if not cell.exists():
-                        setting.progress(f"{name}, {order}", done, total)
-                        points, stopped = histories.trajectory(
-                            LM.load(start), ForgetRequest(forget=records["U"]), recipe, self.look,
-                            every=per_epoch, seed=seed,
-                        )  # fmt: skip
-                        curves = {label: [seen[label] for _, seen in points] for label in LABELS}
-                        write_json(
-                            cell,
-                            {"steps": [step for step, _ in points], "curves": curves,
-                             "stopped": stopped},
-                        )  # fmt: skip
-                    found[name][order].append(read_json(cell))
+                    setting.progress(f"{name}, {order}", done, total)
+                    request = ForgetRequest(forget=records["U"])
+                    make = partial(self._curves, start, request, recipe, per_epoch, seed)
+                    found[name][order].append(cell(setting.folder / "cells" / f"{key}.json", make))
                     done += 1
         setting.progress("done", total, total)
         return findings(found)
+
+    def _curves(
+        self, start: str, request: ForgetRequest, recipe: Recipe, every: int, seed: int
+    ) -> dict[str, Any]:
+        """Follows one model through unlearning."""
+        points, stopped = histories.trajectory(
+            LM.load(start), request, recipe, self.look, every=every, seed=seed
+        )
+        return {
+            "steps": [step for step, _ in points],
+            "curves": {label: [seen[label] for _, seen in points] for label in LABELS},
+            "stopped": stopped,
+        }
 
 
 def findings(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Findings:

@@ -22,7 +22,8 @@ prepare the training, are outside of the theorem.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,13 @@ from delible.experiments.path.rows import (
     material,
     order_of,
 )
-from delible.files import read_json, write_json
+from delible.files import atomic_file
+from delible.kept import cell, identity
 from delible.lm.lm import LM
 from delible.measure.benchmark import Experiment, Findings, Setting
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest
 from delible.registry import register
-from delible.rundir import identity
 from delible.system.asks import Decoding, NoAnswer
 from delible.system.questions import ask
 from delible.train.recipe import Recipe
@@ -164,7 +165,7 @@ class PathDependence(Experiment):
                     setting.model, records, order, options=self.learning(setting.model), seed=seed,
                 )  # fmt: skip
                 done += 1
-            retrained: Logprobs | None = None
+            retrained = cache(lambda start=starts[0]: self.look(LM.load(start))[1])
             for name, recipe in recipes.items():
                 described = {
                     "experiment": self.spec(), "model": setting.model,
@@ -175,12 +176,9 @@ class PathDependence(Experiment):
                     cells: dict[str, Any] = {}
                     for place in self.positions:
                         setting.progress(f"{name}, refusals {ORDINALS[place - 1]}", done, total)
-                        cell = setting.folder / "cells" / f"{key}-{place}.json"
-                        if not cell.exists():
-                            if retrained is None:
-                                retrained = self.look(LM.load(starts[0]))[1]
-                            self._cell(cell, starts[place], recipe, seed, retrained, setting)
-                        cells[str(place)] = read_json(cell)
+                        file = setting.folder / "cells" / f"{key}-{place}.json"
+                        make = partial(self._followed, file, starts[place], recipe, seed, retrained)
+                        cells[str(place)] = cell(file, make)
                         done += 1
                     between = self._apart(setting.folder / "cells", key, cells)
                     found[name].append({"seed": seed, "paths": cells, "apart": between})
@@ -217,11 +215,10 @@ class PathDependence(Experiment):
             for name, count in epochs.items()
         }
 
-    def _cell(
-        self, cell: Path, start: str, recipe: Recipe, seed: int, retrained: Logprobs,
-        setting: Setting,
-    ) -> None:  # fmt: skip
-        """Follows one model through unlearning; leaves its curves, and its distributions."""
+    def _followed(
+        self, file: Path, start: str, recipe: Recipe, seed: int, retrained: Callable[[], Logprobs]
+    ) -> dict[str, Any]:
+        """Follows one model through unlearning: its curves; its distributions lie beside them."""
         lm = LM.load(start)
         records = self.records()
         request = ForgetRequest(
@@ -235,33 +232,33 @@ class PathDependence(Experiment):
         curves: dict[str, list[float | None]] = {
             name: [values[name] for _, (values, _) in points] for name in points[0][1][0]
         }
-        curves["retrained"] = [kl(retrained, seen) for _, (_, seen) in points]
-        cell.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cell.with_suffix(".npz"), *[seen for _, (_, seen) in points])
-        write_json(
-            cell,
-            {
-                "steps": [step for step, _ in points], "curves": curves, "stopped": stopped,
-                "sums": [before, self.sums_right(lm)],
-            },
-        )  # fmt: skip
+        curves["retrained"] = [kl(retrained(), seen) for _, (_, seen) in points]
+        with atomic_file(file.with_suffix(".npz"), "wb") as distributions:
+            np.savez(distributions, *[seen for _, (_, seen) in points])
+        return {
+            "steps": [step for step, _ in points], "curves": curves, "stopped": stopped,
+            "sums": [before, self.sums_right(lm)],
+        }  # fmt: skip
 
     def _apart(
         self, folder: Path, key: str, cells: Mapping[str, Any]
     ) -> dict[str, list[float | None]]:
         """By pair of paths: how far apart the two models are at each point."""
         file = folder / f"{key}-apart.json"
-        if file.exists():
-            return dict(read_json(file))
-        seen = {place: _kept(folder / f"{key}-{place}.npz") for place in sorted(cells)}
-        found = {
-            f"{one} {two}": [apart(*pair) for pair in zip(seen[one], seen[two], strict=False)]
-            for one, two in combinations(seen, 2)
-        }
-        write_json(file, found)
-        for place in seen:  # large, and not needed any more
-            (folder / f"{key}-{place}.npz").unlink()
-        return found
+        places = {place: folder / f"{key}-{place}.npz" for place in sorted(cells)}
+
+        def made() -> dict[str, list[float | None]]:
+            seen = {place: _kept(path) for place, path in places.items()}
+            return {
+                f"{one} {two}": [apart(*pair) for pair in zip(seen[one], seen[two], strict=False)]
+                for one, two in combinations(seen, 2)
+            }
+
+        def over() -> None:
+            for path in places.values():  # large, and not needed any more
+                path.unlink()
+
+        return cell(file, made, over)
 
 
 def _kept(file: Path) -> list[Logprobs]:

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
 from delible.errors import RecipeError
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
 from delible.measure.metric import Answers, Item, ItemMetric

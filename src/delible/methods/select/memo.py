@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from delible.errors import RecipeError
-from delible.lm.embedded import cache_folder
+from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.records import QA
