@@ -27,10 +27,11 @@ from delible.api import unlearn
 from delible.demo import learn, request_of, world_of
 from delible.errors import DelibleError
 from delible.files import read_json, write_json
+from delible.kept import identity
 from delible.lm.lm import LM
 from delible.records import ForgetRequest
 from delible.resolving import resolve_method
-from delible.rundir import git_revision, hardware, identity, versions
+from delible.rundir import git_revision, hardware, versions
 from delible.train.monitor import answer_probability
 from delible.watching import shown
 
