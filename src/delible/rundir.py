@@ -1,8 +1,8 @@
 """The run directory: everything that a run was and left behind.
 
 ``manifest.json`` (resolved config, seeds, versions, data hashes, git revision, start and end,
-hardware, cost), ``events.jsonl`` (append-only progress), the artefact (``model/`` or
-``adapter/``), ``metrics.json`` with ``items.parquet``, ``report.html``; while it runs also
+hardware, cost), ``events.jsonl`` (append-only progress), the artefact (``artefact.yaml`` and its
+parts), ``metrics.json`` with ``items.parquet``, ``report.html``; while it runs also
 ``checkpoint/``. A manifest is enough to run it again.
 
 A run has one writer: whoever writes holds ``.lock``. The system lets go of it when a process ends,
