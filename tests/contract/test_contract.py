@@ -15,6 +15,7 @@ from torch import Tensor
 from delible import registry
 from delible.cards import Card
 from delible.component import build
+from delible.context import Context
 from delible.edit.base import Editor, Patch
 from delible.errors import ModelError
 from delible.lm.lm import LM
@@ -28,7 +29,7 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
 from delible.testing.contract.trial import RECORDS, answers
 from delible.train.engine import Trainer
@@ -222,7 +223,7 @@ def test_a_guard_that_lets_everything_through_is_found() -> None:
 
     @register(**broken(kind="guard", needs=("names",), weakest="all", capability="generate"))
     class Asleep(Guard):
-        def prepare(self, request: ForgetRequest) -> GuardMind:
+        def prepare(self, request: ForgetRequest, context: Context = NO_CONTEXT) -> GuardMind:
             return Open()
 
     fails(Asleep, "guard_refuses_what_is_forgotten: neither")

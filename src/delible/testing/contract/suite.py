@@ -26,9 +26,11 @@ from delible.testing.contract.component import (
 from delible.testing.contract.editor import edit_is_undone_exactly
 from delible.testing.contract.guard import (
     guard_changes_the_fingerprint,
+    guard_comes_off,
     guard_fails_closed,
     guard_gives_no_scores,
     guard_refuses_what_is_forgotten,
+    guard_streams_what_it_answers,
 )
 from delible.testing.contract.intervention import (
     intervention_holds_on_every_road,
@@ -106,7 +108,7 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
     "guard": (
         guard_refuses_what_is_forgotten, guard_gives_no_scores, guard_fails_closed,
-        guard_changes_the_fingerprint,
+        guard_changes_the_fingerprint, guard_streams_what_it_answers, guard_comes_off,
     ),
 }  # fmt: skip
 
