@@ -100,6 +100,8 @@ MIND = Words()
 @example("John Smith", [4, 10], "")
 @example("김철\u1109\u116e", [3], "")
 @example("$mith", [], "John ")
+@example("xJ K Rowling.", [2], "")
+@example("xJohn Smith", [1], "")
 def test_every_cut_gives_one_verdict_and_no_target(
     answer: str, places: list[int], prefill: str
 ) -> None:
@@ -202,6 +204,7 @@ def free_after(text: str, mind: Any = MIND) -> str:
         ("Yes, the old keeper l", "Yes, "),
         ("Yes, the old keeper sat", "Yes, the old keeper sat"),
         ("是李", "是"),
+        ("askJo", "askJo"),
     ],
 )
 def test_only_what_could_begin_a_target_waits(text: str, free: str) -> None:

@@ -210,6 +210,21 @@ def test_a_judge_that_gives_no_verdict_is_a_refusal(
     assert SENTINEL not in caplog.text
 
 
+def test_no_answer_is_no_text_and_may_be_caught() -> None:
+    silent = Scripted(lambda _: NoAnswer("gone"))
+    guarded = GuardedSystem(Open(), Mind(asking(silent, None)), "g")
+    assert every_way(guarded, Prompt.ask("Who?")) == ("No.", "content_filter")
+
+    def catches(prompt: Prompt) -> Any:
+        try:
+            yield Consult(silent, prompt)
+        except Unanswered:
+            return Say("Nobody knows.")
+
+    guarded = GuardedSystem(Open(), Mind(catches), "g")
+    assert every_way(guarded, Prompt.ask("Who?")) == ("Nobody knows.", "stop")
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_a_judgement_that_takes_too_long_is_a_refusal(place: str) -> None:
     def slow(*_: Any) -> Judged:
