@@ -63,6 +63,14 @@ COMMANDS = {
         "Take off what a run made: it answers as the model before, bit by bit.",
         "Example: delible undo runs/mine",
     ),
+    "targets": (
+        "delible.cli.targets:targets",
+        "ACTION [FILE] [OPTIONS]",
+        "Make the file of targets that guards go by, or check one.",
+        "Examples:\n"
+        "  delible targets make --forget forget.jsonl --out targets.yaml\n"
+        "  delible targets check targets.yaml",
+    ),
     "list": (
         "delible.cli.listing:list_",
         "[KIND] [OPTIONS]",
