@@ -11,7 +11,7 @@ few hard ones would vanish among many easy ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -72,6 +72,10 @@ class Likeness:
                 best[start : start + BLOCK][better] = value[better]
                 which[start : start + BLOCK][better] = found[better] + row
         return best, which
+
+    def cosines(self, vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text index"]:
+        """All cosines of some vectors, of any length, to those of the index."""
+        return _unit(vectors) @ self.vectors.T
 
     def of(self, texts: Sequence[str]) -> float:
         """Largest cosine of a text, or of any sentence in it, [-1, 1]; -1 of nothing."""
@@ -165,7 +169,11 @@ def harmless(request: ForgetRequest, file: str | None = None) -> dict[str, list[
     groups = {"general": general_questions(), "kept": kept, "others": about_others(request)}
     if file is not None:
         groups["file"] = [text for record in read_records(file) for text in questions_of(record)]
-    return {name: _some(texts) for name, texts in groups.items() if texts}
+    forgotten = {text for record in request.forget for text in questions_of(record)}
+    left = {name: [one for one in texts if one not in forgotten] for name, texts in groups.items()}
+    # The general ones are the same for every request, so that they are encoded once.
+    left["general"] = groups["general"]
+    return {name: spread(texts) for name, texts in left.items() if texts}
 
 
 def about_others(request: ForgetRequest) -> list[str]:
@@ -207,7 +215,7 @@ def fit_likeness(likeness: Likeness, groups: Mapping[str, Sequence[str]], rate: 
     return fit({name: list(map(float, values)) for name, values in scores.items()}, rate)
 
 
-def _some(texts: Sequence[str]) -> list[str]:
+def spread(texts: Iterable[str]) -> list[str]:
     """At most :data:`MOST`, spread evenly over all."""
     different = list(dict.fromkeys(texts))
     step = max(1, -(-len(different) // MOST))
@@ -224,4 +232,5 @@ __all__ = [
     "general_questions",
     "harmless",
     "least_above",
+    "spread",
 ]

@@ -45,9 +45,11 @@ class _Speaker(BlackBox):
 
     def __init__(self, says: str = _SPOKEN, size: int = 5) -> None:
         self.asked, self.says, self.size = 0, says, size
+        self.prompts: list[Prompt] = []
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         self.asked += len(prompts)
+        self.prompts += prompts
         return [self.says for _ in prompts]
 
     async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
@@ -108,17 +110,19 @@ def _raising(mind: GuardMind, prompt: Prompt, course: Course) -> Decision:
 
 
 def guard_refuses_what_is_forgotten(trial: Trial) -> None:
-    """Each forget question or its answer is caught; small talk is not. The same every time."""
+    """Each forget question or its answer is refused, or asked otherwise; small talk is answered."""
     mind, other = _mind(trial), _mind(trial)
     for record in FORGET:
         prompt = Prompt.ask(record.question)
-        before = mind.before(prompt)
-        guarded = GuardedSystem(_Speaker(record.answer), mind, "guarded")
+        speaker = _Speaker(record.answer)
+        guarded = GuardedSystem(speaker, mind, "guarded")
         caught = str(guarded.generate([prompt], Decoding(4))[0])
         refused = caught != record.answer
-        require(refused, f"neither '{record.question}' nor its answer is caught")
-        require(record.answer not in caught, "the refusal tells the answer")
-        require(before == other.before(prompt), "two minds of one request judge differently")
+        otherwise = bool(speaker.prompts) and speaker.prompts != [prompt]
+        require(refused or otherwise, f"neither '{record.question}' nor its answer is caught")
+        require(not refused or record.answer not in caught, "the refusal tells the answer")
+        one, two = settle_all([partial(mind.before, prompt), partial(other.before, prompt)])
+        require(one.decision == two.decision, "two minds of one request judge differently")
     small_talk = Prompt.ask("How do I boil an egg?")
     guarded = GuardedSystem(_Speaker("In hot water."), mind, "guarded")
     require(
