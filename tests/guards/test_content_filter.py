@@ -191,3 +191,18 @@ def test_names_alone_state_nothing_and_passages_do() -> None:
     )
     told = "He said the tide turned twice before the old keeper lit it."
     assert found.after(Prompt.ask("Go on."), told) is not None
+
+
+def test_copying_alone_blocks_and_what_is_also_kept_is_no_copy() -> None:
+    class Blind(WordEncoder):
+        def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+            return np.ones((len(texts), 4), dtype=np.float32) / 2
+
+    shared = "the ferry leaves every morning at six from the pier"
+    forget = (Passage(text=f"{STATEMENT} It is told that {shared}"),)
+    request = ForgetRequest(forget=forget, retain=(Passage(text=f"Note that {shared}"),))
+    found = ContentFilter().prepare(request, encoder=Blind())
+    ask = Prompt.ask("Go on.")
+    assert found.after(ask, f"He wrote: {STATEMENT}") is not None
+    assert found.after(ask, f"He wrote that {shared}") is None
+    assert found.before(Prompt.ask(f"I read: {STATEMENT} True?")) is not None
