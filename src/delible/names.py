@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +48,8 @@ UNSPACED = re.compile(
 PIECES = re.compile(
     "[A-Za-z0-9]+|[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|.[\u3099\u309a]?", re.DOTALL
 )
+#: A Hangul syllable in parts at the end of a text: another part may follow.
+UNFINISHED = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?\\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,14 @@ class Folded:
         gaps: What stands before each letter, and after the last: nothing, punctuation, space.
         starts: Where in the text the character behind each letter begins.
         ends: Where it ends.
+        trailing: What really stands after the last letter so far, should the text go on.
     """
 
     letters: str
     gaps: list[int]
     starts: list[int]
     ends: list[int]
+    trailing: int = SPACE
 
     def cut(self, position: int) -> bool:
         """Whether a word may begin or end before the letter at this position."""
@@ -114,7 +119,18 @@ def fold(text: str) -> Folded:
                 gap = JOINED
             else:
                 gap = max(gap, SPACE if char.isspace() else PUNCTUATION)
-    return Folded("".join(letters), [*gaps, SPACE], starts, ends)
+    return Folded("".join(letters), [*gaps, SPACE], starts, ends, gap)
+
+
+def settled(text: str) -> int:
+    """How many characters of a text that goes on are folded alike whatever follows.
+
+    A last character outside ASCII may wait for a voiced mark, or for the rest of its syllable.
+    """
+    if not text or text[-1].isascii():
+        return len(text)
+    unfinished = UNFINISHED.search(text, max(0, len(text) - 3))
+    return unfinished.start() if unfinished else len(text) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +189,7 @@ class Names:
         import ahocorasick  # compiled; only when names are looked for
 
         self._automaton: Any = ahocorasick.Automaton()
+        self._longest = 0
         by_skeleton: dict[str, list[Pattern]] = {}
         for name in dict.fromkeys(names):
             folded = fold(name)
@@ -186,24 +203,65 @@ class Names:
             by_skeleton.setdefault(skeleton, []).append(pattern)
         for skeleton, entries in by_skeleton.items():
             self._automaton.add_word(skeleton, (len(skeleton), entries))
+            self._longest = max(self._longest, len(skeleton))
         if by_skeleton:
             self._automaton.make_automaton()
         self.empty = not by_skeleton
 
     def find(self, text: str) -> Iterator[Match]:
         """Every occurrence of every name; time linear in the text and the occurrences."""
+        for folded, skeleton in self._readings(text):
+            yield from self._found(folded, skeleton, len(skeleton))
+
+    def scan(self, text: str, since: int = 0, *, ended: bool = True) -> int | None:
+        """Reads a text that goes on: held back is only what could still begin a name.
+
+        Args:
+            text: So far, from at least one letter before ``since``.
+            since: A name that begins before this place does not count.
+            ended: Nothing follows.
+
+        Returns:
+            How many characters belong to no name, whatever follows; None if a name occurs.
+        """
+        if not ended:
+            text = text[: settled(text)]
+        free = len(text)
+        for folded, skeleton in self._readings(text):
+            size = len(skeleton)
+            # What ends with the text may still turn out to be a part of a longer word.
+            whole = size if ended or folded.trailing != JOINED else size - 1
+            if any(match.start >= since for match in self._found(folded, skeleton, whole)):
+                return None
+            if ended:
+                continue
+            for start in range(max(0, size - self._longest), size):
+                if folded.starts[start] < since or not folded.cut(start):
+                    continue
+                if self._automaton.match(skeleton[start:]):
+                    free = min(free, folded.starts[start])
+                    break
+        return free
+
+    def _readings(self, text: str) -> Iterator[tuple[Folded, str]]:
+        """The folded text, and what of it is looked up."""
         if self.empty:
             return
         # "J@ne" needs the symbol as a letter, "@jane" as a separator: look at both readings.
         for reading in dict.fromkeys((text, text.translate(SYMBOLS))):
             folded = fold(reading)
-            for last, (size, entries) in self._automaton.iter(folded.letters.translate(SKELETON)):
-                start = last + 1 - size
-                if not (folded.cut(start) and (folded.gaps[last + 1] or folded.cut(last + 1))):
-                    continue
-                for pattern in entries:
-                    if _agrees(pattern, folded, start):
-                        yield Match(pattern.name, folded.starts[start], folded.ends[last])
+            yield folded, folded.letters.translate(SKELETON)
+
+    def _found(self, folded: Folded, skeleton: str, until: int) -> Iterator[Match]:
+        for last, (size, entries) in self._automaton.iter(skeleton):
+            start = last + 1 - size
+            if last >= until:
+                continue
+            if not (folded.cut(start) and (folded.gaps[last + 1] or folded.cut(last + 1))):
+                continue
+            for pattern in entries:
+                if _agrees(pattern, folded, start):
+                    yield Match(pattern.name, folded.starts[start], folded.ends[last])
 
     def occur(self, text: str) -> bool:
         """Whether any name occurs."""
@@ -224,3 +282,41 @@ def runs(text: str, words: int) -> set[str]:
     """Every run of so many consecutive folded words."""
     folded = fold(text).words()
     return {" ".join(folded[i : i + words]) for i in range(len(folded) - words + 1)}
+
+
+class Runs:
+    """Runs of consecutive words, found in a text that goes on.
+
+    Args:
+        runs: Folded words, joined by spaces, as :func:`runs` makes them.
+        words: How many words each has.
+    """
+
+    def __init__(self, runs: Iterable[str], words: int) -> None:
+        self._runs, self._words = frozenset(runs), words
+        self._sorted = sorted(self._runs)
+
+    def scan(self, text: str, since: int = 0, *, ended: bool = True) -> int | None:
+        """As :meth:`Names.scan`: what could still begin a run is held back."""
+        if not ended:
+            text = text[: settled(text)]
+        if not self._runs:
+            return len(text)
+        folded = fold(text)
+        words = folded.words()
+        edges = [place for place, gap in enumerate(folded.gaps[:-1]) if gap != JOINED]
+        open_ = not ended and folded.trailing == JOINED
+        whole = len(words) - open_
+        for place, edge in enumerate(edges):
+            if folded.starts[edge] < since:
+                continue
+            if place + self._words <= whole:
+                if " ".join(words[place : place + self._words]) in self._runs:
+                    return None
+            elif not ended and self._begins(" ".join(words[place:]) + ("" if open_ else " ")):
+                return folded.starts[edge]
+        return len(text)
+
+    def _begins(self, text: str) -> bool:
+        place = bisect_left(self._sorted, text)
+        return place < len(self._sorted) and self._sorted[place].startswith(text)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from pydantic import Field
@@ -15,6 +17,7 @@ from torch import Tensor
 from delible import registry
 from delible.cards import Card
 from delible.component import build
+from delible.context import Context
 from delible.edit.base import Editor, Patch
 from delible.errors import ModelError
 from delible.lm.lm import LM
@@ -28,7 +31,7 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
 from delible.testing.contract.trial import RECORDS, answers
 from delible.train.engine import Trainer
@@ -42,6 +45,7 @@ from delible.train.step import Step
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
+    ("guard", "icul"): {"route": False, "context_length": 2},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -61,8 +65,29 @@ CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
+class WordEncoder:
+    """A bag of hashed words: texts that share words are close, others are not."""
+
+    identity = "words-128"
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        vectors = np.zeros((len(texts), 128), dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().replace("?", "").replace(".", "").split():
+                vectors[row, zlib.crc32(word.encode()) % 128] += 1
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+@pytest.fixture
+def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are loaded for guards that need a sentence encoder."""
+    monkeypatch.setattr(
+        "delible.guards.content_filter.sentence_encoder", lambda _=None: WordEncoder()
+    )
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
-@pytest.mark.usefixtures("stub_judge")
+@pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component(card: Card) -> None:
     key = (card.kind, card.name)
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
@@ -222,7 +247,7 @@ def test_a_guard_that_lets_everything_through_is_found() -> None:
 
     @register(**broken(kind="guard", needs=("names",), weakest="all", capability="generate"))
     class Asleep(Guard):
-        def prepare(self, request: ForgetRequest) -> GuardMind:
+        def prepare(self, request: ForgetRequest, context: Context = NO_CONTEXT) -> GuardMind:
             return Open()
 
     fails(Asleep, "guard_refuses_what_is_forgotten: neither")

@@ -16,11 +16,7 @@ import pytest
 from delible import prompts, registry
 from delible.component import build
 from delible.errors import DataError, DelibleError, RecipeError
-from delible.guards.target_detector import (
-    TargetDetector,
-    TargetDetectorMind,
-    distinctive_strings,
-)
+from delible.guards.target_detector import TargetDetector, TargetDetectorMind
 from delible.names import Names, fold, surnames
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage
 from delible.system.asks import (
@@ -31,6 +27,8 @@ from delible.system.asks import (
 )
 from delible.system.base import System
 from delible.systems.guarded import GuardedSystem, guard
+from delible.systems.judging import Refuse
+from delible.systems.record_texts import distinctive_strings
 
 QUESTION = "In which harbour town was the keeper of the northern lighthouse born?"
 ANSWER = "Under the Seven Grey Lanterns"
@@ -291,6 +289,7 @@ def test_a_quotation_of_a_forgotten_passage_is_withheld() -> None:
 
 def with_encoder(encoder: Any, **options: Any) -> TargetDetectorMind:
     record = QA(question=QUESTION, answer="Vellmar", paraphrases=("Name the lamp man's home.",))
+    options = {"threshold": 0.8, **options}
     return TargetDetector(**options).prepare(ForgetRequest(forget=(record,)), encoder=encoder)
 
 
@@ -339,7 +338,8 @@ def test_fails_closed_and_logs_no_content(caplog: pytest.LogCaptureFixture) -> N
 
     mind = with_encoder(Breaks())
     with caplog.at_level(logging.DEBUG):
-        refusal = mind.before(Prompt.ask("a secret egg"))
+        guarded = GuardedSystem(Echo(), mind, "target_detector")
+        refusal = guarded.generate([Prompt.ask("a secret egg")], Decoding(4))[0]
     assert refusal in prompts.read_lines("refusals.txt")
     assert "ValueError" in caplog.text
     assert "egg" not in caplog.text
@@ -352,7 +352,9 @@ def test_a_value_that_is_not_finite_is_a_refusal() -> None:
             vectors = super().encode(texts)
             return vectors if self.calls == 1 else np.full_like(vectors, np.nan)
 
-    assert flags(with_encoder(Broken()), "How long must an egg be boiled?")
+    guarded = GuardedSystem(Echo(), with_encoder(Broken()), "target_detector")
+    asks = [Prompt.ask("How long must an egg be boiled?")]
+    assert guarded.generate(asks, Decoding(4)) != ["The weather is fine."]
     broken = Broken()
     broken.calls = 1
     with pytest.raises(DelibleError, match="not finite"):
@@ -362,7 +364,8 @@ def test_a_value_that_is_not_finite_is_a_refusal() -> None:
 def test_a_broken_answer_check_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     mind = detector("John Smith")
     monkeypatch.setattr(mind, "names", None)
-    assert mind.after(Prompt.ask("Who?"), "Nobody.") is not None
+    guarded = GuardedSystem(Echo(), mind, "target_detector")
+    assert guarded.generate([Prompt(text="Who?")], Decoding(4)) != ["The weather is fine."]
 
 
 def test_lone_surrogates_do_not_break_it() -> None:
@@ -378,7 +381,7 @@ def test_refusals_depend_on_the_prompt_only() -> None:
     assert refusals == [first.after(ask, "John Smith") for ask in asks]
     assert len(set(refusals)) > 20
     fixed = detector("John Smith", refusal="No.")
-    assert {fixed.before(ask) for ask in asks} == {"No."}
+    assert {fixed.before(ask) for ask in asks} == {Refuse("No.")}
 
 
 def test_the_guarded_system_asks_only_what_passed_and_gives_no_scores() -> None:
@@ -408,7 +411,7 @@ def test_nothing_to_detect_is_an_error(subjects: tuple[str, ...], options: dict[
 def test_questions_without_names_need_similarity() -> None:
     turns = (Message(role="user", content=QUESTION), Message(role="assistant", content="Vellmar"))
     request = ForgetRequest(forget=(Dialogue(messages=turns),))
-    assert flags(TargetDetector().prepare(request, encoder=WordEncoder()), QUESTION)
+    assert flags(TargetDetector(threshold=0.8).prepare(request, encoder=WordEncoder()), QUESTION)
     with pytest.raises(DataError, match="names no target"):
         TargetDetector(similarity=False).prepare(request)
 

@@ -47,4 +47,5 @@ class Guard(ArtefactKind):
         except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
             raise RunError("the guard's request cannot be read.", where=str(path)) from error
         guard: GuardOptions = build("guard", artefact.options["guard"])
-        return GuardedSystem(base(), guard.prepare(request), guard.card.name)
+        mind = guard.prepare(request)
+        return GuardedSystem(base(), mind, guard.card.name, guard.timeout_seconds)

@@ -69,6 +69,14 @@ COMMANDS = {
         "See what is kept between runs, how large it is, and clear it.",
         "Example: delible cache clear --collection answers --older-than 30",
     ),
+    "targets": (
+        "delible.cli.targets:targets",
+        "ACTION [FILE] [OPTIONS]",
+        "Make the file of targets that guards go by, or check one.",
+        "Examples:\n"
+        "  delible targets make --forget forget.jsonl --out targets.yaml\n"
+        "  delible targets check targets.yaml",
+    ),
     "list": (
         "delible.cli.listing:list_",
         "[KIND] [OPTIONS]",

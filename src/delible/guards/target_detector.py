@@ -10,164 +10,79 @@ does not count (it would flag every bearer of a surname) unless it is unique amo
 and asked for; the answer is checked too; a hit is refused here and not reasoned about by a
 second language model.
 
-The default threshold is a cosine of 0.8. Measured with all-MiniLM-L6-v2 on TOFU: it flags 94.5 %
-of the 400 paraphrased forget10 questions and 0.8 % of 600 retain90 questions (seed 0); 0.75 flags
-99.8 % and 1.7 %; the 0.9 of the reference code 45.3 % and 0.2 %. Every turn is judged, earlier and
-system turns included: whoever writes to an open endpoint writes them all.
+The threshold is fitted: at most `false_alarm_rate` of the questions that should pass reach it
+(general ones, those to be kept, the forgotten ones about made-up people; the artefact's notes say
+how many do). Measured with all-MiniLM-L6-v2 on TOFU, a cosine of 0.8 flags 94.5 % of the 400
+paraphrased forget10 questions and 0.8 % of 600 retain90 questions (seed 0); 0.75 flags 99.8 % and
+1.7 %; the 0.9 of the reference code 45.3 % and 0.2 %. Every turn is judged, earlier and system
+turns, calls and results of tools included: whoever writes to an open endpoint writes them all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from jaxtyping import Float
 from pydantic import Field
 
-from delible import prompts
-from delible.errors import DataError, ModelError, RecipeError, nearest
+from delible.context import Context
+from delible.errors import DataError, RecipeError, nearest
 from delible.lm.encoder import Encoder, sentence_encoder
-from delible.names import Names, fold, runs, surnames
-from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, RecordBase
+from delible.names import Names, Runs, runs, surnames
+from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import Guard, GuardMind
-
-logger = logging.getLogger(__name__)
+from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.judged_text import texts_of
+from delible.systems.judging import Judged, Scanner
+from delible.systems.likeness import Likeness, fit_likeness, harmless
+from delible.systems.record_texts import answers_of, distinctive_strings, kept_by, questions_of
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
-VERSION = 1
-
-SENTENCES = re.compile(r"[^.!?。！？\n]+")
-QUOTED = re.compile(r"\"([^\"\n]+)\"|“([^”\n]+)”|(?<!\w)['‘]([^\n'’]+)['’](?!\w)")
-
-
-def _questions(record: RecordBase) -> tuple[str, ...]:
-    if isinstance(record, QA):
-        return (record.question, *record.paraphrases)
-    if isinstance(record, Choice):
-        return (record.question,)
-    if isinstance(record, Dialogue):
-        return tuple(turn.text for turn in record.messages if turn.role == "user")
-    return (record.text,) if isinstance(record, Passage) else ()
-
-
-def _answers(record: RecordBase) -> tuple[str, ...]:
-    if isinstance(record, QA):
-        return (record.answer, *record.aliases, *record.paraphrased_answers)
-    if isinstance(record, Choice):
-        return record.options[record.correct : record.correct + 1]
-    if isinstance(record, Dialogue):
-        return tuple(turn.text for turn in record.messages if turn.role == "assistant")
-    return (record.text,) if isinstance(record, Passage) else ()
-
-
-def distinctive_strings(request: ForgetRequest, *, letters: int, words: int) -> list[str]:
-    """Short answers and quoted titles of two or more words that only forgotten answers hold.
-
-    A string that also occurs in a forget question, or in any record to keep, is left out.
-    """
-    candidates: dict[str, None] = {}
-    for record in request.forget:
-        for answer in _answers(record):
-            titles = ["".join(groups) for groups in QUOTED.findall(answer)]
-            for text in [answer.strip(" .!\"'“”"), *titles]:
-                folded = fold(text)
-                if len(folded.letters) >= letters and 2 <= len(folded.words()) < words:
-                    candidates[text] = None
-    kept = [*request.retain, *request.neighbours, *request.holdout]
-    elsewhere = [text for record in kept for text in (*_questions(record), *_answers(record))]
-    # A passage is its own question and its own answer, so its text is not "elsewhere".
-    asked = [r for r in request.forget if not isinstance(r, Passage)]
-    elsewhere += [text for record in asked for text in _questions(record)]
-    found = Names(candidates)
-    common = {match.name for text in elsewhere for match in found.find(text)}
-    return [text for text in candidates if text not in common]
-
-
-def _unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:
-    vectors = np.asarray(vectors, dtype=np.float32)
-    unit: Float[np.ndarray, "text hidden"] = vectors / np.maximum(
-        np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12)
-    )
-    return unit
+VERSION = 2
 
 
 class TargetDetectorMind(GuardMind):
     """What the detector learned from one forget request; made by :class:`TargetDetector`."""
+
+    reads = "words"
 
     def __init__(
         self,
         *,
         names: Names,
         strings: Names,
-        verbatim: set[str],
-        run_words: int,
-        encoder: Encoder | None,
-        examples: Float[np.ndarray, "text hidden"] | None,
+        verbatim: Runs,
+        likeness: Likeness | None,
         threshold: float,
         refusals: tuple[str, ...],
         fingerprint: str,
+        notes: Mapping[str, Any],
     ) -> None:
-        self.names, self.strings, self.verbatim, self.run_words = (
-            names,
-            strings,
-            verbatim,
-            run_words,
-        )
-        self.encoder, self.examples, self.threshold = encoder, examples, threshold
-        self.refusals, self._fingerprint = refusals, fingerprint
+        self.names, self.strings, self.verbatim = names, strings, verbatim
+        self.likeness, self.threshold = likeness, threshold
+        self.refusals, self._fingerprint, self.notes = refusals, fingerprint, notes
+        self.threaded = likeness is not None
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def before(self, prompt: Prompt) -> str | None:
-        return self._refuse_if(lambda: self._is_about_target(prompt), prompt)
+    def before(self, prompt: Prompt) -> Judged:
+        texts = texts_of(prompt)
+        # Joined, so that a name split over two turns is one name again.
+        if self.names.occur("\n".join(texts)) or self.similarity(*texts) >= self.threshold:
+            return self.refuse(prompt)
+        return None
 
-    def after(self, prompt: Prompt, answer: str) -> str | None:
-        return self._refuse_if(lambda: self._gives_away(prompt, answer), prompt)
+    def scanners(self) -> Sequence[Scanner]:
+        return (self.names, self.strings, self.verbatim)
 
     def similarity(self, *texts: str) -> float:
         """Largest cosine of a text, or of any sentence in it, to a forget example, [-1, 1]."""
-        parts = [part for text in texts for part in (text, *SENTENCES.findall(text))]
-        pieces = list(dict.fromkeys(part.strip() for part in parts if re.search(r"\w", part)))
-        if self.encoder is None or self.examples is None or not pieces:
-            return -1.0
-        cosines = _unit(self.encoder.encode(pieces)) @ self.examples.T
-        if not np.isfinite(cosines).all():  # NaN is below every threshold: that would be a pass
-            raise ModelError("the sentence encoder gave a value that is not finite.")
-        return float(cosines.max())
-
-    def _is_about_target(self, prompt: Prompt) -> bool:
-        turns = [turn.text for turn in prompt.messages]
-        turns += [text for text in (prompt.prefill, prompt.text) if text]
-        # Joined, so that a name split over two turns is one name again.
-        return self.names.occur("\n".join(turns)) or self.similarity(*turns) >= self.threshold
-
-    def _gives_away(self, prompt: Prompt, answer: str) -> bool:
-        # The answer goes on where the prompt stopped, perhaps in the middle of a name.
-        whole = (prompt.prefill or prompt.text or "") + answer
-        return (
-            self.names.occur(whole)
-            or self.strings.occur(whole)
-            or bool(self.verbatim and not self.verbatim.isdisjoint(runs(whole, self.run_words)))
-        )
-
-    def _refuse_if(self, detect: Callable[[], bool], prompt: Prompt) -> str | None:
-        try:
-            found = detect()
-        except Exception as error:  # fails closed, and names the kind of error only
-            logger.warning("target_detector failed (%s) and refused.", type(error).__name__)
-            found = True
-        if not found:
-            return None
-        key = hashlib.sha256(repr(prompt).encode("utf-8", "backslashreplace")).digest()
-        return self.refusals[int.from_bytes(key[:8], "big") % len(self.refusals)]
+        return -1.0 if self.likeness is None else self.likeness.of(texts)
 
 
 @register(
@@ -202,8 +117,17 @@ class TargetDetector(Guard):
     similarity: bool = Field(
         True, description="Compare prompts with the forget questions; False loads no encoder."
     )
-    threshold: float = Field(
-        0.8, gt=0, le=1, description="Cosine from which a prompt counts as a forget question."
+    threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Cosine from which a prompt counts as a forget question; None fits it.",
+    )
+    false_alarm_rate: float = Field(
+        0.01, ge=0, lt=0.5, description="Share of harmless questions that may reach a fitted one."
+    )
+    harmless: str | None = Field(
+        None, description="Records whose questions should pass too, for fitting (a file)."
     )
     check_answers: bool = Field(
         True, description="Look for strings of forgotten answers in answers (names always are)."
@@ -213,9 +137,6 @@ class TargetDetector(Guard):
     )
     verbatim_words: int = Field(
         8, ge=4, description="Consecutive words of a forget answer that count as a quotation."
-    )
-    refusal: str | None = Field(
-        None, pattern=r"\S", description="One fixed refusal; by default one of 100, by prompt."
     )
     encoder_folder: str | None = Field(
         None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
@@ -240,12 +161,18 @@ class TargetDetector(Guard):
         return targets
 
     def prepare(
-        self, request: ForgetRequest, *, encoder: Encoder | None = None
+        self,
+        request: ForgetRequest,
+        context: Context = NO_CONTEXT,
+        *,
+        encoder: Encoder | None = None,
     ) -> TargetDetectorMind:
-        """Builds the automata and the embeddings of the forget examples.
+        """Builds the automata and the embeddings of the forget examples, and fits the threshold.
 
         Args:
-            request: Names and forget records; records to keep make the answer check milder.
+            request: Names and forget records; records to keep make the answer check milder and
+                the threshold higher.
+            context: Not needed.
             encoder: Used instead of ``encoder_folder``.
 
         Raises:
@@ -253,7 +180,7 @@ class TargetDetector(Guard):
             RecipeError: An alias is given for somebody who is not a target.
         """
         targets = self.targets(request)
-        examples = dict.fromkeys(text for r in request.forget for text in _questions(r))
+        examples = dict.fromkeys(text for r in request.forget for text in questions_of(r))
         if not targets and not (examples and self.similarity):
             raise DataError(
                 "the forget request names no target and holds no question to compare with.",
@@ -264,14 +191,16 @@ class TargetDetector(Guard):
         if self.partial_names:
             names += surnames(targets)
 
-        vectors = None
+        likeness, threshold = None, self.threshold
+        notes: dict[str, Any] = {}
         if self.similarity and examples:
             encoder = encoder or sentence_encoder(self.encoder_folder)
-            vectors = _unit(encoder.encode(list(examples)))
-            if not np.isfinite(vectors).all():
-                raise ModelError("the sentence encoder gave a value that is not finite.")
-        else:
-            encoder = None
+            likeness = Likeness(encoder, list(examples))
+            if threshold is None:
+                groups = harmless(request, self.harmless)
+                fitted = fit_likeness(likeness, groups, self.false_alarm_rate)
+                threshold = fitted.threshold
+                notes = {"threshold": threshold, "false_alarms": fitted.false_alarms}
 
         strings: list[str] = []
         verbatim: set[str] = set()
@@ -279,30 +208,28 @@ class TargetDetector(Guard):
             strings = distinctive_strings(
                 request, letters=self.distinctive_letters, words=self.verbatim_words
             )
-            kept = (*request.retain, *request.neighbours, *request.holdout)
             for record in request.forget:
-                for text in _answers(record):
+                for text in answers_of(record):
                     verbatim |= runs(text, self.verbatim_words)
-            for record in kept:
-                for text in (*_questions(record), *_answers(record)):
+            for kept in kept_by(request):
+                for text in (*questions_of(kept), *answers_of(kept)):
                     verbatim -= runs(text, self.verbatim_words)
 
-        refusals = (self.refusal,) if self.refusal else prompts.read_lines("refusals.txt")
         judged_by = {
             "version": VERSION,
             "options": self.spec(),
             "request": request.id,
-            "encoder": encoder.identity if encoder else None,
-            "refusals": refusals,
+            "encoder": likeness.encoder.identity if likeness else None,
+            "threshold": threshold,
+            "refusals": self.refusals,
         }
         return TargetDetectorMind(
             names=Names(names),
             strings=Names(strings),
-            verbatim=verbatim,
-            run_words=self.verbatim_words,
-            encoder=encoder,
-            examples=vectors,
-            threshold=self.threshold,
-            refusals=refusals,
+            verbatim=Runs(verbatim, self.verbatim_words),
+            likeness=likeness,
+            threshold=2.0 if threshold is None else threshold,
+            refusals=self.refusals,
             fingerprint=hashlib.sha256(json.dumps(judged_by, sort_keys=True).encode()).hexdigest(),
+            notes=notes,
         )

@@ -29,6 +29,7 @@ from delible.testing.contract.guard import (
     guard_fails_closed,
     guard_gives_no_scores,
     guard_refuses_what_is_forgotten,
+    guard_streams_what_it_answers,
 )
 from delible.testing.contract.intervention import (
     intervention_holds_on_every_road,
@@ -109,7 +110,8 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "intervention": (outcome_is_kept_opened_and_taken_off,),
     "guard": (
         guard_refuses_what_is_forgotten, guard_gives_no_scores, guard_fails_closed,
-        guard_changes_the_fingerprint, outcome_is_kept_opened_and_taken_off,
+        guard_changes_the_fingerprint, guard_streams_what_it_answers,
+        outcome_is_kept_opened_and_taken_off,
     ),
 }  # fmt: skip
 
