@@ -298,15 +298,18 @@ def _decoded(
         if limit is None:
             given["max_completion_tokens"] = None
         own = {**given, **fields, **own}
-        decodings = [_for_server(one, own, body.seed is not None) for one in decodings]
+        first = body.seed
+        decodings = [
+            _for_server(one, own if first is None else {**own, "seed": first + place % count})
+            for place, one in enumerate(decodings)
+        ]
     asked = [prompt for prompt in prompts for _ in range(count)]
     return Asked(model, asked, decodings, streamed=bool(body.stream), warnings=tuple(warnings))
 
 
-def _for_server(decoding: Decoding, fields: Mapping[str, Any], seeded: bool) -> Relayed:
-    own = {**fields, "seed": decoding.seed} if seeded else fields
+def _for_server(decoding: Decoding, fields: Mapping[str, Any]) -> Relayed:
     values = {name: getattr(decoding, name) for name in Decoding.__dataclass_fields__}
-    return Relayed(**values, fields=json.dumps(own, sort_keys=True))
+    return Relayed(**values, fields=json.dumps(fields, sort_keys=True))
 
 
 def relayed(unknown: Mapping[str, Any], model: ServedModel) -> tuple[dict[str, Any], list[str]]:
