@@ -32,7 +32,7 @@ def test_nothing_makes_it_fail(served_schema: Any, place: int) -> None:
     assert len(operations) == ROUTES
 
     @settings(
-        max_examples=15, deadline=None, derandomize=True, database=None,
+        max_examples=8, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operations[place].as_strategy(generation_mode=GenerationMode.NEGATIVE))
@@ -40,7 +40,7 @@ def test_nothing_makes_it_fail(served_schema: Any, place: int) -> None:
         case.call_and_validate(checks=[not_a_server_error])
 
     @settings(
-        max_examples=15, deadline=None, derandomize=True, database=None,
+        max_examples=8, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operations[place].as_strategy())
