@@ -9,16 +9,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
-from delible.gateway.guarding import Verdict
 from delible.gateway.models import ServedModel
 from delible.gateway.running import listening, server
 from delible.gateway.settings import GatewaySettings
 from delible.system.asks import Decoding, Prompt
-from delible.system.replies import Piece, Reply, Usage
+from delible.system.replies import Piece, Reply, Unanswered, Usage
 from delible.systems.endpoint import Endpoint
 
 #: A line of a script: a piece, seconds to wait, or a failure.
@@ -67,17 +67,34 @@ class Puppet:
         )
 
 
+@dataclass(frozen=True)
+class Instead:
+    """A guard's decision: what is said, or what is asked instead."""
+
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Otherwise:
+    prompt: Prompt
+
+
 class Watched(Puppet):
-    """A puppet with a guard: its verdicts, and targets that can be changed."""
+    """A puppet with a guard: its decisions, and targets that can be changed."""
+
+    guard = "names"
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.targets = {"Ada Brook"}
 
-    async def check(self, prompt: Prompt, answer: str | None) -> Verdict:
+    async def check(self, prompt: Prompt, answer: str | None = None) -> Instead | Otherwise | None:
         said = " ".join([*(turn.text for turn in prompt.messages), prompt.text or "", answer or ""])
-        hit = any(target in said for target in self.targets)
-        return Verdict(not hit, "names", "a name was found" if hit else "")
+        if "broken" in said:
+            raise Unanswered("the guard failed.", status=503)
+        if any(target in said for target in self.targets):
+            return Instead("No.")
+        return Otherwise(prompt) if "rewrite" in said else None
 
     async def change_targets(self, add: Sequence[str], remove: Sequence[str]) -> int:
         self.targets = (self.targets | set(add)) - set(remove)

@@ -22,6 +22,7 @@ from gateway_at_work import (
     STREAM,
     Puppet,
     Upstream,
+    Watched,
     answer,
     before,
     said,
@@ -231,10 +232,14 @@ def test_comments_keep_a_stream_alive_while_text_is_held() -> None:
 
 
 def test_held_text_is_no_silence() -> None:
-    """A guard that holds text says so in empty pieces: the system is not slow."""
+    """A system behind a guard is not slow; one that holds text may say so in empty pieces."""
     held = [0.2, Piece(""), 0.2, Piece(""), 0.2, *HELLO]
     with working(Puppet(held), **HURRIED) as at_work:
         assert at_work.events()[-1] == "[DONE]"
+    with working(Watched([0.5, *HELLO]), **HURRIED) as at_work:
+        assert at_work.events()[-1] == "[DONE]"
+    with working(Puppet([0.5, *HELLO]), **HURRIED) as at_work:
+        assert at_work.chat(stream=True).status_code == 504
 
 
 def test_a_server_behind_a_gateway_is_asked_once_by_many_at_once() -> None:

@@ -191,6 +191,12 @@ def test_a_withheld_answer_looks_like_any_other() -> None:
         assert response["incomplete_details"] == {"reason": "content_filter"}
         numbers = at_work.client.get("/metrics").text
         assert 'delible_verdicts_total{guard="names",verdict="withheld"} 3.0' in numbers
+    nameless = Watched([Piece("I cannot say.", "content_filter")])
+    with working(nameless, name_policy=True) as at_work:
+        assert at_work.chat().headers["x-delible-policy"] == "names"
+        assert at_work.chat(stream=True).headers["x-delible-policy"] == "names"
+    with working(nameless) as at_work:
+        assert "x-delible-policy" not in at_work.chat().headers
     with working(puppet, name_policy=True, undisclosed=True) as at_work:
         reply = at_work.chat()
         assert reply.json()["choices"][0]["finish_reason"] == "stop"
@@ -214,6 +220,8 @@ def test_verdicts_without_answers(at_work: Working) -> None:
         found = check(messages=turns, answer="Ada Brook.").json()
         assert (found["allowed"], found["guard"]) == (False, "names")
         assert check(messages=turns).json()["allowed"] is True
+        assert check(prompt="rewrite this").json()["allowed"] is True
+        assert refused(check(prompt="broken"), 503)["code"] == "unavailable"
         refused(check())
         refused(check(messages=turns, prompt="Who?"))
         refused(check(messages=[{"role": "user", "content": [PICTURE]}]))

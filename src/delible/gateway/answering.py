@@ -95,7 +95,7 @@ class Answer(Response):
             self._usages[index] = reply.usage
             self.call.told += len(reply.text)
             self._judged(reply.finish, reply.withheld_by)
-            policy = policy or reply.withheld_by
+            policy = policy or self._policy(reply.finish, reply.withheld_by)
         body = self.writer.whole(replies, self._usage())
         await JSONResponse(body, headers=self._told(policy))({"type": "http"}, _nothing, send)
 
@@ -137,7 +137,7 @@ class Answer(Response):
                         continue
                     self._heard(index, piece)
                     if content := self.writer.piece(index, piece):
-                        await say(content, piece.withheld_by)
+                        await say(content, self._policy(piece.finish, piece.withheld_by))
                 await say(self.writer.closing(self._usage()), more=False)
         except CallFailed as failed:
             if not begun:
@@ -168,6 +168,8 @@ class Answer(Response):
         try:
             while left:
                 patience = settings.first_token_seconds if first else settings.idle_seconds
+                if self.asked.model.guarded:  # a guard that holds text is silent, and not idle
+                    patience = settings.total_seconds
                 ends = min(last + patience, began + settings.total_seconds)
                 until = min(ends, sent + settings.keep_alive_seconds)
                 try:
@@ -218,12 +220,15 @@ class Answer(Response):
             found["x-delible-policy"] = _plain(policy)
         return found
 
+    def _policy(self, finish: str | None, guard: str) -> str:
+        return (guard or self.asked.model.guard) if finish == "content_filter" else ""
+
     def _judged(self, finish: str, guard: str) -> None:
         self.call.finishes.append(finish)
         if finish == "content_filter":
-            self.numbers.verdicts.labels(guard or "guard", "withheld").inc()
+            self.numbers.verdicts.labels(guard or self.asked.model.guard, "withheld").inc()
         elif self.asked.model.guarded:
-            self.numbers.verdicts.labels("", "passed").inc()
+            self.numbers.verdicts.labels(self.asked.model.guard, "passed").inc()
 
     def _usage(self) -> Usage:
         """Of all answers; a prompt that is answered several times went in once."""

@@ -29,6 +29,7 @@ from delible.gateway.asked import (
 )
 from delible.gateway.errors import CallFailed, of_system
 from delible.gateway.front import CALL, Front
+from delible.gateway.guarding import verdict
 from delible.gateway.models import ServedModel, chosen
 from delible.gateway.reading import conversation, read_chat, read_text
 from delible.gateway.responses import Responses, read_responses
@@ -160,18 +161,17 @@ def _answers(
             raise CallFailed(400, "The prompt is too long.", code="context_length_exceeded")
         try:
             async with asyncio.timeout(settings.total_seconds):
-                verdict = await model.checks.check(asked, body.answer)
+                decision = await model.checks.check(asked, body.answer)
         except Unanswered as error:
             raise of_system(error) from None
         except TimeoutError:
             raise CallFailed(504, "There was no verdict in time.", code="timeout") from None
-        word = "allowed" if verdict.allowed else "refused"
-        numbers.verdicts.labels(verdict.guard, word).inc()
-        about: dict[str, Any] = {"object": "check", "model": model.name}
-        about |= {"allowed": verdict.allowed}
-        if not settings.undisclosed:
-            about |= {"guard": verdict.guard, "reason": verdict.reason}
-        return JSONResponse(about)
+        found = verdict(decision, model.guard)
+        numbers.verdicts.labels(found.guard, "allowed" if found.allowed else "refused").inc()
+        named = {} if settings.undisclosed else {"guard": found.guard}
+        return JSONResponse(
+            {"object": "check", "model": model.name, "allowed": found.allowed, **named}
+        )
 
 
 def _states(app: FastAPI, models: Sequence[ServedModel], numbers: Numbers) -> None:

@@ -21,27 +21,34 @@ class Verdict:
     """What a guard thinks of a conversation, or of an answer to it.
 
     Attributes:
-        allowed: It passes.
+        allowed: It passes, perhaps with other words than the client's.
         guard: Which one judged.
-        reason: For people; names no target.
     """
 
     allowed: bool
-    guard: str = ""
-    reason: str = ""
+    guard: str
 
 
 @runtime_checkable
 class Checking(Protocol):
     """A system whose guard judges without an answer being made."""
 
-    async def check(self, prompt: Prompt, answer: str | None) -> Verdict:
-        """The verdict on a conversation, and on an answer to it if there is one.
+    async def check(self, prompt: Prompt, answer: str | None = None) -> object | None:
+        """What the guard decides about a conversation, and about an answer to it if there is one.
+
+        Returns:
+            None lets it pass. A decision with a ``prompt`` of its own asks the system that
+            instead; any other one is said in place of an answer.
 
         Raises:
-            Unanswered: The guard failed; status 503.
+            Unanswered: It cannot be judged.
         """
         ...
+
+
+def verdict(decision: object | None, guard: str) -> Verdict:
+    """A guard's decision in a word: only what is said in place of an answer is a refusal."""
+    return Verdict(decision is None or hasattr(decision, "prompt"), guard)
 
 
 @runtime_checkable

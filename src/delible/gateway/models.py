@@ -50,6 +50,9 @@ class ServedModel:
         self.targets = next((one for one in found if isinstance(one, Retargeted)), None)
         #: Whether a part stands before the model or the server.
         self.guarded = len(found) > 1 or self.checks is not None
+        guards = [one.guard for one in found if isinstance(getattr(one, "guard", None), str)]
+        #: The guard's name; where there are several, nobody knows which one it was.
+        self.guard = guards[0] if len(guards) == 1 else "guard"
         self._ready = (0.0, False)
         if self.endpoint is not None:
             self.endpoint.adapts = False
