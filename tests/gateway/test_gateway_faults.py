@@ -142,7 +142,10 @@ def test_a_server_that_hangs_is_left(sent: list[Any]) -> None:
 
 def test_a_stream_that_stalls_is_left() -> None:
     with before(lambda _: [STREAM, said("Hel"), "hang"], **HURRIED) as (at_work, upstream):
+        began = time.monotonic()
         events = at_work.events()
+        assert time.monotonic() - began < 3  # neither of the whole answer's time nor the server's
+        assert at_work.client.post("/v1/check", json={"prompt": "Hi"}).status_code == 501
         assert events[-1]["error"]["code"] == "timeout"
         assert "more text" in events[-1]["error"]["message"]
         assert upstream.left.wait(5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ class ServedModel:
         self.created = int(time.time())
         found = list(layers(system))
         self.endpoint = next((one for one in found if isinstance(one, Endpoint)), None)
-        self.checks = next((one for one in found if isinstance(one, Checking)), None)
+        # an endpoint's own ``check`` is another thing: whether the server is there
+        checking = (one for one in found if iscoroutinefunction(getattr(one, "check", None)))
+        self.checks: Checking | None = next(checking, None)
         self.targets = next((one for one in found if isinstance(one, Retargeted)), None)
         #: Whether a part stands before the model or the server.
         self.guarded = len(found) > 1 or self.checks is not None
