@@ -11,7 +11,10 @@ import pytest
 from delible.cli.app import app
 from delible.cli.commands import COMMANDS
 
-HEAVY = ("torch", "transformers", "numpy", "pyarrow", "vl_convert")
+HEAVY = (
+    "torch", "transformers", "numpy", "pyarrow", "vl_convert", "fastapi", "starlette", "uvicorn",
+    "prometheus_client", "httpx2",
+)  # fmt: skip
 LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.modules]))"
 
 
@@ -21,6 +24,7 @@ LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.
         (["--help"], ("pydantic", "yaml")),
         (["unlearn", "--help"], ("pydantic", "yaml")),
         (["audit", "-h"], ("pydantic", "yaml")),
+        (["serve", "--help"], ("pydantic", "yaml")),
         (["list"], ()),
         (["list", "methods", "--json"], ()),
     ],

@@ -45,6 +45,20 @@ COMMANDS = {
         "  delible bench world --model tiny --methods npo,rmu --seeds 3\n"
         "  delible bench tofu --split forget01 --authors 20 --methods npo --data tofu/",
     ),
+    "serve": (
+        "delible.cli.serve:serve",
+        "[TARGET] [OPTIONS]",
+        "Serve a model, a run or a server's model to OpenAI clients, behind guards.",
+        "Examples:\n"
+        "  delible serve runs/mine --port 8000\n"
+        "  delible serve https://host/v1 --guard target_detector --subjects 'Ada Brook'",
+    ),
+    "chat": (
+        "delible.cli.chat:chat",
+        "[TARGET] [OPTIONS]",
+        "Talk to a model, a run or a server's model.",
+        "Example: delible chat runs/mine",
+    ),
     "report": (
         "delible.cli.report:report",
         "DIR… [OPTIONS]",

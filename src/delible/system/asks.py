@@ -73,6 +73,18 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Relayed(Decoding):
+    """How a client of a server wants its answer, for whoever passes the call on to another one.
+
+    Attributes:
+        fields: JSON object of fields of the call to a server, over those that the rest makes; a
+            null leaves one out. A model on this machine knows nothing of them.
+    """
+
+    fields: str = "{}"
+
+
+@dataclass(frozen=True)
 class Generate:
     """What does the system answer?"""
 

@@ -14,7 +14,20 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class Unanswered(DelibleError):  # noqa: N818 (nobody did anything wrong)
-    """A system could not answer: too long a prompt, values that are no numbers, a failed call."""
+    """A system could not answer: too long a prompt, values that are no numbers, a failed call.
+
+    Args:
+        problem: Why.
+        status: What a server says of it, as an HTTP status: 400 if another question would be
+            answered, 429 if another time; None: nothing is known.
+        wait_seconds: After which it may be tried again.
+    """
+
+    def __init__(
+        self, problem: str, *, status: int | None = None, wait_seconds: float = 0.0
+    ) -> None:
+        super().__init__(problem)
+        self.status, self.wait_seconds = status, wait_seconds
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Reply:
         tool_calls: What it calls; the text is then often empty.
         logprobs: Of all tokens that were generated, those of thoughts and of what a stop text
             cut off included; None where the system was not asked or does not tell.
+        withheld_by: The guard that took the answer back, if ``finish`` says that one did.
     """
 
     text: str
@@ -48,6 +62,7 @@ class Reply:
     usage: Usage = Usage()
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    withheld_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,15 @@ class ToolCallPiece:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer; the last one has the reason of the end and the usage."""
+    """A part of an answer; the last one has the reason of the end and the usage.
+
+    Attributes:
+        withheld_by: Of the last one: the guard that took the answer back.
+    """
 
     text: str
     finish: FinishReason | None = None
     usage: Usage | None = None
     tool_calls: tuple[ToolCallPiece, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    withheld_by: str = ""

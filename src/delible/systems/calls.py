@@ -34,6 +34,8 @@ T = TypeVar("T")
 LONGEST_WAIT_SECONDS = 60.0
 #: Characters of a server's message that an error repeats.
 TOLD_CHARACTERS = 300
+#: Bytes of a whole reply, or of one event, beyond which a server is no longer listened to.
+LONGEST_REPLY_BYTES = 8 * 2**20
 #: An idle connection is closed before the server does it in the middle of the next request.
 KEPT_ALIVE_SECONDS = 1.0
 
@@ -66,6 +68,8 @@ class Server:
         self.url, self._key = url, key
         self.concurrency, self.timeout_seconds = concurrency, timeout_seconds
         self.attempts, self.backoff_seconds = attempts, backoff_seconds
+        #: Without a connection after which an attempt is given up.
+        self.connect_seconds = timeout_seconds
         self._reached = False
         try:
             self._http: Any = import_module("httpx2")
@@ -125,7 +129,7 @@ class Server:
         Raises:
             CallError: There is none.
         """
-        return self._read((await self._send("GET", path)).text)
+        return self._read(await self._whole("GET", path))
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The content of a whole reply.
@@ -133,7 +137,7 @@ class Server:
         Raises:
             CallError: There is none.
         """
-        return self._read((await self._send("POST", path, body)).text)
+        return self._read(await self._whole("POST", path, body))
 
     async def begin(self, path: str, body: Mapping[str, Any]) -> tuple[Any, AsyncGenerator[Any]]:
         """The content of a stream's first event, and of those that follow.
@@ -148,44 +152,68 @@ class Server:
         """What a server sends, event by event; one that does not stream sends a whole reply."""
         try:
             if "event-stream" in reply.headers.get("content-type", ""):
-                async for text in events(reply.aiter_bytes()):
+                async for text in events(reply.aiter_bytes(), LONGEST_REPLY_BYTES):
                     yield self._read(text)
             else:
-                await reply.aread()
-                yield self._read(reply.text)
+                yield self._read(await self._text(reply))
         except self._http.HTTPError as error:
             raise self._failed(error) from None
         finally:
             await reply.aclose()
 
+    async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> str:
+        reply = await self._send(method, path, body)
+        try:
+            return await self._text(reply)
+        except self._http.HTTPError as error:
+            raise self._failed(error) from None
+        finally:
+            await reply.aclose()
+
+    async def _text(self, reply: Any) -> str:
+        """A reply's body, unless it is longer than anyone answers."""
+        found = bytearray()
+        async for chunk in reply.aiter_bytes():
+            found += chunk
+            if len(found) > LONGEST_REPLY_BYTES:
+                raise CallError(f"the reply is longer than {LONGEST_REPLY_BYTES:,} bytes")
+        return found.decode(reply.encoding or "utf-8", errors="replace")
+
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """A server's reply that is no failure; of a stream only the head."""
-        streamed = bool(body and body.get("stream"))
+        """The head of a server's reply that is no failure; whoever reads it closes it."""
         client = self._client()
         try:
             request = client.build_request(method, self.url + path, json=body)
-            reply = await client.send(request, stream=streamed)
-            if reply.status_code >= 300:
-                await reply.aread()
+            reply = await client.send(request, stream=True)
+            self._reached = True
+            status = int(reply.status_code)
+            if status < 300:
+                return reply
+            try:
+                text = await self._text(reply)
+            finally:
+                await reply.aclose()
         except self._http.HTTPError as error:
             raise self._failed(error) from None
-        self._reached = True
-        status = int(reply.status_code)
-        if 300 <= status < 400:
+        if status < 400:
             place = self.safe(str(reply.headers.get("location", "")))
             raise CallError(f"the server moved to {place}: give that address", status)
-        if status >= 400:
-            reason = f"the server says {status}: {self.safe(complaint(reply.text))}"
-            wait = wanted_wait(reply.headers)
-            raise CallError(reason, status, again=may_pass(status, reply.text), wait=wait)
-        return reply
+        reason = f"the server says {status}: {self.safe(complaint(text))}"
+        wait = wanted_wait(reply.headers)
+        raise CallError(reason, status, again=may_pass(status, text), wait=wait)
 
     def _client(self) -> Any:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             self._clients[loop] = self._http.AsyncClient(
-                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-                timeout=self._http.Timeout(self.timeout_seconds, pool=None),
+                # what is sent packed would have to be unpacked before its length is known
+                headers={
+                    "Accept-Encoding": "identity",
+                    **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                },
+                timeout=self._http.Timeout(
+                    self.timeout_seconds, connect=self.connect_seconds, pool=None
+                ),
                 limits=self._http.Limits(
                     max_connections=self.concurrency, keepalive_expiry=KEPT_ALIVE_SECONDS
                 ),

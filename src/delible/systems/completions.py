@@ -228,17 +228,26 @@ def spoken(text: str, prompt: Prompt, decoding: Decoding, *, done: bool = True) 
     return text.strip() if done else settled(text, decoding.stop)
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+async def events(chunks: AsyncIterable[bytes], longest: int) -> AsyncIterator[str]:
     """The data of server-sent events; they end with ``[DONE]``, which is not given.
 
     Lines are split as bytes: texts hold separators of Unicode that are no ends of a line here.
 
+    Args:
+        longest: Bytes of one event at most.
+
     Raises:
-        CallError: The stream ended before that.
+        CallError: The stream ended before that, or an event is too long.
     """
-    pending, data = b"", list[bytes]()
+    pending, data = bytearray(), list[bytes]()
     async for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
+        pending += chunk
+        if len(pending) + sum(map(len, data)) > longest:
+            raise CallError(f"an event is longer than {longest:,} bytes")
+        if b"\n" not in chunk:
+            continue
+        *lines, rest = bytes(pending).split(b"\n")
+        pending = bytearray(rest)
         for line in (one.removesuffix(b"\r") for one in lines):
             if line.startswith(b"data:"):
                 data.append(line[5:].strip())

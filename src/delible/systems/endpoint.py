@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from delible.errors import ModelError, nearest
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.asks import Decoding, NoAnswer, Prompt, Relayed
 from delible.system.base import BlackBox
 from delible.system.replies import Piece, Reply, Unanswered
 from delible.systems.calls import Server
@@ -108,6 +108,9 @@ class Endpoint(BlackBox):
             attempts=attempts,
             backoff_seconds=backoff_seconds,
         )
+        #: Whether options that it refuses are left out from then on. Not where the options are
+        #: those of many clients: what one of them got wrong must not change the others' answers.
+        self.adapts = True
         #: What was not asked as it was meant, for people.
         self.notes: list[str] = []
         self._refused: frozenset[str] = frozenset()
@@ -270,7 +273,8 @@ class Endpoint(BlackBox):
 
     def _unanswered(self, failed: CallError) -> Unanswered:
         self._learn(frozenset(), failed.thinking)
-        return Unanswered(self.server.hide(failed.reason))
+        reason = self.server.hide(failed.reason)
+        return Unanswered(reason, status=failed.status, wait_seconds=failed.wait)
 
     async def _adapting(
         self, prompt: Prompt, decoding: Decoding, call: Call[T], streamed: bool = False
@@ -283,9 +287,9 @@ class Endpoint(BlackBox):
             try:
                 found = await self.server.patiently(call, path, body)
             except CallError as failed:
-                if failed.thinking and not thinks:
+                if self.adapts and failed.thinking and not thinks:
                     thinks = True
-                elif option := _refused_option(failed, body):
+                elif self.adapts and (option := _refused_option(failed, body)):
                     refused |= {option}
                 else:
                     raise
@@ -300,13 +304,13 @@ class Endpoint(BlackBox):
                 f"The server refuses the option '{option}', so it was left out: its own setting "
                 "holds, and another run may give other answers."
             )
-        if thinks and not self._thinks:
+        if thinks and self.adapts and not self._thinks:
             self._note(
                 f"The model thinks before it answers: it was given {ROOM_TO_THINK:,} more tokens "
                 "for it. Thoughts that it shows are judged as part of the answer."
             )
         self._refused |= refused
-        self._thinks |= thinks
+        self._thinks |= thinks and self.adapts
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -335,6 +339,9 @@ class Endpoint(BlackBox):
         if streamed:
             options |= {"stream": True, "stream_options": {"include_usage": True}}
         options = {name: value for name, value in options.items() if name not in refused}
+        if isinstance(decoding, Relayed):
+            options |= json.loads(decoding.fields)
+            options = {name: value for name, value in options.items() if value is not None}
         body: dict[str, Any] = {"model": self.model, **options}
         if prompt.text is not None:
             return {**body, "prompt": prompt.text + prompt.prefill}

@@ -52,11 +52,11 @@ class Served:
         """
         tools = prompt.tools and prompt.tool_choice != "none"
         if tools and not self.lm.template.calls_are_known:
-            raise Unanswered("in which form this model calls tools is not known here.")
+            raise Unanswered("in which form this model calls tools is not known here.", status=400)
         ids = self.lm.template.prompt_ids(prompt)
         room = self.lm.template.max_length - 1
         if len(ids) > room:
-            raise Unanswered(f"the prompt is longer than {room} tokens.")
+            raise Unanswered(f"the prompt is longer than {room} tokens.", status=400)
         if prompt.adapter is not None:
             check_name(self.lm, prompt.adapter)
         seed = f"{decoding.seed}/{self.lm.template.render(prompt)}"
@@ -214,7 +214,7 @@ class Gathered:
     async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
         """The whole answer; a call that is cancelled before its batch begins is not asked."""
         if prompt.tools:
-            raise Unanswered("this system answers in texts, and cannot call tools.")
+            raise Unanswered("this system answers in texts, and cannot call tools.", status=400)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[str | NoAnswer] = loop.create_future()
         self._waiting.append((prompt, decoding, future))
