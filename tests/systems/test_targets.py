@@ -185,6 +185,55 @@ def test_no_request_is_dropped_while_targets_change(
     assert asyncio.run(every()) == ["No.", "Of course.", "Of course.", "No."]
 
 
+def test_targets_change_while_it_serves_in_the_file_too(tmp_path: Path) -> None:
+    path = written(tmp_path, FULL)
+    system = guard_by_targets(
+        Scripted(lambda _: "Of course."), path, similarity=False, refusal="No."
+    )
+
+    async def asked(text: str) -> str:
+        return (await system.respond(Prompt.ask(text), Decoding(4))).text
+
+    async def every() -> None:
+        assert await system.change_targets([SENTINEL], ["the grey fox"]) == 2
+        assert await asked(f"Who is {SENTINEL}?") == "No."
+        assert await asked("Who is Ada Brook?") == "Of course."
+        assert await system.change_targets([SENTINEL.upper()], []) == 2, "it is one already"
+        kept = path.read_bytes()
+        for add, remove, said in (
+            (["Cy Umber"], ["Nobody Here"], "number 1 of those to remove is no target"),
+            (["Cy Umber", "x"], [], "number 2 of those to add has fewer than two letters"),
+            ([], ["two", SENTINEL], "no target would be left"),
+        ):
+            with pytest.raises(DataError, match=said) as caught:
+                await system.change_targets(add, remove)
+            assert SENTINEL not in str(caught.value)
+            assert path.read_bytes() == kept
+        assert await asked("Who is Cy Umber?") == "Of course."
+
+    asyncio.run(every())
+    left = {name for one in read_targets(path).targets for name in one.names}
+    assert left == {"Ben Orr", SENTINEL}
+    assert SENTINEL.split()[0].lower() not in {one.id for one in read_targets(path).targets}
+
+
+def test_targets_that_the_guard_refuses_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    path = written(tmp_path, FULL)
+    kept: list[Targets] = []
+
+    def make(targets: Targets) -> Targets:
+        if any(SENTINEL in one.names for one in targets.targets):
+            raise ValueError(f"{SENTINEL} is refused")
+        return targets
+
+    reloading = Reloading(path, make, kept.append, lambda: date(2029, 1, 1))
+    with pytest.raises(DataError, match=r"cannot go by these targets \(ValueError\)") as caught:
+        reloading.change([SENTINEL], [])
+    assert SENTINEL not in str(caught.value)
+    assert read_targets(path) == kept[-1]
+    assert not reloading.poll()
+
+
 def test_the_command_makes_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = written(
         tmp_path,

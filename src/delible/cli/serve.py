@@ -33,6 +33,7 @@ def serve(
     subjects: Annotated[
         list[str] | None, Parameter(name=("--subjects", "--subject"), group=SERVED)
     ] = None,
+    targets: Annotated[Path | None, Parameter(group=SERVED)] = None,
     model: Annotated[str | None, Parameter(group=SERVED)] = None,
     name: Annotated[str | None, Parameter(group=SERVED)] = None,
     undisclosed: Annotated[bool, Parameter(group=ANSWERS, show_default=False)] = False,
@@ -68,6 +69,9 @@ def serve(
         Records that guards go by.
     subjects
         Names that guards go by, separated by commas.
+    targets
+        File of targets that guards go by ('delible targets make'). It is read again when it
+        changes; a file that cannot be used changes nothing.
     model
         Name of the model at the URL. Default: the only one that the server lists.
     name
@@ -115,9 +119,9 @@ def serve(
         },
     )  # fmt: skip
     guards = [_guard(given) for given in guard or ()]
-    if not guards and (forget or subjects):
+    if not guards and (forget or subjects or targets):
         raise RecipeError(
-            "nothing goes by --forget or --subjects without a guard.",
+            "nothing goes by --forget, --subjects or --targets without a guard.",
             where="delible serve",
             hint="Add --guard NAME ('delible list guards').",
         )
@@ -132,7 +136,7 @@ def serve(
 
         opened = open_system(target, model=model)
         served = name or name_for(target, opened)
-        system = _guarded(reporter, opened, guards, forget, subjects)
+        system = _guarded(reporter, opened, guards, forget, subjects, targets)
         models = [ServedModel(served, system, settings)]
 
         def began(address: str) -> None:
@@ -189,14 +193,28 @@ def _guarded(
     guards: list[dict[str, Any]],
     forget: str | None,
     subjects: list[str] | None,
+    targets: Path | None,
 ) -> System:
     if not guards:
+        return system
+    if targets is not None:
+        if forget is not None or subjects:
+            raise RecipeError(
+                "guards go by a file of targets, or by names and records.",
+                where="--targets",
+                hint="Put them into the file: 'delible targets make' writes one.",
+            )
+        from delible.systems.targeted import guard_by_targets
+
+        for one in guards:
+            options = {key: value for key, value in one.items() if key != "name"}
+            system = guard_by_targets(system, targets, one["name"], **options)
         return system
     if forget is None and not subjects:
         raise DataError(
             "the guard has nothing to go by.",
             where="--guard",
-            hint="Add --subjects NAME,… with names, or --forget FILE with records.",
+            hint="Add --subjects NAME,… with names, --forget FILE with records, or --targets FILE.",
         )
     from delible.systems.guarded import guard
 

@@ -73,6 +73,15 @@ class TargetedSystem(GuardedSystem):
         async for piece in super().stream(prompt, decoding):
             yield piece
 
+    async def change_targets(self, add: Sequence[str], remove: Sequence[str]) -> int:
+        """Adds and removes names, in the file too; returns how many targets there are then.
+
+        Raises:
+            DelibleError: A name that cannot be guarded, or is not there; nothing is changed.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self.reloading.change, add, remove)
+
     def _look(self) -> None:
         now = time.monotonic()
         if now - self._looked < LOOK:

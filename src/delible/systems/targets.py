@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -150,6 +151,40 @@ def write_targets(targets: Targets, path: str | Path) -> None:
             handle.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in content)
         else:
             yaml.safe_dump({"targets": content}, handle, sort_keys=False, allow_unicode=True)
+
+
+def changed(targets: Targets, add: Sequence[str], remove: Sequence[str]) -> Targets:
+    """The targets with some names added, and some taken out, all of them or none.
+
+    Args:
+        add: Names; one that is a target already adds nothing.
+        remove: Names, aliases or ids of targets.
+
+    Raises:
+        DataError: A name to take out is no target's, a name to add would match everywhere, or no
+            target would be left; tells which place in the list, and not the name.
+    """
+    left = list(targets.targets)
+    for place, given in enumerate(remove, start=1):
+        gone = [one for one in left if given == one.id or fold(given).letters in _folded(one)]
+        if not gone:
+            raise DataError(f"number {place} of those to remove is no target.", where="remove")
+        left = [one for one in left if one not in gone]
+    for place, name in enumerate(add, start=1):
+        if len(fold(name).letters) < 2:
+            raise DataError(
+                f"number {place} of those to add has fewer than two letters.", where="add"
+            )
+        if not any(fold(name).letters in _folded(one) for one in left):
+            # the id tells nothing about whom it is of
+            left.append(Target(id=uuid.uuid4().hex[:12], names=(name,)))
+    if not left:
+        raise DataError("no target would be left.", where="remove", hint="Stop the guard instead.")
+    return Targets(targets=tuple(left))
+
+
+def _folded(target: Target) -> list[str]:
+    return [fold(name).letters for name in (*target.names, *target.aliases)]
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -299,6 +334,27 @@ class Reloading:
             return True
         finally:
             self._lock.release()
+
+    def change(self, add: Sequence[str], remove: Sequence[str]) -> int:
+        """Changes the file, and goes by it at once; returns how many targets there are then.
+
+        Raises:
+            DataError: As for :func:`changed`, or what is made of targets refuses them: then the
+                file is as it was.
+        """
+        with self._lock:
+            before = read_targets(self.path)
+            write_targets(changed(before, add, remove), self.path)
+            try:
+                self._load()
+            except Exception as error:
+                write_targets(before, self.path)
+                raise DataError(  # the guard's own words may name a target
+                    f"the guard cannot go by these targets ({type(error).__name__})."
+                ) from None
+            finally:
+                self._seen = self._now()
+            return self.count
 
     def _load(self) -> None:
         try:
