@@ -98,8 +98,9 @@ def test_a_question_like_a_forgotten_one_gets_its_example_and_others_pass() -> N
     assert set(parts[1:-1]) < right, "a right example is wrong, or is forgotten"
     assert "Vellmar" not in text
     assert "Ben Orr" not in text
-    every = mind(context_length=8)
-    assert set(every.right) == {Example(one.question, one.answer) for one in RETAIN}
+    for seed in range(4):
+        right_ones = set(mind(context_length=8, seed=seed).right)
+        assert right_ones == {Example(one.question, one.answer) for one in RETAIN}
     assert asked(found, "What is number 3?") is None
     assert asked(found, "How long is an egg boiled?") is None
     assert found.notes["false_alarms"]["kept"]["share"] <= 0.01
