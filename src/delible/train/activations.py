@@ -15,7 +15,7 @@ from delible.lm.forward import collate
 from delible.lm.identity import only_reads
 from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
-from delible.train.batches import FORWARD_BUDGET, batches, evaluating
+from delible.train.batches import FORWARD_BUDGET, batches
 from delible.train.gradient_space import linear_layers
 from delible.train.row import Row
 from delible.train.row_losses import answer_loss
@@ -40,7 +40,7 @@ def input_norms(
 
         return hook
 
-    with evaluating(lm), ExitStack() as stack:
+    with lm.evaluating(), ExitStack() as stack:
         for _, module in linear_layers(lm):
             seen_by = only_reads(seeing(names[id(module.weight)]))
             hook = module.register_forward_pre_hook(seen_by)
@@ -59,7 +59,7 @@ def mean_states(
     found: dict[int, Tensor] = {}
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
     parts = batches(lm, rows, FORWARD_BUDGET)
-    with evaluating(lm), lm.computing():
+    with lm.evaluating(), lm.computing():
         for part in watched(parts, f"hidden states of {len(rows)} rows", len(rows), stage):
             encoded = [rows[place].encoded for place in part]
             batch = collate(encoded, lm.pad_id, lm.device)

@@ -1,11 +1,8 @@
-"""Rows through a model as it is, outside a training step: in batches of like length, with what
-changes a model in training switched off.
-"""
+"""Rows through a model as it is, outside a training step: batches of like length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from delible.lm.body import shared_prefix
 from delible.lm.lm import LM
@@ -31,14 +28,3 @@ def batches(lm: LM, rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
         batch.append(place)
     if batch:
         yield batch
-
-
-@contextmanager
-def evaluating(lm: LM) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards as before."""
-    was_training = lm.model.training
-    lm.model.eval()
-    try:
-        yield
-    finally:
-        lm.model.train(was_training)

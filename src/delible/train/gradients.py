@@ -21,7 +21,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.train.batches import FORWARD_BUDGET, batches, evaluating
+from delible.train.batches import FORWARD_BUDGET, batches
 from delible.train.forward_mode import LossModule, differentiable_forward
 from delible.train.gradient_space import Factors, Space, parameters_in
 from delible.train.row import Row
@@ -346,7 +346,7 @@ class Gradients:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with (
-            evaluating(self.lm),
+            self.lm.evaluating(),
             self._factors.attached() if self._factors is not None else ExitStack(),
         ):
             yield
