@@ -26,8 +26,9 @@ from delible.lm.derive import derive
 from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.identity import Identity
 from delible.lm.inspection import inspect
-from delible.lm.load import ModelInfo, load_model, with_adapter
+from delible.lm.load import ModelInfo, load_model
 from delible.lm.parts import has_other_parts, kind_of
+from delible.lm.saved_adapter import with_adapter
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
 from delible.lm.values import token_values
