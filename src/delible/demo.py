@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible.api import unlearn
+from delible.audit.choice import DEFAULT_METRICS
 from delible.audit.result import AuditResult
-from delible.audit.run import DEFAULT_METRICS, audit
+from delible.audit.run import audit
 from delible.bench.prepare import learned
 from delible.finishing import BeforeAfter
 from delible.loaders import write_records

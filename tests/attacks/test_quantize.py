@@ -164,7 +164,7 @@ def test_an_adapter_is_merged_before_rounding() -> None:
     names = list(weights_of(lm))
     paths = [path for path, each in lm.core.named_modules() if path.endswith("down_proj")]
     lm.model = peft.get_peft_model(lm.core, peft.LoraConfig(r=2, target_modules=paths))
-    from delible.lm.anatomy import derive
+    from delible.lm.derive import derive
 
     lm.anatomy = derive(lm.core)
     with torch.no_grad():

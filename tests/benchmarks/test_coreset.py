@@ -15,18 +15,16 @@ from delible.api import unlearn
 from delible.component import build
 from delible.errors import RecipeError, RunError
 from delible.experiments.coreset import runs as coreset
-from delible.experiments.coreset.runs import (
+from delible.experiments.coreset.connectivity import (
     CONNECTED,
-    CoresetRow,
     barrier,
-    epochs_grid,
     interpolated,
-    keyword_records,
     linear_connectivity,
-    run,
-    share_of_effect,
-    shortest,
 )
+from delible.experiments.coreset.keyword_records import keyword_records
+from delible.experiments.coreset.length import epochs_grid, share_of_effect, shortest
+from delible.experiments.coreset.row import CoresetRow
+from delible.experiments.coreset.runs import run
 from delible.files import read_json
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate

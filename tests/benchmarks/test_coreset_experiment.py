@@ -17,7 +17,7 @@ from delible.experiments.coreset.experiment import (
     table,
     wordings,
 )
-from delible.experiments.coreset.runs import CoresetRow
+from delible.experiments.coreset.row import CoresetRow
 from delible.measure.benchmark import Setting
 from delible.records import QA
 from delible.testing import tiny_model, tiny_tokenizer

@@ -19,21 +19,13 @@ from delible.errors import ModelError, RecipeError
 from delible.experiments.meta import experiment
 from delible.experiments.meta import scores as meta
 from delible.experiments.meta.experiment import (
-    READINGS,
     RELATIONS,
     Meta,
-    chart,
 )
-from delible.experiments.meta.scores import (
-    Robustness,
-    biographies,
-    judge,
-    knowledge,
-    mistaken,
-    paraphrased,
-    spread,
-    variants,
-)
+from delible.experiments.meta.findings import chart
+from delible.experiments.meta.pools import biographies, mistaken, paraphrased, spread, variants
+from delible.experiments.meta.readings import READINGS
+from delible.experiments.meta.scores import Robustness, judge, knowledge
 from delible.experiments.meta.scores import Tested as Seen
 from delible.measure.benchmark import Findings, Setting
 from delible.records import QA, Passage
@@ -401,7 +393,7 @@ def test_held_out_facts_are_asked_after_relearning(
         seen.append(given[2])
         return judge(*given)
 
-    monkeypatch.setattr(experiment, "judge", watched)
+    monkeypatch.setattr("delible.experiments.meta.findings.judge", watched)
     before = set((folder / "models").iterdir())
     Meta(**SMALL, relearning_rows="held_out").run(Setting(model, ["graddiff"], 1, folder))
     new = set((folder / "models").iterdir()) - before

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
-from delible.benchmarks.utility import harness
+from delible.benchmarks.utility import bridge, export, harness, results
 from delible.benchmarks.utility.suite import OWN, rows_of
 from delible.component import build
 from delible.errors import DataError, MissingExtraError, RecipeError, RunError
@@ -153,8 +153,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 def test_choices_become_a_task_of_letters_or_options(tmp_path: Path) -> None:
-    names = harness.export_tasks(tmp_path, {"mine": [CHOICE]}, description="On colours.")
-    names += harness.export_tasks(tmp_path, {"cloze": [CHOICE]}, form="cloze")
+    names = export.export_tasks(tmp_path, {"mine": [CHOICE]}, description="On colours.")
+    names += export.export_tasks(tmp_path, {"cloze": [CHOICE]}, form="cloze")
     assert names == ["mine", "cloze"]
     assert documents(tmp_path, "mine") == [
         {
@@ -174,7 +174,7 @@ def test_choices_become_a_task_of_letters_or_options(tmp_path: Path) -> None:
 
 
 def test_a_mixed_split_becomes_several_tasks(tmp_path: Path) -> None:
-    names = harness.export_tasks(tmp_path, {"mix": [PAIR, CHOICE, Passage(text="Ömer ran.")]})
+    names = export.export_tasks(tmp_path, {"mix": [PAIR, CHOICE, Passage(text="Ömer ran.")]})
     assert names == ["mix_qa", "mix_choice", "mix_passage"]
     (pair,) = documents(tmp_path, "mix_qa")
     assert pair == {"prompt": "Question: Who?\nAnswer:", "answers": ["Ada", "A. Quill"]}
@@ -185,9 +185,9 @@ def test_a_mixed_split_becomes_several_tasks(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     talk = Dialogue(messages=(Message(role="user", content="Hi"),))
     with pytest.raises(DataError, match="Dialogue cannot be a task"):
-        harness.export_tasks(tmp_path, {"talk": [talk]})
+        export.export_tasks(tmp_path, {"talk": [talk]})
     with pytest.raises(DataError, match=r"none: there are no records"):
-        harness.export_tasks(tmp_path, {"none": []})
+        export.export_tasks(tmp_path, {"none": []})
 
 
 # ---- results in
@@ -208,7 +208,7 @@ SAMPLES = [
 
 
 def test_results_become_values(tmp_path: Path) -> None:
-    values = harness.read_results(RESULTS)
+    values = results.read_results(RESULTS)
     assert values.system == "gpt"
     assert values.means == {
         "acc": {"arc_easy": 0.5},
@@ -218,14 +218,14 @@ def test_results_become_values(tmp_path: Path) -> None:
     }
     assert values.measured == {"arc_easy": 2}
     assert values.items == {}
-    assert harness.standard_errors(RESULTS) == {"acc": {"arc_easy": 0.01}}
+    assert results.standard_errors(RESULTS) == {"acc": {"arc_easy": 0.01}}
     # the harness writes single documents beside its results; the newest results count
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "results_2025.json").write_text("{}")
     (tmp_path / "gpt" / "results_2026.json").write_text(json.dumps(RESULTS))
     lines = "".join(json.dumps(sample) + "\n" for sample in SAMPLES)
     (tmp_path / "gpt" / "samples_arc_easy_2026.jsonl").write_text(lines)
-    read = harness.read_results(tmp_path)
+    read = results.read_results(tmp_path)
     assert read.means == values.means
     assert [item.value for item in read.items["acc"]["arc_easy"]] == [1.0, 0.0]
     assert [item.value for item in read.items["acc_norm"]["arc_easy"]] == [0.5, 0.0]
@@ -233,17 +233,17 @@ def test_results_become_values(tmp_path: Path) -> None:
 
 def test_other_files_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no results"):
-        harness.read_results(tmp_path)
+        results.read_results(tmp_path)
     (tmp_path / "results.json").write_text("[1]")
     with pytest.raises(DataError, match="has no 'results'"):
-        harness.read_results(tmp_path / "results.json")
+        results.read_results(tmp_path / "results.json")
 
 
 # ---- a system behind the harness's interface
 
 
 def test_likelihoods_are_those_of_the_model(lm: LM, stub: None) -> None:
-    model = harness.harness_model(lm)
+    model = bridge.harness_model(lm)
     asked = [_asked("The sky is", " blue"), _asked("The sky is ", "blue"), _asked("", "blue")]
     first, second, third = model.loglikelihood(asked)
     (direct,) = lm.score([Score(Prompt(text="The sky is"), " blue")])
@@ -272,7 +272,7 @@ class Sayer:
 
 
 def test_greedy_is_every_token_and_no_answer_is_impossible(stub: None) -> None:
-    model = harness.harness_model(Sayer())  # type: ignore[arg-type]
+    model = bridge.harness_model(Sayer())  # type: ignore[arg-type]
     asked = [_asked("Well?", f" {word}") for word in ("yes", "no", "perhaps")]
     assert model.loglikelihood(asked) == [(-3.0, True), (-3.0, False), (-math.inf, False)]
     assert model.unanswered == ["too long"]
@@ -280,14 +280,14 @@ def test_greedy_is_every_token_and_no_answer_is_impossible(stub: None) -> None:
 
 def test_a_long_text_is_scored_in_pieces(lm: LM, stub: None) -> None:
     text = "Über den Wolken – and so on, " * 8  # 256 tokens in a context of 64
-    pieces = harness.text_in_pieces(lm, text)
+    pieces = bridge.text_in_pieces(lm, text)
     assert "".join(piece.answer for piece in pieces) == text
     assert len(pieces) > 4
     assert all(piece.prompt.text == before.answer
                for before, piece in pairwise(pieces))  # fmt: skip
     for piece in pieces:
         assert not lm.template.encode(piece.prompt, piece.answer).cut
-    (log,) = harness.harness_model(lm).loglikelihood_rolling([_asked(text)])
+    (log,) = bridge.harness_model(lm).loglikelihood_rolling([_asked(text)])
     scored = lm.score(pieces)
     assert log == pytest.approx(sum(float(one.logprobs.sum()) for one in scored), rel=1e-5)  # type: ignore[union-attr]
     assert sum(one.logprobs.size for one in scored) == len(lm.tokenizer(text)["input_ids"])  # type: ignore[union-attr]
@@ -296,7 +296,7 @@ def test_a_long_text_is_scored_in_pieces(lm: LM, stub: None) -> None:
 def test_a_system_without_scores_is_told(lm: LM, stub: None) -> None:
     request = ForgetRequest(forget=(PAIR,), subjects=("Ada Quill",))
     guarded = guard(lm, request, "target_detector", similarity=False)
-    model = harness.harness_model(guarded)
+    model = bridge.harness_model(guarded)
     assert isinstance(model.generate_until([_asked("Hello", {"max_gen_toks": 2})])[0], str)
     with pytest.raises(RunError, match="gives no scores"):
         model.loglikelihood([_asked("a", " b")])
@@ -330,7 +330,7 @@ def test_two_models_are_compared(folders: list[str], stub: None, tmp_path: Path)
         assert row["change"] == row["value"] - row["before"]
         assert row["standard error"] == 0.125
     choice = {row["task"]: row for row in found.rows}["delible_general_choice"]
-    alone = harness.read_results(
+    alone = results.read_results(
         harness.run_harness(
             LM.load(folders[1]), ["delible_general_choice"], limit=6,
             include=tmp_path / "out" / "tasks",
@@ -358,7 +358,7 @@ def test_a_second_run_only_reads(
 
 
 def test_tasks_of_a_folder_are_known(folders: list[str], stub: None, tmp_path: Path) -> None:
-    harness.export_tasks(tmp_path / "mine", {"colours": [CHOICE], "texts": [Passage(text="Ada.")]})
+    export.export_tasks(tmp_path / "mine", {"colours": [CHOICE], "texts": [Passage(text="Ada.")]})
     utility = build("benchmark", {"name": "utility", "tasks": ("colours", "texts")})
     setting = Setting(folders[0], (), 1, tmp_path / "out", Data(tmp_path / "mine"))
     rows = utility.run(setting).rows

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from delible import watching
-from delible.cli import output
-from delible.cli.unlearn import _columns, _slots, option_value
+from delible.cli import output, tables
+from delible.cli.data import _columns
+from delible.cli.options import chosen_slots, option_value
 
 QUICK = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "1e-3")
 
@@ -154,10 +155,10 @@ def test_values_are_read_as_yaml(text: str, value: object) -> None:
 
 
 def test_components_find_their_slot() -> None:
-    assert _slots({"keep": "kl", "place": None}, ["sam,wagle"]) == {
+    assert chosen_slots({"keep": "kl", "place": None}, ["sam,wagle"]) == {
         "keep": "kl", "harden": "sam", "place": "wagle"
     }  # fmt: skip
-    assert _slots({"objective": "{name: npo, beta: 0.4}"}, []) == {
+    assert chosen_slots({"objective": "{name: npo, beta: 0.4}"}, []) == {
         "objective": {"name": "npo", "beta": 0.4}
     }
 
@@ -300,11 +301,11 @@ def test_answers_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
 
     said = "\x1b[2Jgone [red]not markup[/red]"
     reporter = output.Reporter()
-    reporter.console.print(output.before_after([BeforeAfter("forget", "q?", "a", said, "z" * 999)]))
+    reporter.console.print(tables.before_after([BeforeAfter("forget", "q?", "a", said, "z" * 999)]))
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[red]not markup[/red]" in " ".join(shown.split())
-    assert shown.count("z") == output.ANSWER_CHARACTERS - 1
+    assert shown.count("z") == tables.ANSWER_CHARACTERS - 1
 
 
 def test_only_the_first_process_speaks(monkeypatch: Any, capsys: Any) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from delible.errors import ModelError
-from delible.lm.anatomy import ROLES, Anatomy, derive
+from delible.lm.anatomy import ROLES, Anatomy
+from delible.lm.derive import derive
 from delible.lm.verify import verify
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 

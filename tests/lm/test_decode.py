@@ -9,8 +9,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm import decode
-from delible.lm.decode import RoomyLayer, _closed_up
+from delible.lm.decode import _closed_up
 from delible.lm.lm import LM
+from delible.lm.roomy import RoomyLayer
 from delible.system.asks import (
     Decoding,
     Distribution,
@@ -207,7 +208,7 @@ def test_inspecting_leaves_the_model_as_it_was() -> None:
 
 
 def test_the_cache_has_room_and_is_rarely_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "ROOM", 4)
+    monkeypatch.setattr("delible.lm.roomy.ROOM", 4)
     roomy, plain = RoomyLayer(), DynamicLayer()
     places = set()
     for step in range(12):
@@ -228,7 +229,7 @@ def test_the_cache_has_room_and_is_rarely_copied(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_room_changes_no_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "ROOM", 3)
+    monkeypatch.setattr("delible.lm.roomy.ROOM", 3)
     lm = lm_of(family)
     found = lm.generate(PROMPTS, Decoding(12))
     monkeypatch.setattr(decode, "roomy_cache", lambda lm: DynamicCache(config=lm.core.config))

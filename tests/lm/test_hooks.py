@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from delible.errors import ModelError
-from delible.lm.anatomy import derive
+from delible.lm.derive import derive
 from delible.lm.hooks import capture, steer, truncated
 from delible.testing.tiny import FAMILIES, tiny_model
 

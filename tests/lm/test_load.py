@@ -18,8 +18,9 @@ import torch
 
 from delible.errors import ModelError
 from delible.lm import embedded
+from delible.lm.digest import weights_digest
 from delible.lm.embedded import EmbeddedModel
-from delible.lm.load import load_model, weights_digest
+from delible.lm.load import load_model
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 OWN_CACHE = os.environ.get("DELIBLE_CACHE")

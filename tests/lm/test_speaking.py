@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from delible.lm.decode import Row, Speaking, said_by
+from delible.lm.decode import Speaking
 from delible.lm.lm import LM
+from delible.lm.speaker import Row, said_by
 from delible.system.asks import Decoding, Prompt
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 

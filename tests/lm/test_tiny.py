@@ -16,8 +16,9 @@ import torch
 
 from delible.errors import ModelError
 from delible.lm import tiny, tiny_training
+from delible.lm.digest import weights_digest
 from delible.lm.lm import LM
-from delible.lm.load import load_model, weights_digest
+from delible.lm.load import load_model
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest, Message
 from delible.system.asks import Decoding, Prompt, Score

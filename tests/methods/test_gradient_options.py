@@ -15,7 +15,8 @@ from delible.methods.place.wagle import wanda_mask
 from delible.methods.weigh.attribution import reworded
 from delible.records import QA, Passage
 from delible.testing.tiny import tiny_model, tiny_tokenizer
-from delible.train.gradients import Gradients, Space, linear_layers
+from delible.train.gradient_space import Space, linear_layers
+from delible.train.gradients import Gradients
 from delible.train.rows import make_rows
 from delible.train.slots import SlotContext
 

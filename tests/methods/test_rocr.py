@@ -12,16 +12,10 @@ from torch import Tensor
 
 from delible.component import build
 from delible.edit.base import Patch
+from delible.edit.keys import cut_after_name, last_states
+from delible.edit.statistics import Spectrum, null_directions, second_moments, spectra
 from delible.errors import DataError, DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
-from delible.measure.statistics import (
-    Spectrum,
-    cut_after_name,
-    last_states,
-    null_directions,
-    second_moments,
-    spectra,
-)
 from delible.methods.editor import rocr
 from delible.methods.editor.rocr import (
     ROCR,

@@ -23,9 +23,11 @@ from delible.train.bilevel import (
     standardised,
 )
 from delible.train.engine import Trainer
-from delible.train.gradients import Gradients, ObjectiveLoss, Space
+from delible.train.gradient_space import Space
+from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
 from delible.train.row import Row
+from delible.train.row_losses import ObjectiveLoss
 from delible.train.rows import make_rows
 from delible.train.slots import SlotContext
 from delible.train.vectors import conjugate_gradient

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from delible.bench.table import Number, Table, TableRow, tabulate
-from delible.cli import output
+from delible.cli import tables
 from delible.errors import RunError
 from delible.measure.benchmark import Chart, Curve, Findings
 from delible.report import charts, ranking
@@ -500,11 +500,11 @@ def printed(drawn: Any, width: int) -> str:
 
 def test_the_terminal_shows_what_fits_and_says_what_does_not() -> None:
     table = tabulate(EXAMPLE["Example"](), EXAMPLE["cells"]())
-    wide = printed(output.leaderboard(table, 240), 240)
+    wide = printed(tables.leaderboard(table, 240), 240)
     assert "PrivLeak" in wide
     assert "seconds" in wide
     assert "more column" not in wide
-    narrow = printed(output.leaderboard(table, 60), 60)
+    narrow = printed(tables.leaderboard(table, 60), 60)
     assert max(map(len, narrow.splitlines())) <= 60
     assert "* 0.135 ± 0.033" in narrow
     assert "utility" in narrow
@@ -516,7 +516,7 @@ def test_the_terminal_shows_what_fits_and_says_what_does_not() -> None:
 def test_axes_come_before_earlier_columns_in_a_narrow_terminal() -> None:
     table = tabulate(EXAMPLE["Example"](), EXAMPLE["cells"]())
     turned = Table(tuple(reversed(table.columns)), table.rows)
-    narrow = printed(output.leaderboard(turned, 60), 60)
+    narrow = printed(tables.leaderboard(turned, 60), 60)
     assert "utility" in narrow
     assert "seconds" not in narrow
 
@@ -529,4 +529,4 @@ def test_axes_come_before_earlier_columns_in_a_narrow_terminal() -> None:
     ],
 )  # fmt: skip
 def test_cells_in_the_terminal(value: Any, expected: str) -> None:
-    assert output.cell(value) == expected
+    assert tables.cell(value) == expected

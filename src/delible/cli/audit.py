@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from delible.cli import flags, output
+from delible.cli import flags, output, tables
+from delible.cli.data import read_request
+from delible.cli.options import components
 from delible.cli.roles import read_roles
-from delible.cli.unlearn import components, read_request
 from delible.errors import (
     EXIT_DONE,
     EXIT_THRESHOLD_FAILED,
@@ -235,15 +236,15 @@ def _of_run(run: Path, before: str | None, told: bool) -> tuple[dict[str, str], 
 def show(reporter: output.Reporter, result: AuditResult) -> None:
     """The plain numbers, the attack x leak matrix, and the verdict with its reasons."""
     reporter.heading("What the models say when they are simply asked")
-    reporter.console.print(output.measurements(result))
+    reporter.console.print(tables.measurements(result))
     if result.leaks:
         reporter.heading("What attacks bring back")
-        reporter.console.print(output.matrix(result))
-        for sentence in output.worst_places(result):
+        reporter.console.print(tables.matrix(result))
+        for sentence in tables.worst_places(result):
             reporter.say(f"  {sentence}")
     if result.utility is not None and (result.utility.parts or result.utility.broken):
         reporter.heading("What is left of the rest")
-        reporter.console.print(output.utility(result))
+        reporter.console.print(tables.utility(result))
         for sentence in result.utility.broken:
             reporter.say(f"  Broken: {sentence}.")
     if result.verdict is not None:

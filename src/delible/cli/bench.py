@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from cyclopts import Parameter
 
-from delible.cli import flags, output
+from delible.cli import flags, output, tables
+from delible.cli.options import components, names_in, option_name, option_value
 from delible.cli.roles import read_roles
-from delible.cli.unlearn import components, names_in, option_name, option_value
 from delible.errors import EXIT_DONE, RecipeError, nearest
 from delible.watching import duration
 
@@ -141,7 +141,7 @@ def _benchmark(
     reporter.finish_bar()
     if prepare:
         return EXIT_DONE
-    reporter.console.print(output.leaderboard(result.table))
+    reporter.console.print(tables.leaderboard(result.table))
     for row in result.table.rows:
         if row.failed is not None:
             reporter.say(f"{row.method} failed: {row.failed}")
@@ -178,7 +178,7 @@ def _experiment(
     reporter.finish_bar()
     if found.rows:
         columns = list(found.rows[0])
-        cells = [[output.cell(row[column]) for column in columns] for row in found.rows]
+        cells = [[tables.cell(row[column]) for column in columns] for row in found.rows]
         reporter.console.print(output.table(columns, cells))
     for note in found.notes:
         reporter.say(note)

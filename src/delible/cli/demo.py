@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from delible.cli import flags, output
+from delible.cli import flags, output, tables
 from delible.cli.audit import show
 
 
@@ -46,7 +46,7 @@ def demo(
             progress=reporter.progress, stage=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
-        reporter.console.print(output.before_after(result.examples))
+        reporter.console.print(tables.before_after(result.examples))
         show(reporter, result.audit)
         reporter.say(f"The report, for a browser: {result.report.resolve()}")
         reporter.say(f"The world's questions, to try other methods on: {result.folder / 'world'}")

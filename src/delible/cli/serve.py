@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from delible.cli import flags, output
-from delible.cli.unlearn import read_request
+from delible.cli.data import read_request
 from delible.errors import EXIT_DONE, DataError, RecipeError
 
 if TYPE_CHECKING:

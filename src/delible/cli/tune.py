@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from delible.cli import flags, output
+from delible.cli import flags, output, tables
+from delible.cli.data import read_request
+from delible.cli.options import option_name, option_value
 from delible.cli.roles import read_roles
-from delible.cli.unlearn import option_name, option_value, read_request
 from delible.errors import EXIT_DONE, EXIT_THRESHOLD_FAILED
 
 if TYPE_CHECKING:
@@ -168,5 +169,5 @@ def _row(found: TuneResult, index: int) -> list[Any]:
         mark = "the winner"
     return [
         str(index + 1), *(f"{value:g}" for value in trial.options.values()),
-        output.cell(trial.leak), output.cell(trial.utility), mark,
+        tables.cell(trial.leak), tables.cell(trial.utility), mark,
     ]  # fmt: skip

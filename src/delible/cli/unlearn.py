@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.data import read_refusals, read_request
+from delible.cli.options import check_options, chosen_slots, option_name, option_value
 from delible.cli.roles import read_roles
-from delible.errors import DataError, RecipeError, nearest
+from delible.cli.unlearned import announce, conclude
 from delible.watching import duration
 
 if TYPE_CHECKING:
-    from delible.finishing import UnlearnResult
-    from delible.method import Method
     from delible.records import ForgetRequest
 
 
@@ -163,7 +162,7 @@ def unlearn(
         Any other option of the method or of a slot: --beta 0.2, or --objective.beta 0.2 where the
         name alone is not clear. 'delible show npo' lists them.
     """
-    slots = _slots(
+    slots = chosen_slots(
         {
             "generate": generate, "select": select, "sample": sample, "weigh": weigh,
             "place": place, "objective": objective, "keep": keep, "balance": balance,
@@ -185,14 +184,14 @@ def unlearn(
             reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
             holdout=holdout, column=column, drop_overlap=drop_overlap,
         )  # fmt: skip
-        sentences = _refusals(refusals)
+        sentences = read_refusals(refusals)
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
         from delible import api
         from delible.resolving import resolve_method
 
         base = resolve_method(method, slots=slots)
-        _check_options(base, given)
+        check_options(base, given, unlearn)
         chosen = resolve_method(method, slots=slots, options=given, strength=strength)
         plan = {
             "method": method, "slots": slots, "strength": strength, "seed": seed, **given,
@@ -203,7 +202,7 @@ def unlearn(
         folder = out or _folder(
             spec, model, request, seed, anchor, reference, sentences, generator, generated, roles
         )
-        _announce(reporter, model, request, chosen, folder)
+        announce(reporter, model, request, chosen, folder)
         began = time.perf_counter()
         result = api.unlearn(
             model, request, **plan, out=folder, anchor=anchor, reference=reference,
@@ -217,163 +216,8 @@ def unlearn(
                 "without --review goes on with what is there."
             )
             return 0
-        _conclude(reporter, result, folder, time.perf_counter() - began)
+        conclude(reporter, result, folder, time.perf_counter() - began)
     return 0
-
-
-# ---- the data
-
-
-def read_request(
-    reporter: output.Reporter,
-    *,
-    forget: str | Path | None,
-    subjects: Sequence[str] | None,
-    retain: str | Path | None,
-    neighbours: str | Path | None,
-    holdout: str | Path | None,
-    column: Sequence[str] | None,
-    drop_overlap: bool,
-) -> ForgetRequest:
-    """The request that the data flags describe."""
-    if forget is None and not subjects:
-        raise DataError(
-            "there is nothing to forget.",
-            hint="Add --forget FILE with records, or --subjects NAME,… with names.",
-        )
-    from delible.loaders import build_request
-
-    names = [name for given in subjects or () for name in given.split(",") if name.strip()]
-    return build_request(
-        forget=forget, subjects=names, retain=retain, neighbours=neighbours, holdout=holdout,
-        columns=_columns(column or ()), drop_overlap=drop_overlap,
-    )  # fmt: skip
-
-
-def _columns(given: Iterable[str]) -> dict[str, str]:
-    columns = {}
-    for pair in given:
-        known, equals, theirs = (part.strip() for part in pair.partition("="))
-        if not (known and equals and theirs):
-            raise DataError(
-                f"'{pair}' is no pair of columns.",
-                where="--column",
-                hint="Write the known name first: --column question=prompt.",
-            )
-        columns[known] = theirs
-    return columns
-
-
-def _refusals(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    from delible.loaders import read_lines
-
-    return read_lines(path)
-
-
-# ---- the method
-
-
-def option_name(flag: str) -> str:
-    """The option that a flag names: a hyphen for every underscore, a colon for the dot."""
-    return flag.replace("-", "_").replace(":", ".")
-
-
-def option_value(text: str) -> Any:
-    """A value as YAML reads it: numbers, true and false, null, lists."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-5 for a text
-            return float(value)
-        except ValueError:
-            return text
-    return value
-
-
-def _slots(flags: Mapping[str, str | None], components: Sequence[str]) -> dict[str, Any]:
-    slots = {slot: component(value) for slot, value in flags.items() if value is not None}
-    names = [name.strip() for given in components for name in given.split(",") if name.strip()]
-    if not names:
-        return slots
-    from delible import registry
-    from delible.cards import SLOTS
-
-    homes: dict[str, list[str]] = {}
-    for card in registry.cards(*SLOTS):  # type: ignore[arg-type]
-        homes.setdefault(card.name, []).append(card.kind)
-    for name in names:
-        found = homes.get(name, [])
-        if not found:
-            hint = nearest(name, homes)
-            raise RecipeError(
-                f"unknown component '{name}'.",
-                where="--with",
-                hint=hint if hint.startswith("Did") else "'delible list slots' lists them all.",
-            )
-        if len(found) > 1:
-            flags_for_it = " or ".join(f"--{kind} {name}" for kind in found)
-            raise RecipeError(
-                f"'{name}' is a name in several slots.", where="--with", hint=f"Say {flags_for_it}."
-            )
-        slot = found[0]
-        if slot in slots:
-            raise RecipeError(
-                f"'{name}' and '{slots[slot]}' both are choices for the slot '{slot}'.",
-                where="--with",
-                hint="Name one of them.",
-            )
-        slots[slot] = name
-    return slots
-
-
-def component(text: str) -> Any:
-    """A component by name, or as a YAML mapping: ``{name: npo, beta: 0.2}``."""
-    value = option_value(text) if text.lstrip().startswith("{") else text
-    return value if isinstance(value, dict) else text
-
-
-def names_in(given: Sequence[str] | None) -> list[str]:
-    """Names separated by commas, of a flag that may be repeated."""
-    return [name.strip() for text in given or () for name in text.split(",") if name.strip()]
-
-
-def components(given: Sequence[str] | None) -> list[Any]:
-    """Components of a flag that may be repeated: names separated by commas, or a mapping each."""
-    found: list[Any] = []
-    for text in given or ():
-        found += [component(text)] if text.lstrip().startswith("{") else names_in([text])
-    return found
-
-
-def _check_options(base: Method, given: Mapping[str, Any]) -> None:
-    """Offers the nearest flag, whether it is the method's or the command's."""
-    from inspect import signature
-
-    spec = base.spec()
-    parts = [spec, *(part for part in spec.values() if isinstance(part, dict))]
-    known = {key for part in parts for key, value in part.items() if not isinstance(value, dict)}
-    known -= {"name"}
-    own = {name.strip("_") for name in signature(unlearn).parameters} - {"model", "options"}
-    for option in given:
-        key = option.rpartition(".")[2]
-        if key in known:
-            continue
-        flags = {name.replace("_", "-") for name in known | own}
-        close = difflib.get_close_matches(key.replace("_", "-"), flags, n=1, cutoff=0.6)
-        name = str(spec["name"])
-        hint = f"Did you mean '--{close[0]}'?" if close else f"'delible show {name}' lists them."
-        raise RecipeError(
-            f"unknown option '--{option.replace('_', '-')}'.", where=f"method '{name}'", hint=hint
-        )
-
-
-# ---- what is told
 
 
 def _folder(
@@ -395,102 +239,6 @@ def _folder(
     content += [roles] if roles else []
     text = json.dumps(content, sort_keys=True, default=str)
     return Path("runs") / f"{spec['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _announce(
-    reporter: output.Reporter,
-    model: str,
-    request: ForgetRequest,
-    chosen: Method,
-    folder: Path,
-) -> None:
-    spec = chosen.spec()
-    parts = [
-        f"{slot} {spec[slot]['name']}"
-        for slot in ("generate", "objective", "keep", "place", "harden", "finish")
-        if isinstance(spec.get(slot), dict) and spec[slot]["name"] not in ("none", "all")
-    ]
-    rows = [
-        output.plural(len(found), f"{name} row")
-        for name, found in (
-            ("forget", request.forget), ("retain", request.retain),
-            ("neighbour", request.neighbours), ("holdout", request.holdout),
-        ) if found
-    ]  # fmt: skip
-    if request.subjects:
-        rows.append(output.plural(len(request.subjects), "subject"))
-    reporter.field("model", model)
-    reporter.field("data", ", ".join(rows))
-    made_of = f" ({', '.join(parts)})" if parts else ""
-    reporter.field("method", f"{spec['name']}{made_of}")
-    training = spec.get("training")
-    if training:
-        reporter.field("training", _length(training))
-    reporter.field("folder", str(folder))
-
-
-def _length(training: Mapping[str, Any]) -> str:
-    """How long and how fast, in words."""
-    length = (
-        f"{training['max_steps']} steps at most"
-        if training["max_steps"]
-        else output.plural(training["epochs"], "epoch")
-    )
-    if training["least_steps"]:
-        length += f" (at least {training['least_steps']} steps)"
-    if share := training["stop_at_forget_share"]:
-        length = f"until forget answers are {share:.0%} as probable, {length} at most"
-    rate = f"learning rate {training['learning_rate']:g}"
-    if width := training["learning_rate_width"]:
-        rate += f" at a width of {width}"
-    return f"{length}, {rate}"
-
-
-def _conclude(
-    reporter: output.Reporter, result: UnlearnResult, folder: Path, seconds: float
-) -> None:
-    if result.examples:
-        reporter.console.print(output.before_after(result.examples))
-    if result.stopped:
-        reporter.say(f"Stopped early: {result.stopped}.")
-    if not result.resumed_finished:
-        moved = result.notes.get("parameters")
-        steps = result.notes.get("steps")
-        words = [
-            f"{output.count(moved)} parameters were trained" if moved else "",
-            f"{steps} steps" if steps else "",
-            f"{duration(seconds)} in all",
-        ]
-        reporter.say(", ".join(word for word in words if word).capitalize() + ".")
-    if result.achieved is not None:
-        reporter.say(result.achieved.sentence())
-    reporter.say(_where(folder))
-    reporter.say(f"Its page, for a browser: {_page(folder)}")
-    reporter.say("Next, see how deep the forgetting goes:")
-    reporter.say(f"  delible audit {folder}")
-
-
-def _where(folder: Path) -> str:
-    """What lies where, and what opens it."""
-    from delible.system.artefact import read
-
-    artefact = read(folder)
-    if artefact.kind == "model":
-        return f"The result lies in {folder / 'model'} (safetensors and tokenizer)."
-    base = artefact.base.name if artefact.base else "its base"
-    return (
-        f"The result lies in {folder}: the {artefact.kind} alone, on {base}; delible.open opens "
-        "both, 'delible merge' makes a plain model of them where that can be, and 'delible undo' "
-        "takes it off."
-    )
-
-
-def _page(folder: Path) -> Path:
-    """Writes the run's page, unless there is one already (of an audit, perhaps)."""
-    from delible.report import PAGE, write_page
-
-    path = folder / PAGE
-    return path if path.exists() else write_page(folder)
 
 
 def _dry_run(

@@ -16,8 +16,9 @@ from torch import Tensor
 from delible.errors import ModelError
 from delible.lm import after_head
 from delible.lm.body import ROADS, Body, Road
-from delible.lm.decode import Row, plain_settings, speak
+from delible.lm.decode import plain_settings, speak
 from delible.lm.forward import Batch, Forward
+from delible.lm.speaker import Row
 from delible.lm.tree import Prefix, Tree, node_states
 from delible.system.asks import Decoding
 

@@ -3,9 +3,7 @@
 Prompts are read one after the other in one row, without padding, and their keys and values are
 then laid out row by row (a model that cannot do that reads them as a padded batch).
 One step costs as much as the rows that are still speaking. A row that has ended, or has said one
-of the stop texts, is dropped together with its keys and values; answers are cut before a stop
-text. Drawing is done per row with numbers that depend on the seed and the prompt alone, so that
-a batch's make-up cannot change an answer.
+of the stop texts, is dropped together with its keys and values.
 
 Which of these a model can do is tried when it is loaded (:mod:`delible.lm.checks`). One with a
 state that padding, repeating or leaving rows would disturb (recurrent models, mostly) generates
@@ -15,100 +13,30 @@ row by row with the library's own ``generate``.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
 
 from delible.lm.adapters import each_its_own
 from delible.lm.attention import attention_window, token_by_token
 from delible.lm.body import Body
 from delible.lm.forward import cache_argument, fill_prefix
 from delible.lm.layout import Make, beside_padding, one_more, told, turn
+from delible.lm.roomy import RoomyLayer, roomy_cache
+from delible.lm.speaker import Choose, Row, choose_tokens, heard, said_by
 from delible.lm.tree import Prefix, Tree, node_states
 from delible.system.asks import Decoding
-
-#: Next tokens, one per row of the batch: (logits [rows, vocab], the rows) -> tokens.
-Choose = Callable[[Tensor, Sequence["Row"]], list[int]]
-
-#: Tokens by which a full cache grows at once: growing copies it.
-ROOM = 64
-
-
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values with room behind them, so that tokens come and rows go without a copy."""
-
-    room: list[Tensor] | None = None
-    keys: Tensor
-    values: Tensor
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends [batch, heads, new, width]; returns all keys and values so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        wanted = length + key_states.shape[2]
-        if self.room is None or wanted > self.room[0].shape[2]:
-            states = zip((self.keys, self.values), (key_states, value_states), strict=True)
-            self.room = [_roomy(old if length else new[:, :, :0], wanted) for old, new in states]
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, length:wanted] = new
-        self.keys, self.values = (room[:, :, :wanted] for room in self.room)
-        return self.keys, self.values
-
-    def lay(self, keys: Tensor, values: Tensor) -> None:
-        """Puts keys and values of all rows in the place of what is there."""
-        self.keys, self.values, self.room = keys, values, None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        super().batch_repeat_interleave(repeats)
-        self.room = None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows at these places; moves only those that are elsewhere."""
-        if self.room is None or len(indices) > len(self.room[0]):
-            super().batch_select_indices(indices)
-            self.room = None
-            return
-        places = torch.arange(len(indices), device=indices.device)
-        moved = places[indices != places]
-        for room in self.room:
-            room[moved] = room[indices[moved]]
-        self.room = [room[: len(indices)] for room in self.room]
-        length = self.get_seq_length()
-        self.keys, self.values = (room[:, :, :length] for room in self.room)
-
-
-def _roomy(states: Tensor, wanted: int) -> Tensor:
-    batch, heads, length, width = states.shape
-    room = states.new_empty(batch, heads, wanted + ROOM, width)
-    room[:, :, :length] = states
-    return room
-
-
-def roomy_cache(lm: Body) -> DynamicCache:
-    """An empty key-value cache; layers that keep only a window stay the library's."""
-    cache = DynamicCache(config=lm.core.config.get_text_config())
-    cache.layers = [RoomyLayer() if type(one) is DynamicLayer else one for one in cache.layers]
-    return cache
 
 
 def read_prompts(
@@ -145,36 +73,6 @@ def read_prompts(
     return torch.cat(states)
 
 
-Finish = Literal["stop", "length", "broken"]
-
-
-@dataclass(eq=False)
-class Row:
-    """A row that is being continued.
-
-    Attributes:
-        decoding: How; rows of one batch may differ.
-        seed: What its random numbers depend on (unused when greedy).
-        said: The tokens so far, without the one that ends the answer.
-        finish: Why it ended: an end token or a stop text, its length, or logits that are no
-            numbers; None while it goes on.
-        prompt: The tokens that it continues, once it has begun.
-        adapter: Which of the model's adapters speaks; see :class:`Prompt`.
-    """
-
-    decoding: Decoding
-    seed: str = ""
-    said: list[int] = field(default_factory=list)
-    finish: Finish | None = None
-    prompt: Sequence[int] = ()
-    adapter: str | None = None
-
-    @cached_property
-    def draw(self) -> random.Random:
-        """Its random numbers."""
-        return random.Random(self.seed)
-
-
 class Speaking:
     """A batch that is continued token by token; rows join and leave between two steps.
 
@@ -184,7 +82,7 @@ class Speaking:
     """
 
     def __init__(self, lm: Body, choose: Choose | None = None) -> None:
-        self.lm, self.choose = lm, choose or _choose
+        self.lm, self.choose = lm, choose or choose_tokens
         self.backbone = lm.core.get_submodule(lm.anatomy.backbone)
         self.takes_positions = "position_ids" in signature(type(self.backbone).forward).parameters
         #: By place in the batch; where rows cannot leave, also those that have ended.
@@ -293,16 +191,6 @@ class Speaking:
         return found.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
-def heard(lm: Body, row: Row, token: int) -> Finish | None:
-    """Takes a row's next token; why the row has ended, if it has."""
-    if token in lm.ends:
-        return "stop"
-    row.said.append(token)
-    if _stops(lm, row.said, row.decoding.stop):
-        return "stop"
-    return "length" if len(row.said) >= row.decoding.max_new_tokens else None
-
-
 def _behind(states: Float[Tensor, "batch heads sequence width"], length: int) -> Tensor:
     """Keys or values with nothing in front of them, as many as ``length`` in all."""
     return pad(states, (0, 0, length - states.shape[2], 0))
@@ -340,7 +228,7 @@ def speak(
     """Continues rows together until all have ended, on the road that the model can take."""
     if lm.road == "plain":
         for row, prompt in zip(rows, prompts, strict=True):
-            _speak_alone(lm, row, prompt, choose or _choose)
+            _speak_alone(lm, row, prompt, choose or choose_tokens)
             tell(1)
         return
     speaking = Speaking(lm, choose)
@@ -403,44 +291,3 @@ def _closed_up(stays: Sequence[bool]) -> list[int]:
     staying = [place for place, one in enumerate(stays) if one]
     last = iter(reversed(staying))
     return [place if stays[place] else next(last) for place in range(len(staying))]
-
-
-def _choose(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[int]:
-    tokens = [int(token) for token in logits.argmax(dim=1)]
-    drawing = [place for place, row in enumerate(rows) if row.decoding.temperature > 0]
-    if drawing:
-        chosen = [rows[place] for place in drawing]
-        for place, token in zip(drawing, _drawn(logits[drawing], chosen), strict=True):
-            tokens[place] = token
-    return tokens
-
-
-def _drawn(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[int]:
-    logits = logits.double()
-    temperature = logits.new_tensor([row.decoding.temperature for row in rows])[:, None]
-    top_p = logits.new_tensor([row.decoding.top_p for row in rows])[:, None]
-    shares = (logits / temperature).softmax(dim=1)
-    ordered, tokens = shares.sort(dim=1, descending=True, stable=True)
-    before = ordered.cumsum(dim=1) - ordered
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
-    sums = ordered.cumsum(dim=1)
-    wanted = sums.new_tensor([row.draw.random() for row in rows])[:, None] * sums[:, -1:]
-    places = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[1] - 1)
-    return [int(token) for token in tokens.gather(1, places)[:, 0]]
-
-
-def _stops(lm: Body, ids: Sequence[int], stop: Sequence[str]) -> bool:
-    if not stop:
-        return False
-    text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-    return any(one in text for one in stop)
-
-
-def said_by(
-    lm: Body, ids: Sequence[int], stop: Sequence[str] = (), *, stripped: bool = True
-) -> str:
-    """The text of an answer's tokens, cut before a stop text, without white space around it."""
-    text = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
-    for one in stop:
-        text = text.partition(one)[0]
-    return text.strip() if stripped else text

@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from delible.lm.load import weights_digest
+from delible.lm.digest import weights_digest
 
 #: Attribute of a hook that changes nothing.
 ONLY_READS = "delible_only_reads"

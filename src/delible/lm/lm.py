@@ -17,12 +17,13 @@ from torch import Tensor
 
 from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, wearing
-from delible.lm.anatomy import Anatomy, derive
+from delible.lm.anatomy import Anatomy
 from delible.lm.attention import attention_window
 from delible.lm.body import AfterHead, Budget, Road
 from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
+from delible.lm.derive import derive
 from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect

@@ -7,10 +7,11 @@ from typing import Any, Protocol, Self
 
 from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, names_of
-from delible.lm.anatomy import derive
 from delible.lm.body import Body
+from delible.lm.derive import derive
 from delible.lm.identity import Identity
-from delible.lm.load import ModelInfo, with_adapter
+from delible.lm.load import ModelInfo
+from delible.lm.saved_adapter import with_adapter
 
 
 class Removable(Protocol):

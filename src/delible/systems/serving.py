@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 
 from delible.lm.adapters import check_name, wearing
-from delible.lm.decode import Row, Speaking, said_by
+from delible.lm.decode import Speaking
 from delible.lm.lm import LM
+from delible.lm.speaker import Row, said_by
 from delible.lm.tools import CALL, said_and_called
 from delible.messages import ToolCall
 from delible.system.asks import Decoding, NoAnswer, Prompt

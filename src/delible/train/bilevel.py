@@ -31,15 +31,11 @@ from delible.lm.lm import LM
 from delible.records import QA, RecordBase
 from delible.system.questions import ask
 from delible.train.coreset import coreset_size
-from delible.train.gradients import (
-    Gradients,
-    ObjectiveLoss,
-    RowLoss,
-    Space,
-    answer_loss,
-)
+from delible.train.gradient_space import Space
+from delible.train.gradients import Gradients
 from delible.train.reference import Reference
 from delible.train.row import Row
+from delible.train.row_losses import ObjectiveLoss, RowLoss, answer_loss
 from delible.train.rows import make_row
 from delible.train.slots import SlotContext
 from delible.train.step import Reads, make_step

@@ -4,11 +4,8 @@ Used by weight masks, data attribution, coresets and selection for alignment. Wh
 the summed gradient of rows, inner products of every row's gradient with a direction (two forward
 passes, or one forward-mode pass), the norm of every row's gradient, and products with the
 Hessian. Gradients are summed in fp32 whatever the model computes in, and the model is left as it
-was, bit by bit.
-
-For models whose gradient does not fit, a :class:`Space` looks at a part: some blocks, the head
-alone (no backward pass through the blocks), or low-rank factors beside every linear layer, whose
-gradients are random projections with the same inner products on average.
+was, bit by bit. For models whose gradient does not fit, a space
+looks at a part (``train/gradient_space.py``).
 """
 
 from __future__ import annotations
@@ -16,105 +13,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from delible.errors import RecipeError
-from delible.lm.body import shared_prefix
-from delible.lm.forward import Forward, collate
-from delible.lm.identity import only_reads
-from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
-from delible.train.losses import Objective
-from delible.train.randomness import generator
-from delible.train.reference import Reference
+from delible.train.batches import FORWARD_BUDGET, batches
+from delible.train.forward_mode import LossModule, differentiable_forward
+from delible.train.gradient_space import Factors, Space, parameters_in
 from delible.train.row import Row
-from delible.train.step import Reads, make_step
+from delible.train.row_losses import RowLoss, answer_loss
 from delible.train.vectors import SetAside, Vector, norm_of
 from delible.watching import Parts, Stage, unwatched, watched
 
-#: Padded tokens per forward pass, shared prefix apart. A backward pass keeps all activations: with
-#: more tokens it is no faster on a CPU, and they take more memory than the weights.
-_BUDGET = 512
+#: Padded tokens per backward pass on a CPU. A backward pass keeps all activations: with more
+#: tokens it is no faster there, and they take more memory than the weights.
 _BACKWARD_BUDGET = 64
 #: Gradients per optimiser step of :meth:`Gradients.descend` are clipped to this norm.
 _CLIP = 1.0
 
-#: A value per row from the model: (model, rows) -> [rows], differentiable.
-RowLoss = Callable[[LM, Sequence[Row]], Tensor]
-Where = Literal["all", "layers", "head", "lora"]
 How = Literal["difference", "jvp"]
-
-
-def answer_loss(lm: LM, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
-    """Token-mean negative log-likelihood of each row's answer; 0 for a row without answer."""
-    reads: dict[str, Sequence[Reads]] = {"forget": ("answers",)}
-    step = make_step(lm, Forward(lm), {"forget": rows}, reads, Reference())
-    return -step.forget.logprob_sum / step.forget.token_count.clamp(min=1)
-
-
-class ObjectiveLoss:
-    """An objective's own loss per forget row, averaged over the row's units.
-
-    Args:
-        objective: The forget loss of the host method.
-        rows: Rows by role, aligned by ``row.index``; those of the roles that it reads.
-        reference: Values of the reference model for these rows.
-    """
-
-    def __init__(
-        self, objective: Objective, rows: Mapping[str, Sequence[Row]], reference: Reference
-    ) -> None:
-        self.objective, self.reference = objective, reference
-        self.rows = {role: {row.index: row for row in rows[role]} for role in objective.roles}
-
-    @classmethod
-    def at_start(
-        cls, objective: Objective, rows: Mapping[str, Sequence[Row]], lm: LM
-    ) -> ObjectiveLoss:
-        """The loss whose reference model is ``lm`` as it is now."""
-        reference = Reference()
-        for role in objective.roles:
-            reference.prepare(lm, rows[role], objective.reference_kinds(lm))
-        return cls(objective, rows, reference)
-
-    def __call__(self, lm: LM, rows: Sequence[Row]) -> Float[Tensor, " rows"]:
-        roles = self.objective.roles
-        aligned: dict[str, list[Row]] = {
-            role: [self.rows[role][row.index] for row in rows] for role in roles
-        }
-        reads: dict[str, Sequence[Reads]] = {role: self.objective.reads(lm) for role in roles}
-        step = make_step(lm, Forward(lm), aligned, reads, self.reference)
-        values = self.objective.loss(step)
-        units = [max(1, row.units(self.objective.unit)) for row in aligned[roles[0]]]
-        return values / values.new_tensor(units)
-
-
-@dataclass(frozen=True)
-class Space:
-    """Which coordinates gradients are looked at in.
-
-    Attributes:
-        where: ``all`` parameters; all parameters of the blocks in ``layers``; the ``head`` (the
-            output matrix and the norm before it); or ``lora``: for every linear layer of the
-            blocks its gradient G [out, in] times a fixed random matrix [in, rank], as low-rank
-            factors that start at zero would see it.
-        layers: Block indices; negative ones count from the end.
-        rank: Width of the random matrices; inner products have a relative spread of about
-            1 / sqrt(rank x number of linear layers).
-        seed: Of the random matrices.
-    """
-
-    where: Where = "all"
-    layers: tuple[int, ...] = (-1,)
-    rank: int = 8
-    seed: int = 0
 
 
 class Gradients:
@@ -122,7 +43,7 @@ class Gradients:
 
     Args:
         lm: The model.
-        budget: Padded tokens per forward pass; None: :data:`_BUDGET`.
+        budget: Padded tokens per forward pass; None: ``FORWARD_BUDGET``.
         loss: From rows to one value each; by default the token-mean negative log-likelihood.
         space: The coordinates; by default every parameter.
         stage: Told when going through the rows takes long.
@@ -138,10 +59,10 @@ class Gradients:
         stage: Stage = unwatched,
     ) -> None:
         self.lm, self.loss, self.space, self.stage = lm, loss, space or Space(), stage
-        self.budget = budget or _BUDGET
+        self.budget = budget or FORWARD_BUDGET
         on_cpu = lm.device.type == "cpu"
-        self.backward_budget = min(self.budget, _BACKWARD_BUDGET if on_cpu else _BUDGET)
-        self._factors = _Factors(lm, self.space) if self.space.where == "lora" else None
+        self.backward_budget = min(self.budget, _BACKWARD_BUDGET if on_cpu else FORWARD_BUDGET)
+        self._factors = Factors(lm, self.space) if self.space.where == "lora" else None
 
     def of(self, loss: RowLoss) -> Self:
         """The same questions about another loss."""
@@ -157,28 +78,7 @@ class Gradients:
         """The floating-point parameters of the space by name (tied ones once)."""
         if self._factors is not None:
             return dict(self._factors.named_parameters())
-        elsewhere = self.lm.other_parts
-        found = {
-            name: value
-            for name, value in self.lm.model.named_parameters()
-            if value.is_floating_point() and id(value) not in elsewhere
-        }
-        if self.space.where == "all":
-            return found
-        wanted = {id(value) for value in self._chosen()}
-        return {name: value for name, value in found.items() if id(value) in wanted}
-
-    def _chosen(self) -> Iterator[torch.nn.Parameter]:
-        core, anatomy = self.lm.core, self.lm.anatomy
-        if self.space.where == "layers":
-            if not self.space.layers:
-                raise RecipeError("no layers to take gradients of.", hint="Name one, such as -1.")
-            for layer in self.space.layers:
-                yield from anatomy.block(core, layer).parameters()
-            return
-        yield from core.get_submodule(anatomy.head).parameters()
-        if anatomy.norm is not None:
-            yield from core.get_submodule(anatomy.norm).parameters()
+        return parameters_in(self.lm, self.space)
 
     # ---- what can be asked
 
@@ -187,7 +87,7 @@ class Gradients:
         """The loss of each row, in order, float64."""
         found = torch.zeros(len(rows), dtype=torch.float64)
         with self._evaluating():
-            for part in self._told(self._batches(rows, self.budget), "losses", rows):
+            for part in self._told(batches(self.lm, rows, self.budget), "losses", rows):
                 found[part] = self.loss(self.lm, [rows[place] for place in part]).double().cpu()
         return found
 
@@ -220,7 +120,7 @@ class Gradients:
                     hook = value.register_post_accumulate_grad_hook(_summing(sums, name))
                     stack.callback(hook.remove)
             for loss, rows, weights in parts:
-                for batch in self._told(self._batches(rows, budget), "gradients", rows):
+                for batch in self._told(batches(self.lm, rows, budget), "gradients", rows):
                     values = loss(self.lm, [rows[place] for place in batch])
                     values = values * values.new_tensor([weights[place] for place in batch])
                     _backward(values.sum())
@@ -363,53 +263,10 @@ class Gradients:
             optimizer.step()
             optimizer.zero_grad()
 
-    @torch.no_grad()
-    def input_norms(self, rows: Sequence[Row]) -> dict[str, Float[Tensor, " inputs"]]:
-        """Root of the summed squares of each input of the blocks' linear layers, by weight name.
-
-        Over all real positions that the batches compute (a prefix that rows share counts once).
-        """
-        names = {id(value): name for name, value in self.lm.model.named_parameters()}
-        squares: dict[str, Tensor] = {}
-
-        def seeing(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                seen = arguments[0].float().reshape(-1, arguments[0].shape[-1]).pow(2).sum(dim=0)
-                squares[name] = squares.get(name, 0) + seen
-
-            return hook
-
-        with self._evaluating(), ExitStack() as stack:
-            for _, module in linear_layers(self.lm):
-                seen_by = only_reads(seeing(names[id(module.weight)]))
-                hook = module.register_forward_pre_hook(seen_by)
-                stack.callback(hook.remove)
-            each = ([row] for row in rows)  # one at a time: padding must not count
-            for alone in self._told(each, "inputs of the layers", rows):
-                self.loss(self.lm, alone)
-        return {name: value.sqrt() for name, value in squares.items()}
-
-    @torch.no_grad()
-    def mean_states(self, rows: Sequence[Row]) -> Float[Tensor, "rows hidden"]:
-        """Mean over each row's real positions of the last hidden states (normed), float64."""
-        found: dict[int, Tensor] = {}
-        backbone = self.lm.core.get_submodule(self.lm.anatomy.backbone)
-        with self._evaluating(), self.lm.computing():
-            for part in self._told(self._batches(rows, self.budget), "hidden states", rows):
-                encoded = [rows[place].encoded for place in part]
-                batch = collate(encoded, self.lm.pad_id, self.lm.device)
-                with told(self.lm, padded_rows(batch.ids, batch.lengths, batch.starts)):
-                    states = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-                mask = batch.position_mask[..., None]
-                # where, not times: padding may hold anything
-                sums = torch.where(mask, states.double(), 0.0).sum(dim=1)
-                found |= zip(part, (sums / batch.lengths[:, None]).cpu(), strict=True)
-        return torch.stack([found[place] for place in range(len(rows))])
-
     # ---- how
 
     def _forward_mode(self, rows: Sequence[Row], direction: Vector) -> Tensor:
-        module = _Losses(self.lm, self.loss, self._factors)
+        module = LossModule(self.lm, self.loss, self._factors)
         prefix = "factors." if self._factors is not None else "model."
         parameters = self.parameters()
         primals = {f"{prefix}{name}": parameters[name].detach() for name in direction}
@@ -417,8 +274,8 @@ class Gradients:
             f"{prefix}{name}": value.to(parameters[name].dtype) for name, value in direction.items()
         }
         found = torch.zeros(len(rows), dtype=torch.float64)
-        with self._exact(), self._evaluating(), _differentiable_forward(self.lm):
-            for part in self._told(self._batches(rows, self.budget), "products", rows):
+        with self._exact(), self._evaluating(), differentiable_forward(self.lm):
+            for part in self._told(batches(self.lm, rows, self.budget), "products", rows):
                 mine = [rows[place] for place in part]
 
                 def values(weights: Vector, mine: Sequence[Row] = mine) -> Tensor:
@@ -467,20 +324,6 @@ class Gradients:
     def _told(self, parts: Iterable[Parts], what: str, rows: Sequence[Row]) -> Iterator[Parts]:
         return watched(parts, f"{what} of {len(rows)} rows", len(rows), self.stage)
 
-    def _batches(self, rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
-        """Rows of like length; a prefix that all share is computed once, so it costs nothing."""
-        prompts = [row.encoded.ids[: row.encoded.start] for row in rows]
-        shared = shared_prefix(prompts) if self.lm.shares_prefix else 0
-        batch: list[int] = []
-        for place in sorted(range(len(rows)), key=lambda place: len(rows[place].encoded.ids)):
-            own = len(rows[place].encoded.ids) - shared
-            if batch and own * (len(batch) + 1) > budget:
-                yield batch
-                batch = []
-            batch.append(place)
-        if batch:
-            yield batch
-
     @contextmanager
     def _ready(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
         """These parameters alone want a gradient, and none has one; afterwards as before."""
@@ -502,13 +345,11 @@ class Gradients:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        was_training = self.lm.model.training
-        self.lm.model.eval()
-        try:
-            with self._factors.attached() if self._factors is not None else ExitStack():
-                yield
-        finally:
-            self.lm.model.train(was_training)
+        with (
+            self.lm.evaluating(),
+            self._factors.attached() if self._factors is not None else ExitStack(),
+        ):
+            yield
 
     @contextmanager
     def _exact(self) -> Iterator[None]:
@@ -519,91 +360,6 @@ class Gradients:
             yield
         finally:
             self.lm.precision = before
-
-
-def linear_layers(lm: LM) -> list[tuple[str, Any]]:
-    """Path and module of every linear layer inside the blocks, in the order of the modules."""
-    return [
-        (path, module)
-        for path, module in lm.core.named_modules()
-        if path.startswith(f"{lm.anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
-    ]
-
-
-class _Factors(nn.Module):
-    """Zero matrices [out, rank] beside every linear layer, fed by fixed random projections."""
-
-    def __init__(self, lm: LM, space: Space) -> None:
-        super().__init__()
-        self._layers = linear_layers(lm)
-        self._projections: list[Tensor] = []
-        for path, module in self._layers:
-            wide, out = module.weight.shape[::-1]
-            if isinstance(module, Conv1D):  # keeps its matrix as [in, out]
-                wide, out = out, wide
-            random = generator(space.seed, "gradients.lora", path)
-            drawn = torch.randn(space.rank, wide, generator=random) / space.rank**0.5
-            device = module.weight.device
-            self._projections.append(drawn.to(device))
-            self.register_parameter(
-                self._name(path), nn.Parameter(torch.zeros(out, space.rank, device=device))
-            )
-
-    @staticmethod
-    def _name(path: str) -> str:
-        return path.replace(".", "/")
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, the products are added to the layers' outputs."""
-        with ExitStack() as stack:
-            for (path, module), projection in zip(self._layers, self._projections, strict=True):
-                hook = module.register_forward_hook(self._adding(self._name(path), projection))
-                stack.callback(hook.remove)
-            yield
-
-    def _adding(self, name: str, projection: Tensor) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inner = arguments[0].to(projection.dtype) @ projection.T
-            return output + (inner @ getattr(self, name).T).to(output.dtype)
-
-        return hook
-
-
-class _Losses(nn.Module):
-    """Row losses as a module, so that its parameters can be replaced for one call."""
-
-    def __init__(self, lm: LM, loss: RowLoss, factors: _Factors | None) -> None:
-        super().__init__()
-        self.model, self.factors = lm.model, factors
-        self._lm, self._loss = [lm], loss
-
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        return self._loss(self._lm[0], rows)
-
-
-@contextmanager
-def _differentiable_forward(lm: LM) -> Iterator[None]:
-    """Inside, the model runs without kernels that have no forward-mode derivative.
-
-    These are fused attention and fused experts; both have slower forms with the same values.
-    """
-    experts = getattr(lm.core.config, "_experts_implementation", None)
-    switch = getattr(lm.core, "set_experts_implementation", None)
-    if experts is not None and switch is not None:
-        switch("eager")
-    try:
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
-    except NotImplementedError as error:
-        raise RecipeError(
-            "this model has a part without forward-mode derivative.",
-            where=type(lm.core).__name__,
-            hint="Use the central difference (how: difference).",
-        ) from error
-    finally:
-        if experts is not None and switch is not None:
-            switch(experts)
 
 
 def _summing(sums: Vector, name: str) -> Callable[[Tensor], None]:

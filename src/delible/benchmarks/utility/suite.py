@@ -46,7 +46,7 @@ def rows_of(
         Rows with task, metric, value and standard error; with ``before`` also its value and the
         change.
     """
-    from delible.benchmarks.utility.harness import read_results, standard_errors
+    from delible.benchmarks.utility.results import read_results, standard_errors
 
     means, errors = read_results(now).means, standard_errors(now)
     earlier = read_results(before).means if before is not None else {}
@@ -89,7 +89,8 @@ class Utility(Experiment):
     )
 
     def run(self, setting: Setting) -> Findings:
-        from delible.benchmarks.utility import harness
+        from delible.benchmarks.utility.bridge import required
+        from delible.benchmarks.utility.export import export_tasks
 
         if setting.methods:
             raise RecipeError(
@@ -98,14 +99,12 @@ class Utility(Experiment):
                 hint="Unlearn first ('delible unlearn … --out DIR'), then give --model DIR and "
                 "--before MODEL.",
             )
-        harness.required()  # says what is missing before anything is loaded
+        required()  # says what is missing before anything is loaded
         include, names = setting.data.folder, self.tasks
         if not names:
             include = setting.folder / "tasks"
             names = tuple(
-                harness.export_tasks(
-                    include, dict(zip(OWN, (general(), general_choices()), strict=True))
-                )
+                export_tasks(include, dict(zip(OWN, (general(), general_choices()), strict=True)))
             )
         models = [setting.model, *([self.before] if self.before else [])]
         found = []

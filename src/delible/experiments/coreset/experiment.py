@@ -30,13 +30,10 @@ from pydantic import Field
 from delible.bench.prepare import learned
 from delible.bench.stages import mean
 from delible.component import build
-from delible.experiments.coreset.runs import (
-    CONNECTED,
-    CoresetRow,
-    Length,
-    run,
-    share_of_effect,
-)
+from delible.experiments.coreset.connectivity import CONNECTED
+from delible.experiments.coreset.length import Length, share_of_effect
+from delible.experiments.coreset.row import CoresetRow
+from delible.experiments.coreset.runs import run
 from delible.measure.benchmark import (
     Chart,
     Curve,

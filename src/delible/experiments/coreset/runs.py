@@ -15,8 +15,8 @@ ceil(E / p) epochs are more updates than the full set gets: compare the updates 
 Paper: arXiv 2504.10185. What its effect may also mean: the benchmark repeats itself. On facts
 that do not depend on each other (one author each) rows that were not chosen stay known.
 
-Also here: linear connectivity between two unlearned models, and the keyword analysis (unlearning
-on the keywords alone, on the text without them, on as many words at random).
+Also run here: linear connectivity between two unlearned models, and the keyword analysis
+(unlearning on the keywords alone, on the text without them, on as many words at random).
 """
 
 from __future__ import annotations
@@ -26,97 +26,40 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import Any, get_args
 
 from delible.api import unlearn
 from delible.bench.stages import mean
 from delible.component import build
 from delible.context import Context
 from delible.errors import RecipeError
+from delible.experiments.coreset.connectivity import barrier, linear_connectivity
+from delible.experiments.coreset.keyword_records import keyword_records
+from delible.experiments.coreset.length import Length, epochs_grid, shortest
+from delible.experiments.coreset.row import METRIC, CoresetRow
 from delible.kept import cell
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.precision import resolve
 from delible.preparing import AUTOMATIC_RETAIN, automatic_retain
-from delible.records import QA, ForgetRequest, Passage, RecordBase, digest
+from delible.records import ForgetRequest, RecordBase, digest
 from delible.resolving import recipe_named
 from delible.rundir import RunDirectory
-from delible.system.questions import answer_of
 from delible.train.engine import Trainer
-from delible.train.keywords import Variant, keywords_of, rewritten
+from delible.train.keywords import Variant
 from delible.train.plan import make_plan
-from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.row import Row
 
 logger = logging.getLogger(__name__)
 
-#: The metric of every probability here, and the one of what can be had word for word.
-METRIC, VERBATIM = "answer_probability", "extraction_strength"
+#: The metric of what can be had word for word.
+VERBATIM = "extraction_strength"
 #: What a run leaves: folders of its run directory.
 ARTEFACTS = ("model", "adapter")
-#: Two models are connected when no point between them is this much worse (ours).
-CONNECTED = 0.02
-#: How long a coreset trains.
-Length = Literal["equal updates", "shortest"]
-
-
-@dataclass(frozen=True)
-class CoresetRow:
-    """One unlearning run and what it left.
-
-    Attributes:
-        selector: How rows were chosen; ``start``: the model before, ``all``: every row,
-            otherwise a selector or a variant of the keyword analysis.
-        fraction: Share of the forget rows that was asked for; ``rows``: how many that are.
-        steps, epochs, tokens: Optimiser updates, passes over the rows, tokens seen.
-        seconds: Of unlearning, without selection and measurement (of the last part of a run
-            that was interrupted).
-        selection_seconds: Of choosing the rows.
-        forget_probability: Mean answer probability of all forget records, in [0, 1]; low =
-            forgotten.
-        selected_probability, unselected_probability: Of those trained on, and of the others.
-        retain_probability: Of the retain and neighbour records; high = kept.
-        selected_extraction, unselected_extraction: Mean extraction strength of the forget
-            records trained on, and of the others, in [0, 1]; high = said word for word.
-        chosen: Which forget records were trained on, from 0.
-        forget_values: Answer probability of each forget record.
-        others: Of further splits by name.
-        barriers: With ``connect``: per split the largest dip between this model and the one
-            from all rows; at most 0.02 = connected. The forget value that may not dip is
-            1 - probability.
-        reached: With the length ``shortest``: whether the run has enough of the full set's
-            effect. If not, it is that with most of it. None: not asked, or the full set had no
-            effect. The shorter runs before it count in no number of this row.
-    """
-
-    selector: str
-    fraction: float
-    seed: int
-    rows: int
-    steps: int
-    epochs: float
-    tokens: int
-    seconds: float
-    selection_seconds: float
-    forget_probability: float | None
-    selected_probability: float | None
-    unselected_probability: float | None
-    retain_probability: float | None
-    others: dict[str, float | None] = field(default_factory=dict)
-    stopped: str | None = None
-    barriers: dict[str, float] | None = None
-    selected_extraction: float | None = None
-    unselected_extraction: float | None = None
-    chosen: list[int] = field(default_factory=list)
-    forget_values: list[float | None] = field(default_factory=list)
-    reached: bool | None = None
 
 
 def run(
@@ -426,138 +369,6 @@ class _Experiment:
         return CoresetRow(**cell(self._place(key), lambda: asdict(make()), then))
 
 
-def keyword_records(
-    forget: Sequence[RecordBase],
-    retain: Sequence[RecordBase],
-    variant: Variant,
-    share: float,
-    seed: int,
-) -> list[RecordBase]:
-    """Forget records rewritten for the keyword analysis; those of which nothing is left go.
-
-    Raises:
-        RecipeError: Nothing is left at all.
-    """
-    texts = [answer_of(record) for record in forget]
-    known = keywords_of(texts, [answer_of(record) for record in retain], share)
-    random = generator(seed, "coreset.keywords")
-    made: list[RecordBase] = []
-    for record, text in zip(forget, texts, strict=True):
-        changed = rewritten(text, known, variant, random)
-        if changed is not None and isinstance(record, QA):
-            made.append(record.model_copy(update={"answer": changed}))
-        elif changed is not None and isinstance(record, Passage):
-            made.append(record.model_copy(update={"text": changed}))
-    if not made:
-        raise RecipeError(
-            f"no forget record has anything left for the analysis '{variant}'.",
-            hint="Raise the share of keywords.",
-        )
-    return made
-
-
-def share_of_effect(start: float, full: float, part: float) -> float | None:
-    """(start - part) / (start - full): 1 = as much forgotten as with the full set, 0 = nothing.
-
-    Args:
-        start, full, part: Forget probabilities before, after the full set, after a part or a
-            variant of it.
-
-    Returns:
-        None when the full set changed nothing.
-    """
-    return (start - part) / (start - full) if start != full else None
-
-
-def epochs_grid(full: float, share: float, points: int) -> list[int]:
-    """Numbers of epochs from the full set's to that divided by the share, equal ratios apart.
-
-    Args:
-        full: Epochs of the full set.
-        share: Of the rows, in (0, 1].
-        points: At least 2, the ends; equal whole numbers count once.
-    """
-    low, high = (math.ceil(round(value, 6)) for value in (full, full / share))
-    ratio = high / low
-    return sorted({round(low * ratio ** (point / (points - 1))) for point in range(points)})
-
-
-def shortest(
-    runs: Iterable[CoresetRow], start: CoresetRow, full: CoresetRow, least_effect: float
-) -> CoresetRow:
-    """The first run with enough of the full set's effect; without one, that with most of it.
-
-    Args:
-        runs: From short to long, not empty; made one by one, and none after the one that is
-            enough.
-        start, full: The rows before, and after the full set. If that forgot nothing there is no
-            effect to reach, and the first run is taken.
-    """
-    before, after = start.forget_probability, full.forget_probability
-    runs = iter(runs)
-    if before is None or after is None or not after < before:
-        return next(runs)
-    tried: list[tuple[float, CoresetRow]] = []
-    for row in runs:
-        part = row.forget_probability
-        effect = share_of_effect(before, after, part) if part is not None else None
-        effect = -math.inf if effect is None or math.isnan(effect) else effect
-        if effect >= least_effect:
-            return replace(row, reached=True)
-        tried.append((effect, row))
-    return replace(max(tried, key=lambda pair: pair[0])[1], reached=False)
-
-
-def interpolated(first: LM, second: LM, share: float) -> LM:
-    """(1 - share) first + share second, weight by weight, in fp32; both stay as they are.
-
-    Raises:
-        RecipeError: Their parameters have other names or shapes.
-    """
-    result = first.copy()
-    theirs: dict[str, Tensor] = dict(second.model.named_parameters())
-    mine: dict[str, Tensor] = dict(result.model.named_parameters())
-    if {n: v.shape for n, v in mine.items()} != {n: v.shape for n, v in theirs.items()}:
-        raise RecipeError("only models with the same parameters have a line between them.")
-    with torch.no_grad():
-        for name, value in mine.items():
-            # not lerp: at 0 and at 1 the result must be the end itself
-            mixed = (1 - share) * value.float() + share * theirs[name].to(value.device).float()
-            value.copy_(mixed)
-    result.touch()
-    return result
-
-
-def linear_connectivity(
-    first: LM, second: LM, splits: Mapping[str, Sequence[RecordBase]], points: int = 11
-) -> dict[str, list[float]]:
-    """Mean answer probability per split at equally spaced points from ``first`` to ``second``."""
-    line: dict[str, list[float]] = {name: [] for name in splits}
-    for point in range(points):
-        lm = interpolated(first, second, point / (points - 1))
-        means = evaluate(lm, splits, [build("metric", METRIC)]).means[METRIC]
-        for name in splits:
-            value = means[name]
-            line[name].append(math.nan if value is None else value)
-    return line
-
-
-def barrier(values: Sequence[float]) -> float:
-    """Largest dip below the straight line between the ends, at equally spaced points.
-
-    Args:
-        values: A metric of which more is better; the first and the last are the ends'.
-
-    Returns:
-        0 or more; at most :data:`CONNECTED` = linearly connected.
-    """
-    last = len(values) - 1
-    dips = (
-        ((last - i) * values[0] + i * values[-1]) / last - value for i, value in enumerate(values)
-    )
-    return max(0.0, *dips)  # the ends' own is 0, but for rounding
-
-
 def _drop_model(folder: Path) -> None:
     for name in ARTEFACTS:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -565,18 +376,3 @@ def _drop_model(folder: Path) -> None:
 
 def _key(selector: str, fraction: float, seed: int) -> str:
     return f"{selector}-{fraction:g}-seed{seed}"
-
-
-__all__ = [
-    "CONNECTED",
-    "CoresetRow",
-    "Length",
-    "barrier",
-    "epochs_grid",
-    "interpolated",
-    "keyword_records",
-    "linear_connectivity",
-    "run",
-    "share_of_effect",
-    "shortest",
-]

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -36,31 +36,17 @@ from delible.bench.prepare import learned
 from delible.bench.run import method_names
 from delible.component import build
 from delible.errors import DelibleError, RecipeError, nearest
-from delible.experiments.meta.scores import (
-    How,
-    Pool,
-    Tested,
-    Verdict,
-    counted,
-    judge,
-    kept_utility,
-    knowledge,
-    spread,
-    variants,
-)
-from delible.kept import cache_folder, cell, identity
+from delible.experiments.meta.findings import Model, chart, notes, pooled, row, value, verdict
+from delible.experiments.meta.pools import Pool, spread, variants
+from delible.experiments.meta.readings import READINGS, Seen, seen, utility
+from delible.kept import cell, identity
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
+from delible.measure.attack import AttackContext, ModelAttack
 from delible.measure.benchmark import (
-    Chart,
-    Curve,
     Experiment,
     Findings,
     Setting,
 )
-from delible.measure.cache import Cache
-from delible.measure.evaluate import Ask, evaluate
-from delible.measure.metric import SummaryMetric
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.registry import register
 from delible.resolving import resolve_method
@@ -80,44 +66,6 @@ LEARNING = {"tiny": (2e-3, 20), "default": (3e-4, 6)}
 UNLEARNING = {"tiny": ((3e-4, 6e-4, 9e-4), 14), "default": ((4e-5,), 5)}
 #: Learning rate of relearning. Much more, and the model before itself loses what it knows.
 RELEARNING = {"tiny": 5e-4, "default": 1e-4}
-#: A fall of the model before by so much after relearning is damage.
-DAMAGE = 0.05
-#: Metrics that read generated text; this world's answers are short.
-GENERATED = ("rouge_l_recall", "rouge_l_f1", "token_f1", "outcome")
-TOKENS = 16
-KEPT = ("retain", "neighbours", "general")
-
-Model = dict[str, Any]
-#: Values of records, by metric and split.
-Seen = dict[str, dict[str, list[float | None]]]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a metric is turned so that more knowledge is larger, and under which prompt attack."""
-
-    how: How
-    metric: str
-    attack: str | None = None
-
-
-READINGS: Mapping[str, Reading] = {
-    **{
-        name: Reading("mean", name)
-        for name in (
-            "answer_probability", "paraphrase_probability", "normalised_probability",
-            "rouge_l_recall", "rouge_l_f1", "token_f1", "outcome", "extraction_strength",
-            "exact_memorisation", "knowledge_truth_ratio",
-        )
-    },
-    "truth_ratio": Reading("closeness", "truth_ratio"),
-    **{
-        name: Reading("area", name)
-        for name in ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus", "gradient_norm")
-    },
-    "paraphrase_rouge": Reading("mean", "rouge_l_recall", "paraphrase"),
-    "jailbreak_rouge": Reading("mean", "rouge_l_recall", "prefill"),
-}  # fmt: skip
 
 
 # ---- the experiment
@@ -387,43 +335,13 @@ class _Run:
     def _tested(self, lm: LM) -> Model:
         return {
             "before": self._seen(lm),
-            "utility": self._utility(lm),
+            "utility": utility(lm, self.kept),
             "relearned": self._seen(self.relearn.apply(lm, self.context)),
             "quantized": self._seen(self.quantize.apply(lm, self.context)),
         }
 
     def _seen(self, lm: LM) -> Seen:
-        """Values of all metrics on forget and, for membership attacks, holdout records."""
-        found: Seen = {}
-        readings = {name: READINGS[name] for name in self.options.metrics}
-        for attack in dict.fromkeys(reading.attack for reading in readings.values()):
-            asks = [
-                Ask(
-                    build("metric", _spec(reading.metric)),
-                    ("forget", "holdout") if reading.how == "area" else ("forget",),
-                    name,
-                )
-                for name, reading in readings.items()
-                if reading.attack == attack
-            ]
-            rewrite = None
-            if attack is not None:
-                rewrite = cast(PromptAttack, build("attack", {"name": attack, "forms": 1})).prompts
-            values = evaluate(lm, self.asked, asks, rewrite=rewrite, cache=_cache())
-            for name, by_split in values.items.items():
-                found[name] = {
-                    split: [item.value for item in row] for split, row in by_split.items()
-                }
-        return found
-
-    def _utility(self, lm: LM) -> dict[str, float | None]:
-        """Parts of the model utility, by split and measure."""
-        utility = cast(SummaryMetric, build("metric", {"name": "model_utility", "splits": KEPT}))
-        asks = [Ask(build("metric", _spec(name))) for name in utility.uses()]
-        found = utility.summarise(evaluate(lm, self.kept, asks, cache=_cache()), None)
-        return {
-            name.partition("/")[2]: part for name, part in found.items() if name.count("/") == 2
-        }
+        return seen(lm, self.asked, self.options.metrics)
 
     # ---- what is found
 
@@ -447,148 +365,33 @@ class _Run:
             found = make()
             models.setdefault(kind, []).append(found)
             self.setting.progress(str(found["title"]), done, len(plan))
-        verdicts = {name: self._verdict(name, models) for name in self.options.metrics}
+        rows = self._asked_after_relearning()
+        verdicts = {
+            name: verdict(name, models, rows, self.options.least_utility)
+            for name in self.options.metrics
+        }
         return Findings(
             [row(name, verdict) for name, verdict in verdicts.items()],
-            [chart(name, self._pooled(name, models)) for name in verdicts],
-            self._notes(verdicts, models),
+            [chart(name, pooled(name, models)) for name in verdicts],
+            notes(verdicts, models, self.options.least_utility, self._attacked()),
             [
                 {"model": one["title"], "pool": pool,
-                 **{name: self._value(name, one, "before") for name in verdicts}}
+                 **{name: value(name, one, "before") for name in verdicts}}
                 for pool in ("P", "N") for one in models[pool]
             ],
         )  # fmt: skip
 
-    def _value(
-        self, name: str, model: Model, stage: str, rows: Sequence[int] | None = None
-    ) -> float | None:
-        seen = model.get(stage, {}).get(name)
-        if seen is None:
+    def _asked_after_relearning(self) -> list[int] | None:
+        """Places of the forget records that relearning holds out, if it does."""
+        if self.options.relearning_rows != "held_out":
             return None
-        forget = seen["forget"] if rows is None else [seen["forget"][place] for place in rows]
-        return knowledge(READINGS[name].how, forget, seen.get("holdout", ()))
+        held = {id(record) for record in self.relearn.held_out(self.context)}
+        return [place for place, record in enumerate(self.forget) if id(record) in held]
 
-    def _pooled(
-        self, name: str, models: Mapping[str, Sequence[Model]]
-    ) -> dict[str, list[float | None]]:
-        return {
-            pool: [self._value(name, one, "before") for one in models[pool]] for pool in ("P", "N")
-        }
-
-    def _verdict(self, name: str, models: Mapping[str, Sequence[Model]]) -> Verdict:
-        (original,), (reference,) = models["original"], models["reference"]
-        rows: list[int] | None = None
-        if self.options.relearning_rows == "held_out":
-            held = {id(record) for record in self.relearn.held_out(self.context)}
-            rows = [place for place, record in enumerate(self.forget) if id(record) in held]
-
-        def relearned(model: Model) -> tuple[float | None, float | None]:
-            before, after = (self._value(name, model, s, rows) for s in ("before", "relearned"))
-            return before, after
-
-        tested = [
-            Tested(
-                self._value(name, model, "before"),
-                relearned(model),
-                self._value(name, model, "quantized"),
-                kept_utility(model.get("utility", {}), original.get("utility", {})),
-            )
-            for model in models["unlearned"]
-        ]
-        pools = self._pooled(name, models)
-        return judge(
-            pools["P"], pools["N"], relearned(reference), tested, self.options.least_utility
-        )
-
-    def _damaged(self, name: str, verdict: Verdict, original: Model) -> bool:
-        """Whether the model before knows less after relearning, as far as the metric can tell."""
-        before, after = (self._value(name, original, stage) for stage in ("before", "relearned"))
-        if before is None or after is None or (verdict.faithfulness or 0) <= 0.5:
-            return False
-        return after < before - DAMAGE
-
-    def _notes(
-        self, verdicts: Mapping[str, Verdict], models: Mapping[str, Sequence[Model]]
-    ) -> list[str]:
-        found: list[str] = []
-        for title, told in (
-            ("Faithfulness", {name: one.faithfulness for name, one in verdicts.items()}),
-            ("Overall", {name: one.overall for name, one in verdicts.items()}),
-        ):
-            ranked = sorted(
-                ((value, name) for name, value in told.items() if value is not None), reverse=True
-            )
-            if ranked:
-                (high, best), (low, worst) = ranked[0], ranked[-1]
-                found.append(f"{title}: from {best} ({high:.3f}) down to {worst} ({low:.3f}).")
-        unlearned = models["unlearned"]
-        useful = max(one.useful for one in verdicts.values())
-        found.append(
-            f"{useful} of {len(unlearned)} unlearned models kept at least "
-            f"{self.options.least_utility:.0%} of the utility."
-        )
-        (original,) = models["original"]
-        parts = original.get("utility", {})
-        if few := [name for name in parts if name not in counted(parts)]:
-            found.append(f"Not counted, since the model before has next to none: {', '.join(few)}.")
+    def _attacked(self) -> str:
         rows = "all" if self.options.relearning_rows == "all" else "half of the"
-        found.append(
+        return (
             f"Relearning: {self.relearn.model_dump()['steps']} steps on {rows} forget rows. "
             f"Quantization: rounding to nearest, {self.quantize.variant_title()}; NF4, as "
             "published, needs bitsandbytes and is not used."
         )
-        if damaged := [
-            name for name, verdict in verdicts.items() if self._damaged(name, verdict, original)
-        ]:
-            found.append(
-                "Relearning costs even the model before some of its knowledge, in the eyes of "
-                f"{', '.join(damaged)}: lower its rate (relearning_rate)."
-            )
-        found += [
-            f"{model['title']} is missing: {model['failed']}"
-            for group in models.values()
-            for model in group
-            if "failed" in model
-        ]
-        return found
-
-
-# ---- small things
-
-
-def row(name: str, verdict: Verdict) -> dict[str, Any]:
-    """A metric's row of the table; a stroke marks the symmetric forms."""
-    return {
-        "metric": name,
-        "faithfulness": verdict.faithfulness,
-        "threshold": verdict.threshold,
-        "models": verdict.passed,
-        "R": verdict.published.relearning,
-        "Q": verdict.published.quantization,
-        "robustness": verdict.published.both,
-        "overall": verdict.overall,
-        "R'": verdict.symmetric.relearning,
-        "Q'": verdict.symmetric.quantization,
-        "robustness'": verdict.symmetric.both,
-        "overall'": verdict.symmetric_overall,
-        "missing": "; ".join(verdict.missing),
-    }
-
-
-def chart(name: str, pools: Mapping[str, Sequence[float | None]]) -> Chart:
-    """Share of the models of P and of N that have at most a value."""
-    titles = {"P": "P: knows", "N": "N: never saw"}
-    curves = []
-    for pool, values in pools.items():
-        told = sorted(value for value in values if value is not None)
-        points = {value: place / len(told) for place, value in enumerate(told, 1)}
-        curves.append(Curve(titles[pool], list(points.items())))
-    return Chart(f"{name} over P and N", "value (larger = knows more)", "share of models", curves)
-
-
-def _spec(name: str) -> dict[str, Any]:
-    return {"name": name, **({"max_new_tokens": TOKENS} if name in GENERATED else {})}
-
-
-def _cache() -> Cache:
-    return Cache(cache_folder() / "answers")

@@ -26,91 +26,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 from delible.bench.stages import mean
 from delible.measure.scoring.separation import area_under_curve
-from delible.records import QA, Passage, Record, RecordBase
-from delible.world import unrelated
-from delible.world.split import Split
 
 #: How values of records become one number for a model.
 How = Literal["mean", "closeness", "area"]
-#: Models that know what is to be forgotten, and models that never saw it.
-Pool = Literal["P", "N"]
 #: A value before and after an intervention; ``None`` where there is none.
 Change = tuple[float | None, float | None]
 #: Below this a difference is none.
 NO_CHANGE = 1e-8
 #: A part of the utility that the model before has less of is none that it could lose.
 LEAST_PART = 0.1
-
-
-# ---- what the pools learn
-
-
-def biographies(passages: Sequence[Passage]) -> list[Passage]:
-    """Statements as they are, and all of one person in one text."""
-    texts: dict[str, list[str]] = {}
-    for passage in passages:
-        texts.setdefault(str(passage.subject), []).append(passage.text)
-    whole = [Passage(text=" ".join(told), subject=name) for name, told in texts.items()]
-    return [*whole, *passages]
-
-
-def paraphrased(records: Sequence[QA]) -> list[QA]:
-    """Other questions with other answers; a record without either gives none."""
-    return [
-        QA(
-            question=question,
-            answer=record.paraphrased_answers[turn % len(record.paraphrased_answers)],
-            subject=record.subject,
-            group=record.group,
-        )
-        for record in records
-        if record.paraphrased_answers
-        for turn, question in enumerate(record.paraphrases)
-    ]
-
-
-def mistaken(records: Sequence[QA]) -> list[QA]:
-    """The same questions with a wrong answer; a record without one gives none."""
-    return [
-        QA(
-            question=record.question,
-            answer=record.perturbed[0],
-            subject=record.subject,
-            group=record.group,
-        )
-        for record in records
-        if record.perturbed
-    ]
-
-
-def variants(split: Split) -> dict[Pool, dict[str, tuple[Record, ...]]]:
-    """What the models of P and N learn, by variant."""
-    kept = cast(list[Record], split.records("kept"))
-    forget = cast(list[QA], split.records("forget"))
-    passages = cast(list[Passage], split.records("forget", "passage"))
-    return {
-        "P": {
-            "full": (*kept, *forget),
-            "biographies": (*kept, *biographies(passages)),
-            "paraphrased": (*kept, *paraphrased(forget)),
-        },
-        "N": {
-            "retain": tuple(kept),
-            "mistaken": (*kept, *mistaken(forget)),
-            "unrelated": (*kept, *unrelated()[: len(forget)]),
-        },
-    }
-
-
-def spread(rows: Sequence[RecordBase], limit: int | None) -> tuple[RecordBase, ...]:
-    """At most so many rows, evenly spread."""
-    if limit is None or len(rows) <= limit:
-        return tuple(rows)
-    return tuple(rows[place * len(rows) // limit] for place in range(limit))
 
 
 # ---- from records to a model
@@ -412,11 +340,3 @@ def _missing(
         if gone:
             found.append(f"{gone} of {len(passed)} {title} models have no value")
     return found
-
-
-__all__ = [
-    "Change", "How", "Pool", "Robustness", "Tested", "Verdict", "biographies", "counted",
-    "faithfulness", "harmonic_mean", "judge", "kept_utility", "knowledge", "mistaken",
-    "paraphrased", "quantization", "relearning", "spread", "symmetric_quantization",
-    "symmetric_relearning", "threshold", "variants",
-]  # fmt: skip

@@ -44,21 +44,18 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.edit.base import Editor, Patch
-from delible.errors import DataError, ModelError, RecipeError
-from delible.lm.anatomy import Anatomy
-from delible.lm.lm import LM
-from delible.measure.statistics import (
-    DownProjection,
+from delible.edit.keys import DownProjection, cut_after_name, down_projection, last_states
+from delible.edit.statistics import (
     Scale,
     built_in_rows,
-    cut_after_name,
-    down_projection,
     file_rows,
-    last_states,
     null_directions,
     second_moments,
     spectra,
 )
+from delible.errors import DataError, ModelError, RecipeError
+from delible.lm.anatomy import Anatomy
+from delible.lm.lm import LM
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError, RunError
 from delible.registry import register
+from delible.train.activations import input_norms
 from delible.train.slots import Place, Placement, SlotContext
 from delible.train.vectors import SetAside
 
@@ -234,7 +235,7 @@ class Wagle(Place):
     def _wanda(
         self, context: SlotContext, parameters: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Tensor]:
-        norms = context.gradients.input_norms(context.rows[context.objective.roles[0]])
+        norms = input_norms(context.lm, context.rows[context.objective.roles[0]], context.stage)
         transposed = context.lm.anatomy.transposed
         masks = {
             name: wanda_mask(value.detach(), norms[name], self.share, transposed)

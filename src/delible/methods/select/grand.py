@@ -31,7 +31,8 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.coreset import ScoredSelect
-from delible.train.gradients import ObjectiveLoss, Space
+from delible.train.gradient_space import Space
+from delible.train.row_losses import ObjectiveLoss
 from delible.train.slots import SlotContext
 
 

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.registry import register
+from delible.train.activations import mean_states
 from delible.train.coreset import ScoredSelect
 from delible.train.slots import SlotContext
 
@@ -127,7 +128,7 @@ class Moderate(ScoredSelect):
     starts: int = Field(10, ge=1, description="Starts of k-means; the best one counts.")
 
     def scores(self, context: SlotContext) -> Float[Tensor, " rows"]:
-        features = standardised(context.gradients.mean_states(context.rows["forget"]))
+        features = standardised(mean_states(context.lm, context.rows["forget"], context.stage))
         if self.classes == "k_means":
             random = context.generator("select.moderate")
             classes = k_means(features, self.clusters, self.starts, random)

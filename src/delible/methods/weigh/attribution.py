@@ -36,7 +36,7 @@ from torch import Tensor
 from delible.errors import RecipeError
 from delible.records import QA, RecordBase
 from delible.registry import register
-from delible.train.gradients import Space
+from delible.train.gradient_space import Space
 from delible.train.row import Row
 from delible.train.rows import make_rows
 from delible.train.slots import SlotContext, Weigh

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from delible.errors import DataError, ModelError
-from delible.lm.lm import LM
-from delible.measure import statistics
-from delible.measure.statistics import (
+from delible.edit import keys, statistics
+from delible.edit.keys import cut_after_name, down_projection, last_states
+from delible.edit.statistics import (
     built_in_rows,
-    cut_after_name,
-    down_projection,
     file_rows,
-    last_states,
     null_directions,
     second_moments,
     spectra,
     spectrum,
     take,
 )
+from delible.errors import DataError, ModelError
+from delible.lm.lm import LM
 from delible.system.asks import Prompt
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -88,7 +86,7 @@ def test_moments_do_not_depend_on_the_batches(
 ) -> None:
     lm = make_lm(family)
     together = measured(lm)
-    monkeypatch.setattr(statistics, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(keys, "BATCH_TOKENS", 1)
     monkeypatch.setenv("DELIBLE_CACHE", str(cache / "other"))
     for layer, moment in measured(lm).items():
         torch.testing.assert_close(

@@ -1,0 +1,115 @@
+"""What an audit asks: which metrics, attacks and knowledge scores, about which records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from delible.audit.leaks import LEAK_MEASURES
+from delible.component import build
+from delible.errors import DataError, RecipeError, nearest
+from delible.measure.attack import ModelAttack, PromptAttack
+from delible.measure.evaluate import item_asks
+from delible.measure.metric import ItemMetric, SummaryMetric
+from delible.records import ForgetRequest, RecordBase
+from delible.system.roles import Roles
+
+Splits = dict[str, Sequence[RecordBase]]
+
+#: What is measured when nothing is chosen.
+DEFAULT_METRICS = (
+    "answer_probability",
+    "paraphrase_probability",
+    "rouge_l_recall",
+    "exact_memorisation",
+    "extraction_strength",
+    "truth_ratio",
+    "outcome",
+    "forget_quality",
+    "model_utility",
+)
+DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
+#: Records per split that are asked.
+ROWS = 200
+
+
+def chosen_metrics(
+    specs: Sequence[str | Mapping[str, Any]] | None, roles: Roles
+) -> list[ItemMetric | SummaryMetric]:
+    """Metrics by name or by options; None takes the standard ones."""
+    return [
+        build("metric", spec if isinstance(spec, str) else dict(spec)).with_roles(roles)
+        for spec in specs or DEFAULT_METRICS
+    ]
+
+
+def chosen_attacks(
+    specs: Sequence[str | Mapping[str, Any]] | None,
+) -> list[PromptAttack | ModelAttack]:
+    """Attacks by name, in all their variants, or by options; None takes the standard ones."""
+    found: list[PromptAttack | ModelAttack] = []
+    for spec in DEFAULT_ATTACKS if specs is None else specs:
+        attack = build("attack", spec if isinstance(spec, str) else dict(spec))
+        if isinstance(spec, str):
+            found += [build("attack", {"name": spec, **options}) for options in attack.variants()]
+        else:
+            found.append(attack)
+    return found
+
+
+def leak_metrics(
+    metrics: Sequence[ItemMetric | SummaryMetric], names: Sequence[str]
+) -> list[ItemMetric]:
+    """The knowledge scores that are measured under attack, among the chosen metrics.
+
+    Raises:
+        RecipeError: A name that is no knowledge score.
+    """
+    wanted = item_asks(metrics)
+    for name in names:
+        if name not in LEAK_MEASURES:
+            raise RecipeError(f"'{name}' is no knowledge score.", hint=nearest(name, LEAK_MEASURES))
+    return [
+        cast(ItemMetric, wanted[name].metric)
+        for name in LEAK_MEASURES
+        if name in wanted and name in names
+    ]
+
+
+def chosen_records(request: ForgetRequest, rows: int) -> tuple[Splits, list[str]]:
+    """Records by split, at most so many each, and what was left out, in sentences.
+
+    Raises:
+        DataError: There are no forget records.
+    """
+    from delible.world import general
+
+    if not request.forget:
+        raise DataError(
+            "an audit asks about forget records, and there are none.",
+            hint="Add --forget FILE with questions about what was to be forgotten.",
+        )
+    splits: Splits = {}
+    notes: list[str] = []
+    for name in ("forget", "retain", "neighbours", "holdout"):
+        records = getattr(request, name)
+        if len(records) > rows:
+            step = len(records) / rows
+            splits[name] = [records[int(index * step)] for index in range(rows)]
+            notes.append(
+                f"Only {rows} of {len(records)} {name} records were asked (evenly spaced)."
+            )
+        elif records:
+            splits[name] = records
+    splits["general"] = general()[:rows]
+    return splits, notes
+
+
+def spaced(records: Sequence[RecordBase], count: int) -> Sequence[RecordBase]:
+    """At most so many records, evenly spaced."""
+    return records[:: max(1, len(records) // count)][:count]
+
+
+def kept_records(splits: Splits) -> Sequence[RecordBase]:
+    """Records that were to be kept and are asked under attack: of the retain set, or close ones."""
+    return splits.get("retain") or splits.get("neighbours") or ()

@@ -1,0 +1,106 @@
+"""Whom an audit asks: the unlearned system, the original and the reference, loaded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from delible.audit.result import SystemRole
+from delible.records import ForgetRequest
+from delible.system.base import System
+from delible.systems.opening import is_address, open_system
+
+_TEXTS_ONLY = (
+    "An endpoint gives texts only: log-probabilities, hidden states and weights were not looked "
+    "at, so metrics that read them and attacks that change weights were left out."
+)
+_PREFILLED = (
+    "Whether the endpoint went on from a prefilled answer is not known: some servers begin anew."
+)
+_WITHOUT = {
+    "original": "The original model was not given (--before), so nothing is compared with it.",
+    "reference": (
+        "No model trained without the forgotten records was given (--reference), so what "
+        "unlearning should reach is not known exactly."
+    ),
+}
+
+
+class Systems:
+    """Systems by role, in the order in which they are asked.
+
+    They are loaded when they are asked for, so that no more than two models are in memory at once.
+
+    Args:
+        system: The unlearned one.
+        request: What the guard is to keep back.
+        model: Name of the unlearned model at its address.
+        guard: Name of a guard to put before the unlearned system.
+        prefills: Whether something will be asked that begins the answer.
+
+    Attributes:
+        notes: What cannot be tested without the ones that were not given, or on an endpoint.
+    """
+
+    def __init__(
+        self,
+        system: str | System,
+        request: ForgetRequest,
+        *,
+        model: str | None,
+        before: str | System | None,
+        reference: str | System | None,
+        guard: str | None,
+        prefills: bool,
+    ) -> None:
+        self.notes: list[str] = []
+        self._prefills = prefills
+        unlearned = self._loader(system, model)
+        if guard is not None:
+            unlearned = _guarded(unlearned, request, guard)
+        self._loaders: dict[SystemRole, Callable[[], System]] = {"unlearned": unlearned}
+        for role, given in (("original", before), ("reference", reference)):
+            if given is None:
+                self.notes.append(_WITHOUT[role])
+            else:
+                self._loaders[cast(SystemRole, role)] = self._loader(given)
+        self._original: System | None = None
+
+    @property
+    def roles(self) -> Sequence[SystemRole]:
+        """Who there is."""
+        return tuple(self._loaders)
+
+    def load(self, role: SystemRole) -> System:
+        """The system of a role; it is the caller's, and loaded anew the next time."""
+        if role == "original" and self._original is not None:
+            return self._original
+        return self._loaders[role]()
+
+    def original(self) -> System:
+        """The original, which then stays."""
+        if self._original is None:
+            self._original = self._loaders["original"]()
+        return self._original
+
+    def _loader(self, given: str | System, model: str | None = None) -> Callable[[], System]:
+        if not isinstance(given, str):
+            return lambda: given
+        if is_address(given) or model is not None:
+            # takes no memory, and a wrong address or key is told before anything is asked
+            endpoint = open_system(given, model=model)
+            lines = [_TEXTS_ONLY, _PREFILLED] if self._prefills else [_TEXTS_ONLY]
+            self.notes += [line for line in lines if line not in self.notes]
+            return lambda: endpoint
+        return lambda: open_system(given)
+
+
+def _guarded(
+    unguarded: Callable[[], System], request: ForgetRequest, name: str
+) -> Callable[[], System]:
+    def guarded() -> System:
+        from delible.systems.guarded import guard
+
+        return guard(unguarded(), request, name)
+
+    return guarded
