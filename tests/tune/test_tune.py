@@ -20,12 +20,11 @@ from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.recipe import Recipe
-from delible.tune import search as searching
-from delible.tune import tune, tuned_options
+from delible.tune import search, trying, tune, tuned_options
 from delible.tune.measuring import ROWS, cut, leak, utility
 from delible.tune.results import Trial, winner
-from delible.tune.search import STARTUP
 from delible.tune.space import rounded, space
+from delible.tune.study import STARTUP
 
 QUICK: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
 
@@ -81,8 +80,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, score: Callable[[dict[str, Any]], 
             "rouge_l_recall/retain": 0.4 * kept,
         }
 
-    monkeypatch.setattr(searching, "unlearn", unlearn)
-    monkeypatch.setattr(searching, "measured", measured)
+    monkeypatch.setattr(trying, "unlearn", unlearn)
+    for module in (search, trying):
+        monkeypatch.setattr(module, "measured", measured)
     return calls
 
 
@@ -236,13 +236,13 @@ def test_first_trial_is_the_recipe_and_the_winner_keeps_the_budget(
     pytest.importorskip("optuna")
     stand_in(monkeypatch, trade)
     tried = []
-    asked = searching.unlearn
+    asked = trying.unlearn
 
     def noting(*args: Any, **options: Any) -> Any:
         tried.append(options["method"])
         return asked(*args, **options)
 
-    monkeypatch.setattr(searching, "unlearn", noting)
+    monkeypatch.setattr(trying, "unlearn", noting)
     found = tune(model, REQUEST, trials=14, utility=0.9, out=tmp_path / "out")
     npo = Recipe.named("npo")
     assert tried[0].recipe == npo

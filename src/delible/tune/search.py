@@ -6,8 +6,8 @@ The budget is a constraint of the sampler, so a trial that breaks it is known to
 that keeps it, whatever its leak. The first trial is the method as it is, so the winner is never
 worse (on the records that decide). The next ones move the learning rate alone, which says most:
 up while the budget is kept, down while it is broken, then between the two; then the sampler moves
-everything. A trial that fails (training collapsed, memory) is recorded
-with its reason and the search goes on. Trials are kept in a journal: a killed search goes on with
+everything. A trial that fails (training collapsed, memory) is recorded with its reason and the
+search goes on. Trials are kept in a journal: a killed search goes on with
 the trials that are finished, and proposes what it would have proposed, because each proposal
 depends on the seed, its number and the finished trials only.
 
@@ -17,25 +17,19 @@ Library: Optuna (arXiv 1907.10902); TPE with constraints as in c-TPE (arXiv 2211
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
-import math
 import os
 import shlex
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from delible.api import unlearn
 from delible.context import Context
-from delible.errors import DelibleError, MissingExtraError, RecipeError, RunError
+from delible.errors import RecipeError, RunError
 from delible.files import atomic_file, write_json
 from delible.kept import identity
 from delible.lm.lm import LM
@@ -53,18 +47,14 @@ from delible.train import generated as generated_rows
 from delible.train.recipe import Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
-from delible.tune.results import EPSILON, Trial, TuneResult, winner
-from delible.tune.space import Value, rounded, space
-from delible.watching import Stage, aside, duration
+from delible.tune.results import Trial, TuneResult, winner
+from delible.tune.space import space
+from delible.tune.study import Study, optuna_or_extra, quiet_optuna
+from delible.tune.trying import Trying
+from delible.watching import Stage, duration
 
 logger = logging.getLogger(__name__)
 
-#: Trials before the sampler learns from them: the method as it is, and other learning rates (random
-#: ones where the learning rate is held).
-STARTUP = 4
-#: Between two learning rates, while all of them keep the budget or all break it.
-STRIDE = 10**0.5
-JOURNAL = "trials.journal"
 TABLE = "trials.json"
 
 
@@ -145,34 +135,6 @@ def tune(
             run.release()
 
 
-# ---- parts of tune
-
-
-def optuna_or_extra() -> Any:
-    """Optuna.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        return importlib.import_module("optuna")
-    except ImportError:
-        raise MissingExtraError("delible tune", "tune") from None
-
-
-@contextmanager
-def _quiet_optuna(optuna: Any) -> Iterator[None]:
-    """Optuna's log and its notes on experimental parts are no business of the user."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="optuna")
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
 class _Search:
     """One search: its material, its study, its results."""
 
@@ -188,6 +150,7 @@ class _Search:
     ) -> None:
         self.optuna, self.model, self.method, self.space = optuna, model, method, ranges
         self.budget, self.context, self.given = budget, context, dict(given)
+        self.trying = Trying(model, method, context, self.given)
         self.name = method.name
         self.notes: list[str] = []
 
@@ -196,9 +159,12 @@ class _Search:
         if run is not None:
             run.begin(self._described(lm, request))
             run.lock()  # a finished search may go on with more trials
-        with _quiet_optuna(self.optuna):
-            study = self._study(run)
-            done = self._finished(study)
+        with quiet_optuna(self.optuna):
+            study = Study(
+                self.optuna, {name: self.method.value(name) for name in self.space}, self.space,
+                self.budget, self.context.seed, None if run is None else run.path,
+            )  # fmt: skip
+            done = study.finished()
             start = run.manifest.get("start") if run is not None else None
             if start is None or len(done) < trials:
                 parts = cut(self._with_retain(lm, request))
@@ -215,7 +181,7 @@ class _Search:
                 if done:
                     logger.info(f"Going on after {len(done)} finished trials.")
                 while len(done) < trials:
-                    done.append(self._trial(study, len(done), trials, parts, start, done))
+                    done.append(self._trial(study, trials, parts, start, done))
             else:
                 name = lm.name
                 self.notes = list(run.manifest.get("notes", [])) if run is not None else []
@@ -272,150 +238,14 @@ class _Search:
                 hint="Ask with records that have answers, on a model that knows some.",
             )
 
-    # ---- the study
-
-    def _study(self, run: RunDirectory | None) -> Any:
-        storage = None
-        if run is not None:
-            journal = self.optuna.storages.journal
-            storage = self.optuna.storages.JournalStorage(
-                journal.JournalFileBackend(str(run.path / JOURNAL))
-            )
-        return self.optuna.create_study(
-            study_name="tune", storage=storage, direction="minimize", load_if_exists=True
-        )
-
-    def _finished(self, study: Any) -> list[Trial]:
-        """The trials with a result; one that was under way when the search was killed is closed."""
-        states = self.optuna.trial.TrialState
-        for one in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            study.tell(one.number, state=states.FAIL)
-        found = [
-            Trial(**one.user_attrs["result"])
-            for one in study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
-            if "result" in one.user_attrs
-            # not one that was killed between its result and its end: it was closed as failed
-            if (one.user_attrs["result"]["failed"] is None) == (one.state == states.COMPLETE)
-        ]
-        return sorted(found, key=lambda trial: trial.index)
-
     def _trial(
-        self, study: Any, index: int, total: int, parts: Parts, start: Means, done: list[Trial]
+        self, study: Study, total: int, parts: Parts, start: Means, done: list[Trial]
     ) -> Trial:
-        own = {name: self.method.value(name) for name in self.space}
-        given = own if index == 0 else self._along_rate(own, done) if index < STARTUP else None
-        study.sampler = self.optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP,
-            seed=int(identity({"seed": self.context.seed, "trial": index})[:8], 16),
-        )
-        waiting = (self.optuna.trial.TrialState.WAITING,)
-        if given is not None and not study.get_trials(deepcopy=False, states=waiting):
-            study.enqueue_trial(given)
-        asked = study.ask({
-            name: self._distribution(bounds, own[name]) for name, bounds in self.space.items()
-        })  # fmt: skip
-        options = given or {
-            name: rounded(asked.params[name], self.space[name]) for name in self.space
-        }
-        trial = self._tried(index, total, options, parts, start)
-        asked.set_user_attr("result", asdict(trial))
-        states = self.optuna.trial.TrialState
-        if trial.failed is None:
-            assert trial.utility is not None
-            asked.set_constraint("utility", self.budget - EPSILON - trial.utility)
-            study.tell(asked, trial.leak)
-        else:
-            study.tell(asked, state=states.FAIL)
+        asked, options = study.ask(done)
+        trial = self.trying.tried(len(done), total, options, parts, start)
+        study.tell(asked, trial)
         self._tell(trial, total, [*done, trial])
         return trial
-
-    def _along_rate(
-        self, own: Mapping[str, Value], done: Sequence[Trial]
-    ) -> dict[str, Value] | None:
-        """The method as it is with the next learning rate; None if there is none to try."""
-        name = next((key for key in own if key.rpartition(".")[2] == "learning_rate"), None)
-        if name is None:
-            return None
-        kept = [float(one.options[name]) for one in done if one.keeps(self.budget)]
-        broken = [float(one.options[name]) for one in done if not one.keeps(self.budget)]
-        if not kept:
-            rate = min(broken) / STRIDE
-        else:
-            above = [rate for rate in broken if rate > max(kept)]
-            rate = math.sqrt(max(kept) * min(above)) if above else max(kept) * STRIDE
-        bounds = self.space[name]
-        rate = rounded(min(max(rate, bounds.low), bounds.high), bounds)
-        return None if rate in (*kept, *broken) else {**own, name: rate}
-
-    def _distribution(self, bounds: Range, value: Value) -> Any:
-        made = self.optuna.distributions
-        if isinstance(value, int):
-            return made.IntDistribution(int(bounds.low), int(bounds.high), log=bounds.log)
-        return made.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
-
-    @aside()
-    def _tried(
-        self, index: int, total: int, options: Mapping[str, Value], parts: Parts, start: Means
-    ) -> Trial:
-        """Unlearns and measures once; a failure is a result too."""
-        title = f"trial {index + 1} of {total}"
-        began = time.perf_counter()
-        stopped = None
-        try:
-            method = self._method(index, options)
-            model = self.model if isinstance(self.model, str) else self.model.copy()
-            result = unlearn(
-                model, parts.request, method=method, shown=0, measured=False,
-                context=self._trial_context(title), **self.given,
-            )  # fmt: skip
-            stopped = result.stopped
-            after = measured(
-                result.system, parts.splits, partial(self.context.stage, f"{title}: measuring")
-            )
-        except Exception as error:
-            if index == 0 and isinstance(error, DelibleError) and not isinstance(error, RunError):
-                raise  # what is wrong with the input is wrong with every trial
-            told = (
-                str(error)
-                if isinstance(error, DelibleError)
-                else f"{type(error).__name__}: {error}"
-            )
-            return Trial(
-                index, dict(options), seconds=time.perf_counter() - began,
-                failed=" ".join(told.split()),
-            )  # fmt: skip
-        finally:
-            gc.collect()
-        left, kept = leak(after), kept_utility(start, after)
-        return Trial(
-            index,
-            dict(options),
-            left,
-            kept,
-            leak(after, aside=True),
-            kept_utility(start, after, aside=True),
-            dict(after),
-            time.perf_counter() - began,
-            stopped,
-            None if left is not None else "the model gives no finite numbers any more",
-        )
-
-    def _method(self, index: int, options: Mapping[str, Value]) -> Method:
-        """The method of a trial; the first one is as it was given."""
-        return self.method if index == 0 else self.method.with_options(options)
-
-    def _trial_context(self, title: str) -> Context:
-        """The context of one trial: its steps and stages are told under its title, nothing lies
-        in the folder of the search.
-        """
-
-        def steps(step: int, total: int, numbers: Mapping[str, float]) -> None:
-            self.context.stage(title, step, total)
-
-        def stage(what: str, done: int, total: int) -> None:
-            self.context.stage(f"{title}: {what}", done, total)
-
-        return replace(self.context, run=None, steps=steps, stage=stage)
 
     def _tell(self, trial: Trial, total: int, done: Sequence[Trial]) -> None:
         what = f"trial {trial.index + 1} of {total}"
@@ -430,8 +260,6 @@ class _Search:
         logger.info(
             f"{what}: leak {trial.leak:.3f}, utility {trial.utility:.3f}{verdict}{leads}{left}"
         )
-
-    # ---- the result
 
     def _result(
         self, model: str, start: Means, done: Sequence[Trial], run: RunDirectory | None
@@ -459,7 +287,7 @@ class _Search:
 
     def _write(self, found: TuneResult, folder: Path) -> Path:
         """The winner as a file."""
-        method = self._method(found.best.index, found.best.options)
+        method = self.trying.method_of(found.best.index, found.best.options)
         content = method.as_file()
         if "name" in content:
             content["name"] = f"{self.name}_tuned"

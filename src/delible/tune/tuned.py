@@ -13,7 +13,8 @@ from delible.resolving import resolve_method
 from delible.system.roles import Player
 from delible.systems.opening import open_system
 from delible.tune.measuring import ROWS
-from delible.tune.search import optuna_or_extra, tune
+from delible.tune.search import tune
+from delible.tune.study import optuna_or_extra
 
 #: Seed of the search: none of those that a benchmark reports.
 TUNING_SEED = 20_240
