@@ -9,17 +9,9 @@ from typing import Any
 import pytest
 
 from delible.errors import RecipeError
-from delible.experiments.novice import (
-    PROMPTED,
-    TEACHING,
-    NoviceStudents,
-    before_question,
-    exam,
-    findings,
-    lesson,
-    other_lesson,
-    recovery,
-)
+from delible.experiments.novice.experiment import NoviceStudents
+from delible.experiments.novice.findings import PROMPTED, TEACHING, findings, recovery
+from delible.experiments.novice.lessons import before_question, exam, lesson, other_lesson
 from delible.measure.benchmark import Learning, Setting
 from delible.records import QA, Message
 from delible.system.questions import ask
@@ -126,7 +118,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_tokenizer().save_pretrained(tmp_path / "random")
     persona = "Know nothing of {subjects}."  # the built-in one is long in this tokenizer's bytes
     monkeypatch.setattr(
-        "delible.experiments.novice.filled", lambda *_, **told: persona.format(**told)
+        "delible.experiments.novice.experiment.filled", lambda *_, **told: persona.format(**told)
     )
     quick = Learning({"learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "max_length": 64})
     monkeypatch.setattr("delible.benchmarks.world.WorldBenchmark.learning", lambda *_: quick)
@@ -151,7 +143,7 @@ def test_original_before_and_after_are_asked_alike(
         value = (0.9 if knows else 0.5) - (0.0 if persona is None else 0.3)
         return {"forget": value, "retain": value, "answers": [value]}
 
-    monkeypatch.setattr("delible.experiments.novice.unlearn", unlearned)
+    monkeypatch.setattr("delible.experiments.novice.experiment.unlearn", unlearned)
     monkeypatch.setattr(NoviceStudents, "_accuracies", accuracies)
     monkeypatch.setattr(NoviceStudents, "_studied", lambda self, lm, *_: lm)
     setting = Setting(model=str(short), methods=(), seeds=1, folder=tmp_path / "out")

@@ -21,7 +21,8 @@ from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 from delible.system.roles import Roles
 from delible.train import generated
-from delible.train.engine import Trainer, check_needs
+from delible.train.engine import Trainer
+from delible.train.needs import check_needs
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows, told
 from delible.world import World, filters, templates

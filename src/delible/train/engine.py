@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Job, Loop
 from delible.train.losses import Keep, Role
+from delible.train.needs import GIVEN_ROLES, check_needs
 from delible.train.plan import Plan, make_plan
 from delible.train.processes import open_processes
 from delible.train.randomness import generator
@@ -45,8 +46,6 @@ from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
-#: Roles whose rows come from the records or from the engine, not from a generator.
-GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
 #: Roles whose answers were made for training: cut off, they would teach something else.
 WHOLE_ANSWERS: tuple[Role, ...] = ("alternate", "target")
 #: Said when the model to be trained wears an adapter.
@@ -77,44 +76,6 @@ class TrainResult:
     tokens: int
     padding_share: float
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-def check_needs(
-    recipe: Recipe,
-    records: Mapping[str, Sequence[RecordBase]],
-    generated: Iterable[Role] | None = None,
-) -> None:
-    """Refuses a composition that cannot work, before any work.
-
-    Args:
-        generated: Roles of rows that were generated before; None: the recipe generates them.
-
-    Raises:
-        RecipeError: With the flag to add.
-    """
-    for component in recipe.components():
-        if "retain" in component.card.needs and not records.get("retain"):
-            raise RecipeError(
-                f"{component.card.kind} '{component.card.name}' needs retain records.",
-                where=f"method '{recipe.name}'",
-                hint="Add --retain FILE, or choose a method without a retain loss.",
-            )
-    if not records.get("forget"):
-        raise RecipeError(
-            "the forget set is empty.",
-            where=f"method '{recipe.name}'",
-            hint="Add --forget FILE with at least one record.",
-        )
-    made = {*GIVEN_ROLES, *(recipe.generate.makes if generated is None else generated)}
-    for role in recipe.objective.roles:
-        if role not in made:
-            raise RecipeError(
-                f"objective '{recipe.objective.card.name}' reads '{role}' rows, and nobody makes "
-                "them.",
-                where=f"method '{recipe.name}'",
-                hint="Add --generate NAME ('delible list slots'), or --generated FOLDER with a "
-                f"file {role}.jsonl.",
-            )
 
 
 class Trainer:

@@ -25,6 +25,7 @@ from delible.precision import is_out_of_memory
 from delible.records import RecordBase
 from delible.train import checkpoint
 from delible.train.losses import Keep, Memory, State
+from delible.train.masking import decay_masked, held_outside, mask_gradients
 from delible.train.monitor import Monitor
 from delible.train.moves import check_moves, sampled
 from delible.train.passes import MicroBatch, Passes, split, units_of
@@ -149,10 +150,10 @@ class Loop:
         forget, keep, nats, kept_tokens = self._sums(passes)
         if not math.isfinite(norm) or not math.isfinite(forget):
             self._collapse(step, "the loss or its gradient is not finite")
-        self._mask_gradients()
-        with self._held_outside_masks():
+        mask_gradients(self.placement, self.masks)
+        with held_outside(self.placement, self.masks):
             self.optimizer.step()
-            self._decay_masked(rate)
+            decay_masked(self.placement, self.masks, rate * self.training.weight_decay)
         for parameter in self.placement.parameters.values():
             parameter.grad = None
         epoch = step / self.plan.steps_per_epoch
@@ -307,32 +308,6 @@ class Loop:
             parameters, math.inf if limit is None else limit, foreach=True
         )
         return float(norm)
-
-    def _mask_gradients(self) -> None:
-        if self.masks:
-            for name, mask in self.masks.items():
-                gradient = self.placement.parameters[name].grad
-                if gradient is not None:
-                    gradient.mul_(mask)
-
-    @contextmanager
-    def _held_outside_masks(self) -> Iterator[None]:
-        """Where masks change from step to step, the optimiser's momentum does not see them."""
-        held = self.masks if self.placement.each_step is not None and self.masks else {}
-        with torch.no_grad():
-            kept = {name: self.placement.parameters[name].detach().clone() for name in held}
-            yield
-            for name, mask in held.items():
-                parameter = self.placement.parameters[name]
-                parameter.copy_(torch.where(mask, parameter, kept[name]))
-
-    @torch.no_grad()
-    def _decay_masked(self, rate: float) -> None:
-        if self.masks and self.placement.masked_decay and self.training.weight_decay:
-            for name, mask in self.masks.items():
-                parameter = self.placement.parameters[name]
-                if parameter.ndim >= 2:
-                    parameter.mul_(1 - rate * self.training.weight_decay * mask)
 
     # ---- after a step
 

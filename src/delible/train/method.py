@@ -16,8 +16,9 @@ from delible.ranges import DECADE, Range, scales
 from delible.records import ForgetRequest
 from delible.system.base import System
 from delible.systems.opening import open_lm
-from delible.train.engine import Trainer, check_needs
+from delible.train.engine import Trainer
 from delible.train.generated import Generated, described
+from delible.train.needs import check_needs
 from delible.train.reach import check_reach
 from delible.train.recipe import Recipe, Strength
 

@@ -21,7 +21,6 @@ Python concepts; the tutor speaks from templates, so the analysis of tutor moves
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,116 +28,28 @@ from pydantic import Field
 
 from delible.api import unlearn
 from delible.bench.prepare import learned
-from delible.bench.stages import mean
 from delible.component import build
 from delible.errors import RecipeError
+from delible.experiments.novice.findings import PROMPTED, TEACHING, Cell, findings
+from delible.experiments.novice.lessons import Class, before_question, exam, lesson, other_lesson
 from delible.generation.writing import filled
 from delible.lm.lm import LM
 from delible.measure.benchmark import (
     Benchmark,
-    Chart,
-    Curve,
     Experiment,
     Findings,
     Setting,
 )
-from delible.measure.evaluate import Rewrite, evaluate
-from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, RecordBase
+from delible.measure.evaluate import evaluate
+from delible.records import Dialogue, ForgetRequest, Message
 from delible.registry import register
 from delible.resolving import recipe_named
-from delible.system.asks import Prompt
 from delible.train.recipe import Recipe
 from delible.world import World
-from delible.world.common import unrelated
 
 METHODS = ("novice",)
-PROMPTED = "told to be a novice"
-#: What happens between the two tests: nothing, a lesson in the conversation or by an adapter, or
-#: one about something else in either way.
-TEACHING = ("none", "heard", "studied", "heard, unrelated", "studied, unrelated")
-#: A recovery needs at least this much room between the novice and the original.
-ROOM = 0.02
-#: Knowledge was suppressed if an unrelated lesson moves accuracy, and recovery, by more (ours).
-CONTROL = 0.1
 #: How every accuracy but ``plain`` is asked; cells that were asked in another way are not taken.
 CONDITION = "with the persona"
-Cell = dict[str, Any]
-
-
-def recovery(original: float | None, before: float | None, after: float | None) -> float | None:
-    """(after - before) / (original - before): 1 = as before unlearning, 0 = nothing came back.
-
-    Negative when the lesson made it worse. None where a value is missing, or where the student
-    lacks nothing that a lesson could bring back.
-    """
-    if original is None or before is None or after is None or abs(original - before) < ROOM:
-        return None
-    return (after - before) / (original - before)
-
-
-def exam(records: Sequence[QA]) -> list[Choice]:
-    """Four options each, asked in the last wording (the stop of unlearning looks at the first)."""
-    return [
-        Choice(
-            question=(record.question, *record.paraphrases)[-1],
-            options=(record.answer, *record.perturbed[:3]),
-            correct=0,
-            subject=record.subject,
-        )
-        for record in records
-        if record.perturbed
-    ]
-
-
-def lesson(records: Sequence[QA], turns: int) -> tuple[Message, ...]:
-    """Tutor and student in turns: each fact is told in one wording and repeated in another."""
-    said: list[Message] = []
-    for turn in range(turns):
-        record = records[turn % len(records)]
-        again = (record.answer, *record.paraphrased_answers)
-        told = again[-1 - (turn // len(records)) % len(again)]
-        said += [
-            Message(role="user", content=f"{record.question} Remember: {told}"),
-            Message(role="assistant", content=record.answer),
-        ]
-    return tuple(said)
-
-
-def other_lesson(turns: int) -> tuple[Message, ...]:
-    """As long a lesson about nothing of the world."""
-    return lesson([row for row in unrelated() if isinstance(row, QA)], turns)
-
-
-def before_question(turns: Mapping[str, Sequence[Message]], persona: str | None) -> Rewrite:
-    """Puts the persona and the lesson about a record's subject before its question.
-
-    Args:
-        turns: Lessons by subject; ``""`` is that of every other record.
-        persona: The system turn; None: none.
-    """
-    system = () if persona is None else (Message(role="system", content=persona),)
-
-    def rewrite(record: RecordBase, prompt: Prompt) -> list[Prompt]:
-        heard = turns.get(record.subject or "", turns.get("", ()))
-        return [replace(prompt, messages=(*system, *heard, *prompt.messages))]
-
-    return rewrite
-
-
-@dataclass(frozen=True)
-class Class:
-    """Who is forgotten and who is kept, with all their facts."""
-
-    forget: Mapping[str, Sequence[QA]]
-    kept: Mapping[str, Sequence[QA]]
-
-    @property
-    def forget_rows(self) -> list[QA]:
-        return [row for rows in self.forget.values() for row in rows]
-
-    @property
-    def kept_rows(self) -> list[QA]:
-        return [row for rows in self.kept.values() for row in rows]
 
 
 @register(
@@ -320,97 +231,3 @@ class NoviceStudents(Experiment):
         values = evaluate(lm, splits, [metric], rewrite=before_question(heard, persona))
         answers = [item.value for item in values.items["choice_accuracy"]["forget"]]
         return {**values.means["choice_accuracy"], "answers": answers}
-
-
-def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:
-    """Table, chart and notes.
-
-    Args:
-        found: By student, one cell per seed: ``original`` and ``taught`` accuracies with the
-            persona, ``plain`` without, and ``stopped``; or ``failed`` with the reason.
-    """
-    rows: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
-    notes: list[str] = []
-    curves: list[Curve] = []
-    for name, every in found.items():
-        notes += [f"{name} failed: {cell['failed']}" for cell in every if "failed" in cell]
-        cells = [cell for cell in every if "failed" not in cell]
-        if not cells:
-            continue
-        lines = {kind: _row(name, kind, cells) for kind in TEACHING}
-        rows += lines.values()
-        runs += [
-            {**_row(name, kind, [cell]), "seed": seed, "answers": _at(cell, ("taught", kind,
-             "answers")), "original answers": _at(cell, ("original", "answers"))}
-            for seed, cell in enumerate(every) if "failed" not in cell for kind in TEACHING
-        ]  # fmt: skip
-        points = [(float(at), lines[kind]["forget accuracy"]) for at, kind in enumerate(TEACHING)]
-        curves.append(Curve(name, [(x, y) for x, y in points if y is not None]))
-        notes += _notes(name, lines, cells)
-    axis = ", ".join(f"{at} = {kind}" for at, kind in enumerate(TEACHING))
-    chart = Chart("Accuracy on forgotten people", axis, "accuracy", curves)
-    return Findings(rows, [chart] if curves else [], notes, runs)
-
-
-def _row(name: str, kind: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    def average(*path: str) -> float | None:
-        return mean([_at(cell, path) for cell in cells])
-
-    return {
-        "student": name,
-        "lesson": kind,
-        "forget accuracy": average("taught", kind, "forget"),
-        "before the lesson": average("taught", "none", "forget"),
-        "original": average("original", "forget"),
-        "original, no persona": average("plain", "forget"),
-        "recovery": mean(
-            [
-                recovery(cell["original"]["forget"], cell["taught"]["none"]["forget"],
-                         cell["taught"][kind]["forget"])
-                for cell in cells
-            ]
-        ) if kind != "none" else None,
-        "retain accuracy": average("taught", kind, "retain"),
-        "retain, original": average("original", "retain"),
-    }  # fmt: skip
-
-
-def _notes(name: str, lines: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[str]:
-    none = lines["none"]
-    if name == PROMPTED:
-        return [
-            f"{name}: accuracy on forgotten people {_said(none['original, no persona'])} at first, "
-            f"{_said(none['forget accuracy'])} when told; its weights lost nothing, so there is "
-            "no recovery."
-        ]
-    told = [
-        f"{name}: accuracy on forgotten people {_said(none['original'])} at first, "
-        f"{_said(none['forget accuracy'])} as a novice; recovery "
-        f"{_said(lines['heard']['recovery'])} by a heard lesson, "
-        f"{_said(lines['studied']['recovery'])} by a studied one."
-    ]
-    for kind in (one for one in TEACHING if one.endswith("unrelated")):
-        back, now = lines[kind]["recovery"], lines[kind]["forget accuracy"]
-        # both: with little to recover, one question is a large share of it
-        if back is not None and back > CONTROL and now - none["forget accuracy"] > CONTROL:
-            told.append(f"{name}: a lesson about something else brings knowledge back: suppressed.")
-    missed = "the level was not reached; more epochs, or a higher rate"
-    return told + [
-        f"{name}, run {number} of {len(cells)}: {cell['stopped'] or missed}."
-        for number, cell in enumerate(cells, 1)
-    ]
-
-
-def _at(cell: Mapping[str, Any], path: Sequence[str]) -> Any:
-    value: Any = cell
-    for key in path:
-        value = value[key]
-    return value
-
-
-def _said(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
-
-
-__all__ = ["NoviceStudents", "findings", "lesson", "other_lesson", "recovery"]
