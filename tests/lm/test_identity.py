@@ -16,10 +16,10 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from delible.lm import identity
+from delible.lm.digest import weights_digest
 from delible.lm.hooks import capture
 from delible.lm.identity import settings_of
 from delible.lm.lm import LM
-from delible.lm.load import weights_digest
 from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.system.asks import Decoding, Generate, Prompt, Score

@@ -22,6 +22,7 @@ from delible.lm.lm import LM
 from delible.lm.load import load_model
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt
+from delible.systems.opening import open_lm
 from delible.testing.tiny import VOCABULARY_SIZE, tiny_model, tiny_tokenizer
 
 QUESTIONS = ["Where was Ada born?", "Who?", "Which prize was given to the painter, and when?"]
@@ -322,10 +323,12 @@ def test_an_adapter_as_input_is_merged_and_the_result_is_what_was_shown(
         learning_rate=3e-2, precision="float32", **options,
     )  # fmt: skip
     assert any("wears an adapter" in one for one in caplog.messages)
-    assert (tmp_path / "run" / "model").is_dir()
-    assert not (tmp_path / "run" / "adapter").exists()
-    again = LM.load(str(tmp_path / "run"), precision="float32")
-    assert not again.wears_adapter
+    lora = "lora" in options.get("slots", {}).values()
+    assert (tmp_path / "run" / "model").is_dir() == (not lora)
+    assert (tmp_path / "run" / "base").is_dir() == lora, "the merged model below the new adapter"
+    again = open_lm(str(tmp_path / "run"))
+    again.precision = "float32"
+    assert again.wears_adapter == lora
     assert again.generate(PROMPTS, Decoding(48)) == result.model.generate(PROMPTS, Decoding(48))
     asked = {QUESTIONS.index(one.question): one for one in result.examples if one.question in
              QUESTIONS}  # fmt: skip
@@ -344,12 +347,16 @@ def test_an_editor_edits_the_merged_model(base: Path, tmp_path: Path) -> None:
     adapter = adapter_on(base, tmp_path / "adapter")
     request = ForgetRequest(forget=FORGET, retain=RETAIN, subjects=("Ada",))
     result = api.unlearn(str(adapter), request, method="rocr", out=tmp_path / "run")
-    again = LM.load(str(tmp_path / "run"))
+    again = open_lm(str(tmp_path / "run"))
     assert not again.wears_adapter
     assert again.fingerprint == result.model.fingerprint
+    below = open_lm(str(tmp_path / "run" / "base"))  # merged in memory, it lay nowhere else
+    off = again.taken_off()
+    assert off is not None
+    assert off[1].fingerprint == below.fingerprint
 
 
-def test_a_new_adapter_is_saved_alone_only_if_its_base_lies_somewhere(
+def test_a_new_adapter_is_saved_with_its_base_if_that_lies_nowhere(
     caplog: pytest.LogCaptureFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick: dict[str, Any] = {
@@ -367,9 +374,11 @@ def test_a_new_adapter_is_saved_alone_only_if_its_base_lies_somewhere(
     lm = LM.load(str(base), precision="float32")
     api.unlearn(lm, REQUEST, method="npo", max_steps=3, learning_rate=3e-2, precision="float32")
     changed = api.unlearn(lm, REQUEST, out=tmp_path / "changed", **quick)
-    assert any("saved nowhere" in one for one in caplog.messages)
-    again = LM.load(str(tmp_path / "changed"), precision="float32")
-    assert not again.wears_adapter
+    assert any("lies nowhere else" in one for one in caplog.messages)
+    (tmp_path / "changed").rename(tmp_path / "moved")
+    again = open_lm(str(tmp_path / "moved"))
+    again.precision = "float32"
+    assert again.wears_adapter
     assert again.generate(PROMPTS, Decoding(48)) == changed.model.generate(PROMPTS, Decoding(48))
     unsaved = LM(tiny_model("llama"), tiny_tokenizer(), precision="float32")
     api.unlearn(unsaved, REQUEST, **quick)

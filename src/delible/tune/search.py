@@ -31,7 +31,6 @@ import yaml
 from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.files import atomic_file, write_json
-from delible.kept import identity
 from delible.lm.lm import LM
 from delible.measure.starting import started, with_writer
 from delible.method import Method

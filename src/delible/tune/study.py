@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from delible.errors import MissingExtraError
+from delible.kept import identity
 from delible.ranges import Range
-from delible.rundir import identity
 from delible.tune.results import EPSILON, Trial
 from delible.tune.space import Value, rounded
 
