@@ -1,10 +1,11 @@
 """What the gateway adds to a stream: ``python performance/gateway.py``.
 
-A scripted server streams an answer of 40 tokens, one every 20 ms, each with the time at which it
-was sent. Clients in a process of their own read it three ways, in turns within one run: directly,
+A scripted server streams an answer of 40 tokens, one every 50 ms (``--pause``), each with the time
+at which it was sent. Clients in a process of their own read it three ways, in turns within one run: directly,
 through a plain reverse proxy (a pipe of bytes between two sockets), and through the gateway. What
 is told is the time from sending a token to reading it, and that of the first one from the call;
-what is added is against the proxy. Then many streams at once, for a bounded time: none may be
+what is added is against the proxy. The processor time per token depends less on what else the
+machine does. Then many streams at once, for a bounded time: none may be
 lost. Each part is a process, so they share the machine's cores as they would.
 """
 
@@ -21,7 +22,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
-TOKENS, PAUSE = 40, 0.02
+import psutil
+
+TOKENS = 40
 HEAD = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/event-stream\r\n\r\n"
 LIMIT_SECONDS = 300
 
@@ -147,7 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--many", type=int, default=1000)
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds between two tokens")
+    parser.add_argument("--many", type=int, default=1000, help="streams at once; 0: leave it out")
     parser.add_argument("part", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
@@ -178,20 +182,29 @@ def main() -> None:
         return {name: float(one) for name, one in json.loads(done.stdout).items()}
 
     try:
-        direct = start("upstream", PAUSE)
+        direct = start("upstream", given.pause)
         ways = {
             "direct": direct,
             "proxy": start("proxy", direct),
             "gateway": start("gateway", direct),
         }
+        workers = dict(zip(ways, map(psutil.Process, (one.pid for one in processes)), strict=True))
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for port in ways.values():
             ask(port, 5, 0.1)  # everything is imported and connected once
         for _ in range(given.rounds):
             for name, port in ways.items():
-                measured[name].append(ask(port, given.streams, 1.0))
-        print(f"{given.streams} streams at once, {given.rounds} rounds; milliseconds")
-        columns = ("token p50", "token p99", "first p50", "first p99", "lost")
+                before = sum(workers[name].cpu_times()[:2])
+                found = ask(port, given.streams, 1.0)
+                used = sum(workers[name].cpu_times()[:2]) - before
+                measured[name].append(
+                    found | {"CPU per token": 1000 * used / (given.streams * TOKENS)}
+                )
+        print(
+            f"{given.streams} streams at once, a token every {given.pause:g} s; medians of "
+            f"{given.rounds} rounds, in milliseconds"
+        )
+        columns = ("token p50", "token p99", "first p50", "first p99", "CPU per token", "lost")
         print("| way | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
         middle: dict[str, dict[str, float]] = {}
         for name, rounds in measured.items():
@@ -199,12 +212,13 @@ def main() -> None:
                 column: sorted(one[column] for one in rounds)[len(rounds) // 2]
                 for column in columns
             }
-            row = " | ".join(f"{middle[name][column]:.1f}" for column in columns)
+            row = " | ".join(f"{middle[name][column]:.3g}" for column in columns)
             print(f"| {name} | {row} |")
         added = {c: middle["gateway"][c] - middle["proxy"][c] for c in columns[:-1]}
         print("added to the proxy: " + ", ".join(f"{c} {v:.1f} ms" for c, v in added.items()))
         slow = start("upstream", 0.5)
-        for name, way in (("proxy", start("proxy", slow)), ("gateway", start("gateway", slow))):
+        for name in ("proxy", "gateway") if given.many else ():
+            way = start(name, slow)
             found = ask(way, given.many, 10.0)
             print(
                 f"{given.many} streams through the {name}: {found['lost']:.0f} lost in "
