@@ -1,12 +1,12 @@
 """What the gateway adds to a stream: ``python performance/gateway.py``.
 
 A scripted server streams an answer of 40 tokens, one every 50 ms (``--pause``), each with the time
-at which it was sent. Clients in a process of their own read it three ways, in turns within one run: directly,
-through a plain reverse proxy (a pipe of bytes between two sockets), and through the gateway. What
-is told is the time from sending a token to reading it, and that of the first one from the call;
-what is added is against the proxy. The processor time per token depends less on what else the
-machine does. Then many streams at once, for a bounded time: none may be
-lost. Each part is a process, so they share the machine's cores as they would.
+at which it was sent. Clients in a process of their own read it three ways, in turns within one run:
+directly, through a plain reverse proxy (a pipe of bytes between two sockets), and through the
+gateway. What is told is the time from sending a token to reading it, and that of the first one from
+the call; what is added is against the proxy. The processor time per token depends less on what else
+the machine does. Then many streams at once, for a bounded time: none may be lost. Each part is a
+process, so they share the machine's cores as they would.
 """
 
 from __future__ import annotations
