@@ -39,7 +39,10 @@ def test_writing_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == sorted(
         [
             *(f"{name}.txt" for name in ("delible", *COMMANDS)),
-            *(f"{name}.md" for name in ("benchmarks", "cli", "methods", "metrics")),
+            *(
+                f"{name}.md"
+                for name in ("benchmarks", "cli", "gateway-options", "methods", "metrics")
+            ),
         ]
     )
 

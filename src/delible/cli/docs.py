@@ -1,8 +1,9 @@
 """Writes the generated pages of the documentation: ``python -m delible.cli.docs docs``.
 
 ``help/*.txt`` next to this file are the pages that ``--help`` prints, ``cli.md`` is all of them;
-``methods.md``, ``metrics.md`` and ``benchmarks.md`` are made from the cards. A test fails when a
-page differs from what this file would write.
+``methods.md``, ``metrics.md`` and ``benchmarks.md`` are made from the cards, and
+``gateway-options.md`` from the options of the gateway. A test fails when a page differs from what
+this file would write.
 """
 
 from __future__ import annotations
@@ -180,6 +181,24 @@ def benchmarks() -> str:
     return "\n".join(parts)
 
 
+def gateway_options() -> str:
+    """The page about the options of ``delible serve``'s file."""
+    from delible.gateway.settings import GatewaySettings
+
+    parts = [
+        NOTE,
+        "# Options of the gateway\n",
+        "What `delible serve --config FILE` takes, as YAML: `port: 8000`. A flag of the command "
+        "wins. Unknown names are refused. More: [the gateway](gateway.md).\n",
+    ]
+    rows = ["| option | what it is | default |", "| --- | --- | --- |"]
+    for name, field in GatewaySettings.model_fields.items():
+        plain = field.default is None or field.default == ()
+        default = "" if plain else f"`{str(field.default).lower()}`"
+        rows.append(f"| `{name}` | {field.description} | {default} |")
+    return "\n".join([*parts, *rows]) + "\n"
+
+
 def pages(folder: Path) -> dict[Path, str]:
     """Every generated file and its text.
 
@@ -193,6 +212,7 @@ def pages(folder: Path) -> dict[Path, str]:
         folder / "methods.md": methods(),
         folder / "metrics.md": metrics(),
         folder / "benchmarks.md": benchmarks(),
+        folder / "gateway-options.md": gateway_options(),
     }
 
 

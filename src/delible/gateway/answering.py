@@ -131,13 +131,17 @@ class Answer(Response):
                 asyncio.timeout(self.settings.total_seconds + self.settings.keep_alive_seconds),
                 aclosing(self._pieces()) as pieces,
             ):
-                async for index, piece in pieces:
-                    if piece is None:
+                async for batch in pieces:
+                    if not batch:
                         await say(COMMENT)
                         continue
-                    self._heard(index, piece)
-                    if content := self.writer.piece(index, piece):
-                        await say(content, self._policy(piece.finish, piece.withheld_by))
+                    content, policy = b"", ""
+                    for index, piece in batch:
+                        self._heard(index, piece)
+                        content += self.writer.piece(index, piece)
+                        policy = policy or self._policy(piece.finish, piece.withheld_by)
+                    if content:
+                        await say(content, policy)
                 await say(self.writer.closing(self._usage()), more=False)
         except CallFailed as failed:
             if not begun:
@@ -153,8 +157,11 @@ class Answer(Response):
             self._usages[index] = piece.usage or Usage()
             self._judged(piece.finish, piece.withheld_by)
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None]]:
-        """Parts of all answers as they come; None when there was nothing to send for long."""
+    async def _pieces(self) -> AsyncGenerator[list[tuple[int, Piece]]]:
+        """Parts of all answers as they come; none when there was nothing to send for long.
+
+        What has come meanwhile is sent at once: a busy machine sends less often.
+        """
         came: asyncio.Queue[tuple[int, Piece | CallFailed]] = asyncio.Queue(_WAITING)
         tasks = [
             asyncio.create_task(self._pump(index, prompt, decoding, came))
@@ -174,21 +181,31 @@ class Answer(Response):
                 until = min(ends, sent + settings.keep_alive_seconds)
                 try:
                     async with asyncio.timeout(max(0.0, until - clock())):
-                        index, piece = await came.get()
+                        came_now = [await came.get()]
                 except TimeoutError:
                     if clock() >= ends:
                         late = "the first text" if first else "more text"
                         raise _too_late(late, ends - last) from None
                     sent = clock()
-                    yield 0, None
+                    yield []
                     continue
-                if isinstance(piece, CallFailed):
-                    raise piece
+                while not came.empty():
+                    came_now.append(came.get_nowait())
                 last, first = clock(), False
-                if piece.text or piece.tool_calls or piece.finish is not None:
-                    sent = last
-                left -= piece.finish is not None
-                yield index, piece
+                batch: list[tuple[int, Piece]] = []
+                failed: CallFailed | None = None
+                for index, piece in came_now:
+                    if isinstance(piece, CallFailed):
+                        failed = piece
+                        break
+                    batch.append((index, piece))
+                    left -= piece.finish is not None
+                    if piece.text or piece.tool_calls or piece.finish is not None:
+                        sent = last
+                if batch:
+                    yield batch
+                if failed is not None:
+                    raise failed
         finally:
             await _ended(tasks)
 
