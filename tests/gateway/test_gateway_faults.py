@@ -225,6 +225,9 @@ def test_comments_keep_a_stream_alive_while_text_is_held() -> None:
         assert events[-1] == "[DONE]"
         roles = [one["choices"][0]["delta"].get("role") for one in events if isinstance(one, dict)]
         assert roles == ["assistant", None, None, None]
+    steady = [line for _ in range(8) for line in (0.1, Piece("Hi"))]
+    with working(Puppet([*steady, *HELLO]), keep_alive_seconds=0.5) as at_work:
+        assert ": keep-alive" not in at_work.events()
     failing = [0.25, Unanswered("the guard failed.", status=503)]
     with working(Puppet(failing), keep_alive_seconds=0.1) as at_work:
         events = at_work.events()
