@@ -55,8 +55,11 @@ FAULTS: dict[str, tuple[Sequence[bytes | float | str], int]] = {
     "has no choices": ([whole({"choices": []})], 502),
     "has a choice without a message": ([whole({"choices": [{}]})], 502),
     "fails with status 200": ([whole({"error": {"message": "quota"}})], 502),
-    "says too much": ([whole(b'"' + b"x" * MEGABYTES + b'"')], 502),
-    "says too much in an event": ([STREAM, b"data: ", b"x" * MEGABYTES], 502),
+    "says too much": ([whole(answer("x" * MEGABYTES))], 502),
+    "says too much in an event": (
+        [STREAM, said("x" * MEGABYTES), said(finish_reason="stop"), DONE],
+        502,
+    ),
     "sends half an event": ([STREAM, b'data: {"choices": [{"del'], 502),
     "sends an event that is no JSON": ([STREAM, b"data: oops\n\n", DONE], 502),
     "sends an event that is not UTF-8": ([STREAM, b"data: \xff\xfe\n\n", DONE], 502),
@@ -82,7 +85,7 @@ def test_faults_before_the_first_text(fault: str) -> None:
     [
         [], [b'data: {"choices": [{"del'], [b"data: \xff\n\n"], [b"data: oops\n\n"],
         [b'data: {"error": {"message": "no"}}\n\n', DONE], [b'data: {"choices": 7}\n\n'],
-        [b"data: " + b"x" * MEGABYTES],
+        [said("x" * MEGABYTES), said(finish_reason="stop"), DONE],
     ],
     ids=["dies", "half an event", "bytes", "no JSON", "an error", "no choices", "too much"],
 )  # fmt: skip
@@ -225,6 +228,9 @@ def test_comments_keep_a_stream_alive_while_text_is_held() -> None:
         assert events[-1] == "[DONE]"
         roles = [one["choices"][0]["delta"].get("role") for one in events if isinstance(one, dict)]
         assert roles == ["assistant", None, None, None]
+    steady = [line for _ in range(8) for line in (0.1, Piece("Hi"))]
+    with working(Puppet([*steady, *HELLO]), keep_alive_seconds=0.5) as at_work:
+        assert ": keep-alive" not in at_work.events()
     failing = [0.25, Unanswered("the guard failed.", status=503)]
     with working(Puppet(failing), keep_alive_seconds=0.1) as at_work:
         events = at_work.events()
