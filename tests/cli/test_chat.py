@@ -107,6 +107,15 @@ def test_a_failure_is_told_and_was_never_said(run: Any, parrot: Parrot, piped: A
     assert "at least one token" in run("chat", "any", "--max-new-tokens", "0").err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, even where a shell that runs tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_answer_and_a_second_one_the_conversation(
     run: Any, parrot: Parrot, typed: Any
 ) -> None:

@@ -133,7 +133,7 @@ def test_gradients_pass_through_it() -> None:
 def test_an_attack_trains_and_changes_a_copy_with_it() -> None:
     found = intervened(bare("llama"), [scaling()])
     before = logprobs(found)
-    context = AttackContext(FORGET, RETAIN, RETAIN, found, 0, lambda _: None)
+    context = AttackContext(FORGET, RETAIN, RETAIN, found, 0)
     for name, options in (("relearn", {"steps": 2}), ("quantize", {})):
         attacked = build("attack", {"name": name, **options}).apply(found, context)
         assert isinstance(attacked, Intervened)
@@ -266,7 +266,7 @@ def test_weights_are_not_saved_as_if_it_were_in_them(tmp_path: Path) -> None:
 def test_one_learned_on_other_weights_is_told(caplog: pytest.LogCaptureFixture) -> None:
     lm = bare("llama")
     fitted = scaling()
-    intervened(lm, [Fitted(fitted.intervention, fitted.tensors, lm.fingerprint)])
+    intervened(lm, [Fitted(fitted.intervention, fitted.tensors, lm.identity)])
     assert not caplog.records
     intervened(lm, [Fitted(fitted.intervention, fitted.tensors, "another")])
     assert "learned on another model" in caplog.text

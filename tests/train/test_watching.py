@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tiny_runs import make  # type: ignore[import-not-found]
 
@@ -9,6 +11,7 @@ from delible import watching
 from delible.context import Context
 from delible.preparing import automatic_retain
 from delible.records import QA
+from delible.train.activations import input_norms, mean_states
 from delible.train.engine import Trainer
 from delible.train.gradients import Gradients
 from delible.train.recipe import Recipe
@@ -45,8 +48,6 @@ def test_masks_and_reference_values_are_told() -> None:
         ("losses", "losses of 3 rows"),
         ("total", "gradients of 3 rows"),
         ("norms", "gradient norms of 3 rows"),
-        ("input_norms", "inputs of the layers of 3 rows"),
-        ("mean_states", "hidden states of 3 rows"),
     ],
 )
 def test_each_question_about_gradients_is_told_to_its_end(ask: str, title: str) -> None:
@@ -54,6 +55,17 @@ def test_each_question_about_gradients_is_told_to_its_end(ask: str, title: str) 
     lm = make()
     gradients = Gradients(lm, stage=lambda *what: told.append(what))
     getattr(gradients, ask)(make_rows(lm.template, FORGET))
+    assert told[-1] == (title, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("ask", "title"),
+    [(input_norms, "inputs of the layers of 3 rows"), (mean_states, "hidden states of 3 rows")],
+)
+def test_each_question_about_activations_is_told_to_its_end(ask: Any, title: str) -> None:
+    told: list[tuple[str, int, int]] = []
+    lm = make()
+    ask(lm, make_rows(lm.template, FORGET), lambda *what: told.append(what))
     assert told[-1] == (title, 3, 3)
 
 
