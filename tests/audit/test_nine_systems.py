@@ -45,7 +45,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+#: The labels of these are read where the command prints them.
+PRINTED = {
+    "untouched": "Verdict: incomplete. The knowledge is still there.",
+    "refusing": "Verdict: suppression. The answers are hidden, not gone.",
+    "retrained": "Verdict: removal-consistent.",
+    "ruined": "Verdict: destructive.",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in PRINTED])
 def test_the_label_is_the_truth(systems: Systems, name: str) -> None:
     found = audited(systems, getattr(systems, name))
     assert found.verdict is not None
@@ -106,15 +115,7 @@ def test_guards_in_a_row_are_taken_away_one_after_the_other(systems: Systems) ->
     assert rows == ["guard 'target_detector'", "guard 'target_detector'"]
 
 
-@pytest.mark.parametrize(
-    ("name", "headline"),
-    [
-        ("untouched", "Verdict: incomplete. The knowledge is still there."),
-        ("refusing", "Verdict: suppression. The answers are hidden, not gone."),
-        ("retrained", "Verdict: removal-consistent."),
-        ("ruined", "Verdict: destructive."),
-    ],
-)
+@pytest.mark.parametrize(("name", "headline"), PRINTED.items())
 def test_the_command_prints_it(
     systems: Systems, name: str, headline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +138,8 @@ def test_the_command_prints_it(
     said = capsys.readouterr()
     assert code == 0, said.err
     assert headline in " ".join(said.out.split())
+    assert EXPECTED[name] in headline
+    assert "removed" not in said.out
     assert "What is left of the rest" in said.out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "What is left of the rest" in page
