@@ -45,6 +45,10 @@ def _set(content: Any) -> Any:
     return content
 
 
+class OtherRunError(RunError):
+    """A folder holds another run than the one that is to be made there."""
+
+
 class RunDirectory:
     """One run on disk.
 
@@ -118,7 +122,7 @@ class RunDirectory:
         """Whether the folder holds this run, finished; nothing needs to be written then.
 
         Raises:
-            RunError: It holds another run.
+            OtherRunError: It holds another run.
         """
         found = self.manifest
         if found and found.get("identity") != identity(run):
@@ -129,7 +133,7 @@ class RunDirectory:
                 if identity({key: mine.get(key)}) != identity({key: theirs.get(key)})
             )
             if changed:
-                raise RunError(
+                raise OtherRunError(
                     f"this folder holds another run (different: {', '.join(changed)}).",
                     where=str(self.path),
                     hint="Choose another --out folder, or delete this one.",

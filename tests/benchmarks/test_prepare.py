@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_a_model_that_an_earlier_version_taught_is_found(start: str) -> None:
     folder.parent.with_suffix(".lock").touch()
     assert teach(start) == (folder, [])
     assert (folder / "hashes.json").is_file()
+
+
+def test_what_an_earlier_version_described_otherwise_is_learned_anew(
+    caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    folder, _ = teach(start)
+    manifest = folder.parent / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["run"]["model_fingerprint"] = content["identity"] = "of an earlier version"
+    manifest.write_text(json.dumps(content))
+    again, steps = teach(start)
+    assert (again, steps) == (folder, [1])
+    assert "target in the cache is of an earlier version" in caplog.text
+    again, steps = teach(start)
+    assert (again, steps) == (folder, [])
 
 
 def test_a_cache_that_cannot_be_written_gives_what_it_has(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from delible import kept
 from delible.api import unlearn
 from delible.records import ForgetRequest, Record, digest
-from delible.rundir import RunDirectory
+from delible.rundir import OtherRunError, RunDirectory
 from delible.train.recipe import Recipe
 from delible.watching import Steps
 
@@ -50,17 +51,16 @@ def learned(
         if damage is not None:
             logger.warning(f"{title} in the cache is damaged ({damage}): it is learned anew.")
             kept.remove(folder)
-        result = unlearn(
-            model,
-            ForgetRequest(forget=tuple(records)),
-            method=method,
-            out=folder,
-            seed=seed,
-            shown=0,
-            measured=False,
-            verify=False,
-            progress=progress,
-        )
+        teach = partial(
+            unlearn, model, ForgetRequest(forget=tuple(records)), method=method, out=folder,
+            seed=seed, shown=0, measured=False, verify=False, progress=progress,
+        )  # fmt: skip
+        try:
+            result = teach()
+        except OtherRunError:  # an earlier version knew models, or what is decisive, otherwise
+            logger.warning(f"{title} in the cache is of an earlier version: it is learned anew.")
+            kept.remove(folder)
+            result = teach()
         if not result.resumed_finished:
             kept.seal(folder / "model")
     if result.resumed_finished:
