@@ -164,6 +164,32 @@ def test_rows_are_paired() -> None:
     assert never.error == 0
 
 
+@pytest.mark.parametrize(
+    ("forget", "retain", "head"),
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1), "Nothing was forgotten"),
+        ((0, 0, 0, 0), (1, 1, 1, 1), "Forgotten: of the forget answers 0 of 4 are still said"),
+        ((0, 1, 1, 0), (1, 1, 1, 1), "Only a part was forgotten"),
+        ((0, 0, 0, 0), (0, 0, 0, 0), "Too much was forgotten"),
+        ((1, 1, 1, 1), (0, 0, 0, 0), "The rest was damaged and nothing was forgotten"),
+    ],
+)
+def test_what_a_guard_achieved_is_told_by_what_is_said(
+    forget: tuple[int, ...], retain: tuple[int, ...], head: str
+) -> None:
+    """Texts alone: the sentence goes by right answers, of systems whose truth is known."""
+
+    def said(capabilities: tuple[str, ...], **splits: tuple[int, ...]) -> Measured:
+        items = {split: [Item(float(one)) for one in row] for split, row in splits.items()}
+        return Measured("m", None, capabilities, SystemValues("m", {"outcome": items}))
+
+    before = said(("generate", "score"), forget=(1, 1, 1, 1), retain=(1, 1, 1, 1))
+    after = said(("generate",), forget=forget, retain=retain)
+    told = Achieved(compare(before, after), "more", "less").sentence()
+    assert told.startswith(head)
+    assert f"of the retained ones {sum(retain)} of 4 are still said (4 before)" in told
+
+
 def test_fifty_rows_of_a_split_are_asked() -> None:
     rows = tuple(QA(question=f"{n}?", answer=str(n)) for n in range(120))
     found = asked(ForgetRequest(forget=rows, retain=rows[:3]))

@@ -178,11 +178,15 @@ def test_stacks_of_any_kinds(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [patched, adapted, guarded])
-def test_undo_and_back(base: str, tmp_path: Path, make: object) -> None:
+def test_undo_and_back(
+    base: str, tmp_path: Path, make: object, caplog: pytest.LogCaptureFixture
+) -> None:
     made = make(base, tmp_path / "run")  # type: ignore[operator]
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     undo(tmp_path / "run")
+    assert "taken off" not in caplog.text
     undone = open_system(str(tmp_path / "run"))
+    assert "is taken off ('delible undo'): its base answers alone" in caplog.text
     start = open_lm(base)
     assert isinstance(undone, LM)
     assert same(weights(undone), weights(start))

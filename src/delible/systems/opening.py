@@ -91,6 +91,9 @@ def _open_artefact(name: str, folder: Path, above: tuple[Path, ...]) -> System:
     kind = kind_of(artefact, folder)
     base = partial(_open_base, artefact, folder, (*above, folder))
     if not artefact.enabled:
+        logger.warning(
+            f"The {artefact.kind} in {name} is taken off ('delible undo'): its base answers alone."
+        )
         return base()
     system = kind.open(artefact, folder, base)
     system.name = name
