@@ -17,7 +17,7 @@ from delible.files import atomic_file
 from delible.finishing import SHOWN, UnlearnResult
 from delible.generation import elicited
 from delible.lm.lm import LM
-from delible.measure.starting import started, with_itself, with_writer
+from delible.measure.starting import started, with_writer
 from delible.method import Method
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
@@ -44,18 +44,22 @@ def load(name: str = "default", **options: Any) -> LM:
     return LM.load(name, **options)
 
 
-def open(name: str, *, model: str | None = None) -> System:
+def open(
+    name: str, *, model: str | None = None, roles: Mapping[str, Player] | None = None
+) -> System:
     """Opens what answers: the result of any run, a model, an endpoint.
 
     Args:
         name: A run directory or another artefact's folder, what :func:`load` takes, or the
             address of an OpenAI-compatible server.
         model: Name of the model at an address.
+        roles: Whom a guard among them consults by talking, as for :func:`unlearn`; None: whom it
+            was made with.
 
     Raises:
         DelibleError: It cannot be used; says what to do.
     """
-    return open_system(name, model=model)
+    return open_system(name, model=model, context=started(None, roles=roles))
 
 
 def unlearn(
@@ -127,7 +131,7 @@ def unlearn(
     )  # fmt: skip
     run = context.run
     system = _opened(model, chosen)
-    context = with_itself(context, system)
+    context = replace(context, roles=context.roles.with_itself(system))
     if review:
         preparing.check_review(chosen, request, context)
     request = preparing.prepared(system, request, chosen, context)

@@ -45,4 +45,7 @@ class Context:
         return self.roles.role(part) if self.roles.given(part) else None
 
 
-__all__ = ["Context"]
+#: Nobody plays a part, and nothing is kept.
+NO_CONTEXT = Context()
+
+__all__ = ["NO_CONTEXT", "Context"]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.measure.cache import Cache
-from delible.measure.starting import roles_of, started, with_itself, with_writer
+from delible.measure.starting import roles_of, started, with_writer
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
 from delible.system.forms import read_form
@@ -187,13 +187,14 @@ def test_scripts() -> None:
 def test_the_model_itself_may_play() -> None:
     model = Scripted(["x", "y"], name="model")
     named = {"writer": "self", "judge": {"system": "self", "calls": 1}, "critic": "other"}
-    context = with_itself(started(None, roles=named), model)
+    context = Context(roles=started(None, roles=named).roles.with_itself(model))
     assert context.role("writer").system is model
     judge = context.role("judge")
     assert (judge.system, judge.options.calls) == (model, 1)
     assert context.roles.players["critic"] == "other"
     plain = Context(roles=Roles({"judge": "other"}))
-    assert with_itself(plain, model) is plain
+    assert plain.roles.with_itself(model) is plain.roles
+    assert plain.roles.with_itself(model, ["guard"]).role("guard").system is model
 
 
 def test_a_writer_is_given_once() -> None:

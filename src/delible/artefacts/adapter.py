@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from delible.context import Context
 from delible.lm.adapters import names_of
 from delible.lm.lm import language_model
 from delible.registry import register
-from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.artefact import Artefact
 from delible.system.base import System
+from delible.systems.artefact_kind import ArtefactKind
 
 _PART, _SETTINGS = "adapter", "adapter_config.json"
 
@@ -41,7 +43,9 @@ class Adapter(ArtefactKind):
         places = {name: _PART if name == "default" else f"{_PART}/{name}" for name in names}
         return places, {"active": content.model.active_adapter}
 
-    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+    def open(
+        self, artefact: Artefact, folder: Path, base: Callable[[], System], context: Context
+    ) -> System:
         lm = language_model(base(), str(folder))
         active = artefact.options.get("active")
         for name, part in artefact.parts.items():

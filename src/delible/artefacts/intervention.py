@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from delible.context import Context
 from delible.intervene.base import Fitted
 from delible.intervene.system import intervened
 from delible.lm.lm import language_model
 from delible.registry import register
-from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.artefact import Artefact
 from delible.system.base import System
+from delible.systems.artefact_kind import ArtefactKind
 
 _PART = "intervention"
 
@@ -32,6 +34,8 @@ class Intervention(ArtefactKind):
         content.save(folder / _PART)
         return {_PART: _PART}, {}
 
-    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+    def open(
+        self, artefact: Artefact, folder: Path, base: Callable[[], System], context: Context
+    ) -> System:
         lm = language_model(base(), str(folder))
         return intervened(lm, [Fitted.load(folder / artefact.parts[_PART])])

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from delible.context import Context
 from delible.lm.lm import LM
 from delible.registry import register
-from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.artefact import Artefact
 from delible.system.base import System
+from delible.systems.artefact_kind import ArtefactKind
 
 _PART = "model"
 
@@ -32,5 +34,7 @@ class Model(ArtefactKind):
         content.save(folder / _PART)
         return {_PART: _PART}, {}
 
-    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+    def open(
+        self, artefact: Artefact, folder: Path, base: Callable[[], System], context: Context
+    ) -> System:
         return LM.load(str(folder / artefact.parts[_PART]))

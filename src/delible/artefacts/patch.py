@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from delible.context import Context
 from delible.edit.base import Patch as PatchOfWeights
 from delible.lm.lm import language_model
 from delible.lm.load import ModelInfo
 from delible.registry import register
-from delible.system.artefact import Artefact, ArtefactKind
+from delible.system.artefact import Artefact
 from delible.system.base import System
+from delible.systems.artefact_kind import ArtefactKind
 
 _PART = "patch"
 
@@ -37,7 +39,9 @@ class Patch(ArtefactKind):
         content.save(folder / _PART)
         return {_PART: _PART}, {"title": content.title}
 
-    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
+    def open(
+        self, artefact: Artefact, folder: Path, base: Callable[[], System], context: Context
+    ) -> System:
         lm = language_model(base(), str(folder))
         patch = PatchOfWeights.load(folder / artefact.parts[_PART])
         patch.title = str(artefact.options.get("title", patch.title))

@@ -96,7 +96,7 @@ def audit(
     splits, notes = chosen_records(request, rows)
     systems = Systems(
         system, request, model=model, before=before, reference=reference, guard=guard,
-        prefills=any(attack.card.name == "prefill" for attack in asked_attacks),
+        prefills=any(attack.card.name == "prefill" for attack in asked_attacks), context=context,
     )  # fmt: skip
     notes += systems.notes
     asking = Asking(context, answers, splits, asked_metrics, scores, notes)

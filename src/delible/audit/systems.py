@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from delible.audit.result import SystemRole
+from delible.context import Context
 from delible.records import ForgetRequest
 from delible.system.base import System
 from delible.systems.opening import is_address, open_system
@@ -37,6 +38,7 @@ class Systems:
         model: Name of the unlearned model at its address.
         guard: Name of a guard to put before the unlearned system.
         prefills: Whether something will be asked that begins the answer.
+        context: Whom guards consult by talking.
 
     Attributes:
         notes: What cannot be tested without the ones that were not given, or on an endpoint.
@@ -52,12 +54,13 @@ class Systems:
         reference: str | System | None,
         guard: str | None,
         prefills: bool,
+        context: Context,
     ) -> None:
         self.notes: list[str] = []
-        self._prefills = prefills
+        self._prefills, self._context = prefills, context
         unlearned = self._loader(system, model)
         if guard is not None:
-            unlearned = _guarded(unlearned, request, guard)
+            unlearned = _guarded(unlearned, request, guard, context)
         self._loaders: dict[SystemRole, Callable[[], System]] = {"unlearned": unlearned}
         for role, given in (("original", before), ("reference", reference)):
             if given is None:
@@ -88,19 +91,19 @@ class Systems:
             return lambda: given
         if is_address(given) or model is not None:
             # takes no memory, and a wrong address or key is told before anything is asked
-            endpoint = open_system(given, model=model)
+            endpoint = open_system(given, model=model, context=self._context)
             lines = [_TEXTS_ONLY, _PREFILLED] if self._prefills else [_TEXTS_ONLY]
             self.notes += [line for line in lines if line not in self.notes]
             return lambda: endpoint
-        return lambda: open_system(given)
+        return lambda: open_system(given, context=self._context)
 
 
 def _guarded(
-    unguarded: Callable[[], System], request: ForgetRequest, name: str
+    unguarded: Callable[[], System], request: ForgetRequest, name: str, context: Context
 ) -> Callable[[], System]:
     def guarded() -> System:
         from delible.systems.guarded import guard
 
-        return guard(unguarded(), request, name)
+        return guard(unguarded(), request, name, context=context)
 
     return guarded

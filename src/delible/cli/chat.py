@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.roles import read_roles
 from delible.errors import EXIT_BAD_INPUT, EXIT_DONE, RecipeError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def chat(
     max_new_tokens: Annotated[int, Parameter(group=flags.ASKED)] = 512,
     temperature: Annotated[float, Parameter(group=flags.ASKED)] = 0.0,
     seed: flags.Seed = 0,
+    role: flags.Roles = None,
 ) -> int:
     """Talk to a model, a run or a server's model.
 
@@ -56,6 +58,9 @@ def chat(
         0 takes the likeliest token each time; above 0 tokens are drawn.
     seed
         Of the draws.
+    role
+        Who plays a part that a guard consults by talking: guard=MODEL, judge=https://host/v1#MODEL.
+        Default: whom the guard was made with, or the guarded system itself. May be repeated.
     """
     if max_new_tokens < 1 or not 0 <= temperature <= 2:
         raise RecipeError(
@@ -66,11 +71,12 @@ def chat(
     with output.Reporter(error=True) as reporter:
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
+        from delible.measure.starting import started
         from delible.system.asks import Decoding
         from delible.systems.opening import open_system
         from delible.systems.serving import responder
 
-        opened = open_system(target, model=model)
+        opened = open_system(target, model=model, context=started(None, roles=read_roles(role)))
         if terminal:
             reporter.say(f"Talking to {opened.name}. {COMMANDS}.")
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -11,9 +11,11 @@ from cyclopts import Group, Parameter
 
 from delible.cli import flags, output
 from delible.cli.data import read_request
+from delible.cli.roles import read_roles
 from delible.errors import EXIT_DONE, DataError, RecipeError
 
 if TYPE_CHECKING:
+    from delible.context import Context
     from delible.system.base import System
 
 SERVED = Group("What is served", sort_key=1)
@@ -36,6 +38,8 @@ def serve(
     targets: Annotated[Path | None, Parameter(group=SERVED)] = None,
     model: Annotated[str | None, Parameter(group=SERVED)] = None,
     name: Annotated[str | None, Parameter(group=SERVED)] = None,
+    retain: Annotated[str | None, Parameter(group=SERVED)] = None,
+    role: flags.Roles = None,
     undisclosed: Annotated[bool, Parameter(group=ANSWERS, show_default=False)] = False,
     name_policy: Annotated[bool, Parameter(group=ANSWERS, show_default=False)] = False,
     answer_tokens: Annotated[int | None, Parameter(group=ANSWERS)] = None,
@@ -76,6 +80,11 @@ def serve(
         Name of the model at the URL. Default: the only one that the server lists.
     name
         What clients call it. Default: the name of the server's model, or of the folder.
+    retain
+        Records to keep, for guards that learn from them.
+    role
+        Who plays a part that a guard consults by talking: guard=MODEL, judge=https://host/v1#MODEL.
+        Default: whom the guard was made with, or the guarded system itself. May be repeated.
     undisclosed
         Refusals of a guard end with the finish reason 'stop' instead of 'content_filter'.
     name_policy
@@ -132,11 +141,16 @@ def serve(
 
         needs_extra()
         from delible.gateway.models import ServedModel, name_for
+        from delible.measure.starting import started
         from delible.systems.opening import open_system
 
-        opened = open_system(target, model=model)
+        context = started(None, roles=read_roles(role))
+        opened = open_system(target, model=model, context=context)
         served = name or name_for(target, opened)
-        system = _guarded(reporter, opened, guards, forget, subjects, targets)
+        system = _guarded(
+            reporter, opened, guards, context,
+            forget=forget, subjects=subjects, targets=targets, retain=retain,
+        )  # fmt: skip
         models = [ServedModel(served, system, settings)]
 
         def began(address: str) -> None:
@@ -191,9 +205,12 @@ def _guarded(
     reporter: output.Reporter,
     system: System,
     guards: list[dict[str, Any]],
+    context: Context,
+    *,
     forget: str | None,
     subjects: list[str] | None,
     targets: Path | None,
+    retain: str | None,
 ) -> System:
     if not guards:
         return system
@@ -204,11 +221,15 @@ def _guarded(
                 where="--targets",
                 hint="Put them into the file: 'delible targets make' writes one.",
             )
+        from delible.loaders import read_records
         from delible.systems.targeted import guard_by_targets
 
+        kept = () if retain is None else read_records(retain)
         for one in guards:
             options = {key: value for key, value in one.items() if key != "name"}
-            system = guard_by_targets(system, targets, one["name"], **options)
+            system = guard_by_targets(
+                system, targets, one["name"], context=context, retain=kept, **options
+            )
         return system
     if forget is None and not subjects:
         raise DataError(
@@ -219,12 +240,12 @@ def _guarded(
     from delible.systems.guarded import guard
 
     request = read_request(
-        reporter, forget=forget, subjects=subjects, retain=None, neighbours=None, holdout=None,
+        reporter, forget=forget, subjects=subjects, retain=retain, neighbours=None, holdout=None,
         column=None, drop_overlap=False,
     )  # fmt: skip
     for one in guards:
         options = {key: value for key, value in one.items() if key != "name"}
-        system = guard(system, request, one["name"], **options)
+        system = guard(system, request, one["name"], context=context, **options)
     return system
 
 

@@ -26,14 +26,14 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.names import fold
 from delible.records import QA, Choice, ForgetRequest, Passage, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Judged
 from delible.systems.likeness import SENTENCES, Fitted, fit, spread

@@ -24,14 +24,14 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.messages import Message
 from delible.records import QA, ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judging import Forward, Judged
 from delible.systems.likeness import Likeness, fit_likeness, harmless
 from delible.systems.record_texts import questions_of

@@ -18,14 +18,14 @@ from typing import Literal
 from pydantic import Field
 
 from delible import prompts as prompt_files
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
 from delible.messages import Message
 from delible.names import Names
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Forward, Judged
 

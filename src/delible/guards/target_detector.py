@@ -27,14 +27,14 @@ from typing import Any
 
 from pydantic import Field
 
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError, RecipeError, nearest
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.names import Names, Runs, runs, surnames
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Judged, Scanner
 from delible.systems.likeness import Likeness, fit_likeness, harmless

@@ -12,14 +12,10 @@ from delible.errors import RecipeError
 from delible.kept import cache_folder
 from delible.measure.cache import Cache
 from delible.rundir import RunDirectory
-from delible.system.base import System
-from delible.system.role import Role, RoleName, RoleOptions
-from delible.system.roles import Player, Roles, options_of
+from delible.system.role import RoleName
+from delible.system.roles import Player, Roles
 from delible.systems.opening import open_system
 from delible.watching import Stage, Steps, unwatched
-
-#: Stands for the model that is worked on, where a system is named.
-ITSELF = "self"
 
 
 def roles_of(players: Mapping[str, Player] | Roles | None = None) -> Roles:
@@ -51,18 +47,6 @@ def with_writer(players: Mapping[str, Player] | None, writer: Player | None) -> 
             hint="Leave out the generator, or the role 'writer'.",
         )
     return found
-
-
-def with_itself(context: Context, system: System) -> Context:
-    """The context in which ``"self"`` is this system."""
-    roles = context.roles
-    players = dict(roles.players)
-    for part, player in roles.players.items():
-        if isinstance(player, str | Mapping | RoleOptions) and roles.name_of(part) == ITSELF:
-            players[part] = Role(part, system, options_of(part, player), roles.kept(part))
-    if players == roles.players:
-        return context
-    return replace(context, roles=Roles(players, roles.opens, roles.answers))
 
 
 def _answers(part: RoleName) -> Cache:
@@ -99,4 +83,4 @@ def started(
     return context if run is None else replace(context, run=run)
 
 
-__all__ = ["ITSELF", "roles_of", "started", "with_itself", "with_writer"]
+__all__ = ["roles_of", "started", "with_writer"]

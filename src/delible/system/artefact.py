@@ -12,17 +12,15 @@ The file is written last, so that a folder with it holds everything that it name
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field
 
-from delible.component import Component, Config
+from delible.component import Config
 from delible.errors import RecipeError, RunError
 from delible.files import atomic_file
-from delible.system.base import System
 
 FILE = "artefact.yaml"
 #: Of the file's form; a file of a later one is refused.
@@ -48,35 +46,6 @@ class Artefact(Config):
     options: dict[str, Any] = Field(default_factory=dict, description="What the kind needs.")
     identity: str | None = Field(None, description="Of the whole when it was made.")
     enabled: bool = Field(True, description="False: taken off, it answers as its base.")
-
-
-class ArtefactKind(Component):
-    """One kind of artefact: how it is written, and how it becomes a system again.
-
-    The card says whether it can be taken off (``reversible``).
-    """
-
-    def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-        """Writes the parts into a folder.
-
-        Args:
-            content: What a method made, in the form that the kind documents.
-
-        Returns:
-            Relative paths of the parts by name, and the options.
-        """
-        raise NotImplementedError
-
-    def open(self, artefact: Artefact, folder: Path, base: Callable[[], System]) -> System:
-        """The system again.
-
-        Args:
-            base: Opens what it stands on.
-
-        Raises:
-            DelibleError: A part is missing or damaged, or does not fit the base.
-        """
-        raise NotImplementedError
 
 
 def is_artefact(folder: Path) -> bool:

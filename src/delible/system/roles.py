@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
@@ -14,6 +14,10 @@ from delible.system.role import ROLES, Answers, Role, RoleName, RoleOptions
 
 #: What may be given for a role: a system, its name, its options, or the role itself.
 Player = System | str | Mapping[str, Any] | RoleOptions
+
+
+#: Stands for the model that is worked on, where a system is named.
+ITSELF = "self"
 
 
 def _nobody_opens(name: str) -> System:
@@ -93,6 +97,20 @@ class Roles:
             system = player
         return Role(part, system, options, self.kept(part))
 
+    def with_itself(self, system: System, parts: Collection[RoleName] = ()) -> Roles:
+        """The roles with this system as :data:`ITSELF`.
+
+        Args:
+            parts: Parts that it plays too where nobody else was given.
+        """
+        players: dict[RoleName, Player] = dict(self.players)
+        for part, player in self.players.items():
+            if isinstance(player, str | Mapping | RoleOptions) and self.name_of(part) == ITSELF:
+                players[part] = Role(part, system, options_of(part, player), self.kept(part))
+        for part in parts:
+            players.setdefault(part, Role(part, system, None, self.kept(part)))
+        return self if players == self.players else Roles(players, self.opens, self.answers)
+
     def kept(self, part: RoleName) -> Answers | None:
         """Where the replies of who plays it are kept."""
         return None if self.answers is None else self.answers(part)
@@ -134,4 +152,4 @@ def _described(player: Player) -> Any:
     return player if isinstance(player, str) else player.name
 
 
-__all__ = ["Player", "Roles", "options_of"]
+__all__ = ["ITSELF", "Player", "Roles", "options_of"]

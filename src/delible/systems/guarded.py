@@ -8,18 +8,18 @@ is told to nobody: not to the log, and in no error.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from delible import prompts as prompt_files
 from delible.component import build
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.errors import RunError
 from delible.lm.tools import said_and_called
 from delible.method import ComponentMethod, Outcome
@@ -27,6 +27,7 @@ from delible.records import ForgetRequest
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System, identity_of
 from delible.system.replies import Piece, Reply, Unanswered, Usage
+from delible.system.role import RoleName
 from delible.systems.judged_text import Called, told
 from delible.systems.judging import (
     Course,
@@ -44,8 +45,6 @@ from delible.systems.serving import responder
 
 logger = logging.getLogger(__name__)
 
-#: Nobody plays a part; for guards that consult nobody.
-NO_CONTEXT = Context()
 #: Why a conversation with pictures is not answered.
 NO_PICTURES = "the guard judges texts, not pictures"
 #: What is told of a failure whose words the guard does not let pass.
@@ -56,16 +55,19 @@ BREAK = "\n\n"
 
 @dataclass(frozen=True)
 class Guarding:
-    """A guard and what it goes by: what is kept of it."""
+    """A guard, what it goes by, and whom it was told to consult: what is kept of it."""
 
     guard: Guard
     request: ForgetRequest
+    roles: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Guard(ComponentMethod):
     """A guard's options; :meth:`prepare` makes it ready for a forget request."""
 
     gives_scores, needs_model = False, False
+    #: Parts that it consults by talking; the guarded system plays those that nobody was given for.
+    consults: ClassVar[tuple[RoleName, ...]] = ()
 
     timeout_seconds: float = Field(
         30.0, gt=0, description="A judgement that takes longer is a refusal (when serving)."
@@ -96,9 +98,26 @@ class Guard(ComponentMethod):
         raise NotImplementedError
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
-        mind = self.prepare(request, context)
-        guarded = GuardedSystem(system, mind, self.name, self.timeout_seconds)
-        return Outcome(guarded, "guard", Guarding(self, request), notes=dict(mind.notes))
+        guarded = self.put_before(system, request, context)
+        named = context.roles.named()
+        consulted = {str(part): named[part] for part in self.consults if part in named}
+        made = Guarding(self, request, consulted)
+        return Outcome(guarded, "guard", made, notes=dict(guarded.mind.notes))
+
+    def put_before(
+        self, system: System, request: ForgetRequest, context: Context = NO_CONTEXT
+    ) -> GuardedSystem:
+        """The guard, made ready, before a system.
+
+        Raises:
+            DelibleError: As for :meth:`prepare`.
+        """
+        mind = self.prepare(request, self.seated(system, context))
+        return GuardedSystem(system, mind, self.name, self.timeout_seconds)
+
+    def seated(self, system: System, context: Context) -> Context:
+        """The context in which whom it consults is there."""
+        return replace(context, roles=context.roles.with_itself(system, self.consults))
 
 
 class GuardedSystem(BlackBox):
@@ -124,14 +143,18 @@ class GuardedSystem(BlackBox):
 
     @property
     def fingerprint(self) -> str | None:
-        inner = self.system.fingerprint
-        return None if inner is None else f"{inner}+{self.mind.fingerprint}"
+        return self._told(self.system.fingerprint, [one.fingerprint for one in self.mind.consulted])
 
     @property
     def identity(self) -> str | None:
         """The same on every machine."""
-        inner = identity_of(self.system)
-        return None if inner is None else f"{inner}+{self.mind.fingerprint}"
+        return self._told(identity_of(self.system), [identity_of(o) for o in self.mind.consulted])
+
+    def _told(self, inner: str | None, consulted: Sequence[str | None]) -> str | None:
+        """All that its answers depend on; None if something of it is not known."""
+        if inner is None or None in consulted:
+            return None
+        return "+".join([inner, self.mind.fingerprint, *(str(one) for one in consulted)])
 
     def taken_off(self) -> tuple[str, System]:
         """What is guarded."""
@@ -388,5 +411,4 @@ def guard(
         DataError: The request gives this guard nothing to go by.
     """
     built = cast(Guard, build("guard", {"name": name, **options}))
-    mind = built.prepare(request, context or NO_CONTEXT)
-    return GuardedSystem(system, mind, name, built.timeout_seconds)
+    return built.put_before(system, request, context or NO_CONTEXT)

@@ -9,6 +9,7 @@ from typing import Any
 
 from delible import prompts as prompt_files
 from delible.system.asks import Prompt
+from delible.system.base import System
 from delible.systems.judging import Judged, Reading, Reads, Refuse, Scanner, settle_all
 
 
@@ -24,6 +25,7 @@ class GuardMind:
         threaded: Judging takes long enough that other requests should go on meanwhile.
         sees_pictures: It judges pictures too; otherwise no conversation with one is answered.
         refusals: What is said instead of an answer; none: the built-in hundred.
+        consulted: Systems that it asks, in a fixed order; its judgements depend on them.
         notes: What it has to say about itself (thresholds, measured rates), as plain data.
     """
 
@@ -31,6 +33,7 @@ class GuardMind:
     threaded: bool = True
     sees_pictures: bool = False
     refusals: tuple[str, ...] = ()
+    consulted: Sequence[System] = ()
     notes: Mapping[str, Any] = {}
 
     def before(self, prompt: Prompt) -> Judged:

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from delible import registry
+from delible.context import NO_CONTEXT, Context
 from delible.errors import DelibleError, ModelError, RunError, nearest
 from delible.lm.lm import LM, language_model
 from delible.system import artefact as artefacts
-from delible.system.artefact import Artefact, ArtefactKind, Base
+from delible.system.artefact import Artefact, Base
 from delible.system.base import System, identity_of
+from delible.systems.artefact_kind import ArtefactKind
 
 VLLM_PREFIX = "vllm:"
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ def is_address(name: str) -> bool:
     return name.startswith(_ADDRESSES)
 
 
-def open_system(name: str, *, model: str | None = None) -> System:
+def open_system(name: str, *, model: str | None = None, context: Context = NO_CONTEXT) -> System:
     """A system by name.
 
     Args:
@@ -33,6 +35,7 @@ def open_system(name: str, *, model: str | None = None) -> System:
             OpenAI-compatible server, perhaps with ``#MODEL`` at its end. A server is asked for
             one token.
         model: Name of the model at an address.
+        context: Who judges or writes by talking, for the guards among them.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
@@ -40,7 +43,7 @@ def open_system(name: str, *, model: str | None = None) -> System:
             was made on.
         MissingExtraError: It needs an extra that is not installed.
     """
-    return _open(name, model, ())
+    return _open(name, model, (), context)
 
 
 def open_lm(name: str) -> LM:
@@ -53,7 +56,7 @@ def open_lm(name: str) -> LM:
     return language_model(open_system(name), name)
 
 
-def _open(name: str, model: str | None, above: tuple[Path, ...]) -> System:
+def _open(name: str, model: str | None, above: tuple[Path, ...], context: Context) -> System:
     if is_address(name):
         from delible.systems.endpoint import Endpoint
 
@@ -75,11 +78,11 @@ def _open(name: str, model: str | None, above: tuple[Path, ...]) -> System:
         return VLLM.load(name.removeprefix(VLLM_PREFIX))
     folder = Path(name).expanduser()
     if artefacts.is_artefact(folder):
-        return _open_artefact(name, folder.resolve(), above)
+        return _open_artefact(name, folder.resolve(), above, context)
     return LM.load(name)
 
 
-def _open_artefact(name: str, folder: Path, above: tuple[Path, ...]) -> System:
+def _open_artefact(name: str, folder: Path, above: tuple[Path, ...], context: Context) -> System:
     if folder in above:
         circle = " on ".join(path.name for path in (*above[above.index(folder) :], folder))
         raise RunError(
@@ -89,13 +92,13 @@ def _open_artefact(name: str, folder: Path, above: tuple[Path, ...]) -> System:
         )
     artefact = artefacts.read(folder)
     kind = kind_of(artefact, folder)
-    base = partial(_open_base, artefact, folder, (*above, folder))
+    base = partial(_open_base, artefact, folder, (*above, folder), context)
     if not artefact.enabled:
         logger.warning(
             f"The {artefact.kind} in {name} is taken off ('delible undo'): its base answers alone."
         )
         return base()
-    system = kind.open(artefact, folder, base)
+    system = kind.open(artefact, folder, base, context)
     system.name = name
     return system
 
@@ -134,7 +137,9 @@ def opens_again(system: System) -> bool:
     return is_address(system.name) or artefacts.is_artefact(Path(system.name).expanduser())
 
 
-def _open_base(artefact: Artefact, folder: Path, above: tuple[Path, ...]) -> System:
+def _open_base(
+    artefact: Artefact, folder: Path, above: tuple[Path, ...], context: Context
+) -> System:
     """What an artefact stands on, if it is still what it was.
 
     Raises:
@@ -148,7 +153,7 @@ def _open_base(artefact: Artefact, folder: Path, above: tuple[Path, ...]) -> Sys
     if not is_address(name) and beside.is_dir() and beside != folder:
         name = str(beside)
     try:
-        base = _open(name, None, above)
+        base = _open(name, None, above, context)
     except ModelError as error:
         raise RunError(
             f"its base cannot be opened: {error.problem}",

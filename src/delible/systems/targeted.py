@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible.component import build
-from delible.context import Context
+from delible.context import NO_CONTEXT, Context
 from delible.records import Record
 from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
 from delible.system.replies import Piece, Reply
-from delible.systems.guarded import NO_CONTEXT, Guard, GuardedSystem
+from delible.systems.guarded import Guard, GuardedSystem
 from delible.systems.mind import GuardMind
 from delible.systems.targets import Reloading, Targets
 
@@ -48,6 +48,7 @@ class TargetedSystem(GuardedSystem):
         retain: Sequence[Record] = (),
     ) -> None:
         minds: list[GuardMind] = []
+        context = guard.seated(system, context)
 
         def make(targets: Targets) -> GuardMind:
             aliases = guard.takes("aliases")
