@@ -41,7 +41,7 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
     found = Parrot()
-    monkeypatch.setattr(opening, "open_system", lambda name, model=None: found)
+    monkeypatch.setattr(opening, "open_system", lambda name, model=None, context=None: found)
     return found
 
 
