@@ -44,6 +44,11 @@ Need = Literal[
 ]  # fmt: skip
 
 
+#: How deep an audit goes; what belongs to one belongs to the deeper ones too.
+Depth = Literal["quick", "standard", "deep"]
+DEPTHS: tuple[Depth, ...] = ("quick", "standard", "deep")
+
+
 class Card(BaseModel):
     """What a component is, where it comes from and how far to trust it."""
 
@@ -74,6 +79,9 @@ class Card(BaseModel):
     )
     capability: Literal["generate", "score", "distribution", "hidden", "weights"] | None = Field(
         None, description="What it asks of the system (metrics and attacks)."
+    )
+    depth: Depth | None = Field(
+        None, description="The shallowest audit that it belongs to; none: it is asked for by name."
     )
     range: str | None = Field(None, description="Range of values (metrics).")
     direction: str | None = Field(None, description="What a high value means (metrics).")

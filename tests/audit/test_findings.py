@@ -28,7 +28,10 @@ def test_an_attack_that_was_not_run_is_named_once(
     attacks = [Setting(attack, "", "An attack", notes=dict(notes))]
     untested = Findings({}, [], 0, plain, attacks)._untested()
     assert [line for line in untested if "(dua)" in line] == ([] if said is None else [said])
-    assert "Attacks with another model as attacker." in untested
+    assert (
+        "What a determined person finds who tries for longer, or knows more, than these attacks."
+        in untested
+    )
 
 
 RECORDS = [QA(question=f"q{index}", answer="a") for index in range(12)]

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from delible.cards import Depth
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, PromptAttack
@@ -98,6 +99,7 @@ def subject_key(record: RecordBase) -> str:
     changes="prompts",
     reversible=True,
     capability="weights",
+    depth="deep",
     misleads="Given enough steps a suffix makes any model say anything; compare the reference.",
     badges=("variant",),
     variant="The loss never rises, no answer stands in a suffix; fewer and shorter searches.",
@@ -121,7 +123,7 @@ class DUA(PromptAttack):
         default_factory=dict, description="Suffixes of an earlier search, instead of a new one."
     )
 
-    def variants(self) -> Sequence[Mapping[str, object]]:
+    def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """On the attacked model, within and across questions; carried over from the original."""
         return (
             {"setting": "within_query"},

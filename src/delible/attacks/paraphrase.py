@@ -57,6 +57,7 @@ def wordings(record: RecordBase) -> tuple[str, ...]:
     changes="prompts",
     reversible=True,
     capability="generate",
+    depth="quick",
     badges=("variant",),
     variant="The paraphrases come with the records, or from fixed frames, not from a model.",
 )

@@ -34,6 +34,7 @@ from delible.system.asks import Prompt
     changes="prompts",
     reversible=True,
     capability="generate",
+    depth="quick",
     badges=("variant",),
     variant="Three fixed starts, closed by a line break, the same for every question.",
 )

@@ -31,6 +31,7 @@ from delible.system.asks import Prompt
     changes="prompts",
     reversible=True,
     capability="generate",
+    depth="quick",
     badges=("variant",),
     variant="Five fixed frames in words of our own instead of one written per question.",
 )

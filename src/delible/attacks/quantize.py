@@ -38,6 +38,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from delible.cards import Depth
 from delible.errors import RunError
 from delible.lm.anatomy import Role
 from delible.lm.lm import LM
@@ -151,6 +152,7 @@ def compare_codes(
     changes="weights",
     reversible=True,
     capability="weights",
+    depth="quick",
     badges=("parity", "variant"),
     variant="The uniform symmetric grid of the analysis instead of bitsandbytes' formats.",
 )
@@ -162,7 +164,7 @@ class Quantize(ModelAttack):
         64, description="Weights that share a scale; 0: all weights of an output channel."
     )
 
-    def variants(self) -> Sequence[Mapping[str, object]]:
+    def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """8 bits as a control, then 4 bits on ever finer groups."""
         return (
             {"bits": 8, "group": 0},

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from delible.cards import Depth
 from delible.context import Context
 from delible.errors import DataError
 from delible.lm.lm import LM
@@ -108,6 +109,7 @@ def split_by_fact(
     changes="weights",
     reversible=True,
     capability="weights",
+    depth="quick",
     badges=("variant",),
     variant="One split by facts without rotation, AdamW, and the loss on answer tokens only.",
 )
@@ -130,7 +132,7 @@ class Relearn(ModelAttack):
     )
     observe_steps: int = Field(5, ge=1, description="Measure the curve after this many steps.")
 
-    def variants(self) -> Sequence[Mapping[str, object]]:
+    def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """Both adapters on forget rows, and half as many steps on unrelated rows."""
         return (
             {"rows": "forget", "adapter": "full"},

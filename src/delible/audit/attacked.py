@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,22 @@ from delible.measure.metric import ItemMetric, SystemValues
 from delible.records import RecordBase, digest
 
 #: Raised when what is kept has another form or another meaning.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What one attack found on one system."""
+    """What one attack found on one system.
+
+    Attributes:
+        curve: Knowledge by step of an attack that takes steps, or by layer.
+        numbers: Findings for the whole system.
+    """
 
     values: SystemValues
     curve: list[tuple[int, float | None]]
     notes: dict[str, Any]
+    numbers: dict[str, float | None] = field(default_factory=dict)
 
 
 def attacked_key(
@@ -47,11 +53,12 @@ def attacked_key(
         fingerprint: Of the attacked system.
         splits: What is asked after the attack.
     """
-    original = context.original
+    original, reference = context.original, context.reference
     return _digest(
         {
             "fingerprint": fingerprint,
             "original": original.fingerprint if original is not None else None,
+            "reference": reference.fingerprint if reference is not None else None,
             "attack": attack.spec(),
             "seed": context.seed,
             "splits": {name: digest(records) for name, records in splits.items()},
@@ -99,12 +106,14 @@ class Kept:
         if content is None:
             return None
         curve = [(int(step), value) for step, value in content["curve"]]
-        return Attacked(SystemValues.from_json(content["values"]), curve, content["notes"])
+        values = SystemValues.from_json(content["values"])
+        return Attacked(values, curve, content["notes"], content["numbers"])
 
     def keep_attacked(self, key: str, found: Attacked) -> None:
         """Keeps it for later audits."""
         content = {
-            "values": found.values.as_json(), "curve": found.curve, "notes": found.notes
+            "values": found.values.as_json(), "curve": found.curve, "notes": found.notes,
+            "numbers": found.numbers,
         }  # fmt: skip
         self._write(key, content)
 

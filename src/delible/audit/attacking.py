@@ -1,25 +1,37 @@
-"""Attacks: on prompts and on weights, each with what it may use, once per system and seed."""
+"""Attacks of all five kinds, each with what it may use, once per system and seed."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from delible.audit.asking import Asking
 from delible.audit.attacked import Attacked, Kept, attacked_key, preparation_key
 from delible.audit.choice import Splits, kept_records, spaced
-from delible.audit.leaks import Setting
+from delible.audit.leaks import INFERRED, INSIDE, Setting
 from delible.audit.result import SystemRole
 from delible.audit.systems import Systems
 from delible.component import build
 from delible.errors import DataError, DelibleError
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
-from delible.measure.evaluate import evaluate
+from delible.measure.attack import (
+    Attack,
+    AttackContext,
+    ConversationAttack,
+    InferenceAttack,
+    InsideAttack,
+    ModelAttack,
+    PromptAttack,
+    Seen,
+)
+from delible.measure.evaluate import evaluate, mean_of
+from delible.measure.metric import SystemValues
+from delible.measure.remembering import Remembering
 from delible.records import RecordBase
+from delible.system.asks import Prompt
 from delible.system.base import System
 
 logger = logging.getLogger(__name__)
@@ -28,17 +40,21 @@ logger = logging.getLogger(__name__)
 ATTACKED_HOLDOUT = 40
 #: Held-out records that a curve is measured on.
 CURVE_ROWS = 16
+#: Kinds that take a model apart, and need its weights.
+WHITE_BOX = (ModelAttack, InsideAttack)
 
 
-def empty_row(attack: PromptAttack | ModelAttack) -> Setting:
+def empty_row(attack: Attack) -> Setting:
     """An attack's row, still empty."""
     card = attack.card
+    prompting = isinstance(attack, PromptAttack | ConversationAttack)
     return Setting(
         card.name,
         attack.variant_title(),
         card.title,
-        family="prompt" if isinstance(attack, PromptAttack) else card.family or "",
+        family="prompt" if prompting else card.family or "",
         control=attack.control,
+        weighs=attack.weighs,
         changes=card.changes or "",
     )
 
@@ -57,56 +73,135 @@ class Attacking:
         #: Records that the running attack's curve is measured on.
         self._held: Sequence[RecordBase] = ()
 
-    def attack(
-        self, role: SystemRole, system: System, attack: PromptAttack | ModelAttack, setting: Setting
-    ) -> None:
-        """Attacks one system and puts what came of it into the attack's row."""
+    def attack(self, role: SystemRole, system: System, attack: Attack, setting: Setting) -> None:
+        """Attacks one system and puts what came of it into the attack's row.
+
+        What it cannot be run on, or what gives it nothing to go by, is a reason in the row.
+        """
         began = time.perf_counter()
-        splits: Splits = {
-            "forget": self.asking.splits["forget"],
-            "retain": self.asking.attacked_retain(),
-        }
-        if role == "original" and "reference" not in self.systems.roles:
-            splits["holdout"] = spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT)
         title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
-        if isinstance(attack, PromptAttack):
-            self._attack_prompts(role, system, attack, setting, splits, title)
-        elif not self.white_box:  # nothing to compare attacked models with
-            setting.notes["skipped"] = (
-                "the unlearned system gives no weights, so this attack cannot be run on it"
-            )
-        elif not isinstance(system, LM):
-            setting.notes["skipped"] = (
-                f"the {role} system gives no weights, so this attack cannot be run on it"
-            )
-        else:
-            self._attack_weights(role, system, attack, setting, splits, title)
+        try:
+            self._allowed(role, system, attack)
+            self._run(role, system, attack, setting, title)
+        except DelibleError as error:
+            setting.notes["skipped"] = str(error)
         setting.seconds += time.perf_counter() - began
 
-    def _attack_prompts(
+    def _allowed(self, role: SystemRole, system: System, attack: Attack) -> None:
+        """Refuses an attack on weights that are not there.
+
+        Raises:
+            DataError: With the reason.
+        """
+        if not isinstance(attack, WHITE_BOX):
+            return
+        if not self.white_box:  # nothing to compare attacked models with
+            raise DataError(
+                "the unlearned system gives no weights, so this attack cannot be run on it"
+            )
+        if not isinstance(system, LM):
+            raise DataError(
+                f"the {role} system gives no weights, so this attack cannot be run on it"
+            )
+
+    def _run(
+        self, role: SystemRole, system: System, attack: Attack, setting: Setting, title: str
+    ) -> None:
+        try:
+            context = self._context(role, attack, title)
+            held = attack.held_out(context)
+            setting.records = held
+            match attack:
+                case PromptAttack():
+                    self._prompts(role, system, attack, context, setting, title)
+                case ConversationAttack():
+                    self._conversations(role, system, attack, context, setting, title)
+                case ModelAttack():
+                    self._weights(role, cast(LM, system), attack, context, setting, title)
+                case InsideAttack():
+                    lm = cast(LM, system)
+                    self._seen(
+                        role, system, attack, context, setting, title, INSIDE,
+                        lambda: attack.look(lm, held, context),
+                    )  # fmt: skip
+                case InferenceAttack():
+                    self._seen(
+                        role, system, attack, context, setting, title, INFERRED,
+                        lambda: attack.infer(system, context),
+                    )  # fmt: skip
+        except DelibleError as error:
+            raise DataError(f"not run: {error}") from error
+        if role == "unlearned":
+            budget = attack.budget(context)
+            setting.queries += budget.queries
+            setting.steps, setting.tokens = budget.steps, budget.tokens
+            setting.notes.update(context.notes)
+
+    # ---- attacks that only ask
+
+    def _splits(self, role: SystemRole, forget: Sequence[RecordBase]) -> Splits:
+        splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain()}
+        if role == "original" and "reference" not in self.systems.roles:
+            splits["holdout"] = spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT)
+        return splits
+
+    def _prompts(
         self,
         role: SystemRole,
         system: System,
         attack: PromptAttack,
+        context: AttackContext,
         setting: Setting,
-        splits: Splits,
         title: str,
     ) -> None:
         logger.info(f"{title}.")
         if attack.searches_on() is not None:
-            context = self._context(role, [], title)
-            try:
-                splits["forget"] = attack.held_out(context)
-                attack = self._prepared(role, system, attack, context, title)
-            except DelibleError as error:
-                setting.notes["skipped"] = f"not run: {error}"
-                return
-            if role == "unlearned":
-                setting.notes.update(context.notes)
-        setting.records = splits["forget"]
-        setting.values[role] = self.asking.evaluate(
-            system, splits, self.asking.leaks, title, attack.prompts
+            attack = self._prepared(role, system, attack, context, title)
+        self._asked(role, system, setting, title, attack.prompts)
+
+    def _conversations(
+        self,
+        role: SystemRole,
+        system: System,
+        attack: ConversationAttack,
+        context: AttackContext,
+        setting: Setting,
+        title: str,
+    ) -> None:
+        logger.info(f"{title}.")
+
+        def progress(done: int, total: int) -> None:
+            self.asking.context.stage(f"{title}: talking", done, total)
+
+        talker = Remembering(system, self.asking.cache, progress)
+        talks: dict[str, Sequence[Prompt]] = {}
+        for records in self._splits(role, setting.records).values():
+            found = attack.converse(talker, records, context)
+            talks |= {
+                record.digest: prompts for record, prompts in zip(records, found, strict=True)
+            }
+        if role == "unlearned":
+            setting.queries += talker.asked
+
+        def told(record: RecordBase, prompt: Prompt) -> Sequence[Prompt]:
+            return talks[record.digest]
+
+        self._asked(role, system, setting, title, told)
+
+    def _asked(
+        self,
+        role: SystemRole,
+        system: System,
+        setting: Setting,
+        title: str,
+        rewrite: Callable[[RecordBase, Prompt], Sequence[Prompt]],
+    ) -> None:
+        values = self.asking.evaluate(
+            system, self._splits(role, setting.records), self.asking.leaks, title, rewrite
         )
+        setting.values[role] = values
+        if role == "unlearned":
+            setting.queries += values.asked
 
     def _prepared(
         self,
@@ -123,7 +218,7 @@ class Attacking:
                     "it searches on the original model, which was not given.",
                     hint="Add --before MODEL.",
                 )
-            system = self.systems.original()
+            system = self.systems.kept("original")
         known = system.fingerprint
         key = None if known is None else preparation_key(known, attack, context)
         with self.kept.alone(key):
@@ -138,61 +233,101 @@ class Attacking:
                 self.kept.keep_preparation(key, prepared, context.notes)
             return prepared
 
-    def _attack_weights(
+    # ---- attacks on weights, from the inside, and by inference
+
+    def _weights(
         self,
         role: SystemRole,
         lm: LM,
         attack: ModelAttack,
+        context: AttackContext,
         setting: Setting,
-        splits: Splits,
         title: str,
     ) -> None:
-        curve: list[tuple[int, float | None]] = []
-        context = self._context(role, curve, title)
-        try:
-            splits["forget"] = attack.held_out(context)
-        except DelibleError as error:
-            setting.notes["skipped"] = f"not run: {error}"
-            return
-        self._held = splits["forget"][:CURVE_ROWS]
-        setting.records = splits["forget"]
-        key = attacked_key(lm.fingerprint, attack, context, splits, self.asking.leaks)
+        splits = self._splits(role, setting.records)
+        self._held = setting.records[:CURVE_ROWS]
+
+        def attacked() -> Attacked:
+            made = attack.apply(lm, context)
+            values = self.asking.evaluate(made, splits, self.asking.leaks, title, cached=False)
+            del made
+            gc.collect()
+            return Attacked(values, self._curve, dict(context.notes))
+
+        self._curve: list[tuple[int, float | None]] = []
+        found = self._once(lm, attack, context, splits, title, attacked)
+        setting.values[role], setting.curves[role] = found.values, found.curve
+        context.notes.update(found.notes)
+        if role == "unlearned":
+            setting.queries += found.values.asked
+
+    def _seen(
+        self,
+        role: SystemRole,
+        system: System,
+        attack: InsideAttack | InferenceAttack,
+        context: AttackContext,
+        setting: Setting,
+        title: str,
+        measure: str,
+        look: Callable[[], Seen],
+    ) -> None:
+        def attacked() -> Attacked:
+            seen = look()
+            items = {measure: {split: list(row) for split, row in (seen.items or {}).items()}}
+            means = {measure: {split: mean_of(row) for split, row in items[measure].items()}}
+            values = SystemValues(system.name, items if seen.items is not None else {}, means)
+            layers = list(enumerate(seen.layers, start=1))
+            return Attacked(values, layers, dict(context.notes), dict(seen.numbers))
+
+        splits: Splits = {"forget": setting.records, "holdout": context.holdout}
+        found = self._once(system, attack, context, splits, title, attacked)
+        if found.values.items:
+            setting.values[role] = found.values
+        setting.layers[role], setting.numbers[role] = found.curve, found.numbers
+        context.notes.update(found.notes)
+
+    def _once(
+        self,
+        system: System,
+        attack: Attack,
+        context: AttackContext,
+        splits: Splits,
+        title: str,
+        make: Callable[[], Attacked],
+    ) -> Attacked:
+        """What an attack found, made once per system, attack, records, seed and measures."""
+        known = system.fingerprint
+        key = (
+            None
+            if known is None
+            else attacked_key(known, attack, context, splits, self.asking.leaks)
+        )
         with self.kept.alone(key):
-            found = self.kept.attacked(key)
+            found = None if key is None else self.kept.attacked(key)
             if found is not None:
                 logger.info(f"{title}: known from an earlier audit.")
-            else:
-                logger.info(f"{title}.")
-                try:
-                    attacked = attack.apply(lm, context)
-                except DelibleError as error:
-                    setting.notes["skipped"] = f"not run: {error}"
-                    return
-                values = self.asking.evaluate(
-                    attacked, splits, self.asking.leaks, title, cached=False
-                )
-                found = Attacked(values, curve, dict(context.notes))
+                return found
+            logger.info(f"{title}.")
+            found = make()
+            if key is not None:
                 self.kept.keep_attacked(key, found)
-                del attacked
-                gc.collect()
-        setting.values[role], setting.curves[role] = found.values, found.curve
-        if role == "unlearned":
-            setting.notes.update(found.notes)
+        return found
 
-    def _context(
-        self, role: SystemRole, curve: list[tuple[int, float | None]], title: str
-    ) -> AttackContext:
+    def _context(self, role: SystemRole, attack: Attack, title: str) -> AttackContext:
         from delible.world import unrelated
 
-        original = None
-        if role == "unlearned" and "original" in self.systems.roles:
-            loaded = self.systems.original()
-            original = loaded if isinstance(loaded, LM) else None
+        def model(wanted: SystemRole) -> LM | None:
+            needed = wanted in attack.compares or (wanted, role) == ("original", "unlearned")
+            if not needed or wanted not in self.systems.roles:
+                return None
+            loaded = self.systems.kept(wanted)
+            return loaded if isinstance(loaded, LM) else None
 
         def observe(lm: LM, step: int) -> None:
             metric = build("metric", "answer_probability")
             values = evaluate(lm, {"forget": self._held}, [metric])
-            curve.append((step, values.means["answer_probability"]["forget"]))
+            self._curve.append((step, values.means["answer_probability"]["forget"]))
 
         def progress(done: int, total: int) -> None:
             self.asking.context.stage(title, done, total)
@@ -201,8 +336,14 @@ class Attacking:
             forget=self.asking.splits["forget"],
             retain=kept_records(self.asking.splits),
             unrelated=unrelated(),
-            original=original,
+            original=model("original"),
+            reference=model("reference"),
+            holdout=spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT),
             seed=self.asking.context.seed,
+            roles=self.asking.context.roles,
             observe=observe,
             progress=progress,
         )
+
+
+__all__ = ["ATTACKED_HOLDOUT", "CURVE_ROWS", "Attacking", "empty_row"]

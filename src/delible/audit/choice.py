@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from delible import registry
 from delible.audit.leaks import LEAK_MEASURES
+from delible.cards import DEPTHS, Card, Depth
 from delible.component import build
 from delible.errors import DataError, RecipeError, nearest
-from delible.measure.attack import ModelAttack, PromptAttack
+from delible.measure.attack import (
+    Attack,
+    ConversationAttack,
+    InferenceAttack,
+    InsideAttack,
+    ModelAttack,
+    PromptAttack,
+)
 from delible.measure.evaluate import item_asks
 from delible.measure.metric import ItemMetric, SummaryMetric
 from delible.records import ForgetRequest, RecordBase
@@ -28,7 +37,6 @@ DEFAULT_METRICS = (
     "forget_quality",
     "model_utility",
 )
-DEFAULT_ATTACKS = ("paraphrase", "prefix", "prefill", "relearn", "quantize")
 #: Records per split that are asked.
 ROWS = 200
 
@@ -43,18 +51,35 @@ def chosen_metrics(
     ]
 
 
-def chosen_attacks(
-    specs: Sequence[str | Mapping[str, Any]] | None,
-) -> list[PromptAttack | ModelAttack]:
-    """Attacks by name, in all their variants, or by options; None takes the standard ones."""
-    found: list[PromptAttack | ModelAttack] = []
-    for spec in DEFAULT_ATTACKS if specs is None else specs:
+def chosen_attacks(specs: Sequence[str | Mapping[str, Any]] | None, depth: Depth) -> list[Attack]:
+    """Attacks by name, in the variants of a depth, or by options; None takes those of the depth."""
+    found: list[Attack] = []
+    for spec in attacks_within(depth) if specs is None else specs:
         attack = build("attack", spec if isinstance(spec, str) else dict(spec))
         if isinstance(spec, str):
-            found += [build("attack", {"name": spec, **options}) for options in attack.variants()]
+            variants = attack.variants(depth)
+            found += [build("attack", {"name": spec, **options}) for options in variants]
         else:
             found.append(attack)
     return found
+
+
+def attacks_within(depth: Depth) -> list[str]:
+    """Names of the attacks of an audit, the cheapest kinds first."""
+    limit = DEPTHS.index(depth)
+    cards = [
+        card
+        for card in registry.cards("attack")
+        if card.depth is not None and DEPTHS.index(card.depth) <= limit
+    ]
+    kinds = (PromptAttack, ConversationAttack, InferenceAttack, InsideAttack, ModelAttack)
+
+    def order(card: Card) -> tuple[int, int, str]:
+        attack = registry.load("attack", card.name)
+        place = next(place for place, kind in enumerate(kinds) if issubclass(attack, kind))
+        return place, DEPTHS.index(card.depth or depth), card.name
+
+    return [card.name for card in sorted(cards, key=order)]
 
 
 def leak_metrics(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from delible import registry
 from delible.audit.erasure import over_forgotten
-from delible.audit.leaks import WITHOUT_PART, Setting, compared, leak, places
+from delible.audit.leaks import INSIDE, WITHOUT_PART, Setting, compared, leak, places
 from delible.audit.result import (
     AuditResult,
     Curve,
@@ -20,17 +20,17 @@ from delible.audit.result import (
 )
 from delible.audit.utility import Answers, utility
 from delible.audit.verdict import verdict
+from delible.cards import Depth
 from delible.files import atomic_file
 from delible.measure.evaluate import DETAIL_SEPARATOR, bootstrap_interval
 from delible.measure.metric import ItemMetric, SummaryMetric, SystemValues
 from delible.records import RecordBase
 from delible.system.questions import answer_of, ask
 
+#: What no audit tests whatever it runs.
 _NEVER_TESTED = (
     "Longer relearning, other optimisers and other learning rates than the listed ones.",
-    "Attacks with another model as attacker.",
-    "Traces inside the model: patching, probing and direction ablation.",
-    "Other languages and conversations of several turns.",
+    "What a determined person finds who tries for longer, or knows more, than these attacks.",
 )
 
 
@@ -54,6 +54,7 @@ class Findings:
     attacks: Sequence[Setting]
     parts: list[Setting] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    depth: Depth | None = None
     infos: dict[SystemRole, SystemInfo] = field(default_factory=dict)
     answers: dict[SystemRole, Answers] = field(default_factory=dict)
     samples: dict[SystemRole, Answers] = field(default_factory=dict)
@@ -75,6 +76,7 @@ class Findings:
         return AuditResult(
             systems=self.infos,
             splits={name: len(records) for name, records in self.splits.items()},
+            depth=self.depth,
             measurements=[
                 measurement
                 for place in self.settings
@@ -89,7 +91,7 @@ class Findings:
             utility=kept,
             verdict=verdict(
                 leaks[0],
-                leaks[first:],
+                [one for one in leaks[first:] if one.weighs],
                 kept,
                 parts=leaks[1:first],
                 without_reference=not with_reference,
@@ -167,23 +169,29 @@ class Findings:
 
     def _curves(self) -> list[Curve]:
         curves = []
+        axis: Literal["step", "layer"]
         for place in self.settings:
-            steps = sorted({step for points in place.curves.values() for step, _ in points})
-            if len(steps) < 2:
-                continue
-            curves.append(
-                Curve(
-                    attack=place.attack,
-                    variant=place.variant,
-                    metric="answer_probability",
-                    steps=steps,
-                    values={
-                        role: [dict(points).get(step) for step in steps]
-                        for role, points in place.curves.items()
-                        if points
-                    },
+            for axis, metric, lines in (
+                ("step", "answer_probability", place.curves),
+                ("layer", INSIDE, place.layers),
+            ):
+                steps = sorted({step for points in lines.values() for step, _ in points})
+                if len(steps) < 2:
+                    continue
+                curves.append(
+                    Curve(
+                        attack=place.attack,
+                        variant=place.variant,
+                        metric=metric,
+                        axis=axis,
+                        steps=steps,
+                        values={
+                            role: [dict(points).get(step) for step in steps]
+                            for role, points in lines.items()
+                            if points
+                        },
+                    )
                 )
-            )
         return curves
 
     def _examples(self) -> list[Example]:

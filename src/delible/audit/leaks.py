@@ -36,6 +36,9 @@ LEAK_MEASURES = (
     "outcome",
     "choice_accuracy",
 )
+#: What attacks measure that do not ask: from hidden states, and from outputs.
+INSIDE, INFERRED = "inside", "inferred"
+MEASURES = (*LEAK_MEASURES, INSIDE, INFERRED)
 #: The row of a part that was taken away, and the plain question's.
 WITHOUT_PART, PLAIN = "without_part", "none"
 #: An attack on the weights that changes no value by more than this did nothing.
@@ -52,6 +55,12 @@ class Setting:
         family: Kind of attack.
         control: See :attr:`delible.measure.attack.Attack.control`.
         changes: What the attack changes: "prompts" or "weights".
+        weighs: Whether what it finds decides the verdict.
+        queries: Questions to the unlearned system.
+        steps: Steps of training or search on the unlearned system.
+        tokens: Tokens that it trained on, or asked for beside the answers.
+        layers: A score of each layer, by system.
+        numbers: Findings for the whole system, by system.
     """
 
     attack: str
@@ -65,6 +74,12 @@ class Setting:
     family: str = ""
     control: bool = False
     changes: str = ""
+    weighs: bool = True
+    queries: int = 0
+    steps: int = 0
+    tokens: int = 0
+    layers: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
+    numbers: dict[SystemRole, dict[str, float | None]] = field(default_factory=dict)
 
 
 #: Reads one number from an item.
@@ -163,7 +178,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
     index = {record.digest: number for number, record in enumerate(plain.records)}
     found: dict[str, Compared] = {}
     scores: dict[str, Erasure] = {}
-    for measure in LEAK_MEASURES:
+    for measure in MEASURES:
         if not any(measure in values.items for values in place.values.values()):
             continue
         found[measure] = compared(place, measure, with_reference=with_reference)
@@ -219,6 +234,14 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         },
         records=max((len(one.records) for one in found.values()), default=0),
         control=place.control or inert,
+        weighs=place.weighs,
+        numbers={
+            name: {role: found[name] for role, found in place.numbers.items() if name in found}
+            for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
+        },
+        cost_queries=place.queries,
+        cost_steps=place.steps,
+        cost_tokens=place.tokens,
         cost_seconds=round(place.seconds, 1),
         note=" ".join(notes) or None,
     )

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from delible.cards import Depth
+
 #: The three systems an audit compares; only ``unlearned`` is always there.
 SystemRole = Literal["unlearned", "original", "reference"]
 
@@ -121,6 +123,11 @@ class Leak(_Data):
         retain: The same knowledge scores on the retain split (did the attack break the model?).
         records: Forget records that were compared.
         control: The attack is only a control: what it does not find says nothing.
+        weighs: What it finds decides the verdict; otherwise it is told beside it.
+        numbers: Findings for whole systems, ``numbers[name][system]``.
+        cost_queries: Questions to the unlearned system.
+        cost_steps: Steps of training or search on it.
+        cost_tokens: Tokens trained on, or asked for beside the answers.
     """
 
     attack: str
@@ -137,7 +144,12 @@ class Leak(_Data):
     retain: dict[str, dict[SystemRole, float | None]] = Field(default_factory=dict)
     records: int = 0
     control: bool = False
+    weighs: bool = True
+    numbers: dict[str, dict[SystemRole, float | None]] = Field(default_factory=dict)
     cost_seconds: float | None = None
+    cost_queries: int = 0
+    cost_steps: int = 0
+    cost_tokens: int = 0
     note: str | None = None
 
     @property
@@ -220,11 +232,12 @@ class VerdictResult(_Data):
 
 
 class Curve(_Data):
-    """A knowledge score over the steps of an attack, for each system."""
+    """A knowledge score over the steps of an attack, or over layers, for each system."""
 
     attack: str
     variant: str = ""
     metric: str
+    axis: Literal["step", "layer"] = "step"
     steps: list[int]
     values: dict[SystemRole, list[float | None]]
 
@@ -234,6 +247,7 @@ class AuditResult(_Data):
 
     Attributes:
         splits: Records per split.
+        depth: How deep it went; None: the attacks were chosen by name.
         summaries: Named numbers per system (model utility, forget quality, …).
         outcomes: Share of each outcome class per system and split:
             ``outcomes[system][split][class]`` with the classes correct, refusal,
@@ -243,6 +257,7 @@ class AuditResult(_Data):
 
     systems: dict[SystemRole, SystemInfo]
     splits: dict[str, int]
+    depth: Depth | None = None
     measurements: list[Measurement]
     summaries: dict[SystemRole, dict[str, float | None]] = Field(default_factory=dict)
     outcomes: dict[SystemRole, dict[str, dict[str, float]]] = Field(default_factory=dict)

@@ -24,10 +24,11 @@ from delible.audit.findings import Findings, write_items
 from delible.audit.leaks import LEAK_MEASURES, Setting
 from delible.audit.result import AuditResult, SystemInfo
 from delible.audit.systems import Systems
+from delible.cards import Depth
 from delible.context import Context
 from delible.files import atomic_file
 from delible.lm.lm import LM
-from delible.measure.attack import ModelAttack, PromptAttack
+from delible.measure.attack import Attack
 from delible.measure.cache import Cache
 from delible.measure.starting import started
 from delible.records import ForgetRequest, digest
@@ -48,6 +49,7 @@ def audit(
     reference: str | System | None = None,
     metrics: Sequence[str | Mapping[str, Any]] | None = None,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
+    depth: Depth = "standard",
     leaks: Sequence[str] = LEAK_MEASURES,
     guard: str | None = None,
     out: Path | str | None = None,
@@ -69,8 +71,10 @@ def audit(
         before: The model before unlearning.
         reference: A model trained without the forgotten records.
         metrics: Names or ``{"name": …, option: value}``; None takes the standard ones.
-        attacks: Names or ``{"name": …, option: value}``; None takes the standard ones, an empty
+        attacks: Names or ``{"name": …, option: value}``; None takes those of the depth, an empty
             list none.
+        depth: How deep it goes: "quick", "standard" or "deep"; attacks by name take their
+            settings of that depth.
         leaks: Metrics that are measured under attack, as knowledge scores (larger = more known).
         guard: Name of a guard to put in front of the system (and of no other).
         out: Run directory for ``metrics.json`` and ``items.parquet``.
@@ -91,7 +95,7 @@ def audit(
     began = time.perf_counter()
     answers = Cache(context.cache / "answers") if context.cache else None
     asked_metrics = chosen_metrics(metrics, context.roles)
-    asked_attacks = chosen_attacks(attacks)
+    asked_attacks = chosen_attacks(attacks, depth)
     scores = leak_metrics(asked_metrics, leaks)
     splits, notes = chosen_records(request, rows)
     systems = Systems(
@@ -102,7 +106,7 @@ def audit(
     asking = Asking(context, answers, splits, asked_metrics, scores, notes)
     run = context.run
     with nullcontext() if run is None else run.locked():
-        findings = _findings(asking, systems, asked_attacks)
+        findings = _findings(asking, systems, asked_attacks, depth if attacks is None else None)
         result = findings.result(time.perf_counter() - began, asking.measured)
         if run is not None:
             described = {
@@ -118,7 +122,7 @@ def audit(
 
 
 def _findings(
-    asking: Asking, systems: Systems, attacks: Sequence[PromptAttack | ModelAttack]
+    asking: Asking, systems: Systems, attacks: Sequence[Attack], depth: Depth | None
 ) -> Findings:
     """Asks and attacks every system, one after the other."""
     attacking = Attacking(asking, systems)
@@ -126,7 +130,7 @@ def _findings(
     attacked = [empty_row(attack) for attack in attacks]
     findings = Findings(
         asking.splits, asking.metrics, asking.context.seed, plain, attacked,
-        notes=asking.not_tested,
+        notes=asking.not_tested, depth=depth,
     )  # fmt: skip
     for role in systems.roles:
         system = systems.load(role)

@@ -30,7 +30,8 @@ _WITHOUT = {
 class Systems:
     """Systems by role, in the order in which they are asked.
 
-    They are loaded when they are asked for, so that no more than two models are in memory at once.
+    They are loaded when they are asked for, so that no more are in memory
+    at once than an attack compares.
 
     Args:
         system: The unlearned one.
@@ -67,7 +68,7 @@ class Systems:
                 self.notes.append(_WITHOUT[role])
             else:
                 self._loaders[cast(SystemRole, role)] = self._loader(given)
-        self._original: System | None = None
+        self._kept: dict[SystemRole, System] = {}
 
     @property
     def roles(self) -> Sequence[SystemRole]:
@@ -76,15 +77,13 @@ class Systems:
 
     def load(self, role: SystemRole) -> System:
         """The system of a role; it is the caller's, and loaded anew the next time."""
-        if role == "original" and self._original is not None:
-            return self._original
-        return self._loaders[role]()
+        return self._kept[role] if role in self._kept else self._loaders[role]()
 
-    def original(self) -> System:
-        """The original, which then stays."""
-        if self._original is None:
-            self._original = self._loaders["original"]()
-        return self._original
+    def kept(self, role: SystemRole) -> System:
+        """The system of a role, which then stays."""
+        if role not in self._kept:
+            self._kept[role] = self._loaders[role]()
+        return self._kept[role]
 
     def _loader(self, given: str | System, model: str | None = None) -> Callable[[], System]:
         if not isinstance(given, str):

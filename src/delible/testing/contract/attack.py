@@ -34,7 +34,7 @@ def _attack_context(original: LM) -> AttackContext:
 def _variants(attack: ModelAttack) -> Iterable[ModelAttack]:
     """All settings of an attack; an option ``steps`` is made small, to be fast."""
     short = {"steps": 2} if "steps" in type(attack).model_fields else {}
-    for variant in attack.variants():
+    for variant in attack.variants("deep"):
         options = {**attack.spec(), **variant, **short}
         del options["name"]
         yield type(attack).build(f"attack '{attack.card.name}'", **options)
