@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from delible.audit.choice import Splits, kept_records, spaced
 from delible.audit.leaks import WITHOUT_PART, Setting
 from delible.audit.parts import without_parts
+from delible.audit.result import Recovered
 from delible.audit.unanswered import check_answered, unanswered
 from delible.audit.utility import SPLITS as KEPT_SPLITS
 from delible.audit.utility import Answers
@@ -22,11 +23,16 @@ from delible.measure.metric import ItemMetric, SummaryMetric, SystemValues
 from delible.records import RecordBase
 from delible.system.asks import NoAnswer, Prompt
 from delible.system.base import System
+from delible.system.questions import answer_of
 
 logger = logging.getLogger(__name__)
 
 #: Retain records that are asked under attack.
 ATTACKED_RETAIN = 8
+#: What tells the form of a question that brings out most, the best first.
+SHOWN_BY = ("outcome", "rouge_l_recall", "extraction_strength", "answer_probability")
+#: Questions under attack that are looked at for an answer, and shown; characters of a talk.
+RECOVERED_ASKED, RECOVERED, EARLIER_CHARACTERS = 8, 3, 600
 #: Examples per split in the report, and answers per kept split that are looked at for damage.
 EXAMPLES, SAMPLED = 6, 12
 
@@ -150,6 +156,69 @@ class Asking:
             found[place] = (f"(no answer: {answer})", "") if isinstance(answer, str) else answer
         samples = {place: read(record, prompt) for place, (record, prompt) in sampled.items()}
         return found, {place: one for place, one in samples.items() if not isinstance(one, str)}
+
+    def recovered(
+        self,
+        system: System,
+        records: Sequence[RecordBase],
+        values: SystemValues,
+        rewrite: Callable[[RecordBase, Prompt], Sequence[Prompt]],
+    ) -> list[Recovered]:
+        """Questions under attack whose answers hold what the plain answers did not.
+
+        Args:
+            values: What was measured under the attack.
+            rewrite: What the attack does to prompts.
+        """
+        chosen = [metric for metric in self.metrics if metric.card.name == "outcome"]
+        metric = cast(ItemMetric, chosen[0] if chosen else build("metric", "outcome"))
+        score = next((one for one in SHOWN_BY if one in values.items), None)
+        if score is None or "generate" not in system.capabilities:
+            return []
+        best: list[tuple[float, RecordBase, Prompt, Prompt]] = []
+        for record, item in zip(records, values.items[score].get("forget", ()), strict=True):
+            plain = metric.prompt(record)
+            forms = tuple(rewrite(record, plain)) if plain is not None else ()
+            valued = item.forms if len(item.forms) == len(forms) else (item.value,)
+            known = [(value, place) for place, value in enumerate(valued) if value is not None]
+            if plain is None or not forms or not known:
+                continue
+            value, place = max(known)
+            best.append((value, record, plain, forms[place]))
+        best.sort(key=lambda one: -one[0])
+        asked = best[:RECOVERED_ASKED]
+        requests = [
+            request
+            for _, record, plain, prompt in asked
+            for form in (plain, prompt)
+            for request in metric.requests(record, form)
+        ]
+        answers = measure(system, requests, cache=self.cache)
+
+        def said(record: RecordBase, prompt: Prompt) -> tuple[str, str]:
+            texts = [answers[request] for request in metric.requests(record, prompt)]
+            if not all(isinstance(text, str) for text in texts):
+                return "", ""
+            found = metric.score(record, prompt, answers)
+            return str(texts[0]), found.detail or ""
+
+        found: list[Recovered] = []
+        for _, record, plain, prompt in asked:
+            (before, old), (answer, new) = said(record, plain), said(record, prompt)
+            if new != "correct" or old == "correct":
+                continue
+            turns = prompt.messages
+            earlier = " / ".join(f"{turn.role}: {turn.text}" for turn in turns[:-1])
+            question = plain.messages[-1].text if plain.messages else plain.text or ""
+            last = turns[-1].text if turns else prompt.text or ""
+            found.append(
+                Recovered(
+                    question=question, expected=answer_of(record), answer=answer, plain=before,
+                    asked=f"{last}{f' … {prompt.prefill}' if prompt.prefill else ''}",
+                    before=earlier[-EARLIER_CHARACTERS:],
+                )
+            )  # fmt: skip
+        return found[:RECOVERED]
 
     def _records(
         self, metric: ItemMetric, splits: Sequence[str], count: int

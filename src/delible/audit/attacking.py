@@ -11,6 +11,7 @@ from typing import cast
 from delible.audit.asking import Asking
 from delible.audit.attacked import Attacked, Kept, attacked_key, preparation_key
 from delible.audit.choice import Splits, kept_records, spaced
+from delible.audit.estimate import Estimate, estimate
 from delible.audit.leaks import INFERRED, INSIDE, Setting
 from delible.audit.result import SystemRole
 from delible.audit.systems import Systems
@@ -86,6 +87,14 @@ class Attacking:
         except DelibleError as error:
             setting.notes["skipped"] = str(error)
         setting.seconds += time.perf_counter() - began
+
+    def estimate(self, system: System, attacks: Sequence[Attack]) -> Estimate:
+        """What attacks will take of all systems, from a few timed questions to one."""
+        splits = self._splits("unlearned", self.asking.splits["forget"])
+        context = self._context("reference", None, "")
+        return estimate(
+            system, attacks, splits, self.asking.leaks, context, len(self.systems.roles)
+        )
 
     def _allowed(self, role: SystemRole, system: System, attack: Attack) -> None:
         """Refuses an attack on weights that are not there.
@@ -202,6 +211,7 @@ class Attacking:
         setting.values[role] = values
         if role == "unlearned":
             setting.queries += values.asked
+            setting.recovered = self.asking.recovered(system, setting.records, values, rewrite)
 
     def _prepared(
         self,
@@ -314,11 +324,12 @@ class Attacking:
                 self.kept.keep_attacked(key, found)
         return found
 
-    def _context(self, role: SystemRole, attack: Attack, title: str) -> AttackContext:
+    def _context(self, role: SystemRole, attack: Attack | None, title: str) -> AttackContext:
         from delible.world import unrelated
 
         def model(wanted: SystemRole) -> LM | None:
-            needed = wanted in attack.compares or (wanted, role) == ("original", "unlearned")
+            compared = attack.compares if attack is not None else ()
+            needed = wanted in compared or (wanted, role) == ("original", "unlearned")
             if not needed or wanted not in self.systems.roles:
                 return None
             loaded = self.systems.kept(wanted)

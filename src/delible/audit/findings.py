@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from delible import registry
+from delible.audit.card import full_stack
+from delible.audit.cheapest import cheapest_sentence
 from delible.audit.erasure import over_forgotten
 from delible.audit.leaks import INSIDE, WITHOUT_PART, Setting, compared, leak, places
 from delible.audit.result import (
@@ -72,6 +74,7 @@ class Findings:
             for place in self.settings
         ]
         first = 1 + len(self.parts)
+        attacked = leaks[first:]
         kept = utility(plain.values, self.splits, self.samples, self.seed)
         return AuditResult(
             systems=self.infos,
@@ -89,9 +92,11 @@ class Findings:
             outcomes=self._outcomes(plain),
             leaks=leaks,
             utility=kept,
+            full_stack=full_stack(leaks[0], attacked, kept),
+            cheapest=cheapest_sentence(attacked),
             verdict=verdict(
                 leaks[0],
-                [one for one in leaks[first:] if one.weighs],
+                [one for one in attacked if one.weighs],
                 kept,
                 parts=leaks[1:first],
                 without_reference=not with_reference,

@@ -21,7 +21,7 @@ from delible.audit.erasure import (
     share_erased,
     untouched,
 )
-from delible.audit.result import FactsLeft, FormLeak, Leak, SubjectLeak, SystemRole
+from delible.audit.result import FactsLeft, FormLeak, Leak, Recovered, SubjectLeak, SystemRole
 from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
 from delible.records import RecordBase
@@ -61,6 +61,7 @@ class Setting:
         tokens: Tokens that it trained on, or asked for beside the answers.
         layers: A score of each layer, by system.
         numbers: Findings for the whole system, by system.
+        recovered: Questions that brought out what a plain one did not.
     """
 
     attack: str
@@ -80,6 +81,7 @@ class Setting:
     tokens: int = 0
     layers: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
     numbers: dict[SystemRole, dict[str, float | None]] = field(default_factory=dict)
+    recovered: list[Recovered] = field(default_factory=list)
 
 
 #: Reads one number from an item.
@@ -239,6 +241,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
             name: {role: found[name] for role, found in place.numbers.items() if name in found}
             for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
         },
+        recovered=place.recovered,
         cost_queries=place.queries,
         cost_steps=place.steps,
         cost_tokens=place.tokens,

@@ -128,6 +128,7 @@ class Leak(_Data):
         cost_queries: Questions to the unlearned system.
         cost_steps: Steps of training or search on it.
         cost_tokens: Tokens trained on, or asked for beside the answers.
+        recovered: Questions that brought out what a plain one did not, with the answers.
     """
 
     attack: str
@@ -150,6 +151,7 @@ class Leak(_Data):
     cost_queries: int = 0
     cost_steps: int = 0
     cost_tokens: int = 0
+    recovered: list[Recovered] = Field(default_factory=list)
     note: str | None = None
 
     @property
@@ -231,6 +233,38 @@ class VerdictResult(_Data):
     without_reference: bool = False
 
 
+class Recovered(_Data):
+    """A question under attack whose answer tells what a plain question did not.
+
+    Attributes:
+        asked: The last turn, or the text, that brought it out.
+        before: What was said before it, in short ("" for a single question).
+        plain: The answer without the attack.
+    """
+
+    question: str
+    expected: str
+    asked: str
+    before: str = ""
+    answer: str
+    plain: str = ""
+
+
+class FullStack(_Data):
+    """Effectiveness, utility and robustness of one form (open answers, or choices).
+
+    Attributes:
+        effectiveness: 1 minus the share of right answers on forget records; higher is better.
+        utility: Share of right answers on the worst kept set; None: not measured.
+        robustness: By family of attacks, effectiveness under attack as a share of that without,
+            at most 1; of several attacks the lowest.
+    """
+
+    effectiveness: float
+    utility: float | None = None
+    robustness: dict[str, float] = Field(default_factory=dict)
+
+
 class Curve(_Data):
     """A knowledge score over the steps of an attack, or over layers, for each system."""
 
@@ -252,6 +286,8 @@ class AuditResult(_Data):
         outcomes: Share of each outcome class per system and split:
             ``outcomes[system][split][class]`` with the classes correct, refusal,
             wrong-but-fluent and garbage.
+        full_stack: Effectiveness, utility and robustness, by form of the answers.
+        cheapest: The cheapest attack that gets most, in one sentence.
         not_tested: What this audit does not show, in plain sentences.
     """
 
@@ -263,6 +299,8 @@ class AuditResult(_Data):
     outcomes: dict[SystemRole, dict[str, dict[str, float]]] = Field(default_factory=dict)
     leaks: list[Leak] = Field(default_factory=list)
     utility: Utility | None = None
+    full_stack: dict[str, FullStack] = Field(default_factory=dict)
+    cheapest: str | None = None
     verdict: VerdictResult | None = None
     curves: list[Curve] = Field(default_factory=list)
     examples: list[Example] = Field(default_factory=list)

@@ -147,6 +147,9 @@ def _findings(
         if role == "unlearned":
             attacking.white_box = isinstance(system, LM)
             findings.parts = asking.without_parts(system)
+            if attacks:
+                told = attacking.estimate(system, attacks)
+                logger.info(told.sentence(len(attacks), len(systems.roles)))
         for attack, setting in zip(attacks, attacked, strict=True):
             attacking.attack(role, system, attack, setting)
         for note in getattr(system, "notes", ()):

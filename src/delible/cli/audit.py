@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from delible.cards import Depth
 from delible.cli import flags, output, tables
 from delible.cli.data import read_request
 from delible.cli.options import components
@@ -65,6 +66,7 @@ def audit(
     reference: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     metrics: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
     attacks: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
+    depth: Annotated[Depth, Parameter(group=flags.ASKED)] = "standard",
     guard: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     max_forget_probability: Annotated[float | None, Parameter(group=flags.THRESHOLDS)] = None,
     min_retain_probability: Annotated[float | None, Parameter(group=flags.THRESHOLDS)] = None,
@@ -107,7 +109,11 @@ def audit(
         '{name: unlearning_quality, judge: default}'. Default: all that fit.
     attacks
         Names of attacks, separated by commas ('delible list attacks'), or none; with options as
-        '{name: quantize, bits: 4}'. Default: all.
+        '{name: quantize, bits: 4}'. Default: those of the depth.
+    depth
+        How deep to look: quick (minutes; one attack of each family that a verdict needs), standard
+        (more forms, talks and settings) or deep (searches, sweeps, all that there is). What one
+        audit found, the next one knows.
     guard
         Put this guard before the model ('delible list guards').
     max_forget_probability
@@ -159,7 +165,7 @@ def audit(
         )
         content = [target, before, reference, request.id, guard, seed]
         named = [*([model] if model else []), *([roles] if roles else [])]
-        text = json.dumps([*content, asked_metrics, asked_attacks, *named], sort_keys=True)
+        text = json.dumps([*content, asked_metrics, asked_attacks or depth, *named], sort_keys=True)
         default = run or Path("runs") / f"audit-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         place = out or default
         reporter.field("target", target)
@@ -171,7 +177,7 @@ def audit(
 
         result = audits.audit(
             target, request, model=model, before=before, reference=reference, metrics=asked_metrics,
-            attacks=asked_attacks, guard=guard, out=place, seed=seed,
+            attacks=asked_attacks, depth=depth, guard=guard, out=place, seed=seed,
             roles=roles, progress=reporter.stage,
         )  # fmt: skip
         reporter.finish_bar()
@@ -242,6 +248,10 @@ def show(reporter: output.Reporter, result: AuditResult) -> None:
         reporter.console.print(tables.matrix(result))
         for sentence in tables.worst_places(result):
             reporter.say(f"  {sentence}")
+        said = tables.recovered(result)
+        if said is not None:
+            reporter.heading("What attacks got it to say")
+            reporter.console.print(said)
     if result.utility is not None and (result.utility.parts or result.utility.broken):
         reporter.heading("What is left of the rest")
         reporter.console.print(tables.utility(result))
@@ -252,6 +262,8 @@ def show(reporter: output.Reporter, result: AuditResult) -> None:
         reporter.heading(f"Verdict: {label}. {VERDICT_WORDS[label]}")
         for reason in result.verdict.reasons:
             reporter.say(f"  - {reason}")
+        if result.cheapest:
+            reporter.say(f"  {result.cheapest}")
     if result.not_tested:
         reporter.heading("Not tested")
         for sentence in result.not_tested:

@@ -86,6 +86,16 @@ def worst_places(result: AuditResult) -> list[str]:
     return lines
 
 
+def recovered(result: AuditResult) -> Any:
+    """What attacks got the unlearned system to say; one per attack."""
+    rows = [
+        (leak.name, *map(_short, (one.asked, one.expected, one.answer)))
+        for leak in result.leaks
+        for one in leak.recovered[:1]
+    ]
+    return table(("attack", "asked", "expected", "answer"), rows) if rows else None
+
+
 def utility(result: AuditResult) -> Any:
     """What is left of everything that should be kept: one row per part."""
     parts = result.utility.parts if result.utility else []

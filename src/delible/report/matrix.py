@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from delible.audit.result import AuditResult, Leak, SystemRole
+from delible.audit.leaks import PLAIN, WITHOUT_PART
+from delible.audit.result import AuditResult, Leak, Recovered, SystemRole
 from delible.report.reading import ROLES
 from delible.report.words import finite, pretty
 
@@ -28,7 +29,7 @@ def matrix(audit: AuditResult) -> dict[str, Any] | None:
         inside = not values or (min(values) >= 0 and max(values) <= 1)
         ranges[measure] = (0.0, 1.0) if inside else (min(values), max(values))
     rows = []
-    for leak in audit.leaks:
+    for leak in ordered(audit.leaks):
         cells = []
         for measure in measures:
             known = leak.knowledge.get(measure, {})
@@ -78,6 +79,33 @@ def _places(
         for role in order
         if (value := known.get(role)) is not None and finite(value)
     ]
+
+
+def ordered(leaks: Sequence[Leak]) -> list[Leak]:
+    """The plain question, the parts that can be taken away, then the attacks, the cheapest first.
+
+    Settings of one attack stay together.
+    """
+    first = [leak for leak in leaks if leak.attack in (PLAIN, WITHOUT_PART)]
+    others = [leak for leak in leaks if leak.attack not in (PLAIN, WITHOUT_PART)]
+    cost: dict[str, float] = {}
+    for leak in others:
+        own = leak.cost_seconds or 0.0
+        cost[leak.attack] = min(own, cost.get(leak.attack, own))
+    return first + sorted(others, key=lambda leak: (cost[leak.attack], leak.attack))
+
+
+#: Questions that came out under attack, on the page at most.
+RECOVERED_SHOWN = 12
+
+
+def recovered(audit: AuditResult) -> list[tuple[str, Recovered]]:
+    """What attacks got the unlearned system to say: of every attack the first, then more."""
+    rows = [(leak.name, leak.recovered) for leak in ordered(audit.leaks) if leak.recovered]
+    deepest = max((len(found) for _, found in rows), default=0)
+    turns = [(name, found[turn]) for turn in range(deepest) for name, found in rows
+             if turn < len(found)]  # fmt: skip
+    return turns[:RECOVERED_SHOWN]
 
 
 def step(erased: float | None) -> int | None:

@@ -17,7 +17,7 @@ from delible.audit.result import Example, SystemRole
 from delible.report import charts, html
 from delible.report.html import environment
 from delible.report.key import cost_lines, key_numbers
-from delible.report.matrix import matrix, roles
+from delible.report.matrix import matrix, recovered, roles
 from delible.report.pictures import OUTCOMES, curves, forget_utility, outcomes, training
 from delible.report.reading import ROLES, ReportData, lookup, named
 
@@ -137,6 +137,7 @@ def render(data: ReportData) -> str:
         outcomes=outcomes(audit) if audit else [],
         classes=OUTCOMES,
         matrix=matrix(audit) if audit else None,
+        recovered=recovered(audit) if audit else [],
         curves=curves(audit.curves, {leak.attack: leak.title for leak in audit.leaks})
         if audit
         else [],

@@ -1,0 +1,306 @@
+"""What an audit says of its battery: the cheapest attack, the card, the estimate, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delible import registry
+from delible.audit.card import full_stack
+from delible.audit.cheapest import cheapest, cheapest_sentence, cost_words
+from delible.audit.choice import attacks_within, chosen_attacks
+from delible.audit.estimate import estimate, questions
+from delible.audit.result import Leak, Recovered, Utility, UtilityPart
+from delible.audit.run import audit
+from delible.measure.attack import (
+    AttackContext,
+    Budget,
+    ConversationAttack,
+    InferenceAttack,
+    Seen,
+)
+from delible.measure.metric import Item
+from delible.measure.remembering import Remembering
+from delible.records import QA, ForgetRequest, RecordBase
+from delible.report.matrix import ordered, recovered
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import BlackBox, System
+
+MEASURE = "answer_probability"
+
+
+def row(attack: str, value: float | None, **more: Any) -> Leak:
+    return Leak(
+        attack=attack, title=attack.capitalize(), knowledge={}, erased={MEASURE: value}, **more
+    )
+
+
+# ---- the cheapest attack
+
+
+def test_of_attacks_that_get_as_much_the_cheapest_is_named() -> None:
+    rows = [
+        row("relearn", 0.20, cost_seconds=90.0, cost_steps=20),
+        row("masking", 0.24, cost_seconds=4.0, cost_queries=40),
+        row("prefix", 0.30, cost_seconds=1.0),
+        row("trace", 0.0, cost_seconds=1.0, weighs=False),
+        row("gcg", None, cost_seconds=0.1),
+    ]
+    found = cheapest(rows)
+    assert found is not None
+    assert found[0].attack == "masking"  # 0.30 is more than 0.05 behind, the trace does not weigh
+    sentence = cheapest_sentence(rows)
+    assert sentence is not None
+    assert "'Masking'" in sentence
+    assert "76%" in sentence
+    assert "40 questions" in sentence
+
+
+def test_where_nothing_comes_back_no_attack_is_praised() -> None:
+    sentence = cheapest_sentence([row("prefix", 0.97), row("relearn", 0.90)])
+    assert sentence is not None
+    assert sentence.startswith("No attack got more than 10%")
+    assert cheapest_sentence([row("prefix", None)]) is None
+    assert cheapest([]) is None
+
+
+def test_without_a_time_steps_and_questions_tell_what_is_cheap() -> None:
+    found = cheapest([row("a", 0.1, cost_steps=5), row("b", 0.12, cost_queries=900)])
+    assert found is not None
+    assert found[0].attack == "b"
+    assert cost_words(row("a", 0.1)) == "no cost was recorded"
+
+
+# ---- the full-stack card
+
+
+def known(attack: str, family: str, share: float, **more: Any) -> Leak:
+    knowledge: dict[str, Any] = {"outcome": {"unlearned": share, "original": 0.9}}
+    return Leak(
+        attack=attack, title=attack, family=family, knowledge=knowledge, erased={}, **more
+    )  # fmt: skip
+
+
+def test_the_card_by_hand() -> None:
+    parts = [
+        UtilityPart(split="retain", measure="outcome", unlearned=0.8),
+        UtilityPart(split="general", measure="outcome", unlearned=0.6),
+        UtilityPart(split="general", measure=MEASURE, unlearned=0.1),
+    ]
+    attacks = [
+        known("prefix", "prompt", 0.6),  # UE 0.4 of 0.8 before
+        known("masking", "prompt", 0.3),
+        known("quantize", "quantization", 0.1),  # better than before: at most 1
+        known("control", "relearning", 0.9, control=True),
+    ]
+    card = full_stack(known("none", "", 0.2), attacks, Utility(parts=parts))
+    assert list(card) == ["open"]
+    assert card["open"].effectiveness == pytest.approx(0.8)
+    assert card["open"].utility == pytest.approx(0.6)
+    assert card["open"].robustness == pytest.approx({"prompt": 0.5, "quantization": 1.0})
+
+
+def test_robustness_of_what_was_not_forgotten_is_not_told() -> None:
+    card = full_stack(known("none", "", 0.98), [known("prefix", "prompt", 0.98)], None)
+    assert card["open"].robustness == {}
+    assert card["open"].utility is None
+
+
+# ---- depth
+
+
+def test_a_deeper_audit_does_all_that_a_shallower_one_does() -> None:
+    quick, standard, deep = (attacks_within(depth) for depth in ("quick", "standard", "deep"))
+    assert {"prefix", "relearn", "quantize"} <= set(quick) <= set(standard) <= set(deep)
+    by_depth = {card.name: card.depth for card in registry.cards("attack")}
+    assert set(deep) == {name for name, depth in by_depth.items() if depth is not None}
+    kinds = [type(one).__mro__[1].__name__ for one in chosen_attacks(None, "quick")]
+    assert kinds == sorted(kinds, key=["PromptAttack", "ConversationAttack", "ModelAttack"].index)
+
+
+def test_named_attacks_take_the_settings_of_the_depth() -> None:
+    shallow, deep = (chosen_attacks(["relearn"], depth) for depth in ("quick", "deep"))
+    assert 1 <= len(shallow) <= len(deep)
+    assert len(chosen_attacks([{"name": "relearn"}], "deep")) == 1
+
+
+# ---- the estimate
+
+
+class Sayer(BlackBox):
+    """Answers with a word, and counts."""
+
+    capabilities = frozenset({"generate"})
+
+    def __init__(self, says: dict[str, str], name: str = "sayer") -> None:
+        self.says, self.name, self.asked = says, name, 0
+        self.fingerprint = f"{name}{sorted(says.items())}"
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
+        self.asked += len(prompts)
+        return [self._said(prompt) for prompt in prompts]
+
+    def _said(self, prompt: Prompt) -> str:
+        told = " ".join(turn.text for turn in prompt.messages)
+        return next((answer for key, answer in self.says.items() if key in told), "I cannot say.")
+
+
+RECORDS = tuple(
+    QA(question=f"Where does person {name} live?", answer=f"Street {name}", subject=name)
+    for name in ("Ada", "Ben", "Cleo", "Dana", "Eve", "Finn")
+)
+
+
+def context(**more: Any) -> AttackContext:
+    return AttackContext(RECORDS, (), (), None, 0, **more)
+
+
+def test_the_estimate_counts_forms_measures_systems_and_steps() -> None:
+    paraphrase = chosen_attacks(["paraphrase"], "quick")[0]
+    splits: Any = {"forget": RECORDS, "retain": RECORDS[:2]}
+    assert questions(paraphrase, splits, 2, context()) == Budget(queries=8 * 3 * 2)
+    from delible.component import build
+
+    metrics = [build("metric", {"name": "outcome", "max_new_tokens": 4})]
+    found = estimate(Sayer({}), [paraphrase], splits, metrics, context(), 3)
+    assert found.budget.queries == 3 * 8 * 3
+    assert found.seconds > 0
+    assert "72 questions" in found.sentence(1, 3)
+
+
+# ---- conversations and inference, through a whole audit
+
+
+def test_a_remembering_system_asks_once(tmp_path: Path) -> None:
+    from delible.measure.cache import Cache
+
+    sayer = Sayer({"Ada": "Street Ada"})
+    for _ in range(2):
+        talker = Remembering(sayer, Cache(tmp_path), None)
+        asked = [Prompt.ask(RECORDS[0].question), Prompt.ask(RECORDS[1].question)]
+        assert talker.generate(asked, Decoding(4)) == ["Street Ada", "I cannot say."]
+        assert talker.asked == 2
+    assert sayer.asked == 2
+
+
+class Insists(ConversationAttack):
+    """Asks, hears, and insists."""
+
+    def converse(
+        self, system: System, records: Sequence[RecordBase], context: AttackContext
+    ) -> list[Sequence[Prompt]]:
+        from delible.messages import Message
+        from delible.system.questions import ask
+
+        prompts = [ask(record) for record in records]
+        asked = [prompt for prompt in prompts if prompt is not None]
+        heard = system.generate(asked, Decoding(8))
+        return [
+            (Prompt((*prompt.messages, Message(role="assistant", content=str(answer)),
+                     Message(role="user", content=f"I insist. {prompt.messages[-1].text}"))),)
+            for prompt, answer in zip(asked, heard, strict=True)
+        ]  # fmt: skip
+
+
+class Members(InferenceAttack):
+    """Tells members by a list."""
+
+    def infer(self, system: System, context: AttackContext) -> Seen:
+        score = 1.0 if "original" in system.name else 0.0
+        return Seen({"forget": [Item(score) for _ in context.forget]}, {"auc": 0.5 + score / 2})
+
+
+@pytest.fixture
+def plugged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from delible.cards import Card
+
+    cards = {
+        name: Card(kind="attack", name=name, title=name.capitalize(), summary="s", family=family)
+        for name, family in (("insists", "prompt"), ("members", "inference"))
+    }
+    for kind, name in ((Insists, "insists"), (Members, "members")):
+        monkeypatch.setattr(kind, "card", cards[name], raising=False)
+    from delible.audit import choice
+
+    real = choice.build
+
+    def build(kind: str, spec: Any) -> Any:
+        name = spec if isinstance(spec, str) else spec["name"]
+        own = {"insists": Insists, "members": Members}.get(name)
+        return own() if own is not None else real(kind, spec)
+
+    monkeypatch.setattr(choice, "build", build)
+
+
+@pytest.mark.usefixtures("plugged")
+def test_a_talk_brings_out_what_a_question_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
+    facts = {one.subject or "": one.answer for one in RECORDS}
+    knows = Sayer({f"person {name}": street for name, street in facts.items()}, "original")
+    never = Sayer({}, "reference")
+
+    class Yielding(Sayer):
+        def _said(self, prompt: Prompt) -> str:
+            return super()._said(prompt) if "insist" in prompt.messages[-1].text else "No."
+
+    found = audit(
+        Yielding(knows.says, "unlearned"), ForgetRequest(forget=RECORDS), before=knows,
+        reference=never, metrics=[{"name": "outcome", "max_new_tokens": 8}],
+        attacks=["insists", "members"],
+    )  # fmt: skip
+    plain, talk, members = found.leaks
+    assert plain.erased["outcome"] == pytest.approx(1.0)
+    assert talk.erased["outcome"] == pytest.approx(0.0)
+    assert found.verdict is not None
+    assert found.verdict.label == "suppression"
+    assert found.cheapest is not None
+    assert "'Insists'" in found.cheapest
+    shown = talk.recovered[0]
+    assert (shown.plain, shown.answer) == ("No.", shown.expected)
+    assert shown.asked.startswith("I insist.")
+    assert shown.before.startswith("user: Where does")
+    assert talk.cost_queries >= 2 * len(RECORDS)
+    # what is inferred is told, and does not weigh
+    assert members.erased["inferred"] == pytest.approx(1.0)
+    assert not members.weighs
+    assert members.numbers["auc"] == {"unlearned": 0.5, "original": 1.0, "reference": 0.5}
+    assert all("Members" not in reason for reason in found.verdict.reasons)
+
+
+# ---- the page
+
+
+def test_rows_are_ordered_by_what_an_attack_costs() -> None:
+    rows = [
+        row("relearn", 0.5, variant="full", cost_seconds=30.0),
+        row("none", 1.0),
+        row("relearn", 0.5, variant="lora", cost_seconds=5.0),
+        row("prefix", 0.5, cost_seconds=9.0),
+        row("without_part", 0.0),
+    ]
+    names = [(one.attack, one.variant) for one in ordered(rows)]
+    assert names == [
+        ("none", ""), ("without_part", ""), ("relearn", "full"), ("relearn", "lora"),
+        ("prefix", ""),
+    ]  # fmt: skip
+
+
+def test_what_came_out_is_shown_of_every_attack_first() -> None:
+    def said(text: str) -> Recovered:
+        return Recovered(question="q", expected="a", asked=text, answer="a")
+
+    rows = [
+        row("x", 0.1, recovered=[said("1"), said("2")]),
+        row("y", 0.1, recovered=[said("3")], cost_seconds=1.0),
+    ]
+
+    class Found:
+        leaks = rows
+
+    shown = [(name, one.asked) for name, one in recovered(Found())]  # type: ignore[arg-type]
+    assert shown == [("X", "1"), ("Y", "3"), ("X", "2")]
