@@ -206,12 +206,14 @@ class Findings:
         notes: Sentences that say what the numbers show, each computed from them.
         runs: What the rows are means of, one mapping per run with its seed or its title, for
             intervals; a list stands for the values of single records.
+        shaded: Columns of the rows with shares in [0, 1] of what is erased, coloured on a page.
     """
 
     rows: Sequence[Mapping[str, Any]]
     charts: Sequence[Chart] = ()
     notes: Sequence[str] = ()
     runs: Sequence[Mapping[str, Any]] = ()
+    shaded: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

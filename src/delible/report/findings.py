@@ -10,6 +10,7 @@ from typing import Any
 from delible.files import write_json
 from delible.measure.benchmark import Experiment, Findings
 from delible.report import html
+from delible.report.matrix import step
 from delible.report.origin import flags, machine, options_of
 from delible.report.panels import panels
 from delible.report.words import finite, text_of
@@ -49,7 +50,7 @@ def render_findings(
         card=experiment.card,
         notes=findings.notes,
         panels=panels(findings.charts),
-        table=_table(findings.rows),
+        table=_table(findings.rows, findings.shaded),
         options=options_of(experiment),
         described=described,
         command=_command(experiment, described),
@@ -58,8 +59,8 @@ def render_findings(
     )  # fmt: skip
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Columns in the rows' order; numbers stand right and sort as numbers."""
+def _table(rows: Sequence[Mapping[str, Any]], shaded: Sequence[str]) -> dict[str, Any] | None:
+    """Columns in the rows' order; numbers stand right and sort as numbers, shares are shaded."""
     if not rows:
         return None
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -74,7 +75,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "columns": [{"title": column, "number": numeric[column]} for column in columns],
         "rows": [
             [
-                {"text": text_of(value := row.get(column)), "value": _sort_key(value)}
+                {
+                    "text": text_of(value := row.get(column)),
+                    "value": _sort_key(value),
+                    "step": step(value) if column in shaded and finite(value) else None,
+                }
                 for column in columns
             ]
             for row in rows

@@ -1,0 +1,1 @@
+"""The battery: methods under the same attacks."""
