@@ -20,7 +20,7 @@ from delible.measure.attack import (
 )
 from delible.measure.evaluate import item_asks
 from delible.measure.metric import ItemMetric, SummaryMetric
-from delible.records import ForgetRequest, RecordBase
+from delible.records import Choice, ForgetRequest, RecordBase
 from delible.system.roles import Roles
 
 Splits = dict[str, Sequence[RecordBase]]
@@ -42,12 +42,14 @@ ROWS = 200
 
 
 def chosen_metrics(
-    specs: Sequence[str | Mapping[str, Any]] | None, roles: Roles
+    specs: Sequence[str | Mapping[str, Any]] | None, roles: Roles, request: ForgetRequest
 ) -> list[ItemMetric | SummaryMetric]:
-    """Metrics by name or by options; None takes the standard ones."""
+    """Metrics by name or by options; None takes the standard ones, choices where there are any."""
+    choices = any(isinstance(record, Choice) for record in request.forget)
+    standard = (*DEFAULT_METRICS, *(["choice_accuracy"] if choices else []))
     return [
         build("metric", spec if isinstance(spec, str) else dict(spec)).with_roles(roles)
-        for spec in specs or DEFAULT_METRICS
+        for spec in specs or standard
     ]
 
 

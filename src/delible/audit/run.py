@@ -94,7 +94,7 @@ def audit(
     )  # fmt: skip
     began = time.perf_counter()
     answers = Cache(context.cache / "answers") if context.cache else None
-    asked_metrics = chosen_metrics(metrics, context.roles)
+    asked_metrics = chosen_metrics(metrics, context.roles, request)
     asked_attacks = chosen_attacks(attacks, depth)
     scores = leak_metrics(asked_metrics, leaks)
     splits, notes = chosen_records(request, rows)
