@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from delible.audit.asking import Asking
@@ -56,6 +56,7 @@ def empty_row(attack: Attack) -> Setting:
         control=attack.control,
         weighs=attack.weighs,
         changes=card.changes or "",
+        reads=attack.findings,
     )
 
 
@@ -72,6 +73,8 @@ class Attacking:
         self.white_box = True
         #: Records that the running attack's curve is measured on.
         self._held: Sequence[RecordBase] = ()
+        #: Records that the running attack brings along, by split.
+        self._beside: Mapping[str, Sequence[RecordBase]] = {}
 
     def attack(self, role: SystemRole, system: System, attack: Attack, setting: Setting) -> None:
         """Attacks one system and puts what came of it into the attack's row.
@@ -109,11 +112,16 @@ class Attacking:
     ) -> None:
         try:
             context = self._context(role, attack, title)
+            if isinstance(attack, PromptAttack) and attack.searches_on() is not None:
+                logger.info(f"{title}: it is prepared.")
+                attack = self._prepared(role, system, attack, context, title)
             held = attack.held_out(context)
             setting.records = held
+            self._beside = attack.beside(context)
             match attack:
                 case PromptAttack():
-                    self._prompts(role, system, attack, context, setting, title)
+                    logger.info(f"{title}.")
+                    self._asked(role, system, setting, title, attack.prompts)
                 case ConversationAttack():
                     self._conversations(role, system, attack, context, setting, title)
                 case ModelAttack():
@@ -140,24 +148,10 @@ class Attacking:
     # ---- attacks that only ask
 
     def _splits(self, role: SystemRole, forget: Sequence[RecordBase]) -> Splits:
-        splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain()}
+        splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain(), **self._beside}
         if role == "original" and "reference" not in self.systems.roles:
             splits["holdout"] = spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT)
         return splits
-
-    def _prompts(
-        self,
-        role: SystemRole,
-        system: System,
-        attack: PromptAttack,
-        context: AttackContext,
-        setting: Setting,
-        title: str,
-    ) -> None:
-        logger.info(f"{title}.")
-        if attack.searches_on() is not None:
-            attack = self._prepared(role, system, attack, context, title)
-        self._asked(role, system, setting, title, attack.prompts)
 
     def _conversations(
         self,
@@ -338,6 +332,7 @@ class Attacking:
             unrelated=unrelated(),
             original=model("original"),
             reference=model("reference"),
+            neighbours=self.asking.splits.get("neighbours", ()),
             holdout=spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT),
             seed=self.asking.context.seed,
             roles=self.asking.context.roles,

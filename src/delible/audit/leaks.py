@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from delible.audit.erasure import (
     untouched,
 )
 from delible.audit.result import FactsLeft, FormLeak, Leak, SubjectLeak, SystemRole
+from delible.measure.attack import Findings
 from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
 from delible.records import RecordBase
@@ -61,6 +62,7 @@ class Setting:
         tokens: Tokens that it trained on, or asked for beside the answers.
         layers: A score of each layer, by system.
         numbers: Findings for the whole system, by system.
+        reads: Reads more such numbers off the values; see :meth:`Attack.findings`.
     """
 
     attack: str
@@ -80,6 +82,7 @@ class Setting:
     tokens: int = 0
     layers: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
     numbers: dict[SystemRole, dict[str, float | None]] = field(default_factory=dict)
+    reads: Callable[[Mapping[str, SystemValues]], Findings] = lambda values: {}
 
 
 #: Reads one number from an item.
@@ -187,7 +190,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
             scores[measure] = Erasure(None, reason=found[measure].reason)
             continue
         gap = None
-        if attacked:
+        if attacked and all(one.digest in index for one in found[measure].records):
             same = _only(plain, [index[one.digest] for one in found[measure].records])
             before = compared(same, measure, with_reference=with_reference).known
             gap = before.gap if before is not None else None
@@ -238,6 +241,9 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         numbers={
             name: {role: found[name] for role, found in place.numbers.items() if name in found}
             for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
+        }
+        | {
+            name: cast(Any, dict(row)) for name, row in place.reads(cast(Any, place.values)).items()
         },
         cost_queries=place.queries,
         cost_steps=place.steps,
@@ -245,6 +251,12 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         cost_seconds=round(place.seconds, 1),
         note=" ".join(notes) or None,
     )
+
+
+def _read(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
+    """The attack's own numbers, off what all systems were measured to say."""
+    found = place.reads({str(role): values for role, values in place.values.items()})
+    return {name: cast(dict[SystemRole, float | None], dict(row)) for name, row in found.items()}
 
 
 def _means(place: Setting, measure: str, known: Known | None) -> dict[SystemRole, float | None]:
