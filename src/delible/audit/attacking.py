@@ -190,11 +190,11 @@ class Attacking:
         title: str,
         rewrite: Callable[[RecordBase, Prompt], Sequence[Prompt]],
     ) -> None:
-        values = self.asking.evaluate(
-            system, self._splits(role, setting.records), self.asking.leaks, title, rewrite
-        )
+        splits = self._splits(role, setting.records)
+        values = self.asking.evaluate(system, splits, self.asking.leaks, title, rewrite)
         setting.values[role] = values
         if role == "unlearned":
+            setting.splits = splits
             setting.queries += values.asked
 
     def _prepared(

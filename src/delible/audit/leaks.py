@@ -46,6 +46,8 @@ WITHOUT_PART, PLAIN = "without_part", "none"
 UNCHANGED = 1e-3
 QUESTIONS_SHOWN = 3
 
+Reads = Callable[[Mapping[str, SystemValues], Mapping[str, Sequence[RecordBase]]], Findings]
+
 
 @dataclass
 class Setting:
@@ -62,6 +64,7 @@ class Setting:
         tokens: Tokens that it trained on, or asked for beside the answers.
         layers: A score of each layer, by system.
         numbers: Findings for the whole system, by system.
+        splits: All records that the unlearned system was asked about, by split.
         reads: Reads more such numbers off the values; see :meth:`Attack.findings`.
     """
 
@@ -82,7 +85,8 @@ class Setting:
     tokens: int = 0
     layers: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
     numbers: dict[SystemRole, dict[str, float | None]] = field(default_factory=dict)
-    reads: Callable[[Mapping[str, SystemValues]], Findings] = lambda values: {}
+    splits: Mapping[str, Sequence[RecordBase]] = field(default_factory=dict)
+    reads: Reads | None = None
 
 
 #: Reads one number from an item.
@@ -242,9 +246,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
             name: {role: found[name] for role, found in place.numbers.items() if name in found}
             for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
         }
-        | {
-            name: cast(Any, dict(row)) for name, row in place.reads(cast(Any, place.values)).items()
-        },
+        | _read(place),
         cost_queries=place.queries,
         cost_steps=place.steps,
         cost_tokens=place.tokens,
@@ -255,7 +257,8 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
 
 def _read(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
     """The attack's own numbers, off what all systems were measured to say."""
-    found = place.reads({str(role): values for role, values in place.values.items()})
+    values = {str(role): one for role, one in place.values.items()}
+    found = place.reads(values, place.splits) if place.reads is not None else {}
     return {name: cast(dict[SystemRole, float | None], dict(row)) for name, row in found.items()}
 
 

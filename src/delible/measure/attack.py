@@ -134,11 +134,14 @@ class Attack(Component):
         """
         return {}
 
-    def findings(self, values: Mapping[str, SystemValues]) -> Findings:
+    def findings(
+        self, values: Mapping[str, SystemValues], splits: Mapping[str, Sequence[RecordBase]]
+    ) -> Findings:
         """Numbers that are read off what was measured on all systems, by name and system.
 
         Args:
             values: By system ("unlearned", "original", "reference"), as far as there are any.
+            splits: The records that were asked.
         """
         return {}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
-from delible.measure.metric import Item
+from delible.measure.metric import Item, SystemValues
 from delible.messages import Message
 from delible.records import QA, Choice, Dialogue, RecordBase
 from delible.system.asks import Prompt
@@ -66,27 +66,23 @@ def distinct(prompts: Iterable[Prompt], plain: Prompt) -> tuple[Prompt, ...]:
     return tuple(one for one in dict.fromkeys(prompts) if one != plain)
 
 
-def answered(items: dict[str, Sequence[Item]], form: int | None = None) -> list[bool | None] | None:
-    """Which records were answered right, in one form or in any; None where it was not measured.
+def right_forms(values: SystemValues, split: str) -> list[tuple[bool | None, ...]] | None:
+    """Which forms of which records were answered right; None where it was not measured.
 
-    Right is what the outcome calls correct, or else an answer with half of the gold words.
-
-    Args:
-        items: By measure, one item per record.
-        form: Number of the form, from 0; None: any of them.
+    Right is what the outcome calls correct, or else an answer with half of the gold words. What
+    has no value is None; a record without any form has none.
     """
-    name = next((one for one in ("outcome", "rouge_l_recall") if one in items), None)
-    if name is None:
+    name = next((one for one in ("outcome", "rouge_l_recall") if one in values.items), None)
+    items = values.items[name].get(split) if name is not None else None
+    if items is None:
         return None
     least = 1.0 if name == "outcome" else RECALLED
 
-    def right(item: Item) -> bool | None:
-        values = item.forms or (item.value,)
-        chosen = values if form is None else values[form : form + 1]
-        known = [value for value in chosen if value is not None]
-        return any(value >= least - 1e-9 for value in known) if known else None
+    def right(item: Item) -> tuple[bool | None, ...]:
+        found = item.forms or ((item.value,) if item.value is not None else ())
+        return tuple(None if value is None else value >= least - 1e-9 for value in found)
 
-    return [right(item) for item in items[name]]
+    return [right(item) for item in items]
 
 
 def share(found: Iterable[bool | None]) -> float | None:
