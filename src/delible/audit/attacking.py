@@ -149,8 +149,9 @@ class Attacking:
 
     def _splits(self, role: SystemRole, forget: Sequence[RecordBase]) -> Splits:
         splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain(), **self._beside}
+        unseen = splits.pop("holdout", self.asking.splits.get("holdout", ()))
         if role == "original" and "reference" not in self.systems.roles:
-            splits["holdout"] = spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT)
+            splits["holdout"] = spaced(unseen, ATTACKED_HOLDOUT)
         return splits
 
     def _conversations(

@@ -130,7 +130,8 @@ class Attack(Component):
     def beside(self, context: AttackContext) -> Mapping[str, Sequence[RecordBase]]:
         """Records of its own that an attack that only asks is measured on besides, by split.
 
-        Such as invented facts; ``"retain"`` stands in for the kept records.
+        Such as invented facts; ``"retain"`` and ``"holdout"`` stand in for the kept records and
+        for those that no system saw.
         """
         return {}
 
