@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from delible import registry
+from delible.cards import DEPTHS
 from delible.component import build
 from delible.errors import RecipeError
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
+from delible.measure.attack import (
+    Attack,
+    AttackContext,
+    ConversationAttack,
+    ModelAttack,
+    PromptAttack,
+)
 from delible.records import QA, Choice, Passage, RecordBase
 from delible.system.asks import Decoding
 from delible.system.questions import ask
@@ -57,7 +64,8 @@ def test_the_card_says_what_a_reader_needs(name: str) -> None:
     assert ("variant" in card.badges) == bool(card.variant)
     loaded = registry.load("attack", name)
     assert loaded.card == card
-    assert card.changes == ("prompts" if issubclass(loaded, PromptAttack) else "weights")
+    if issubclass(loaded, PromptAttack | ConversationAttack):
+        assert card.changes == "prompts"
     if issubclass(loaded, ModelAttack):
         assert card.capability == "weights"
         assert "weights" in card.needs
@@ -66,7 +74,7 @@ def test_the_card_says_what_a_reader_needs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_described_and_come_back_from_their_spec(name: str) -> None:
     attack = build("attack", name)
-    assert isinstance(attack, PromptAttack | ModelAttack)
+    assert isinstance(attack, Attack)
     assert all(field.description for field in type(attack).model_fields.values())
     assert build("attack", attack.spec()) == attack
     assert attack.spec()["name"] == name
@@ -110,8 +118,9 @@ def test_a_model_attack_changes_a_copy_only(family: str, name: str, index: int) 
 @pytest.mark.parametrize("name", NAMES)
 def test_variants_have_titles_of_their_own(name: str) -> None:
     attack = build("attack", name)
-    if isinstance(attack, ModelAttack):
-        variants = [build("attack", {**attack.spec(), **each}) for each in attack.variants()]
+    for depth in DEPTHS:
+        settings = attack.variants(depth)
+        variants = [build("attack", {**attack.spec(), **each}) for each in settings]
         titles = [variant.variant_title() for variant in variants]
         assert len(set(titles)) == len(titles)
         assert all(titles) or len(titles) == 1

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from delible.measure.attack import PromptAttack
-from delible.records import QA, Choice, Dialogue, RecordBase
+from delible.measure.turns import question_of
+from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt
 
@@ -24,16 +25,6 @@ FRAMES = (
     "There is something I would like to know. {question}",
     "Somebody asked me this today, and I need the answer: {question}",
 )
-
-
-def question_of(record: RecordBase) -> str | None:
-    """What a record asks: its question, or the last user turn; ``None`` for running text."""
-    if isinstance(record, QA | Choice):
-        return record.question
-    if isinstance(record, Dialogue):
-        asked = [turn.text for turn in record.messages if turn.role == "user"]
-        return asked[-1] if asked else None
-    return None
 
 
 def wordings(record: RecordBase) -> tuple[str, ...]:

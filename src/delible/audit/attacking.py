@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from delible.audit.asking import Asking
@@ -57,6 +57,7 @@ def empty_row(attack: Attack) -> Setting:
         control=attack.control,
         weighs=attack.weighs,
         changes=card.changes or "",
+        reads=attack.findings,
     )
 
 
@@ -73,6 +74,8 @@ class Attacking:
         self.white_box = True
         #: Records that the running attack's curve is measured on.
         self._held: Sequence[RecordBase] = ()
+        #: Records that the running attack brings along, by split.
+        self._beside: Mapping[str, Sequence[RecordBase]] = {}
 
     def attack(self, role: SystemRole, system: System, attack: Attack, setting: Setting) -> None:
         """Attacks one system and puts what came of it into the attack's row.
@@ -118,11 +121,16 @@ class Attacking:
     ) -> None:
         try:
             context = self._context(role, attack, title)
+            if isinstance(attack, PromptAttack) and attack.searches_on() is not None:
+                logger.info(f"{title}: it is prepared.")
+                attack = self._prepared(role, system, attack, context, title)
             held = attack.held_out(context)
             setting.records = held
+            self._beside = attack.beside(context)
             match attack:
                 case PromptAttack():
-                    self._prompts(role, system, attack, context, setting, title)
+                    logger.info(f"{title}.")
+                    self._asked(role, system, setting, title, attack.prompts)
                 case ConversationAttack():
                     self._conversations(role, system, attack, context, setting, title)
                 case ModelAttack():
@@ -149,24 +157,11 @@ class Attacking:
     # ---- attacks that only ask
 
     def _splits(self, role: SystemRole, forget: Sequence[RecordBase]) -> Splits:
-        splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain()}
+        splits: Splits = {"forget": forget, "retain": self.asking.attacked_retain(), **self._beside}
+        unseen = splits.pop("holdout", self.asking.splits.get("holdout", ()))
         if role == "original" and "reference" not in self.systems.roles:
-            splits["holdout"] = spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT)
+            splits["holdout"] = spaced(unseen, ATTACKED_HOLDOUT)
         return splits
-
-    def _prompts(
-        self,
-        role: SystemRole,
-        system: System,
-        attack: PromptAttack,
-        context: AttackContext,
-        setting: Setting,
-        title: str,
-    ) -> None:
-        logger.info(f"{title}.")
-        if attack.searches_on() is not None:
-            attack = self._prepared(role, system, attack, context, title)
-        self._asked(role, system, setting, title, attack.prompts)
 
     def _conversations(
         self,
@@ -205,11 +200,11 @@ class Attacking:
         title: str,
         rewrite: Callable[[RecordBase, Prompt], Sequence[Prompt]],
     ) -> None:
-        values = self.asking.evaluate(
-            system, self._splits(role, setting.records), self.asking.leaks, title, rewrite
-        )
+        splits = self._splits(role, setting.records)
+        values = self.asking.evaluate(system, splits, self.asking.leaks, title, rewrite)
         setting.values[role] = values
         if role == "unlearned":
+            setting.splits = splits
             setting.queries += values.asked
             setting.recovered = self.asking.recovered(system, setting.records, values, rewrite)
 
@@ -349,6 +344,7 @@ class Attacking:
             unrelated=unrelated(),
             original=model("original"),
             reference=model("reference"),
+            neighbours=self.asking.splits.get("neighbours", ()),
             holdout=spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT),
             seed=self.asking.context.seed,
             roles=self.asking.context.roles,

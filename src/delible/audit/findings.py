@@ -239,7 +239,8 @@ def write_items(path: Path, settings: Sequence[Setting]) -> None:
     """One row per system, attack, metric, split and record.
 
     ``record`` is the record's place among those that were asked; of a forget record among all of
-    them, also under an attack that is judged on some only. ``forms`` are the values of the forms
+    them, also under an attack that is judged on some only (probes that an attack made itself are
+    counted by themselves). ``forms`` are the values of the forms
     in which an attack asked it.
 
     Args:
@@ -256,7 +257,8 @@ def write_items(path: Path, settings: Sequence[Setting]) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
     asked = [record.digest for record in settings[0].records]
     for place in settings:
-        judged = places(asked, [record.digest for record in place.records])
+        own = [record.digest for record in place.records]
+        judged = places(asked, own) if set(own) <= set(asked) else list(range(len(own)))
         for role, values in place.values.items():
             for metric, by_split in values.items.items():
                 for split, items in by_split.items():

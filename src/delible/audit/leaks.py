@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from delible.audit.erasure import (
     untouched,
 )
 from delible.audit.result import FactsLeft, FormLeak, Leak, Recovered, SubjectLeak, SystemRole
+from delible.measure.attack import Findings
 from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
 from delible.records import RecordBase
@@ -45,6 +46,8 @@ WITHOUT_PART, PLAIN = "without_part", "none"
 UNCHANGED = 1e-3
 QUESTIONS_SHOWN = 3
 
+Reads = Callable[[Mapping[str, SystemValues], Mapping[str, Sequence[RecordBase]]], Findings]
+
 
 @dataclass
 class Setting:
@@ -62,6 +65,8 @@ class Setting:
         layers: A score of each layer, by system.
         numbers: Findings for the whole system, by system.
         recovered: Questions that brought out what a plain one did not.
+        splits: All records that the unlearned system was asked about, by split.
+        reads: Reads more such numbers off the values; see :meth:`Attack.findings`.
     """
 
     attack: str
@@ -82,6 +87,8 @@ class Setting:
     layers: dict[SystemRole, list[tuple[int, float | None]]] = field(default_factory=dict)
     numbers: dict[SystemRole, dict[str, float | None]] = field(default_factory=dict)
     recovered: list[Recovered] = field(default_factory=list)
+    splits: Mapping[str, Sequence[RecordBase]] = field(default_factory=dict)
+    reads: Reads | None = None
 
 
 #: Reads one number from an item.
@@ -189,7 +196,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
             scores[measure] = Erasure(None, reason=found[measure].reason)
             continue
         gap = None
-        if attacked:
+        if attacked and all(one.digest in index for one in found[measure].records):
             same = _only(plain, [index[one.digest] for one in found[measure].records])
             before = compared(same, measure, with_reference=with_reference).known
             gap = before.gap if before is not None else None
@@ -240,7 +247,8 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         numbers={
             name: {role: found[name] for role, found in place.numbers.items() if name in found}
             for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
-        },
+        }
+        | _read(place),
         recovered=place.recovered,
         cost_queries=place.queries,
         cost_steps=place.steps,
@@ -248,6 +256,13 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         cost_seconds=round(place.seconds, 1),
         note=" ".join(notes) or None,
     )
+
+
+def _read(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
+    """The attack's own numbers, off what all systems were measured to say."""
+    values = {str(role): one for role, one in place.values.items()}
+    found = place.reads(values, place.splits) if place.reads is not None else {}
+    return {name: cast(dict[SystemRole, float | None], dict(row)) for name, row in found.items()}
 
 
 def _means(place: Setting, measure: str, known: Known | None) -> dict[SystemRole, float | None]:

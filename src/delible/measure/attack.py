@@ -20,7 +20,7 @@ from pydantic import Field
 
 from delible.cards import Depth
 from delible.component import Component
-from delible.measure.metric import Item
+from delible.measure.metric import Item, SystemValues
 from delible.records import RecordBase
 from delible.system.asks import Prompt
 from delible.system.base import System
@@ -28,6 +28,9 @@ from delible.system.roles import Roles
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+
+#: Numbers of whole systems, by name and system.
+Findings = Mapping[str, Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class AttackContext:
         holdout: Records of the same kind that no system saw.
         reference: The model that never saw the forget records, as ``original``.
         roles: Who attacks, judges or translates by talking.
+        neighbours: Records to keep that are close to the forgotten ones; they may be ``retain``.
     """
 
     forget: Sequence[RecordBase]
@@ -81,6 +85,7 @@ class AttackContext:
     holdout: Sequence[RecordBase] = ()
     reference: LM | None = None
     roles: Roles = field(default_factory=Roles)
+    neighbours: Sequence[RecordBase] = ()
 
 
 class Attack(Component):
@@ -116,8 +121,30 @@ class Attack(Component):
         return Budget()
 
     def held_out(self, context: AttackContext) -> Sequence[RecordBase]:
-        """Forget records that the attack did not train on; leaks are measured on these."""
+        """What leaks are measured on: forget records that the attack did not train on.
+
+        An attack that only asks may give probes of its own, made of forget records.
+        """
         return context.forget
+
+    def beside(self, context: AttackContext) -> Mapping[str, Sequence[RecordBase]]:
+        """Records of its own that an attack that only asks is measured on besides, by split.
+
+        Such as invented facts; ``"retain"`` and ``"holdout"`` stand in for the kept records and
+        for those that no system saw.
+        """
+        return {}
+
+    def findings(
+        self, values: Mapping[str, SystemValues], splits: Mapping[str, Sequence[RecordBase]]
+    ) -> Findings:
+        """Numbers that are read off what was measured on all systems, by name and system.
+
+        Args:
+            values: By system ("unlearned", "original", "reference"), as far as there are any.
+            splits: The records that were asked.
+        """
+        return {}
 
 
 class PromptAttack(Attack):

@@ -27,3 +27,9 @@ def read_lines(name: str) -> tuple[str, ...]:
     """The lines of a file of this folder, without blank lines and ``#`` comments."""
     stripped = (line.strip() for line in read_text(name).splitlines())
     return tuple(line for line in stripped if line and not line.startswith("#"))
+
+
+def read_named(name: str) -> dict[str, str]:
+    """The lines of a file of this folder that are written ``key: text``, in order."""
+    pairs = (line.partition(":") for line in read_lines(name))
+    return {key.strip(): text.strip() for key, _, text in pairs}

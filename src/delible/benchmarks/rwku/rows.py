@@ -9,24 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from delible.errors import DataError, nearest
+from delible.errors import DataError
+from delible.measure.probe_kinds import attack_kind
 from delible.records import QA, Dialogue, Message
 from delible.system.questions import LETTERS
 
 Row = Mapping[str, Any]
-
-#: Attack kind -> how its spellings in the data begin.
-KINDS = {
-    "prefix injection": ("prefix",),
-    "affirmative suffix": ("affirmative",),
-    "role playing": ("role",),
-    "multiple choice": ("multiple",),
-    "reverse query": ("reverse",),
-    "synonym manipulation": ("synonym",),
-    "background hint": ("background", "context"),
-    "incontext learning": ("incontext", "in-context"),
-    "cross lingual": ("cross",),
-}
 
 
 @dataclass(frozen=True)
@@ -36,18 +24,6 @@ class Target:
     number: int
     name: str
     about: str
-
-
-def attack_kind(written: str) -> str:
-    """One of the nine kinds, however the data spells it.
-
-    Raises:
-        DataError: None of them.
-    """
-    for kind, beginnings in KINDS.items():
-        if written.lower().startswith(beginnings):
-            return kind
-    raise DataError(f"'{written}' is no kind of attack.", hint=nearest(written, KINDS))
 
 
 def kind_split(kind: str) -> str:

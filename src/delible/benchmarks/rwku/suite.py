@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from delible.benchmarks.rwku.rows import (
-    KINDS,
     Row,
     Target,
     biography,
@@ -43,6 +42,7 @@ from delible.measure.benchmark import (
     Task,
 )
 from delible.measure.evaluate import Ask
+from delible.measure.probe_kinds import KINDS
 from delible.prompts import read_text
 from delible.records import ForgetRequest, Passage, Record, RecordBase
 from delible.registry import register

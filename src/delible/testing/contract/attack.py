@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, ModelAttack, PromptAttack
+from delible.measure.attack import AttackContext, ConversationAttack, ModelAttack, PromptAttack
 from delible.records import QA, Passage
 from delible.system.asks import (
     Prompt,
@@ -64,19 +64,56 @@ def attacked_model_is_a_copy(trial: Trial) -> None:
         require(isinstance(score, TokenScores), f"{title}: scores are not finite")
 
 
+def world_context(original: LM | None) -> AttackContext:
+    """A few people of a world: what attacks that only ask are tried on."""
+    from delible.world import World
+
+    world = World(people=12)
+    request = world.request(forget=2, holdout=1)
+    return AttackContext(
+        request.forget, request.retain, world.unrelated(), original, 0, holdout=request.holdout,
+        neighbours=request.neighbours,
+    )  # fmt: skip
+
+
 def rewriting_is_deterministic(trial: Trial) -> None:
-    """Distinct prompts other than the plain one, the same every time."""
-    if not isinstance(trial.component, PromptAttack):
+    """Distinct prompts other than the plain one, the same every time.
+
+    A probe that the attack made itself may be asked plainly.
+    """
+    attack = trial.component
+    if not isinstance(attack, PromptAttack):
         return
+    context = world_context(trial.lm())
+    probes = [one for one in attack.held_out(context) if one not in context.forget]
     count = 0
-    for record in (*FORGET, *EVERY_KIND):
+    for record in (*FORGET, *EVERY_KIND, *context.forget[:4], *probes[:4]):
         prompt = ask(record)
         if prompt is None:
             continue
-        found = tuple(trial.component.rewrite(record, prompt))
+        found = tuple(attack.rewrite(record, prompt))
         require(all(isinstance(one, Prompt) for one in found), "it returns more than prompts")
-        require(found == tuple(trial.component.rewrite(record, prompt)), "not deterministic")
+        require(found == tuple(attack.rewrite(record, prompt)), "not deterministic")
         require(len(set(found)) == len(found), f"the same prompt twice for {record}")
-        require(prompt not in found, f"the plain prompt is returned for {record}")
+        if record not in probes:
+            require(prompt not in found, f"the plain prompt is returned for {record}")
         count += len(found)
     require(count, "it applies to no record")
+
+
+def talking_is_deterministic(trial: Trial) -> None:
+    """Each record has its conversations, distinct, the same every time; they end in a question."""
+    attack = trial.component
+    if not isinstance(attack, ConversationAttack):
+        return
+    lm = trial.lm()
+    records = attack.held_out(world_context(lm))[:3]
+    require(records, "it asks about no record")
+    first, again = (attack.converse(lm, records, world_context(lm)) for _ in range(2))
+    require(len(first) == len(records), "some records have no place")
+    require([*map(tuple, first)] == [*map(tuple, again)], "not deterministic")
+    require(any(first), "it applies to no record")
+    for prompts in first:
+        require(len(set(prompts)) == len(prompts), "the same conversation twice")
+        for prompt in prompts:
+            require(prompt.messages[-1].role == "user", "a conversation does not end in a question")

@@ -15,7 +15,11 @@ from pydantic import ValidationError
 from delible.cards import SLOTS, Kind
 from delible.component import Component
 from delible.errors import ModelError
-from delible.testing.contract.attack import attacked_model_is_a_copy, rewriting_is_deterministic
+from delible.testing.contract.attack import (
+    attacked_model_is_a_copy,
+    rewriting_is_deterministic,
+    talking_is_deterministic,
+)
 from delible.testing.contract.component import (
     card_is_complete,
     config_comes_back_from_its_spec,
@@ -104,7 +108,7 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "keep": (retain_loss_holds, *_RUN),
     "balance": (weights_of_losses_are_finite, *_RUN),
     "harden": (hardening_adds_and_puts_back, *_RUN),
-    "attack": (rewriting_is_deterministic,),
+    "attack": (rewriting_is_deterministic, talking_is_deterministic),
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
     "editor": (outcome_is_kept_opened_and_taken_off,),
     "intervention": (outcome_is_kept_opened_and_taken_off,),
