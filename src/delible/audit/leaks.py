@@ -21,6 +21,7 @@ from delible.audit.erasure import (
     share_erased,
     untouched,
 )
+from delible.audit.relearning_speed import relearning_speed
 from delible.audit.result import FactsLeft, FormLeak, Leak, SubjectLeak, SystemRole
 from delible.measure.facts import fact_numbers
 from delible.measure.metric import Item, SystemValues
@@ -235,16 +236,23 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         records=max((len(one.records) for one in found.values()), default=0),
         control=place.control or inert,
         weighs=place.weighs,
-        numbers={
-            name: {role: found[name] for role, found in place.numbers.items() if name in found}
-            for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
-        },
+        numbers=_numbers(place),
         cost_queries=place.queries,
         cost_steps=place.steps,
         cost_tokens=place.tokens,
         cost_seconds=round(place.seconds, 1),
         note=" ".join(notes) or None,
     )
+
+
+def _numbers(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
+    """What the attack found for whole systems, and how fast knowledge came back."""
+    names = dict.fromkeys(one for found in place.numbers.values() for one in found)
+    own: dict[str, dict[SystemRole, float | None]] = {
+        name: {role: found[name] for role, found in place.numbers.items() if name in found}
+        for name in names
+    }
+    return {**own, **relearning_speed(place.curves)}
 
 
 def _means(place: Setting, measure: str, known: Known | None) -> dict[SystemRole, float | None]:
