@@ -40,13 +40,12 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from delible.cards import Depth
 from delible.errors import ModelError, RunError
-from delible.lm.anatomy import Role
 from delible.lm.grids import FORMATS, few_values
 from delible.lm.lm import LM
+from delible.lm.matrices import linear_weights
 from delible.measure.attack import AttackContext, ModelAttack
 from delible.registry import register
 
@@ -59,7 +58,6 @@ TITLES = {
     "int8": "int8, per channel", "int4": "int4, groups of 128", "nf4": "NF4, blocks of 64",
     "fp4": "FP4, blocks of 64", "q4_0": "GGUF q4_0", "q4_k": "GGUF q4_k",
 }  # fmt: skip
-MATRICES: tuple[Role, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
 def step_sizes(
@@ -97,31 +95,6 @@ def round_to_nearest(
 ) -> Float[Tensor, "*rows input"]:
     """q(w): the nearest point of the grid, within Delta / 2 unless clipped."""
     return codes(weight, steps, bits) * steps
-
-
-def linear_weights(lm: LM) -> dict[str, Tensor]:
-    """Weights of the linear layers of the blocks by name, output channels as rows.
-
-    The tensors are views: of shape [out, in], or [expert, out, in] where a mixture keeps its
-    experts in one tensor. Routers are left out.
-    """
-    anatomy, core = lm.anatomy, lm.core
-    found: dict[str, Tensor] = {}
-    for layer in range(anatomy.layers):
-        routers = anatomy.parameter_names(layer, "router")
-        named = {name for role in MATRICES for name in anatomy.parameter_names(layer, role)}
-        for name in anatomy.parameter_names(layer, "block"):
-            path, _, own = name.rpartition(".")
-            owner, weight = core.get_submodule(path), core.get_parameter(name).detach()
-            # Some attentions chain matrices, and the inner ones have no role of their own.
-            chained = own == "weight" and isinstance(owner, nn.Linear | Conv1D)
-            if name in routers or not (name in named or chained):
-                continue
-            transposed = (
-                anatomy.experts_transposed if weight.ndim == 3 else isinstance(owner, Conv1D)
-            )
-            found[name] = weight.mT if transposed else weight
-    return found
 
 
 def compare_codes(
