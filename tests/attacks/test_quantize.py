@@ -17,7 +17,8 @@ from delible.attacks.quantize import (
     round_to_nearest,
     step_sizes,
 )
-from delible.errors import RecipeError, RunError
+from delible.errors import ModelError, RecipeError, RunError
+from delible.lm.grids import FORMATS
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
 from delible.records import QA
@@ -334,9 +335,69 @@ def test_another_architecture_is_no_original() -> None:
 
 def test_variants_name_themselves_and_options_are_checked() -> None:
     attack = Quantize()
-    titles = [Quantize(**variant).variant_title() for variant in attack.variants()]  # type: ignore[arg-type]
-    assert titles == [
-        "8 bit, per channel", "4 bit, per channel", "4 bit, groups of 128", "4 bit, groups of 64"
+
+    def titles(depth: Any) -> list[str]:
+        return [Quantize(**variant).variant_title() for variant in attack.variants(depth)]  # type: ignore[arg-type]
+
+    assert titles("quick") == ["4 bit, groups of 64"]
+    assert titles("standard") == [
+        "int8, per channel", "4 bit, groups of 64", "NF4, blocks of 64", "GGUF q4_0"
     ]  # fmt: skip
+    assert set(titles("deep")) == {
+        *titles("standard"), "4 bit, per channel", "4 bit, groups of 128", "int4, groups of 128",
+        "FP4, blocks of 64", "GGUF q4_k",
+    }  # fmt: skip
+    controls = [one for one in attack.variants("deep") if Quantize(**one).control]  # type: ignore[arg-type]
+    assert controls == [{"format": "int8"}]
+    assert Quantize(bits=8).control
     with pytest.raises(RecipeError, match="'group' = 32"):
         Quantize.build("attack 'quantize'", group=32)
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize(("name", "intermediate"), [("q4_0", 64), ("q4_k", 256), ("nf4", 48)])
+def test_a_format_rounds_the_layers_that_it_fits(name: Any, intermediate: int) -> None:
+    lm = make_lm(intermediate_size=intermediate)
+    context = make_context()
+    attacked = Quantize(format=name).apply(lm, context)
+    before, after = linear_weights(lm), linear_weights(attacked)
+    for key, weight in before.items():
+        wide = weight.shape[-1]
+        function = {"q4_k": "q4_k" if wide % 256 == 0 else "q5_0"}.get(name, name)
+        assert torch.equal(after[key], FORMATS[function][0](weight)), key
+        assert not torch.equal(after[key], weight)
+    assert "note" not in context.notes
+
+
+def test_layers_that_a_format_does_not_fit_stay_and_are_counted() -> None:
+    lm, context = make_lm(), make_context()  # 32 and 48 wide
+    attacked = Quantize(format="q4_0").apply(lm, context)
+    before, after = linear_weights(lm), linear_weights(attacked)
+    stay = sum(weight.numel() for weight in before.values() if weight.shape[-1] == 48)
+    share = stay / sum(weight.numel() for weight in before.values())
+    assert str(context.notes["note"]).startswith(f"{share:.0%} of the weights stay")
+    for key, weight in before.items():
+        assert torch.equal(after[key], weight) == (weight.shape[-1] == 48)
+    narrow = make_lm(hidden_size=24, head_dim=6, num_attention_heads=4)
+    with pytest.raises(ModelError, match="no linear layer has rows"):
+        Quantize(format="q4_0").apply(narrow, make_context())
+
+
+def test_the_grid_that_the_original_lies_on_is_refused() -> None:
+    stored = make_lm(hidden_size=64, intermediate_size=256, head_dim=16)
+    with torch.no_grad():
+        for weight in linear_weights(stored).values():
+            weight.copy_(FORMATS["q4_0"][0](weight))
+    stored.touch()
+    unlearned = stored.copy()
+    with torch.no_grad():
+        for weight in linear_weights(unlearned).values():
+            weight += 1e-4 * torch.randn_like(weight)
+    with pytest.raises(ModelError, match="come from a 4-bit file"):
+        Quantize(format="q4_k").apply(stored, make_context())
+    with pytest.raises(ModelError, match="come from a 4-bit file"):
+        Quantize(format="q4_k").apply(unlearned, make_context(stored))
+    Quantize(format="q4_k").apply(unlearned, make_context())
+    Quantize(format="nf4").apply(unlearned, make_context(stored))

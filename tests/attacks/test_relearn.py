@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from delible.attacks.relearn import Relearn, split_by_fact
+from delible.attacks.relearn import Relearn
 from delible.audit.run import audit
 from delible.errors import DataError
 from delible.lm.lm import LM
@@ -25,6 +25,7 @@ from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passag
 from delible.system.asks import Score
 from delible.system.questions import answer_of, ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train.splits import split_by_fact
 from delible.world import World
 
 FORGET = [
@@ -154,7 +155,7 @@ ROWS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=ROWS, share=st.floats(0.1, 0.9), seed=st.integers(0, 5))
 def test_nothing_that_was_trained_on_is_held_out_in_other_words(
     rows: list[QA], share: float, seed: int
@@ -163,7 +164,11 @@ def test_nothing_that_was_trained_on_is_held_out_in_other_words(
         sides = split_by_fact(list(rows), share, seed)
     except DataError:  # all of one fact
         return
-    assert sorted(row.digest for side in sides for row in side) == sorted(r.digest for r in rows)
+    facts, there = facts_of(rows), [row.digest for side in sides for row in side]
+    texts = {rows[i].digest for g, told in zip(facts.groups, facts.told, strict=True) if told
+             for i in g}  # fmt: skip
+    assert [digest for digest in there if digest not in {row.digest for row in rows}] == []
+    assert {row.digest for row in rows} - set(there) <= texts  # tells facts of both sides
     asked, said = [], []
     for side in sides:
         assert side
@@ -357,7 +362,7 @@ def test_steps_rates_and_variants() -> None:
     titles = [Relearn(**variant).variant_title() for variant in attack.variants()]  # type: ignore[arg-type]
     assert titles == [
         "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
-        "full, unrelated rows, 10 steps",
+        "full, unrelated rows, 10 steps", "full, benign rows, 10 steps",
     ]  # fmt: skip
 
 

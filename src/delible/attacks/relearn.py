@@ -2,99 +2,52 @@
 
 Knowledge that is only hidden returns faster than it could be learned. The rows are some of the
 forget rows (then the leak is measured on the *other* ones, about which these say nothing), or
-retain rows, or rows about nothing that was forgotten, which cannot teach it at all.
+retain rows, or rows about nothing that was forgotten, which cannot teach it at all: neutral texts
+("unrelated"), or two harmless tasks ("benign": sums, and whether a review is good).
 
     T, V = split of the forget rows by fact;  theta' = AdamW(theta, mean of -log p(T));  leak on V
 
-Rows of one fact (``measure/facts.py``) are all in T or all in V, and a text that tells facts of
-both is in neither. The split depends on the rows and the seed only: it is the same for all
-systems.
+The split (``train/splits.py``) depends on the rows and the seed only: it is the same for all
+systems. Unrelated and benign rows must not have eight words in a row with a forget row.
 
-Papers: arXiv 2410.08827 (train on T, test on V), arXiv 2403.03218 (relearning as a test),
-arXiv 2406.13356 (rows that are loosely related), arXiv 2409.18025 (unrelated rows; LoRA of rank
-128, alpha 16 and rate 2e-4). Reference code: github.com/aghyad-deeb/unlearning_evaluation.
-Deviations: one split by ``share`` and no rotation of folds; the loss is on answer tokens, and
-padding is never part of it (the reference averages over padding too); AdamW instead of Lion;
-full fine-tuning takes the rate 2e-5 of github.com/locuslab/open-unlearning's stress test.
+Beside the leak of the end, the audit draws the curve over the steps, and reads the speed of
+relearning off it (``audit/relearning_speed.py``).
+
+Papers: arXiv 2403.03218 (relearning as a test), arXiv 2406.13356 (rows that are loosely related),
+arXiv 2409.18025 (few unrelated rows; LoRA of rank 128, alpha 16 and rate 2e-4), arXiv 2510.07626
+(rate 1e-5, up to 100 steps; benign tasks). Reference code: github.com/ethz-spylab.
+Deviations: forget rows are split, where these papers test what they trained; the loss is on
+answer tokens, and padding is never part of it; the rate is constant after the warm-up; full
+fine-tuning takes the rate 2e-5 of github.com/locuslab/open-unlearning's stress test.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from delible.cards import Depth
-from delible.context import Context
 from delible.errors import DataError
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, ModelAttack
-from delible.measure.facts import facts_of
+from delible.measure.attack import AttackContext, Budget, ModelAttack
+from delible.measure.overlap import RUN, repeating
 from delible.records import RecordBase
 from delible.registry import register
-from delible.train.engine import Trainer
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
+from delible.train.splits import split_by_fact
+from delible.train.tuning import FineTuning
+from delible.world import benign
 
-RowsFrom = Literal["forget", "unrelated", "retain"]
+RowsFrom = Literal["forget", "unrelated", "retain", "benign"]
 #: Peak learning rate where the option leaves it open.
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
-#: Sides of the split.
-TRAINED, HELD_OUT, NEITHER = "trained", "held out", "neither"
 FLAGS = {"forget": "--forget", "retain": "--retain", "unrelated": "--unrelated"}
-
-
-def split_by_fact(
-    records: Sequence[RecordBase], share: float, seed: int
-) -> tuple[list[RecordBase], list[RecordBase]]:
-    """The rows to train on and the rows held out; disjoint in facts.
-
-    A row that tells facts of both sides (a text about a person of whom single facts are asked) is
-    on neither: as a training row it would teach what is held out, and held out it would be judged
-    by what was trained.
-
-    Args:
-        records: Forget rows.
-        share: Fraction of the rows to train on, in (0, 1); reached to within one fact.
-        seed: Of the order in which facts are taken.
-
-    Raises:
-        DataError: All rows are of one fact.
-    """
-    facts = facts_of(records)
-    alone = [place for place, told in enumerate(facts.told) if not told]
-    if len(alone) < 2:
-        raise DataError(
-            f"the {len(records)} forget rows are all of one fact and cannot be split in two.",
-            where="attack 'relearn'",
-            hint="Give rows of two facts or more, or relearn from other rows (rows: unrelated).",
-        )
-    order = torch.randperm(len(alone), generator=generator(seed, "relearn.split")).tolist()
-    count = sum(len(facts.groups[place]) for place in alone)
-    side = dict.fromkeys(alone, HELD_OUT)
-    size = 0
-    for position in order[:-1]:  # the last one is always held out
-        more = len(facts.groups[alone[position]])
-        # Stops where the count is closest to the share, but takes one fact at least.
-        if size and size + more / 2 > share * count:
-            break
-        side[alone[position]] = TRAINED
-        size += more
-    waiting = [place for place, told in enumerate(facts.told) if told]
-    while ready := [place for place in waiting if facts.told[place] <= side.keys()]:
-        for place in ready:
-            sides = {side[told] for told in facts.told[place]}
-            side[place] = sides.pop() if len(sides) == 1 else NEITHER
-        waiting = [place for place in waiting if place not in side]
-    where = {row: side.get(place) for place, rows in enumerate(facts.groups) for row in rows}
-    trained, held_out = (
-        [record for index, record in enumerate(records) if where[index] == wanted]
-        for wanted in (TRAINED, HELD_OUT)
-    )
-    return trained, held_out
+#: Steps of the longest run of the sheet.
+LONG = 100
 
 
 @register(
@@ -102,7 +55,7 @@ def split_by_fact(
     name="relearn",
     title="Relearning",
     summary="Fine-tunes a copy for a few steps and asks about facts that it was not trained on.",
-    paper="2410.08827",
+    paper="2403.03218",
     year=2024,
     family="relearning",
     needs=("forget", "weights"),
@@ -111,12 +64,15 @@ def split_by_fact(
     capability="weights",
     depth="quick",
     badges=("variant",),
-    variant="One split by facts without rotation, AdamW, and the loss on answer tokens only.",
+    variant="Judged on facts that were not trained on; AdamW; the loss on answer tokens only.",
 )
 class Relearn(ModelAttack):
     """Options of relearning."""
 
     rows: RowsFrom = Field("forget", description="Which rows the copy is trained on.")
+    examples: int = Field(
+        0, ge=0, description="Take only so many of these rows, drawn by the seed; 0: all."
+    )
     adapter: Literal["full", "lora"] = Field(
         "full", description="Train all weights, or a low-rank adapter that is merged at the end."
     )
@@ -133,33 +89,74 @@ class Relearn(ModelAttack):
     observe_steps: int = Field(5, ge=1, description="Measure the curve after this many steps.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
-        """Both adapters on forget rows, and half as many steps on unrelated rows."""
-        return (
-            {"rows": "forget", "adapter": "full"},
+        """Forget rows; then a low-rank adapter, unrelated and benign rows; then the sweep."""
+        half = max(1, self.steps // 2)
+        quick: tuple[Mapping[str, object], ...] = ({"rows": "forget", "adapter": "full"},)
+        if depth == "quick":
+            return quick
+        standard = (
+            *quick,
             {"rows": "forget", "adapter": "lora"},
-            {"rows": "unrelated", "adapter": "full", "steps": max(1, self.steps // 2)},
+            {"rows": "unrelated", "adapter": "full", "steps": half},
+            {"rows": "benign", "adapter": "full", "steps": half},
+        )
+        if depth == "standard":
+            return standard
+        return (
+            *standard,
+            {"rows": "retain", "adapter": "full"},
+            {"rows": "unrelated", "adapter": "lora", "examples": 10, "steps": 30, "batch_size": 1},
+            {"rows": "forget", "adapter": "full", "learning_rate": 1e-5, "steps": LONG},
+            {"rows": "forget", "adapter": "full", "learning_rate": 1e-4},
+            {"rows": "forget", "adapter": "lora", "learning_rate": 1e-3},
         )
 
     def variant_title(self) -> str:
         """Such as "LoRA, unrelated rows, 20 steps"."""
         kind = "LoRA" if self.adapter == "lora" else "full"
-        return f"{kind}, {self.rows} rows, {self.steps} step{'s' * (self.steps > 1)}"
+        few = f"{self.examples} " if self.examples else ""
+        rate = "" if self.learning_rate is None else f", rate {self.learning_rate:g}"
+        return f"{kind}, {few}{self.rows} rows, {self.steps} step{'s' * (self.steps > 1)}{rate}"
+
+    @property
+    def control(self) -> bool:
+        """Benign tasks show what any fine-tuning does."""
+        return self.rows == "benign"
+
+    def budget(self, context: AttackContext) -> Budget:
+        """Its steps."""
+        return Budget(steps=self.steps)
 
     def trained_on(self, context: AttackContext) -> Sequence[RecordBase]:
         """The rows of the fine-tuning.
 
         Raises:
-            DataError: There are none, or the forget rows cannot be split.
+            DataError: There are none, the forget rows cannot be split, or rows that are to say
+                nothing of them repeat them.
         """
-        rows: Sequence[RecordBase] = getattr(context, self.rows)
+        rows: Sequence[RecordBase] = (
+            benign() if self.rows == "benign" else getattr(context, self.rows)
+        )
         if not rows:
             raise DataError(
                 f"there are no {self.rows} rows to relearn from.",
                 where="attack 'relearn'",
                 hint=f"Add {FLAGS[self.rows]} FILE, or choose other rows (rows: …).",
             )
+        if self.rows in ("unrelated", "benign") and (same := repeating(rows, context.forget)):
+            raise DataError(
+                f"{len(same)} {self.rows} rows have {RUN} words in a row that a forget row has, "
+                "so they would teach it.",
+                where="attack 'relearn'",
+                hint="Choose other rows (rows: …).",
+            )
         if self.rows == "forget":
-            return split_by_fact(rows, self.share, context.seed)[0]
+            rows = split_by_fact(rows, self.share, context.seed)[0]
+        if 0 < self.examples < len(rows):
+            drawn = torch.randperm(
+                len(rows), generator=generator(context.seed, "relearn.examples")
+            ).tolist()
+            rows = [rows[place] for place in sorted(drawn[: self.examples])]
         return rows
 
     def held_out(self, context: AttackContext) -> Sequence[RecordBase]:
@@ -177,25 +174,20 @@ class Relearn(ModelAttack):
         sides = split_by_fact(context.forget, self.share, context.seed)
         return len(context.forget) - sum(map(len, sides))
 
+    @property
+    def tuning(self) -> FineTuning:
+        """The fine-tuning."""
+        return FineTuning(
+            self.steps,
+            self.learning_rate or LEARNING_RATES[self.adapter],
+            self.batch_size,
+            self.rank if self.adapter == "lora" else None,
+            self.alpha,
+        )
+
     def recipe(self, lm: LM, rows: int) -> Recipe:
         """The fine-tuning as a recipe of the training engine."""
-        options: dict[str, Any] = {
-            "learning_rate": self.learning_rate or LEARNING_RATES[self.adapter],
-            "epochs": math.ceil(self.steps / math.ceil(rows / self.batch_size)),
-            "max_steps": self.steps,
-            "batch_size": self.batch_size,
-            "warmup_steps": self.steps // 10,
-            "schedule": "constant",
-            # As the model is measured: the curve and the end must be comparable with the start.
-            "precision": lm.precision,
-            "max_length": lm.template.max_length,
-        }
-        slots: dict[str, Any] = {}
-        if self.adapter == "lora":
-            slots["place"] = {"name": "lora", "rank": self.rank, "alpha": self.alpha}
-            slots["finish"] = "merge_adapter"
-        training = {f"training.{name}": value for name, value in options.items()}
-        return Recipe.named("finetune").changed(slots, training)
+        return self.tuning.recipe(lm, rows)
 
     def apply(self, lm: LM, context: AttackContext) -> LM:
         """The fine-tuned copy, an ordinary model also after LoRA.
@@ -205,33 +197,20 @@ class Relearn(ModelAttack):
             RunError: Training collapsed or moved nothing.
         """
         rows = self.trained_on(context)
-        twin = lm.copy()
-        twin.merge_adapter()  # or an adapter would escape the attack
 
-        def progress(step: int, total: int, numbers: Mapping[str, float]) -> None:
+        def watch(twin: LM, step: int, total: int) -> None:
             if context.observe and (step % self.observe_steps == 0 or step == total):
-                twin.touch()
                 context.observe(twin, step)
-            if context.progress is not None:
+            if context.progress is not None and step:
                 context.progress(step, total)
 
-        if context.observe:
-            context.observe(twin, 0)
-        trainer = Trainer(
-            twin,
-            self.recipe(twin, len(rows)),
-            {"forget": rows},  # what the engine calls forget rows are those its objective reads
-            context=Context(seed=context.seed, steps=progress),
-        )
-        result = trainer.train()
+        tuned = self.tuning.tuned(lm, rows, context.seed, watch)
         context.notes["relearning_rows"] = len(rows)
         if self.rows == "forget" and (out := self.left_out(context)):
             context.notes["note"] = (
                 f"{out} forget row{'s' * (out > 1)} tell{'s' * (out == 1)} facts of both sides, "
                 "trained and held out, and took no part."
             )
-        context.notes["relearning_tokens"] = result.tokens
-        context.notes["relearning_loss"] = [
-            result.history[0]["forget_loss"], result.history[-1]["forget_loss"]
-        ]  # fmt: skip
-        return result.lm
+        context.notes["relearning_tokens"] = tuned.tokens
+        context.notes["relearning_loss"] = list(tuned.losses)
+        return tuned.lm

@@ -16,7 +16,7 @@ from delible.audit.leaks import INFERRED, INSIDE, Setting
 from delible.audit.result import SystemRole
 from delible.audit.systems import Systems
 from delible.component import build
-from delible.errors import DataError, DelibleError
+from delible.errors import DataError, DelibleError, RunError
 from delible.lm.lm import LM
 from delible.measure.attack import (
     Attack,
@@ -28,7 +28,7 @@ from delible.measure.attack import (
     PromptAttack,
     Seen,
 )
-from delible.measure.evaluate import evaluate, mean_of
+from delible.measure.evaluate import evaluate, joined, mean_of
 from delible.measure.metric import SystemValues
 from delible.measure.remembering import Remembering
 from delible.records import RecordBase
@@ -253,15 +253,28 @@ class Attacking:
         self._held = setting.records[:CURVE_ROWS]
 
         def attacked() -> Attacked:
-            made = attack.apply(lm, context)
-            values = self.asking.evaluate(made, splits, self.asking.leaks, title, cached=False)
-            del made
-            gc.collect()
-            return Attacked(values, self._curve, dict(context.notes))
+            parts: list[SystemValues] = []
+            judged: list[str] = []
+            for made, records in attack.each(lm, context):
+                asked = {**splits, "forget": records}
+                parts.append(
+                    self.asking.evaluate(made, asked, self.asking.leaks, title, cached=False)
+                )
+                judged += [record.digest for record in records]
+                del made
+                gc.collect()
+            if judged != [record.digest for record in setting.records]:
+                raise RunError(
+                    "it was judged on other records than it says it holds out.",
+                    where=f"attack '{attack.card.name}'",
+                )
+            values = parts[0] if len(parts) == 1 else joined(parts, "forget")
+            return Attacked(values, self._curve, dict(context.notes), dict(context.numbers))
 
         self._curve: list[tuple[int, float | None]] = []
         found = self._once(lm, attack, context, splits, title, attacked)
         setting.values[role], setting.curves[role] = found.values, found.curve
+        setting.numbers[role] = found.numbers
         context.notes.update(found.notes)
         if role == "unlearned":
             setting.queries += found.values.asked

@@ -21,6 +21,7 @@ from delible.audit.erasure import (
     share_erased,
     untouched,
 )
+from delible.audit.relearning_speed import relearning_speed
 from delible.audit.result import FactsLeft, FormLeak, Leak, Recovered, SubjectLeak, SystemRole
 from delible.measure.attack import Findings
 from delible.measure.facts import fact_numbers
@@ -244,11 +245,7 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
         records=max((len(one.records) for one in found.values()), default=0),
         control=place.control or inert,
         weighs=place.weighs,
-        numbers={
-            name: {role: found[name] for role, found in place.numbers.items() if name in found}
-            for name in dict.fromkeys(one for found in place.numbers.values() for one in found)
-        }
-        | _read(place),
+        numbers=_numbers(place),
         recovered=place.recovered,
         cost_queries=place.queries,
         cost_steps=place.steps,
@@ -258,11 +255,17 @@ def leak(place: Setting, plain: Setting, *, with_reference: bool, seed: int) -> 
     )
 
 
-def _read(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
-    """The attack's own numbers, off what all systems were measured to say."""
+def _numbers(place: Setting) -> dict[str, dict[SystemRole, float | None]]:
+    """What the attack found for whole systems or reads off, and how fast knowledge came back."""
+    names = dict.fromkeys(one for found in place.numbers.values() for one in found)
+    own: dict[str, dict[SystemRole, float | None]] = {
+        name: {role: found[name] for role, found in place.numbers.items() if name in found}
+        for name in names
+    }
     values = {str(role): one for role, one in place.values.items()}
-    found = place.reads(values, place.splits) if place.reads is not None else {}
-    return {name: cast(dict[SystemRole, float | None], dict(row)) for name, row in found.items()}
+    read = place.reads(values, place.splits) if place.reads is not None else {}
+    more = {name: cast(dict[SystemRole, float | None], dict(row)) for name, row in read.items()}
+    return {**own, **more, **relearning_speed(place.curves)}
 
 
 def _means(place: Setting, measure: str, known: Known | None) -> dict[SystemRole, float | None]:

@@ -12,7 +12,7 @@ are larger where more is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -72,6 +72,7 @@ class AttackContext:
         reference: The model that never saw the forget records, as ``original``.
         roles: Who attacks, judges or translates by talking.
         neighbours: Records to keep that are close to the forgotten ones; they may be ``retain``.
+        numbers: Findings of an attack on the weights for the whole system, by name.
     """
 
     forget: Sequence[RecordBase]
@@ -86,6 +87,7 @@ class AttackContext:
     reference: LM | None = None
     roles: Roles = field(default_factory=Roles)
     neighbours: Sequence[RecordBase] = ()
+    numbers: dict[str, float | None] = field(default_factory=dict)
 
 
 class Attack(Component):
@@ -210,6 +212,15 @@ class ModelAttack(Attack):
     def apply(self, lm: LM, context: AttackContext) -> LM:
         """The attacked model; the one given stays as it was."""
         raise NotImplementedError
+
+    def each(self, lm: LM, context: AttackContext) -> Iterator[tuple[LM, Sequence[RecordBase]]]:
+        """The attacked models, one after the other, each with the records that it is judged on.
+
+        All records together are those of :meth:`Attack.held_out`, in its order. Most attacks make
+        one model, by :meth:`apply`; one that trains on some records and judges by the others, in
+        turns, overrides this instead.
+        """
+        yield self.apply(lm, context), self.held_out(context)
 
 
 @dataclass(frozen=True)

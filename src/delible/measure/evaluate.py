@@ -116,6 +116,43 @@ def mean_of(items: Sequence[Item]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def joined(parts: Sequence[SystemValues], split: str) -> SystemValues:
+    """The values of several models as of one.
+
+    Args:
+        parts: Of the models.
+        split: Each model was asked about other records of it, which stand one after the other. Of
+            the other splits each record has the mean over the models.
+    """
+    skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+    items: dict[str, dict[str, list[Item]]] = {}
+    for metric, by_split in parts[0].items.items():
+        if metric in skipped:
+            continue
+        for name in by_split:
+            rows = [part.items[metric][name] for part in parts]
+            if name == split:
+                items.setdefault(metric, {})[name] = [item for row in rows for item in row]
+            else:
+                items.setdefault(metric, {})[name] = [
+                    Item(mean_of(same), same[0].reason, same[0].detail)
+                    for same in zip(*rows, strict=True)
+                ]
+    return SystemValues(
+        system=parts[0].system,
+        items=items,
+        means={
+            metric: {name: mean_of(row) for name, row in by_split.items()}
+            for metric, by_split in items.items()
+        },
+        skipped=skipped,
+        options=parts[0].options,
+        measured=dict(sum((Counter(part.measured) for part in parts), Counter())),
+        asked=sum(part.asked for part in parts),
+        unanswered=dict(sum((Counter(part.unanswered) for part in parts), Counter())),
+    )
+
+
 @dataclass(frozen=True)
 class Ask:
     """A metric on some of the splits, perhaps under another name than its own.

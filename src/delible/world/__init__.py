@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from delible.world.benign import benign
 from delible.world.common import general, general_choices, unrelated
 from delible.world.facts import Fact, MultiHop
 from delible.world.graph import Person, Value
@@ -18,6 +19,7 @@ __all__ = [
     "Value",
     "World",
     "WorldOptions",
+    "benign",
     "general",
     "general_choices",
     "relations",
