@@ -16,6 +16,8 @@ from delible.measure.attack import (
     Attack,
     AttackContext,
     ConversationAttack,
+    InferenceAttack,
+    InsideAttack,
     ModelAttack,
     PromptAttack,
 )
@@ -24,6 +26,7 @@ from delible.system.asks import Decoding
 from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
+KINDS = (PromptAttack, ConversationAttack, ModelAttack, InsideAttack, InferenceAttack)
 NAMES = [card.name for card in registry.cards("attack")]
 FORGET: list[RecordBase] = [
     QA(question=f"Where was {name} born?", answer=f"In {town}.", subject=name)
@@ -64,8 +67,9 @@ def test_the_card_says_what_a_reader_needs(name: str) -> None:
     assert ("variant" in card.badges) == bool(card.variant)
     loaded = registry.load("attack", name)
     assert loaded.card == card
-    if issubclass(loaded, PromptAttack | ConversationAttack):
-        assert card.changes == "prompts"
+    changes = {PromptAttack: "prompts", ConversationAttack: "prompts", ModelAttack: "weights",
+               InsideAttack: "nothing", InferenceAttack: "nothing"}  # fmt: skip
+    assert card.changes == next(what for kind, what in changes.items() if issubclass(loaded, kind))
     if issubclass(loaded, ModelAttack):
         assert card.capability == "weights"
         assert "weights" in card.needs

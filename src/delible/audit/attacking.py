@@ -18,6 +18,7 @@ from delible.audit.systems import Systems
 from delible.component import build
 from delible.errors import DataError, DelibleError, RunError
 from delible.lm.lm import LM
+from delible.lm.states import StateStore
 from delible.measure.attack import (
     Attack,
     AttackContext,
@@ -71,6 +72,8 @@ class Attacking:
     def __init__(self, asking: Asking, systems: Systems) -> None:
         self.asking, self.systems = asking, systems
         self.kept = Kept(asking.cache)
+        #: What one attack has read of a model the next one need not read again.
+        self.states = StateStore()
         self.white_box = True
         #: Records that the running attack's curve is measured on.
         self._held: Sequence[RecordBase] = ()
@@ -361,6 +364,7 @@ class Attacking:
             holdout=spaced(self.asking.splits.get("holdout", ()), ATTACKED_HOLDOUT),
             seed=self.asking.context.seed,
             roles=self.asking.context.roles,
+            states=self.states,
             observe=observe,
             progress=progress,
         )

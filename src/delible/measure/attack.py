@@ -28,6 +28,13 @@ from delible.system.roles import Roles
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
+    from delible.lm.states import StateStore
+
+
+def _store() -> StateStore:
+    from delible.lm.states import StateStore
+
+    return StateStore()
 
 #: Numbers of whole systems, by name and system.
 Findings = Mapping[str, Mapping[str, float | None]]
@@ -73,6 +80,7 @@ class AttackContext:
         roles: Who attacks, judges or translates by talking.
         neighbours: Records to keep that are close to the forgotten ones; they may be ``retain``.
         numbers: Findings of an attack on the weights for the whole system, by name.
+        states: Hidden states that other attacks have read already.
     """
 
     forget: Sequence[RecordBase]
@@ -88,6 +96,7 @@ class AttackContext:
     roles: Roles = field(default_factory=Roles)
     neighbours: Sequence[RecordBase] = ()
     numbers: dict[str, float | None] = field(default_factory=dict)
+    states: StateStore = field(default_factory=_store)
 
 
 class Attack(Component):
