@@ -36,6 +36,7 @@ def _store() -> StateStore:
 
     return StateStore()
 
+
 #: Numbers of whole systems, by name and system.
 Findings = Mapping[str, Mapping[str, float | None]]
 
