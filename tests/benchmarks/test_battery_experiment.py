@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,35 @@ def test_a_guard_and_the_reference_on_a_tiny_model(tmp_path: Path) -> None:
     assert (tmp_path / "audits" / "target_detector-0" / "metrics.json").is_file()
     again = battery.run(setting)
     assert again.rows == found.rows
+
+
+# ---- the page of results
+
+
+def test_the_page_says_for_which_methods_a_claim_shows() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
+    try:
+        import battery as script
+    finally:
+        sys.path.pop(0)
+
+    def quantized(value: float | None, variant: str = "4 bit") -> dict[str, Any]:
+        return leak("quantize", "quantization", value, variant=variant)
+
+    table = findings(
+        {
+            "npo": [cell(leak("none", "", 0.9), quantized(0.4))],
+            "idk": [cell(leak("none", "", 0.9), quantized(0.88))],
+            "rmu": [cell(leak("none", "", 0.9), quantized(None))],
+        }
+    )
+    found = {
+        "model": "tiny", "command": "delible bench battery", "seconds": 60.0, "rows": table.rows,
+        "runs": table.runs, "notes": table.notes, "git_revision": "abc",
+        "hardware": {"processors": 2, "machine": "x86_64"},
+    }  # fmt: skip
+    page = script.page(found)
+    said = "shows for npo (0.90 → 0.40); does not show for idk (0.90 → 0.88); has no power for rmu."
+    assert said in page
+    assert "| quantize: 4 bit | 0.40 | 0.88 | – |" in page
+    assert "is used again** (arXiv:2407.00106): not run." in page
