@@ -23,7 +23,6 @@ import logging
 from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -32,12 +31,12 @@ from pydantic_core import PydanticCustomError
 from delible import prompts as prompt_files
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
-from delible.loaders import read_records
 from delible.method import Outcome
 from delible.records import ForgetRequest
 from delible.registry import register
-from delible.search.instruction import Labelled, Program, Ruling, search
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.search.instruction import Labelled, Program, Ruling, proposed, search
+from delible.search.labelled import labelled_queries
+from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
 from delible.system.replies import Unanswered
 from delible.systems.consulting import (
@@ -52,18 +51,12 @@ from delible.systems.consulting import (
 )
 from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judging import Consult, Decision, Judging, Refuse, Say, settle_all
-from delible.systems.likeness import general_questions
-from delible.systems.record_texts import kept_by, names_of, questions_of
-from delible.systems.thoughts import parted
+from delible.systems.record_texts import names_of
 
 logger = logging.getLogger(__name__)
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
 VERSION = 1
-#: Labelled examples of one class without which nothing is looked for.
-FEWEST = 4
-#: Characters of an instruction that a model wrote; a longer one is no instruction.
-LONGEST = 2000
 
 Rule = Literal["safe", "unsafe"]
 
@@ -322,7 +315,9 @@ class Aegisllm(Guard):
             The program; None where there are too few labelled examples, which the notes say.
         """
         mind = self.prepare(request, context)
-        train, validation = self.labelled(request)
+        train, validation = labelled_queries(
+            request, self.examples, self.examples_per_class, self.train_share, self.seed
+        )
         counts = {
             f"{part}_{label}": sum(one.label == label for one in rows)
             for part, rows in (("train", train), ("validation", validation))
@@ -347,8 +342,8 @@ class Aegisllm(Guard):
                     raise course.failure
             return [found.get(place, Ruling(None)) for place in range(len(texts))]
 
-        def propose(wrong: Sequence[Labelled]) -> list[str]:
-            return self._proposed(mind, train, wrong)
+        def propose(wrong: Sequence[Labelled]) -> list[str | None]:
+            return proposed(mind.orchestrator, mind.program, train, wrong, self.seed)
 
         calls = [0]
         result = search(
@@ -366,71 +361,6 @@ class Aegisllm(Guard):
             f"with what {result.trials} trials found ({result.calls} calls)."
         )
         return result.program, {**result.told, **counts}
-
-    def labelled(self, request: ForgetRequest) -> tuple[list[Labelled], list[Labelled]]:
-        """Queries to learn from, and to compare by; both hold both classes where there are enough.
-
-        Raises:
-            DataError: The file cannot be read, or has a record of another group.
-        """
-        draw = Random(f"{self.seed}/examples")
-        pools: dict[str, list[str]] = {"safe": [], "unsafe": []}
-        if self.examples is not None:
-            for number, record in enumerate(read_records(self.examples), start=1):
-                if record.group not in pools:
-                    raise DataError(
-                        f"the group of record {number} is neither 'safe' nor 'unsafe'.",
-                        where=self.examples,
-                    )
-                pools[record.group] += questions_of(record)[:1]
-        else:
-            most = self.examples_per_class
-            kept = [text for record in kept_by(request) for text in questions_of(record)[:1]]
-            near = draw.sample(kept, min(len(kept), 2 * most // 3))
-            others = general_questions()
-            far = draw.sample(others, min(len(others), most - len(near)))
-            unsafe = [text for record in request.forget for text in questions_of(record)[:1]]
-            pools = {"safe": [*near, *far], "unsafe": unsafe}
-        flagged = set(pools["unsafe"])
-        pools["safe"] = [text for text in pools["safe"] if text not in flagged]
-        train: list[Labelled] = []
-        validation: list[Labelled] = []
-        for label, texts in pools.items():
-            different = list(dict.fromkeys(texts))
-            draw.shuffle(different)
-            different = different[: self.examples_per_class]
-            if len(different) >= FEWEST:
-                learned = max(1, round(self.train_share * len(different)))
-                train += [Labelled(text, label) for text in different[:learned]]
-                validation += [Labelled(text, label) for text in different[learned:]]
-        draw.shuffle(train)
-        return train, validation
-
-    def _proposed(
-        self, mind: AegisMind, train: Sequence[Labelled], wrong: Sequence[Labelled]
-    ) -> list[str]:
-        """Instructions that the guard writes anew, one per piece of advice."""
-
-        def listed(rows: Sequence[Labelled]) -> str:
-            return "\n".join(f"- {one.label}: {fenced(one.text, 'query')}" for one in rows)
-
-        mistakes = f"These it sorts wrongly:\n{listed(wrong[:6])}" if wrong else ""
-        asks = [
-            Prompt.ask(
-                filled(
-                    "search_instruction.txt",
-                    instruction=mind.program.instruction,
-                    examples=listed(train[:8]),
-                    mistakes=mistakes,
-                    advice=advice,
-                )
-            )
-            for advice in prompt_files.read_lines("search_advice.txt")
-        ]
-        decoding = Decoding(512, temperature=0.7, top_p=0.95, seed=self.seed)
-        replies = mind.orchestrator.generate(asks, decoding)
-        texts = [parted(one)[1].strip() for one in replies if not isinstance(one, NoAnswer)]
-        return [text for text in texts if 0 < len(text) <= LONGEST]
 
 
 def _into(

@@ -29,7 +29,7 @@ from pydantic import BaseModel, Field
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
 from delible.lm.encoder import Encoder, sentence_encoder
-from delible.names import Names, fold
+from delible.names import fold
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Decoding, Prompt
@@ -47,8 +47,8 @@ from delible.systems.consulting import (
 )
 from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judging import Consult, Decision, Judging, Say
-from delible.systems.likeness import Likeness
-from delible.systems.record_texts import answers_of, names_of, questions_of
+from delible.systems.record_texts import names_of
+from delible.systems.shortlist import Subjects
 from delible.systems.thoughts import parted
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
@@ -114,49 +114,6 @@ def best(candidates: Sequence[str], ratings: Sequence[int], kept: int) -> tuple[
         raise Unanswered("the critic did not rate every candidate from 1 to 5.")
     order = sorted(range(len(candidates)), key=lambda place: -ratings[place])[:kept]
     return [candidates[place] for place in order], sum(ratings[p] for p in order) / len(order)
-
-
-class Subjects:
-    """The subjects of a request: which of them a text should be compared with.
-
-    Args:
-        targets: Names of each.
-        likeness: Names and records, and whose they are; None where all subjects are listed always.
-        most: Subjects that are listed at most, besides those that are named.
-    """
-
-    def __init__(
-        self,
-        targets: Mapping[str, Sequence[str]],
-        likeness: tuple[Likeness, Sequence[str]] | None,
-        most: int,
-    ) -> None:
-        self.targets, self.likeness, self.most = targets, likeness, most
-        self._owners = {name: subject for subject, names in targets.items() for name in names}
-        self.names = Names(self._owners)
-
-    def for_text(self, *texts: str) -> list[str]:
-        """Subjects in the order of the request."""
-        if self.likeness is None:
-            return list(self.targets)
-        named = {self._owners[match.name] for text in texts for match in self.names.find(text)}
-        likeness, owners = self.likeness
-        cosines = likeness.cosines(likeness.encoder.encode([text for text in texts if text]))
-        near: dict[str, None] = {}
-        for place in (-cosines.max(axis=0)).argsort(kind="stable"):
-            if len(near) == self.most:
-                break
-            near[owners[int(place)]] = None
-        return [subject for subject in self.targets if subject in named or subject in near]
-
-
-def listed(names: Sequence[str], targets: Mapping[str, Sequence[str]]) -> str:
-    """Subjects in a prompt, other names in brackets."""
-    told = [
-        name + (f" (also: {', '.join(targets[name][1:])})" if targets[name][1:] else "")
-        for name in names
-    ]
-    return "; ".join(told)
 
 
 class AluMind(GuardMind):
@@ -225,7 +182,7 @@ class AluMind(GuardMind):
             "guard",
             Decoding(self.options.audit_tokens),
             "alu_audit.txt",
-            subjects=listed(subjects, self.subjects.targets),
+            subjects=self.subjects.listed(subjects),
             query=fenced(query, "query"),
             answer=fenced(answer, "answer"),
         )
@@ -245,7 +202,7 @@ class AluMind(GuardMind):
                     seed=self.options.seed + attempt,
                 ),
                 "alu_erase.txt",
-                subjects=listed(subjects, self.subjects.targets),
+                subjects=self.subjects.listed(subjects),
                 count=self.options.rewrites,
                 refusal=NOTHING_LEFT,
                 query=fenced(query, "query"),
@@ -270,7 +227,7 @@ class AluMind(GuardMind):
             "critic",
             Decoding(self.options.max_new_tokens),
             "alu_critic.txt",
-            subjects=listed(subjects, self.subjects.targets),
+            subjects=self.subjects.listed(subjects),
             target="; ".join(given_away) or "None",
             count=len(candidates),
             query=fenced(query, "query"),
@@ -289,7 +246,7 @@ class AluMind(GuardMind):
             "writer",
             Decoding(self.options.max_new_tokens),
             "alu_compose.txt",
-            subjects=listed(subjects, self.subjects.targets),
+            subjects=self.subjects.listed(subjects),
             query=fenced(query, "query"),
             candidates=_numbered(kept),
         )
@@ -389,22 +346,13 @@ class Alu(Guard):
                 where="guard 'alu'",
                 hint="Give names (--subjects NAME,…) or forget records with a subject.",
             )
-        likeness = None
-        if len(targets) > self.listed:
-            rows = [(name, subject) for subject, names in targets.items() for name in names]
-            for record in request.forget:
-                if record.subject:
-                    texts = (*questions_of(record), *answers_of(record))
-                    rows += [(text, record.subject) for text in texts]
-            index = Likeness(
-                encoder or sentence_encoder(self.encoder_folder), [text for text, _ in rows]
-            )
-            likeness = (index, [owner for _, owner in rows])
-        identity = likeness[0].encoder.identity if likeness else None
-        judged_by = [VERSION, self.spec(), targets, request.id if likeness else None, identity]
+        subjects = Subjects.of(
+            request, targets, self.listed, lambda: encoder or sentence_encoder(self.encoder_folder)
+        )
+        judged_by = [VERSION, self.spec(), targets, subjects.identity(request)]
         return AluMind(
             self,
-            Subjects(targets, likeness, self.listed),
+            subjects,
             {part: context.role(part) for part in self.consults},
             hashlib.sha256(json.dumps(judged_by, sort_keys=True).encode()).hexdigest(),
         )

@@ -25,16 +25,21 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from delible import prompts
 from delible.component import Config
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import System
+from delible.systems.consulting import fenced, filled
+from delible.systems.thoughts import parted
 
-#: Version of what is written of a program.
-SCHEMA = 1
 #: Validation examples of a trial.
 BATCH = 25
 #: Trials at most, and how many of the best are tried on all validation examples.
 TRIALS, FINALISTS = 16, 3
 #: Demonstrations of each kind in a set, and sets that are drawn.
 SHOWN, SETS = 4, 5
+#: Characters of an instruction that a model wrote; a longer one is no instruction.
+LONGEST = 2000
 
 
 class Labelled(NamedTuple):
@@ -85,7 +90,7 @@ class Found:
         start: Mean credit of the start on the validation examples, [0, 1].
         score: That of what was found; at least ``start``.
         trials: Programs that were tried.
-        calls: Texts that were sorted.
+        calls: Texts that were sorted, and instructions that were written.
     """
 
     program: Program
@@ -207,7 +212,7 @@ def search(
     train: Sequence[Labelled],
     validation: Sequence[Labelled],
     sorter: Sorter,
-    propose: Callable[[Sequence[Labelled]], Sequence[str]],
+    propose: Callable[[Sequence[Labelled]], Sequence[str | None]],
     credit: Callable[[str, str | None], float],
     *,
     calls: int,
@@ -220,9 +225,10 @@ def search(
         train: Examples for demonstrations and for who writes instructions.
         validation: Other examples, by which programs are compared.
         sorter: Sorts texts by a program.
-        propose: Writes instructions anew; is told which training examples the start gets wrong.
+        propose: Writes instructions anew, with a call each (None: unusable); is told which training
+            examples the start gets wrong.
         credit: For a label and how the text was sorted (None: unreadable), [0, 1].
-        calls: Texts that may be sorted in all; the start alone takes all examples once.
+        calls: In all, proposals included; the start alone takes all examples once.
         seed: Of the draws.
 
     Returns:
@@ -243,7 +249,9 @@ def search(
     start_score, tried = best_score, dict[tuple[int, int], float]()
     if start_score < 1.0 and runs.calls < calls:
         wrong = [one for one, ruled in zip(train, first, strict=True) if ruled.label != one.label]
-        instructions = list(dict.fromkeys([start.instruction, *propose(wrong)]))
+        written = propose(wrong)
+        runs.calls += len(written)
+        instructions = list(dict.fromkeys([start.instruction, *(one for one in written if one)]))
         sets = list(
             dict.fromkeys([start.demonstrations, *demonstration_sets(train, first, random)])
         )
@@ -268,6 +276,41 @@ def search(
     return Found(best, start_score, best_score, max(0, len(tried) - 1), runs.calls)
 
 
+def proposed(
+    system: System, start: Program, train: Sequence[Labelled], wrong: Sequence[Labelled], seed: int
+) -> list[str | None]:
+    """Instructions that a model writes anew, one per piece of advice; None for unusable ones.
+
+    Args:
+        system: Who writes.
+        start: What there is.
+        train: Examples, of which some are shown.
+        wrong: Those that the start gets wrong.
+        seed: Of what is drawn.
+    """
+
+    def listed(rows: Sequence[Labelled]) -> str:
+        return "\n".join(f"- {one.label}: {fenced(one.text, 'text')}" for one in rows)
+
+    mistakes = f"These it sorts wrongly:\n{listed(wrong[:SHOWN])}" if wrong else ""
+    asks = [
+        Prompt.ask(
+            filled(
+                "search_instruction.txt",
+                instruction=start.instruction,
+                examples=listed(train[: 2 * SHOWN]),
+                mistakes=mistakes,
+                advice=advice,
+            )
+        )
+        for advice in prompts.read_lines("search_advice.txt")
+    ]
+    decoding = Decoding(512, temperature=0.7, top_p=0.95, seed=seed)
+    replies = system.generate(asks, decoding)
+    texts = ["" if isinstance(one, NoAnswer) else parted(one)[1].strip() for one in replies]
+    return [text if 0 < len(text) <= LONGEST else None for text in texts]
+
+
 __all__ = [
     "Demonstration",
     "Found",
@@ -276,5 +319,6 @@ __all__ = [
     "Ruling",
     "demonstration_sets",
     "drawn_pair",
+    "proposed",
     "search",
 ]
