@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cache
 from random import Random
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from pydantic import BaseModel, Field
 from delible import prompts as prompt_files
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
+from delible.generation.writing import read_list
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.method import Outcome
 from delible.names import Names, fold
@@ -86,7 +87,8 @@ def read_instruction(reply: str) -> str:
         return form.cot_instruction.strip()
     cut = _CUT_FORM.search(said)
     if cut is None:
-        return re.sub(r"^```\w*|```$", "", said).strip()
+        text = re.sub(r"^```\w*|```$", "", said).strip()
+        return text if re.search(r"\w", text) else ""
     return re.sub(r'\\(["\\/])', r"\1", cut[1]).replace("\\n", "\n").rstrip("\\").strip()
 
 
@@ -204,7 +206,7 @@ class DragonMind(GuardMind):
         named = dict.fromkeys(self._owners[match.name] for match in self.names.find(text))
         return ", ".join(named) or "somebody or something"
 
-    def reasoning(self, prompt: Prompt, about: str) -> Judging:  # type: ignore[type-arg]
+    def reasoning(self, prompt: Prompt, about: str) -> Generator[Consult, Any, str]:
         """How to think about a prompt."""
         kind = self.options.reasoning
         if kind == "guard" and self.guard is not None:
@@ -214,9 +216,8 @@ class DragonMind(GuardMind):
                 top_p=self.options.top_p,
                 seed=self.options.seed,
             )
-            asked = filled(
-                "dragon_guard.txt", about=about, query=fenced(conversation(prompt), "query")
-            )
+            query = fenced(conversation(prompt), "query")
+            asked = filled("dragon_guard.txt", about=about, query=query)
             ask = Prompt.ask(asked, system="Output the final answer only.")
             try:
                 reply = yield from self.costs.asks("guard", Consult(self.guard, ask, decoding))
@@ -265,8 +266,8 @@ class DragonMind(GuardMind):
     weakest="A description without the name; a model too weak to follow the instruction.",
     capability="generate",
     badges=("variant",),
-    variant="A part of a name is a hint; the threshold is fitted without records to keep; decoys of "
-    "the made-up world; no classifier for harmful knowledge.",
+    variant="A part of a name is a hint; the threshold is fitted without records to keep; decoys "
+    "are of a made-up world; no classifier for harmful knowledge.",
 )
 class Dragon(Guard):
     """Options of DRAGON."""
@@ -388,10 +389,7 @@ class Dragon(Guard):
         made: dict[int, QA] = {}
         for record, reply in zip(rows, replies, strict=True):
             said = "" if isinstance(reply, NoAnswer) else parted(reply)[1]
-            lines = [
-                re.sub(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s+", "", one) for one in said.splitlines()
-            ]
-            forms = [one.strip().strip('"') for one in lines if re.search(r"\w", one)]
+            forms = [one for one in read_list(said) if re.search(r"\w", one)]
             forms = [one for one in forms[: self.paraphrases] if one != record.question]
             if forms:
                 closest = Likeness(encoder, [record.question]).closest(forms)[0].argmax()
