@@ -311,7 +311,9 @@ class Alu(Guard):
         True, description="A multiple-choice answer that gives something away: a random letter."
     )
     listed: int = Field(
-        20, ge=1, description="Subjects that are listed, besides those that a text names."
+        20,
+        ge=1,
+        description="Subjects, those closest to a text, that are listed; those it names always are.",
     )
     temperature: float = Field(0.8, ge=0, le=2, description="At which rewrites are drawn.")
     audit_tokens: int = Field(128, ge=4, description="Tokens of an auditor's verdict.")
