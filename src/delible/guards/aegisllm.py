@@ -207,7 +207,7 @@ class AegisMind(GuardMind):
     capability="generate",
     badges=("variant",),
     variant="One verdict end to end, unreadable replies are unsafe, an own optimiser; the "
-    "evaluator  whatever is more than a letter.",
+    "evaluator reads whatever is more than a letter.",
 )
 class Aegisllm(Guard):
     """Options of AegisLLM."""

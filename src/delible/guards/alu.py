@@ -313,7 +313,7 @@ class Alu(Guard):
     listed: int = Field(
         20,
         ge=1,
-        description="Subjects, those closest to a text, that are listed; those it names always are.",
+        description="Closest subjects that are listed; those that a text names always are.",
     )
     temperature: float = Field(0.8, ge=0, le=2, description="At which rewrites are drawn.")
     audit_tokens: int = Field(128, ge=4, description="Tokens of an auditor's verdict.")

@@ -61,8 +61,6 @@ PEOPLE = 100
 #: Letters that a part of a name has at least.
 PART_LETTERS = 3
 
-Reasoning = Literal["guard", "template", "short", "none"]
-
 _CUT_FORM = re.compile(r'"cot_instruction"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
 
 
@@ -301,7 +299,7 @@ class Dragon(Guard):
         le=20,
         description="Other forms of each forget question that the writer makes; the closest stays.",
     )
-    reasoning: Reasoning = Field(
+    reasoning: Literal["guard", "template", "short", "none"] = Field(
         "guard", description="Who says how to think: the guard, a fixed text, a short one, nobody."
     )
     decoys: int = Field(1, ge=0, le=10, description="Made-up biographies before a question.")
