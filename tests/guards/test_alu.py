@@ -146,6 +146,9 @@ def test_rewrites_are_drawn_and_verdicts_are_not() -> None:
     assert [one.temperature for one in decodings["writer"]] == [0.8, 0.0]
     assert {one.temperature for one in (*decodings["guard"], *decodings["critic"])} == {0.0}
     assert {one.max_new_tokens for one in decodings["guard"]} == {128}
+    agents.replies, decodings["writer"] = {"erase": ["nothing"] * 3}, []
+    said(guarded(agents=agents)[0])
+    assert [one.seed for one in decodings["writer"]] == [0, 1, 2], "the same is drawn again"
 
 
 def test_ratings_decide_what_is_composed() -> None:

@@ -16,13 +16,13 @@ import pytest
 
 from delible.context import Context
 from delible.errors import DataError, RecipeError
+from delible.generation.advice import read_advice
 from delible.guards.dragon import (
     Dragon,
     DragonMind,
     biographies,
     neutral,
     parts_of,
-    read_instruction,
     without_answers,
 )
 from delible.messages import Message
@@ -264,7 +264,7 @@ def test_other_ways_to_reason() -> None:
     ],
 )  # fmt: skip
 def test_advice_is_read_from_whatever_form(reply: str, expected: str) -> None:
-    assert read_instruction(reply) == expected
+    assert read_advice(reply) == expected
 
 
 def test_the_control_is_as_long_and_says_nothing() -> None:

@@ -15,7 +15,8 @@ of a surname; `name_parts: 1` is theirs); the threshold is fitted on general que
 forgotten ones about made-up people, for at the code's 0.9 half of all paraphrases pass
 (:mod:`delible.guards.target_detector` has the numbers); paraphrases are chosen by the sentence
 encoder, not by BERTScore; decoys come from the world, so that no model has to write them. The
-detector of harmful knowledge, which adds a fine-tuned classifier and ROUGE-L, is not here.
+detector of harmful knowledge, which adds a fine-tuned classifier and ROUGE-L, is not here. Rows
+that teach a guard: :mod:`delible.generation.advice`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from functools import cache
 from random import Random
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from delible import prompts as prompt_files
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
+from delible.generation.advice import asking_advice, read_advice
 from delible.generation.writing import read_list
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.method import Outcome
@@ -41,15 +43,14 @@ from delible.records import QA, ForgetRequest, Passage, Record
 from delible.registry import register
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
-from delible.system.forms import read_form
 from delible.system.replies import Unanswered
-from delible.systems.consulting import Costs, conversation, fenced, filled, last_asked, rephrased
+from delible.systems.consulting import Costs, conversation, filled, last_asked, rephrased
 from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Consult, Forward, Judging
 from delible.systems.likeness import Likeness, fit, general_questions, harmless
 from delible.systems.record_texts import names_of, questions_of
-from delible.systems.thoughts import is_cut_thought, parted
+from delible.systems.thoughts import parted
 from delible.world import World
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
@@ -60,35 +61,6 @@ NOT_KEPT = "(not kept)"
 PEOPLE = 100
 #: Letters that a part of a name has at least.
 PART_LETTERS = 3
-
-_CUT_FORM = re.compile(r'"cot_instruction"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
-
-
-class Instruction(BaseModel):
-    """What the guard replies."""
-
-    requires_refusal: bool = True
-    cot_instruction: str
-
-
-def read_instruction(reply: str) -> str:
-    """How to think, from a guard's reply: of its JSON, of what there is of it, or the whole text.
-
-    Returns:
-        The instruction; empty if there is none (nothing but a thought that was cut off).
-    """
-    if is_cut_thought(reply):
-        return ""
-    said = parted(reply)[1].strip()
-    form = read_form(said, Instruction)
-    if isinstance(form, Instruction):
-        return form.cot_instruction.strip()
-    cut = _CUT_FORM.search(said)
-    if cut is None:
-        text = re.sub(r"^```\w*|```$", "", said).strip()
-        return text if re.search(r"\w", text) else ""
-    return re.sub(r'\\(["\\/])', r"\1", cut[1]).replace("\\n", "\n").rstrip("\\").strip()
-
 
 @cache
 def biographies(seed: int) -> tuple[str, ...]:
@@ -214,14 +186,12 @@ class DragonMind(GuardMind):
                 top_p=self.options.top_p,
                 seed=self.options.seed,
             )
-            query = fenced(conversation(prompt), "query")
-            asked = filled("dragon_guard.txt", about=about, query=query)
-            ask = Prompt.ask(asked, system="Output the final answer only.")
+            ask = asking_advice(conversation(prompt), about)
             try:
                 reply = yield from self.costs.asks("guard", Consult(self.guard, ask, decoding))
             except Unanswered:
                 reply = ""
-            if found := read_instruction(reply):
+            if found := read_advice(reply):
                 return found
             self.costs.outcome("guard failed")
             kind = "short"
