@@ -62,6 +62,7 @@ PEOPLE = 100
 #: Letters that a part of a name has at least.
 PART_LETTERS = 3
 
+
 @cache
 def biographies(seed: int) -> tuple[str, ...]:
     """Biographies of made-up people, without their names."""
