@@ -291,7 +291,11 @@ def test_too_few_examples_are_said() -> None:
 
 
 def test_a_spent_budget_stops_the_search() -> None:
-    player = {"guard": Scripted(lambda _: RunError("the budget is spent.")), "critic": Scripted([])}
+    def spent(prompt: Prompt) -> Any:
+        writing = "Write another instruction" in prompt.messages[-1].text
+        return "Flag nothing." if writing else RunError("the budget is spent.")
+
+    player = {"guard": Scripted(spent), "critic": Scripted([])}
     with pytest.raises(RunError, match="budget"):
         Aegisllm().apply(Scripted([]), REQUEST, Context(roles=Roles(player)))  # type: ignore[arg-type]
 
