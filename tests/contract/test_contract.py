@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
+from delible.system.base import System
+from delible.system.role import RoleName
 from delible.systems.guarded import NO_CONTEXT, Guard, GuardMind
+from delible.systems.scripted import Scripted
 from delible.testing import ContractError, check, tiny_model, tiny_tokenizer
 from delible.testing.contract.trial import RECORDS, answers
 from delible.train.engine import Trainer
@@ -46,6 +51,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
+    ("guard", "aegisllm"): {"search_calls": 0},
+    ("guard", "dragon"): {"similarity": False},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -60,6 +67,37 @@ HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("keep", "bidirectional_distillation"): {"generate": "unified"},
     ("select", "memo"): {"generate": "inverted_facts"},
     ("finish", "merge_adapter"): {"place": "lora"},
+}
+
+
+def about_the_forgotten(prompt: Prompt) -> bool:
+    """Whether what is shown between marks names a forgotten person, or is a forgotten answer."""
+    shown = re.findall(r"<(\w+-[0-9a-f]{8})>\n(.*?)\n</\1>", prompt.messages[-1].text, re.DOTALL)
+    words = " ".join(text for _, text in shown)
+    return any(found in words for found in ("Ada Quill", "Ben Orr", "Norrby", "lute"))
+
+
+def scripted(says: Callable[[Prompt], str]) -> Scripted:
+    return Scripted(says, fingerprint="scripted")
+
+
+def verdict(prompt: Prompt) -> str:
+    found = "unsafe" if about_the_forgotten(prompt) else "safe"
+    return f'{{"reasoning": "by its names", "verdict": "{found}"}}'
+
+
+#: Who plays the parts that a guard consults.
+PLAYERS: dict[tuple[str, str], dict[RoleName, System]] = {
+    ("guard", "aegisllm"): {"guard": scripted(verdict), "critic": scripted(verdict)},
+    ("guard", "alu"): {
+        "guard": scripted(lambda prompt: "Ada Quill" if about_the_forgotten(prompt) else "None"),
+        "writer": scripted(lambda _: "1. Rewritten.\n2. Written anew.\n3. Worded otherwise."),
+        "critic": scripted(lambda _: '{"ratings": [2, 2, 2]}'),
+    },
+    ("guard", "dragon"): {
+        "guard": scripted(lambda _: '{"requires_refusal": true, "cot_instruction": "Decline."}'),
+        "writer": scripted(lambda _: ""),
+    },
 }
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 RECIPES = [card.name for card in registry.cards("recipe")]
@@ -91,7 +129,7 @@ def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_component(card: Card) -> None:
     key = (card.kind, card.name)
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
-    assert check(component, slots=HOSTS.get(key))
+    assert check(component, slots=HOSTS.get(key), players=PLAYERS.get(key))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import Field
 
 from delible.context import NO_CONTEXT, Context
-from delible.errors import DataError, RecipeError, nearest
+from delible.errors import DataError
 from delible.lm.encoder import Encoder, sentence_encoder
 from delible.names import Names, Runs, runs, surnames
 from delible.records import ForgetRequest
@@ -38,7 +38,13 @@ from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Judged, Scanner
 from delible.systems.likeness import Likeness, fit_likeness, harmless
-from delible.systems.record_texts import answers_of, distinctive_strings, kept_by, questions_of
+from delible.systems.record_texts import (
+    answers_of,
+    distinctive_strings,
+    kept_by,
+    names_of,
+    questions_of,
+)
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
 VERSION = 2
@@ -148,17 +154,7 @@ class TargetDetector(Guard):
         Raises:
             RecipeError: An alias is given for somebody who is not a target.
         """
-        named = (record.subject for record in request.forget if record.subject)
-        targets = {name: [name] for name in (*request.subjects, *named)}
-        for subject, aliases in self.aliases.items():
-            if subject not in targets:
-                raise RecipeError(
-                    f"aliases for '{subject}', who is not a target.",
-                    where="guard 'target_detector'",
-                    hint=nearest(subject, targets) if targets else "The request names nobody.",
-                )
-            targets[subject] = [*targets[subject], *aliases]
-        return targets
+        return names_of(request, self.aliases, "guard 'target_detector'")
 
     def prepare(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
+from delible.errors import RecipeError, nearest
 from delible.names import Names, fold
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, RecordBase
 
@@ -37,6 +39,27 @@ def kept_by(request: ForgetRequest) -> list[RecordBase]:
     return [*request.retain, *request.neighbours, *request.holdout]
 
 
+def names_of(
+    request: ForgetRequest, aliases: Mapping[str, Sequence[str]], where: str
+) -> dict[str, list[str]]:
+    """Each target's names: the request's subjects, its forget records', and the aliases.
+
+    Raises:
+        RecipeError: An alias is given for somebody who is not a target.
+    """
+    named = (record.subject for record in request.forget if record.subject)
+    targets = {name: [name] for name in (*request.subjects, *named)}
+    for subject, others in aliases.items():
+        if subject not in targets:
+            raise RecipeError(
+                f"aliases for '{subject}', who is not a target.",
+                where=where,
+                hint=nearest(subject, targets) if targets else "The request names nobody.",
+            )
+        targets[subject] = [*targets[subject], *others]
+    return targets
+
+
 def distinctive_strings(request: ForgetRequest, *, letters: int, words: int) -> list[str]:
     """Short answers and quoted titles of two or more words that only forgotten answers hold.
 
@@ -61,4 +84,4 @@ def distinctive_strings(request: ForgetRequest, *, letters: int, words: int) -> 
     return [text for text in candidates if text not in common]
 
 
-__all__ = ["answers_of", "distinctive_strings", "kept_by", "questions_of"]
+__all__ = ["answers_of", "distinctive_strings", "kept_by", "names_of", "questions_of"]

@@ -95,7 +95,7 @@ def _every_way(guarded: GuardedSystem, prompt: Prompt) -> dict[str, Reply]:
 
 
 def _mind(trial: Trial, request: ForgetRequest = REQUEST) -> GuardMind:
-    return cast(Guard, trial.component).prepare(request)
+    return cast(Guard, trial.component).prepare(request, trial.context)
 
 
 def _raising(mind: GuardMind, prompt: Prompt, course: Course) -> Decision:

@@ -14,7 +14,11 @@ from pydantic import ValidationError
 
 from delible.cards import SLOTS, Kind
 from delible.component import Component
+from delible.context import Context
 from delible.errors import ModelError
+from delible.system.base import System
+from delible.system.role import RoleName
+from delible.system.roles import Roles
 from delible.testing.contract.attack import (
     attacked_model_is_a_copy,
     rewriting_is_deterministic,
@@ -125,6 +129,7 @@ def check(
     families: Sequence[str] = ("llama", "gpt2", "gemma2", "qwen2_moe"),
     *,
     slots: Mapping[str, Any] | None = None,
+    players: Mapping[RoleName, System] | None = None,
 ) -> list[str]:
     """Runs the contract of a component on tiny random models.
 
@@ -135,6 +140,8 @@ def check(
         slots: What else a recipe must hold for the component to work, such as
             ``{"place": "lora"}`` for a finisher of adapters; the default is NPO with a
             likelihood loss on retain rows.
+        players: Who plays the parts that a guard consults (scripted systems), so that forgotten
+            people are caught and small talk passes.
 
     Returns:
         The checks that ran, such as ``"runs_are_deterministic on gpt2"``.
@@ -160,7 +167,8 @@ def check(
             place = Path(folder) / family
             place.mkdir(exist_ok=True)
             tiny_lm(family)  # an unknown name is no refusal
-            trial = Trial(built, family, slots or {}, place)
+            context = Context(roles=Roles(dict(players or {})))
+            trial = Trial(built, family, slots or {}, place, context)
             checks = (*EVERY_FAMILY.get(built.card.kind, ()), *once)
             try:
                 for one in checks:

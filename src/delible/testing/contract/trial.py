@@ -12,6 +12,7 @@ from torch import Tensor
 
 from delible.cards import Kind
 from delible.component import Component
+from delible.context import NO_CONTEXT, Context
 from delible.lm.lm import LM
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
 from delible.system.asks import (
@@ -90,12 +91,19 @@ class Trial:
     Attributes:
         slots: What else the recipe must hold for the component to work.
         folder: An empty folder of this trial.
+        context: Who plays the parts that a guard consults.
     """
 
     def __init__(
-        self, component: Component, family: str, slots: Mapping[str, Any], folder: Path
+        self,
+        component: Component,
+        family: str,
+        slots: Mapping[str, Any],
+        folder: Path,
+        context: Context = NO_CONTEXT,
     ) -> None:
         self.component, self.family, self.slots, self.folder = component, family, slots, folder
+        self.context = context
         self.kind: Kind = component.card.kind
 
     def lm(self) -> LM:
