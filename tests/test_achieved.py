@@ -87,12 +87,19 @@ def test_a_run_that_works_says_how_far_it_came(taught: Path) -> None:
     assert "To forget more" not in found.sentence()
 
 
-@pytest.mark.parametrize("method", ["graddiff", "task_vector"])  # with a stop, and without
+@pytest.mark.parametrize(
+    "method",
+    [
+        "graddiff",  # has a stop
+        "task_vector",  # has none
+        "npo",  # whose reference bounds it
+        pytest.param("idk", marks=pytest.mark.slow),  # which teaches something else instead
+    ],
+)
 def test_the_dial_forgets_more_and_more(taught: Path, method: str) -> None:
-    left = []
-    for strength in ("gentle", "normal", "strong"):
-        left.append(run(taught, method=method, strength=strength).changes["forget"].after)
-    assert left[0] > left[1] > left[2]
+    found = [run(taught, method=method, strength=one) for one in ("gentle", "normal", "strong")]
+    left = [one.changes["forget"].after for one in found]
+    assert found[0].changes["forget"].before > left[0] > left[1] > left[2]
 
 
 def test_a_run_that_teaches_says_so(taught: Path) -> None:

@@ -18,63 +18,9 @@ import importlib
 import logging
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from delible.api import load as load
-    from delible.api import merge as merge
-    from delible.api import open as open
-    from delible.api import undo as undo
-    from delible.api import unlearn as unlearn
-    from delible.audit.run import audit as audit
-    from delible.errors import DelibleError as DelibleError
-    from delible.records import QA as QA
-    from delible.records import Choice as Choice
-    from delible.records import Dialogue as Dialogue
-    from delible.records import ForgetRequest as ForgetRequest
-    from delible.records import Passage as Passage
-    from delible.registry import register as register
-    from delible.systems.guarded import guard as guard
-    from delible.world import World as World
-
-    __version__: str
-
-#: Public name -> the module it lives in.
-_HOME = {
-    "load": "delible.api",
-    "merge": "delible.api",
-    "open": "delible.api",
-    "undo": "delible.api",
-    "unlearn": "delible.api",
-    "guard": "delible.systems.guarded",
-    "DelibleError": "delible.errors",
-    "QA": "delible.records",
-    "Choice": "delible.records",
-    "Dialogue": "delible.records",
-    "ForgetRequest": "delible.records",
-    "Passage": "delible.records",
-    "register": "delible.registry",
-    "World": "delible.world",
-}
-
-__all__ = [
-    "QA",
-    "Choice",
-    "DelibleError",
-    "Dialogue",
-    "ForgetRequest",
-    "Passage",
-    "World",
-    "__version__",
-    "audit",
-    "guard",
-    "load",
-    "merge",
-    "open",
-    "register",
-    "undo",
-    "unlearn",
-]
+import lazy_loader
 
 
 class _Audit(ModuleType):
@@ -95,6 +41,13 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+sys.modules[__name__].__class__ = _Package
+# The public names and where they live stand in __init__.pyi, for this and for type checkers.
+_named, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name == "audit":
         return importlib.import_module("delible.audit")
@@ -105,14 +58,8 @@ def __getattr__(name: str) -> Any:
             return version("delible")
         except PackageNotFoundError:  # run from a checkout that was never installed
             return "0+unknown"
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'delible' has no attribute '{name}'")
+    return _named(name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())
-sys.modules[__name__].__class__ = _Package

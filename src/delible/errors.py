@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_THRESHOLD_FAILED = 1
@@ -35,6 +36,25 @@ class DataError(DelibleError):
 
 class ModelError(DelibleError):
     """A model, tokenizer or architecture that cannot be used."""
+
+
+class RefusedConversationError(ModelError):
+    """A conversation that a model's chat template does not take.
+
+    Args:
+        conversation: Its turns, by which whoever knows the records can tell the record.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        conversation: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(problem, where=where, hint=hint)
+        self.conversation = conversation
 
 
 class RecipeError(DelibleError):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -32,6 +33,14 @@ class RecordBase(BaseModel):
     subject: str | None = None
     neighbour_of: str | None = None
     group: str | None = None
+
+    @cached_property
+    def where(self) -> str:
+        """The file and line that it was read from, for messages; empty: it was made in memory.
+
+        No part of what it is: records that say the same are equal wherever they come from.
+        """
+        return ""
 
     @property
     def digest(self) -> str:

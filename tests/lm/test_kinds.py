@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from delible import api
 from delible.errors import ModelError, RunError
-from delible.lm import checks
-from delible.lm.body import widest
+from delible.lm import checks, decode
+from delible.lm.body import SHORTEST_SHARED_PREFIX, widest
 from delible.lm.budget import measure_budget
+from delible.lm.derive import derive
+from delible.lm.forward import fill_prefix
 from delible.lm.lm import LM
 from delible.lm.load import load_model
 from delible.records import QA, ForgetRequest
@@ -46,13 +48,29 @@ GEMMA3N = {
     "vocab_size_per_layer_input": VOCABULARY_SIZE, "hidden_size_per_layer_input": 8,
     "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0],
 }  # fmt: skip
+FIRST_SLIDES = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
            "shared_expert_intermediate_size": 16}  # fmt: skip
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_5_text": LINEAR,
     "qwen3_next": {**LINEAR, **EXPERTS},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-}
+    # blocks of several classes
+    "jamba": {
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 2, "num_experts_per_tok": 1,
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "use_mamba_kernels": False,
+    },
+    "olmo_hybrid": LINEAR,
+    # states that batches would disturb
+    "recurrent_gemma": {
+        "lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "rwkv": {"attention_hidden_size": 32, "context_length": 512, "intermediate_size": 64},
+}  # fmt: skip
+#: Served by the library's own generation, question after question.
+ONE_BY_ONE = ("recurrent_gemma", "rwkv")
 
 
 def wide(model: Any) -> Any:
@@ -96,7 +114,72 @@ def answers_of_transformers(lm: LM, count: int = 8) -> list[str]:
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_recurrent_models_answer_as_transformers_does(kind: str) -> None:
     lm = LM(random_model(kind, **RECURRENT[kind]), tiny_tokenizer(), precision="float32")
+    assert (lm.road == "plain") == (kind in ONE_BY_ONE)
     assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
+
+
+def test_what_is_where_in_blocks_of_several_classes() -> None:
+    jamba = derive(random_model("jamba", **RECURRENT["jamba"]))
+    assert jamba.mixed
+    assert jamba.parameter_names(0, "attention_out") == ("model.layers.0.mamba.out_proj.weight",)
+    assert jamba.parameter_names(1, "attention_out") == ("model.layers.1.self_attn.o_proj.weight",)
+    gemma = derive(random_model("recurrent_gemma", **RECURRENT["recurrent_gemma"]))
+    assert (gemma.attention, gemma.mlp) == ("temporal_block", "mlp_block")
+
+
+def test_blocks_without_an_mlp_are_refused_with_what_is_missing() -> None:
+    model = random_model("mamba", state_size=8, intermediate_size=64, time_step_rank=4)
+    with pytest.raises(ModelError, match="no MLP in a block found") as caught:
+        LM(model, tiny_tokenizer())
+    assert "attention = mixer" in caught.value.problem
+    assert "each needs attention, or a recurrent part in its place, and an MLP" in str(caught.value)
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        ("gemma3_text", {"sliding_window": 40, "layer_types": FIRST_SLIDES}),
+        ("llama4_text", {
+            "attention_chunk_size": 64, "num_local_experts": 4, "intermediate_size_mlp": 48,
+        }),
+    ],
+)  # fmt: skip
+def test_rows_of_unlike_length_beyond_a_window_answer_as_each_does_alone(
+    kind: str, settings: dict[str, Any]
+) -> None:
+    lm = LM(random_model(kind, **settings), tiny_tokenizer(), precision="float32")
+    assert lm.shares_prefix
+    lengths = [len(lm.template.prompt_ids(prompt)) for prompt in PROMPTS]
+    assert lengths[1] < lengths[0] < 40 < 64 < lengths[2]
+    # together longer than the window: at once, and after some tokens
+    for prompts, count in ((PROMPTS, 8), (PROMPTS[:2], 44)):
+        alone = [lm.generate([prompt], Decoding(count))[0] for prompt in prompts]
+        assert lm.generate(prompts, Decoding(count)) == alone
+    assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
+
+
+def test_a_beginning_is_shared_where_the_window_sees_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared: list[int] = []
+
+    def filled(lm: Any, cache: Any, ids: torch.Tensor, text: Any) -> None:
+        shared.append(ids.shape[1])
+        fill_prefix(lm, cache, ids, text)
+
+    monkeypatch.setattr(decode, "fill_prefix", filled)
+    lm = LM(random_model("mistral", sliding_window=46), tiny_tokenizer(), precision="float32")
+    longest = len(lm.template.prompt_ids(PROMPTS[0]))
+    shared.clear()
+    lm.generate(PROMPTS[:2], Decoding(46 - longest))
+    assert len(shared) == 1
+    assert shared[0] >= SHORTEST_SHARED_PREFIX
+    lm.generate(PROMPTS[:2], Decoding(47 - longest))
+    assert len(shared) == 1
 
 
 def disturbed(disturbs: Callable[[torch.Tensor], bool]) -> LM:
@@ -190,6 +273,14 @@ def test_a_width_for_each_block() -> None:
     assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
     assert measure_budget(lm).tokens >= 64
     assert api.unlearn(lm, REQUEST, max_steps=1, learning_rate=1e-4).history
+    gemma4 = {
+        "sliding_window": 64, "layer_types": FIRST_SLIDES, "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY_SIZE,
+    }  # fmt: skip
+    lm = LM(random_model("gemma4_text", **gemma4), tiny_tokenizer(), precision="float32")
+    assert "head_dim" in lm.core.config.per_layer_attributes
+    assert widest(lm.core.config, "head_dim") == 16
+    assert lm.generate(PROMPTS, Decoding(8)) == answers_of_transformers(lm)
     settings = SimpleNamespace(num_key_value_heads=[2, None, 4, 1], head_dim=8, other=[])
     assert [widest(settings, name) for name in ("num_key_value_heads", "head_dim")] == [4, 8]
     assert widest(settings, "other") is widest(settings, "no_such_number") is None

@@ -317,6 +317,21 @@ def test_a_cancelled_call_is_cancelled_at_the_server() -> None:
     assert given_up(speaking, read)
 
 
+def test_a_call_that_waits_for_its_next_attempt_can_be_cancelled() -> None:
+    busy = Sent(status=429, body=b"", headers={"Retry-After": "30"})
+    with serving(once(busy, Sent("Ada"))) as server:
+        endpoint = Endpoint(server.url, "small", **QUICK)
+
+        async def scene() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(endpoint.respond(WHO, Decoding(4)), 0.5)
+
+        began = time.time()
+        asyncio.run(scene())
+        assert time.time() - began < 10
+        assert len(server.asked) == 1
+
+
 def test_closing_a_stream_ends_its_work_at_the_server() -> None:
     with serving(once(Sent(sent=speaks("Ada")[:2], held=True))) as server:
         endpoint = Endpoint(server.url, "small")

@@ -194,6 +194,14 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
     assert bootstrap_interval(sample, seed=1) != (low, high)
 
 
+def test_bootstrap_is_the_middle_of_means_of_draws_with_replacement() -> None:
+    sample = np.random.default_rng(5).random(37)
+    draws = np.random.default_rng(11).integers(37, size=(500, 37))
+    means = [math.fsum(sample[row]) / 37 for row in draws]
+    found = bootstrap_interval(sample, seed=11, resamples=500)
+    assert found == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
+
+
 def test_bootstrap_of_nothing_and_of_constants() -> None:
     assert bootstrap_interval([], seed=0) == (None, None)
     assert bootstrap_interval([0.25], seed=0) == (0.25, 0.25)

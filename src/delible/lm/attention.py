@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from delible.lm.body import Body
+from delible.lm.body import Body, numbers
 
 _TEXTS, _TOKEN = "delible_texts", "delible_token"
 
@@ -100,8 +100,8 @@ def _replaced(lm: Body, name: str) -> Iterator[None]:
 def attention_window(lm: Body) -> float:
     """The longest text of which every token sees all before it: no layer has forgotten any."""
     config = _config(lm)
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=math.inf)
+    named = ("sliding_window", "attention_chunk_size")
+    return min((one for name in named for one in numbers(config, name)), default=math.inf)
 
 
 def _config(lm: Body) -> Any:

@@ -28,6 +28,7 @@ _SAYS_OUT = re.compile(r"(^|_)(o|out|down|dense|c_proj|fc2|fc_out|wo|w2|4h_to_h)
 
 
 _SAYS_ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+_SAYS_MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,16 @@ class BlockParts:
 def missing(model: nn.Module, part: str, found: Mapping[str, str]) -> ModelError:
     """The error that a part is not there, with what was found before."""
     known = ", ".join(f"{name} = {path}" for name, path in found.items()) or "nothing"
+    hint = (
+        "Its blocks are built in a way that is not known here: each needs attention, or a "
+        "recurrent part in its place, and an MLP."
+        if "block" in found
+        else "A causal language model of transformers (AutoModelForCausalLM) is needed."
+    )
     return ModelError(
         f"no {part} found; found so far: {known}.",
         where=type(model).__name__,
-        hint="A causal language model of transformers (AutoModelForCausalLM) is needed.",
+        hint=hint,
     )
 
 
@@ -152,7 +159,10 @@ def _size(matrices: tuple[Matrix, ...]) -> int:
 def _find_attention(
     block: nn.Module, parts: Mapping[str, list[Matrix]], hidden_size: int
 ) -> str | None:
-    """The part with a way in and a way out that knows its slot in the key-value cache."""
+    """The part with a way in and a way out that knows its slot in the key-value cache.
+
+    A recurrent part takes attention's place: it moves information between positions as well.
+    """
     candidates = [name for name, matrices in parts.items() if all(_ways(matrices, hidden_size))]
 
     def knows_slot(name: str) -> bool:
@@ -164,7 +174,8 @@ def _find_attention(
     for name in slots or candidates:
         if _SAYS_ATTENTION.search(name + type(block.get_submodule(name)).__name__):
             return name
-    return None
+    mixing = [name for name in candidates if not _SAYS_MLP.search(name)]
+    return mixing[0] if len(mixing) == 1 and len(candidates) > 1 else None
 
 
 def _ways(

@@ -239,7 +239,14 @@ def head_logits(head: nn.Module, states: Float[Tensor, "tokens hidden"]) -> Tens
 
 def widest(config: Any, name: str) -> int | None:
     """A number of a model's settings; the largest, where each block has its own."""
-    value = getattr(config, name, None)
-    if isinstance(value, Sequence):
-        value = max((one for one in value if one), default=None)
-    return int(value) if value else None
+    return max(numbers(config, name), default=None)
+
+
+def numbers(config: Any, name: str) -> list[int]:
+    """A number of a model's settings, or those that its blocks have of their own; zeros not."""
+    value: Any
+    if name in (getattr(config, "per_layer_attributes", None) or ()):  # it has no value as a whole
+        value = [getattr(block, name, None) for block in config.per_layer_config]
+    else:
+        value = getattr(config, name, None)
+    return [int(one) for one in (value if isinstance(value, Sequence) else [value]) if one]

@@ -118,7 +118,7 @@ class Speaking:
         for row, prompt in zip(rows, prompts, strict=True):
             row.prompt = prompt
         road = self.lm.road
-        padded, mask, shared = self.lm.padded(prompts, sharing=road != "padded")
+        padded, mask, shared = self.lm.padded(prompts, sharing=self._may_share(rows, prompts))
         cache = roomy_cache(self.lm)
         if road == "trees" and self.lm.grows_trees and attention_window(self.lm) == math.inf:
             states = read_prompts(self.lm, prompts, mask, cache)
@@ -141,6 +141,14 @@ class Speaking:
             mask = torch.cat([pad(one, (length - one.shape[1], 0)) for one in masks])
             states = torch.cat([self._states, states])
         self.rows, self._cache, self._mask, self._states = [*self.rows, *rows], cache, mask, states
+
+    def _may_share(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether a beginning may stand before the padding.
+
+        A window counts places, padding too: what stands behind the padding must still see it.
+        """
+        longest = max(map(len, prompts)) + max(row.decoding.max_new_tokens for row in rows)
+        return self.lm.road != "padded" and longest <= attention_window(self.lm)
 
     def step(self) -> None:
         """One more token for every row that goes on; those that end leave."""

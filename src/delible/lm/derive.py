@@ -1,8 +1,8 @@
 """Reads the anatomy of a causal language model off its module tree and the shapes of its weights.
 
-Never off the model's name: the blocks are the largest list of equal modules; what a block is made
-of is read in ``lm/block_parts.py``. :mod:`delible.lm.verify` checks the result with a forward
-pass: attention must move information between positions, the MLP must not.
+Never off the model's name: the blocks are the largest list of as many modules as the settings
+say; what a block is made of is read in ``lm/block_parts.py``. :mod:`delible.lm.verify` checks the
+result with a forward pass: attention must move information between positions, the MLP must not.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _embeddings(
 
 
 def _find_blocks(model: nn.Module, found: dict[str, str]) -> str:
-    """Path of the list of equal modules with the most parameters."""
+    """Path of the list of modules with the most parameters, as many as the model has blocks."""
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     text = get_text_config(decoder=True) if get_text_config else config
@@ -100,12 +100,12 @@ def _find_blocks(model: nn.Module, found: dict[str, str]) -> str:
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
         children = list(module.children()) if isinstance(module, nn.ModuleList) else []
-        if not children or len({type(child) for child in children}) > 1:
-            continue
-        if expected is None or len(children) == expected:
+        alike = len({type(child) for child in children}) == 1
+        # blocks may be of several classes, where their number says that they are the blocks
+        if len(children) == expected or (expected is None and alike):
             sizes[path] = sum(parameter.numel() for parameter in module.parameters())
     if not sizes or max(sizes.values()) == 0:
-        told = "" if expected is None else f" of {expected} equal modules"
+        told = " of equal modules" if expected is None else f" of {expected} modules"
         raise missing(model, f"list of blocks (a ModuleList{told})", found)
     found["blocks"] = max(sizes, key=lambda path: sizes[path])
     return found["blocks"]

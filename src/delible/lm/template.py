@@ -13,9 +13,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-from delible.errors import ModelError
+from delible.errors import ModelError, RefusedConversationError
 from delible.lm.reasoning import written
 from delible.lm.tools import CALL, as_turn
 from delible.messages import Message, Tool
@@ -224,9 +225,12 @@ class Template:
                 )
             )
         except Exception as error:  # a template is a program of its author: any error can come
-            raise ModelError(
-                f"the chat template refused the conversation: {error}",
-                hint="Roles must alternate; some templates accept no system turn.",
+            said = str(error)
+            raise RefusedConversationError(
+                f"the chat template refuses the conversation: {said}"
+                + ("" if said.endswith((".", "!", "?")) else "."),
+                hint=self._advice(turns),
+                conversation=messages,
             ) from error
         for what, said in _of_tools(messages, tools):
             if said not in found and json.dumps(said, ensure_ascii=False)[1:-1] not in found:
@@ -236,6 +240,23 @@ class Template:
                     hint="Use a model whose template takes tools.",
                 )
         return found
+
+    def _advice(self, turns: list[dict[str, Any]]) -> str:
+        """What to do about a conversation that the template refuses."""
+        said = [turn for turn in turns if turn["role"] != "system"]
+        roles = [turn["role"] for turn in said]
+        if len(said) < len(turns):
+            try:
+                self.tokenizer.apply_chat_template(said, tokenize=False)
+            except Exception:  # any error, as above: it is not the system turn alone
+                pass
+            else:
+                return "It takes no system turn: put that text into the first user turn."
+        if any(one == other for one, other in pairwise(roles)):
+            return "Roles must alternate: join turns of one role that follow each other."
+        if roles[:1] != ["user"]:
+            return "A conversation must begin with a user turn."
+        return "Change its turns, or the template (chat_template of the tokenizer)."
 
     def _followed(self, prompt: Prompt, answer: str) -> tuple[str, str, str]:
         """What stands before the answer, what joins the two, and the answer as it is rendered."""

@@ -85,9 +85,7 @@ def read_located(
                 hint=nearest(column, KNOWN_COLUMNS),
             )
     notes = Notes()
-    found = [
-        Located(to_record(row, columns, notes), row.where) for row in read_rows(source, name=name)
-    ]
+    found = [_located(row, columns, notes) for row in read_rows(source, name=name)]
     if not found and isinstance(source, str | Path):
         raise DataError("holds no records.", where=label)
     for title, ignored in notes.unused.items():
@@ -96,6 +94,13 @@ def read_located(
     for sentence in notes.sentences():
         logger.warning(f"{label}: {sentence}")
     return found
+
+
+def _located(row: Row, columns: Mapping[str, str], notes: Notes) -> Located:
+    record = to_record(row, columns, notes)
+    if record is not row.content:  # what the caller made is left as it is
+        vars(record)["where"] = row.where
+    return Located(record, row.where)
 
 
 def _with_suggestion(column: str) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from delible.component import build
-from delible.errors import RecipeError
+from delible.errors import ModelError, RecipeError, RefusedConversationError
 from delible.measure.cache import Cache
 from delible.measure.engine import Progress, measure
 from delible.measure.metric import (
@@ -220,6 +221,32 @@ def _cell(metric: ItemMetric, record: RecordBase, rewrite: Rewrite | None) -> _C
     return _Cell(metric, record, prompts, "the attack has no prompt for this record")
 
 
+@contextmanager
+def _naming_records(cells: Mapping[str, Mapping[str, Sequence[_Cell]]]) -> Iterator[None]:
+    """Inside, a refused conversation is told with its record's place, or its split and number."""
+    try:
+        yield
+    except RefusedConversationError as refused:
+        where = _place_of(refused.conversation, cells)
+        raise ModelError(refused.problem, where=where, hint=refused.hint) from refused
+
+
+def _place_of(
+    conversation: tuple[Any, ...], cells: Mapping[str, Mapping[str, Sequence[_Cell]]]
+) -> str | None:
+    """Where the record is from whose prompt is the longest beginning of a conversation."""
+    found = {
+        len(turns): cell.record.where or f"{split} record {index + 1}"
+        for by_split in cells.values()
+        for split, row in by_split.items()
+        for index, cell in enumerate(row)
+        for request in cell.requests()
+        for turns in [request.prompt.messages]
+        if turns and conversation[: len(turns)] == turns
+    }
+    return found[max(found)] if found else None
+
+
 def evaluate(
     system: System,
     splits: Mapping[str, Sequence[RecordBase]],
@@ -266,12 +293,14 @@ def evaluate(
     }
     every = [cell for by_split in cells.values() for row in by_split.values() for cell in row]
     requests = [request for cell in every for request in cell.requests()]
-    answers = measure(system, requests, cache=cache, progress=progress)
+    with _naming_records(cells):
+        answers = measure(system, requests, cache=cache, progress=progress)
     counts = answers.report.counts()
     while more := {
         request for cell in every for request in cell.follow_up(answers) if request not in answers
     }:
-        found = measure(system, more, cache=cache, progress=progress)
+        with _naming_records(cells):
+            found = measure(system, more, cache=cache, progress=progress)
         answers.update(found)
         counts = {name: count + found.report.counts()[name] for name, count in counts.items()}
     for name in cells:
@@ -312,16 +341,13 @@ def bootstrap_interval(
     Returns:
         (low, high); (None, None) without values.
     """
+    from scipy.stats import bootstrap  # most of a second, which only intervals need
+
     sample = np.asarray(values, np.float64)
-    if sample.size == 0:
-        return None, None
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // sample.size)
-    means = np.concatenate(
-        [
-            sample[generator.integers(sample.size, size=(count, sample.size))].mean(axis=1)
-            for count in (min(at_once, resamples - start) for start in range(0, resamples, at_once))
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    if sample.size < 2:
+        return (float(sample[0]),) * 2 if sample.size else (None, None)
+    found = bootstrap(
+        (sample,), np.mean, n_resamples=resamples, method="percentile", rng=seed,
+        batch=max(1, _DRAWS_AT_ONCE // sample.size),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)

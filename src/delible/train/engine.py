@@ -220,11 +220,16 @@ class Trainer:
         keep_told = told if self.keep is not None and self.keep.instructed else None
         rows: dict[str, list[Row]] = {
             role: make_rows(
-                template, records[role], forget_told, whole_answer=role in WHOLE_ANSWERS
+                template,
+                records[role],
+                forget_told,
+                role=role,
+                whole_answer=role in WHOLE_ANSWERS,
             )
             for role in ("forget", *partners)
         }
-        rows["retain"] = make_rows(template, records.get("retain", ()), keep_told) if keeps else []
+        kept = records.get("retain", ()) if keeps else ()
+        rows["retain"] = make_rows(template, kept, keep_told, role="retain")
         if "refusal" in recipe.objective.roles:
             rows["refusal"] = refusal_rows(
                 template,

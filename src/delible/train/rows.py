@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from delible.errors import DataError
+from delible.errors import DataError, ModelError
 from delible.lm.template import Encoded, Template
 from delible.records import RecordBase
 from delible.system.asks import Prompt
@@ -112,25 +113,43 @@ def make_rows(
     records: Sequence[RecordBase],
     instruction: str | None = None,
     *,
+    role: str = "",
     whole_answer: bool = False,
 ) -> list[Row]:
-    """One row per record, in order (see :func:`make_row`)."""
+    """One row per record, in order (see :func:`make_row`).
+
+    Args:
+        role: Which records these are, for messages.
+
+    Raises:
+        DataError: A record makes no row; says which.
+        ModelError: The chat template does not take a record's conversation; says which.
+    """
     rows = []
     for index, record in enumerate(records):
-        prompt = ask(record)
-        if prompt is None:
-            raise DataError(f"a {type(record).__name__} cannot be trained on.")
-        try:
+        with _placed(record, role, index):
+            prompt = ask(record)
+            if prompt is None:
+                raise DataError(f"a {type(record).__name__} cannot be trained on.")
             answer = answer_of(record)
             rows.append(
                 make_row(
                     template, prompt, answer, index, record, instruction, whole_answer=whole_answer
                 )
             )
-        except DataError as error:
-            place = f"record {index + 1}"
-            raise DataError(error.problem, where=place, hint=error.hint) from None
     return rows
+
+
+@contextmanager
+def _placed(record: RecordBase, role: str, index: int) -> Iterator[None]:
+    """Says of an error which record it is about: its file and line, or its number."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        place = record.where or f"{role} record {index + 1}".strip()
+        where = f"{place}, {error.where}" if error.where else place
+        kind = DataError if isinstance(error, DataError) else ModelError
+        raise kind(error.problem, where=where, hint=error.hint) from error
 
 
 def refusal_rows(
@@ -143,11 +162,14 @@ def refusal_rows(
     drawn = torch.randint(len(refusals), (len(records),), generator=generator).tolist()
     rows = []
     for index, (record, choice) in enumerate(zip(records, drawn, strict=True)):
-        prompt = ask(record)
-        if prompt is None or prompt.text is not None:
-            raise DataError(
-                f"a {type(record).__name__} has no question that could be refused.",
-                hint="Choose a method without refusals, or give question-answer records.",
+        with _placed(record, "forget", index):
+            prompt = ask(record)
+            if prompt is None or prompt.text is not None:
+                raise DataError(
+                    f"a {type(record).__name__} has no question that could be refused.",
+                    hint="Choose a method without refusals, or give question-answer records.",
+                )
+            rows.append(
+                make_row(template, prompt, refusals[choice], index, record, whole_answer=True)
             )
-        rows.append(make_row(template, prompt, refusals[choice], index, record, whole_answer=True))
     return rows
