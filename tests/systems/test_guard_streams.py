@@ -16,8 +16,9 @@ from delible.names import Names, Runs, fold, runs
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 from delible.system.replies import Piece, Reply, ToolCallPiece
-from delible.systems.guarded import BREAK, GuardedSystem, GuardMind
+from delible.systems.guarded import GuardedSystem, GuardMind
 from delible.systems.judging import Reading, Refuse, Scanner, settle_all
+from delible.systems.withholding import BREAK
 
 TARGETS = ("John Smith", "Ann", "김철수", "J. K. Rowling", "Jörg Ek", "R2D2", "李白", "Al Li")
 RUN = "the old keeper lit his lamp again"

@@ -117,9 +117,7 @@ def test_every_cut_of_a_stream_withholds_it(text: str) -> None:
         refused = False
         for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             last = end == len(text)
-            course = settle_all([lambda b=begin, e=end, z=last: reading.read(text[b:e], ended=z)])[
-                0
-            ]
+            course = settle_all([partial(reading.read, text[begin:end], ended=last)])[0]
             assert course.failure is None
             assert reading.free <= starts, "nothing of the name goes out"
             refused |= isinstance(course.decision, Refuse)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from delible.lm.tools import said_and_called
 from delible.messages import ToolCall
 from delible.system.asks import Prompt
 from delible.system.replies import ToolCallPiece
@@ -36,6 +37,13 @@ def told(text: str, calls: Sequence[ToolCall]) -> str:
     for call in calls:
         parts += [call.name, *_json_texts(call.arguments)]
     return "\n".join(parts)
+
+
+def told_in_batch(prompt: Prompt, answer: str) -> str:
+    """An answer that came as one text, with its calls in it, as :func:`told`."""
+    if not prompt.tools:
+        return answer
+    return told(answer, said_and_called(answer)[1])
 
 
 class Called:
@@ -87,4 +95,4 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-__all__ = ["Called", "texts_of", "told"]
+__all__ = ["Called", "texts_of", "told", "told_in_batch"]

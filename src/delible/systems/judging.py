@@ -24,9 +24,14 @@ from delible.system.replies import Unanswered
 
 @dataclass(frozen=True)
 class Refuse:
-    """Nothing (more) is answered but this."""
+    """Nothing (more) is answered but this.
+
+    Attributes:
+        failed: The judgement came to nothing, which is no pass.
+    """
 
     text: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,8 @@ async def settle(
                 reply: str | NoAnswer
                 try:
                     answer = await responds(asks.system).respond(asks.prompt, asks.decoding)
-                    reply = answer.text
+                    withheld = answer.finish == "content_filter" and not answer.text
+                    reply = NoAnswer("no answer") if withheld else answer.text
                 except Unanswered:
                     reply = NoAnswer("no answer")
                 await go(reply)

@@ -24,7 +24,15 @@ from delible.lm.tools import CALL, said_and_called
 from delible.messages import ToolCall
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System
-from delible.system.replies import FinishReason, Piece, Reply, ToolCallPiece, Unanswered, Usage
+from delible.system.replies import (
+    WITHHELD,
+    FinishReason,
+    Piece,
+    Reply,
+    ToolCallPiece,
+    Unanswered,
+    Usage,
+)
 from delible.systems.thoughts import settled
 
 
@@ -260,7 +268,9 @@ class Waiting(BlackBox):
 
         async def one(prompt: Prompt) -> str | NoAnswer:
             try:
-                return (await self.responder.respond(prompt, decoding)).text
+                reply = await self.responder.respond(prompt, decoding)
+                withheld = reply.finish == "content_filter" and not reply.text
+                return NoAnswer(WITHHELD) if withheld else reply.text
             except Unanswered as error:
                 return NoAnswer(error.problem)
 
