@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from delible.api import unlearn as unlearn
     from delible.audit.run import audit as audit
     from delible.errors import DelibleError as DelibleError
+    from delible.gateway.serving import serve as serve
     from delible.records import QA as QA
     from delible.records import Choice as Choice
     from delible.records import Dialogue as Dialogue
@@ -47,6 +48,7 @@ _HOME = {
     "undo": "delible.api",
     "unlearn": "delible.api",
     "guard": "delible.systems.guarded",
+    "serve": "delible.gateway.serving",
     "DelibleError": "delible.errors",
     "QA": "delible.records",
     "Choice": "delible.records",
@@ -72,6 +74,7 @@ __all__ = [
     "merge",
     "open",
     "register",
+    "serve",
     "undo",
     "unlearn",
 ]

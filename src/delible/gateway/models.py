@@ -98,9 +98,10 @@ class ServedModel:
         """Lets go of connections and threads."""
         if self.endpoint is not None:
             await self.endpoint.aclose()
-        close = getattr(self.answers, "close", None)
-        if close is not None and self.endpoint is None:
-            close()
+        for one in {id(one): one for one in (self.answers, *layers(self.system))}.values():
+            close = getattr(one, "close", None)
+            if close is not None and not isinstance(one, Endpoint):
+                close()
 
 
 def _named(system: Any) -> str:
