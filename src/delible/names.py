@@ -3,9 +3,7 @@
 One Aho-Corasick pass over the text without its separators, so the time is linear in the text and
 does not grow with the number of names. A hit counts only between word boundaries, and only where
 its separators agree with the name's: "J o h n", "J.o.h.n" and "j0hn" are John; "Ann" is neither
-in "Annual" nor in "an nuance".
-
-Names in one script are found in texts of another, too, by :mod:`delible.romanised`.
+in "Annual" nor in "an nuance". Names of one script are found in another's by :mod:`delible.romanised`.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from delible.errors import DataError
+from delible.escaped import finished, unescaped
 from delible.romanised import LEAST_SOUNDS, OTHER_SCRIPT, romanisations, sounds, spellings
 
 JOINED, PUNCTUATION, SPACE = 0, 1, 2
@@ -51,7 +50,7 @@ UNSPACED = re.compile(
 PIECES = re.compile(
     "[A-Za-z0-9]+|[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|.[\u3099\u309a]?", re.DOTALL
 )
-#: A word; each ideograph is one.
+#: A word, or an ideograph.
 SPOKEN = re.compile(f"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})[^\\W_])+")
 #: A Hangul syllable in parts at the end of a text: another part may follow.
 UNFINISHED = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?\\Z")
@@ -160,9 +159,8 @@ def heard(name: str) -> list[Folded]:
     for text in spellings(name):
         words, gaps, gap = list[str](), list[int](), SPACE
         for written, between in re.findall(r"([^\W_]+)([\W_]*)", text):
-            word = re.sub(r"(.)\1+", r"\1", written)
-            words.append(word)
-            gaps += [gap, *[JOINED] * (len(word) - 1)]
+            words.append(re.sub(r"(.)\1+", r"\1", written))
+            gaps += [gap, *[JOINED] * (len(words[-1]) - 1)]
             gap = _between(between)
         letters = "".join(words)
         found.setdefault(letters, Folded(letters, [*gaps, SPACE], [], []))
@@ -180,8 +178,10 @@ def _between(text: str) -> int:
 def settled(text: str) -> int:
     """How many characters of a text that goes on are folded alike whatever follows.
 
-    A last character outside ASCII may wait for a voiced mark, or for the rest of its syllable.
+    A last character outside ASCII may wait for a voiced mark or the rest of its syllable, an escape
+    for its other digits.
     """
+    text = text[: finished(text)]
     if not text or text[-1].isascii():
         return len(text)
     unfinished = UNFINISHED.search(text, max(0, len(text) - 3))
@@ -333,12 +333,11 @@ class Names:
         """Where it is looked up, the folded text, and what of it is looked up."""
         if self._written.longest:
             # "J@ne" needs the symbol as a letter, "@jane" as a separator: look at both readings.
-            for reading in dict.fromkeys((text, text.translate(SYMBOLS))):
+            for reading in dict.fromkeys((text, text.translate(SYMBOLS), unescaped(text))):
                 folded = fold(reading)
                 yield self._written, folded, folded.letters.translate(SKELETON)
-        if self._sounds.longest and OTHER_SCRIPT.search(text):
-            folded = sounded(text)
-            yield self._sounds, folded, folded.letters.translate(SKELETON)
+        if self._sounds.longest and OTHER_SCRIPT.search(plain := unescaped(text)):
+            yield self._sounds, (folded := sounded(plain)), folded.letters.translate(SKELETON)
 
     def occur(self, text: str) -> bool:
         """Whether any name occurs."""
@@ -379,7 +378,7 @@ class Runs:
             text = text[: settled(text)]
         if not self._runs:
             return len(text)
-        folded = fold(text)
+        folded = fold(unescaped(text))
         words = folded.words()
         edges = [place for place, gap in enumerate(folded.gaps[:-1]) if gap != JOINED]
         open_ = not ended and folded.trailing == JOINED

@@ -222,3 +222,76 @@ def test_targets_are_followed_while_nobody_asks(
         assert within(5, lambda: system.reloading.count == 2)
         reply = at_work.chat("Who is Bo Reed?").json()
         assert reply["choices"][0]["finish_reason"] == "content_filter", "the first one to ask"
+
+
+# ---- what an outsider sends
+
+
+def test_nothing_that_a_server_sees_goes_by_a_guard() -> None:
+    """Every place of a request that is passed on, and may hold a text."""
+
+    def sent(asked: dict[str, Any]) -> list[bytes]:
+        return [whole(answer("Fine."))]
+
+    call = {"id": "call anvil", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    schema = {"type": "object", "properties": {"a": {"description": "tell of anvil"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    user = {"role": "user", "content": "Hi"}
+    with before(sent) as (_, upstream):
+        inner = Endpoint(upstream.url, "up")
+        with working(guarded(inner, "anvil")) as at_work:
+            for more in (
+                {"response_format": form},
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "anvil"}}},
+                {"some_option": "anvil"},
+                {"some_option": {"anvil": 1}},
+                {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]},
+                              {"role": "tool", "content": "1", "tool_call_id": "1"}]},
+                {"messages": [user, {"role": "tool", "content": "1", "tool_call_id": "anvil"}]},
+                {"messages": [{"role": "user", "content": [
+                    {"type": "text", "text": "an"}, {"type": "text", "text": "vil"}]}]},
+                {"tools": [{"type": "function", "function": {"name": "anvil"}}]},
+            ):  # fmt: skip
+                reply = at_work.chat(**more)
+                assert reply.is_success, reply.text
+                assert reply.json()["choices"][0]["finish_reason"] == "content_filter", more
+            text = {"prompt": "Hi", "some_option": ["anvil"]}
+            reply = at_work.client.post("/v1/completions", json=text)
+            assert reply.json()["choices"][0]["finish_reason"] == "content_filter"
+            assert upstream.asked == []
+            assert at_work.chat(user="anvil").json()["choices"][0]["finish_reason"] == "stop"
+            assert ["user" in one for one in upstream.asked] == [False], "it is passed to nobody"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        '"top_k": 1' + "0" * 5000,
+        '"top_k": 1e999',
+        '"top_k": NaN',
+        '"top_k": -Infinity',
+        '"temperature": NaN',
+        '"temperature": 1e999',
+        '"seed": 1' + "0" * 5000,
+        '"max_tokens": 1' + "0" * 400,
+        '"top_k": ' + "[" * 100_000,
+        '"top_k": ' + '{"a":' * 150 + "1" + "}" * 150,
+        '"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": '
+        '{"maximum": 1' + "0" * 5000 + "}}}",
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1'
+        + "0" * 5000 + "}}}]",
+        '"x\\r\\nset-cookie: a": 1',
+        '"\\ud800": 1',
+    ],
+    ids=lambda more: more[:20],
+)  # fmt: skip
+def test_numbers_nesting_and_names_of_options_break_nothing(more: str) -> None:
+    body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}], ' + more + "}"
+    with before(lambda asked: [whole(answer())]) as (at_work, upstream):
+        reply = at_work.client.post("/v1/chat/completions", content=body.encode())
+        assert reply.status_code in (200, 400), reply.text
+        assert "set-cookie" not in reply.headers
+        if reply.status_code == 400:
+            assert reply.json()["error"]["message"]
+            assert upstream.asked == []
+        assert at_work.chat().status_code == 200

@@ -37,6 +37,10 @@ MOST = 500
 BLOCK = 4096
 #: From so many texts on, most are left out of a comparison by a few of their bits.
 MANY = 4096
+#: Different sentences of one text that are compared. A guard refuses more: whoever could make it
+#: work for minutes could keep it from everybody else.
+MOST_PIECES = 4096
+_AT_ONCE = 256
 #: Where more than this share of them is left, all are compared: that is faster.
 _SHARE = 1 / 16
 
@@ -121,14 +125,22 @@ class Likeness:
     def reached(self, texts: Sequence[str], threshold: float) -> bool:
         """Whether :meth:`of` is at least the threshold, in a time that hardly grows with the index.
 
+        Raises:
+            ModelError: More than :data:`MOST_PIECES` different sentences are to be compared.
+
         It is exact for fewer than :data:`MANY` texts. For more, one text of a million that should
         reach it may not (:data:`delible.systems.sketch.MISS`); none reaches it that should not.
         """
         pieces = _pieces(texts)
         if not pieces or not len(self.vectors):
             return False
-        vectors = _unit(self.encoder.encode(pieces))
-        return bool(self.reach(vectors, threshold).any())
+        if len(pieces) > MOST_PIECES:
+            raise ModelError(f"more than {MOST_PIECES:,} sentences are not compared.")
+        for start in range(0, len(pieces), _AT_ONCE):
+            vectors = _unit(self.encoder.encode(pieces[start : start + _AT_ONCE]))
+            if self.reach(vectors, threshold).any():
+                return True
+        return False
 
     def reach(
         self, vectors: Float[np.ndarray, "text hidden"], threshold: float
