@@ -5,6 +5,7 @@ from .api import undo as undo
 from .api import unlearn as unlearn
 from .audit.run import audit as audit
 from .errors import DelibleError as DelibleError
+from .gateway.serving import serve as serve
 from .records import QA as QA
 from .records import Choice as Choice
 from .records import Dialogue as Dialogue

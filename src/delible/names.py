@@ -3,7 +3,7 @@
 One Aho-Corasick pass over the text without its separators, so the time is linear in the text and
 does not grow with the number of names. A hit counts only between word boundaries, and only where
 its separators agree with the name's: "J o h n", "J.o.h.n" and "j0hn" are John; "Ann" is neither
-in "Annual" nor in "an nuance".
+in "Annual" nor in "an nuance". Names of one script are found in another's by :mod:`delible.romanised`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from delible.errors import DataError
+from delible.escaped import finished, unescaped
+from delible.romanised import LEAST_SOUNDS, OTHER_SCRIPT, romanisations, sounds, spellings
 
 JOINED, PUNCTUATION, SPACE = 0, 1, 2
 
@@ -48,6 +50,8 @@ UNSPACED = re.compile(
 PIECES = re.compile(
     "[A-Za-z0-9]+|[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|.[\u3099\u309a]?", re.DOTALL
 )
+#: A word, or an ideograph.
+SPOKEN = re.compile(f"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})[^\\W_])+")
 #: A Hangul syllable in parts at the end of a text: another part may follow.
 UNFINISHED = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?\\Z")
 
@@ -122,11 +126,62 @@ def fold(text: str) -> Folded:
     return Folded("".join(letters), [*gaps, SPACE], starts, ends, gap)
 
 
+def sounded(text: str) -> Folded:
+    """Reduces a text to its sounds, as Latin letters; a letter that is doubled is one."""
+    letters: list[str] = []
+    gaps: list[int] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    gap, after = SPACE, 0
+    for word in SPOKEN.finditer(text):
+        start = word.start()
+        gap, after = max(gap, _between(text[after:start])), word.end()
+        heard, places = sounds(word.group())
+        for letter, place in zip(heard, places, strict=True):
+            if gap == JOINED and letters and letters[-1] == letter:
+                ends[-1] = start + place + 1
+                continue
+            letters.append(letter)
+            gaps.append(gap)
+            starts.append(start + place)
+            ends.append(start + place + 1)
+            gap = JOINED
+        if UNSPACED.match(text, after - 1):
+            gap = PUNCTUATION
+    return Folded("".join(letters), [*gaps, SPACE], starts, ends, max(gap, _between(text[after:])))
+
+
+def heard(name: str) -> list[Folded]:
+    """How a name may sound, reduced as by :func:`sounded`."""
+    if not name.isascii() and OTHER_SCRIPT.search(name):
+        return [sounded(name)]
+    found: dict[str, Folded] = {}
+    for text in spellings(name):
+        words, gaps, gap = list[str](), list[int](), SPACE
+        for written, between in re.findall(r"([^\W_]+)([\W_]*)", text):
+            words.append(re.sub(r"(.)\1+", r"\1", written))
+            gaps += [gap, *[JOINED] * (len(words[-1]) - 1)]
+            gap = _between(between)
+        letters = "".join(words)
+        found.setdefault(letters, Folded(letters, [*gaps, SPACE], [], []))
+    return list(found.values())
+
+
+def _between(text: str) -> int:
+    """What stands between two words; marks and what is invisible are nothing."""
+    seen = [one for one in text if unicodedata.category(one) not in ("Mn", "Mc", "Me", "Cf")]
+    if not seen:
+        return JOINED
+    return SPACE if any(map(str.isspace, seen)) else PUNCTUATION
+
+
 def settled(text: str) -> int:
     """How many characters of a text that goes on are folded alike whatever follows.
 
-    A last character outside ASCII may wait for a voiced mark, or for the rest of its syllable.
+    A last character outside ASCII may wait for a voiced mark or the rest of its syllable, an escape
+    for its other digits.
     """
+    text = text[: finished(text)]
     if not text or text[-1].isascii():
         return len(text)
     unfinished = UNFINISHED.search(text, max(0, len(text) - 3))
@@ -175,6 +230,42 @@ def _agrees(name: Pattern, text: Folded, start: int) -> bool:
     return True
 
 
+class _Index:
+    """Folded names in one automaton."""
+
+    def __init__(self) -> None:
+        import ahocorasick  # compiled; only when names are looked for
+
+        self.automaton: Any = ahocorasick.Automaton()
+        self.longest = 0
+        self._patterns: dict[str, list[Pattern]] = {}
+
+    def add(self, name: str, folded: Folded) -> None:
+        skeleton = folded.letters.translate(SKELETON)
+        pattern = Pattern(name, folded.letters, bytes(folded.gaps))
+        known = self._patterns.setdefault(skeleton, [])
+        if pattern not in known:
+            known.append(pattern)
+
+    def ready(self) -> None:
+        for skeleton, entries in self._patterns.items():
+            self.automaton.add_word(skeleton, (len(skeleton), entries))
+            self.longest = max(self.longest, len(skeleton))
+        if self._patterns:
+            self.automaton.make_automaton()
+        self._patterns = {}
+
+    def found(self, folded: Folded, skeleton: str, until: int) -> Iterator[Match]:
+        for last, (size, entries) in self.automaton.iter(skeleton):
+            start = last + 1 - size
+            ends = last < until and (folded.gaps[last + 1] or folded.cut(last + 1))
+            if not (ends and folded.cut(start)):
+                continue
+            here = (pattern.name for pattern in entries if _agrees(pattern, folded, start))
+            for name in dict.fromkeys(here):
+                yield Match(name, folded.starts[start], folded.ends[last])
+
+
 class Names:
     """Any number of names, found in a text in one pass.
 
@@ -186,11 +277,7 @@ class Names:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        import ahocorasick  # compiled; only when names are looked for
-
-        self._automaton: Any = ahocorasick.Automaton()
-        self._longest = 0
-        by_skeleton: dict[str, list[Pattern]] = {}
+        self._written, self._sounds = _Index(), _Index()
         for name in dict.fromkeys(names):
             folded = fold(name)
             if len(folded.letters) < 2:
@@ -198,20 +285,19 @@ class Names:
                     f"the name '{name}' has fewer than two letters and would match everywhere.",
                     hint="Give the full name.",
                 )
-            skeleton = folded.letters.translate(SKELETON)
-            pattern = Pattern(name, folded.letters, bytes(folded.gaps))
-            by_skeleton.setdefault(skeleton, []).append(pattern)
-        for skeleton, entries in by_skeleton.items():
-            self._automaton.add_word(skeleton, (len(skeleton), entries))
-            self._longest = max(self._longest, len(skeleton))
-        if by_skeleton:
-            self._automaton.make_automaton()
-        self.empty = not by_skeleton
+            self._written.add(name, folded)
+            for written in romanisations(name):
+                self._written.add(name, fold(written))
+            for sound in heard(name):
+                if len(sound.letters) >= LEAST_SOUNDS:
+                    self._sounds.add(name, sound)
+        self._written.ready()
+        self._sounds.ready()
 
     def find(self, text: str) -> Iterator[Match]:
         """Every occurrence of every name; time linear in the text and the occurrences."""
-        for folded, skeleton in self._readings(text):
-            yield from self._found(folded, skeleton, len(skeleton))
+        for index, folded, skeleton in self._readings(text):
+            yield from index.found(folded, skeleton, len(skeleton))
 
     def scan(self, text: str, since: int = 0, *, ended: bool = True) -> int | None:
         """Reads a text that goes on: held back is only what could still begin a name.
@@ -227,41 +313,31 @@ class Names:
         if not ended:
             text = text[: settled(text)]
         free = len(text)
-        for folded, skeleton in self._readings(text):
+        for index, folded, skeleton in self._readings(text):
             size = len(skeleton)
             # What ends with the text may still turn out to be a part of a longer word.
             whole = size if ended or folded.trailing != JOINED else size - 1
-            if any(match.start >= since for match in self._found(folded, skeleton, whole)):
+            if any(match.start >= since for match in index.found(folded, skeleton, whole)):
                 return None
             if ended:
                 continue
-            for start in range(max(0, size - self._longest), size):
+            for start in range(max(0, size - index.longest), size):
                 if folded.starts[start] < since or not folded.cut(start):
                     continue
-                if self._automaton.match(skeleton[start:]):
+                if index.automaton.match(skeleton[start:]):
                     free = min(free, folded.starts[start])
                     break
         return free
 
-    def _readings(self, text: str) -> Iterator[tuple[Folded, str]]:
-        """The folded text, and what of it is looked up."""
-        if self.empty:
-            return
-        # "J@ne" needs the symbol as a letter, "@jane" as a separator: look at both readings.
-        for reading in dict.fromkeys((text, text.translate(SYMBOLS))):
-            folded = fold(reading)
-            yield folded, folded.letters.translate(SKELETON)
-
-    def _found(self, folded: Folded, skeleton: str, until: int) -> Iterator[Match]:
-        for last, (size, entries) in self._automaton.iter(skeleton):
-            start = last + 1 - size
-            if last >= until:
-                continue
-            if not (folded.cut(start) and (folded.gaps[last + 1] or folded.cut(last + 1))):
-                continue
-            for pattern in entries:
-                if _agrees(pattern, folded, start):
-                    yield Match(pattern.name, folded.starts[start], folded.ends[last])
+    def _readings(self, text: str) -> Iterator[tuple[_Index, Folded, str]]:
+        """Where it is looked up, the folded text, and what of it is looked up."""
+        if self._written.longest:
+            # "J@ne" needs the symbol as a letter, "@jane" as a separator: look at both readings.
+            for reading in dict.fromkeys((text, text.translate(SYMBOLS), unescaped(text))):
+                folded = fold(reading)
+                yield self._written, folded, folded.letters.translate(SKELETON)
+        if self._sounds.longest and OTHER_SCRIPT.search(plain := unescaped(text)):
+            yield self._sounds, (folded := sounded(plain)), folded.letters.translate(SKELETON)
 
     def occur(self, text: str) -> bool:
         """Whether any name occurs."""
@@ -302,7 +378,7 @@ class Runs:
             text = text[: settled(text)]
         if not self._runs:
             return len(text)
-        folded = fold(text)
+        folded = fold(unescaped(text))
         words = folded.words()
         edges = [place for place, gap in enumerate(folded.gaps[:-1]) if gap != JOINED]
         open_ = not ended and folded.trailing == JOINED

@@ -7,7 +7,10 @@ are both given, and a stop text ends an answer without being in it.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +27,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
+    output_kind: Any = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not 0 < self.top_p <= 1 or self.temperature < 0:
@@ -119,4 +123,84 @@ def module() -> ModuleType:
     """What ``import vllm`` would give."""
     made: Any = ModuleType("vllm")
     made.LLM, made.SamplingParams, made.__version__ = Engine, SamplingParams, "stand-in"
+    made.AsyncLLMEngine, made.AsyncEngineArgs = AsyncEngine, AsyncEngineArgs
     return made
+
+
+class RequestOutputKind(Enum):
+    CUMULATIVE, DELTA, FINAL_ONLY = range(3)
+
+
+def parameters_module() -> ModuleType:
+    """What ``import vllm.sampling_params`` would give."""
+    made: Any = ModuleType("vllm.sampling_params")
+    made.RequestOutputKind, made.SamplingParams = RequestOutputKind, SamplingParams
+    return made
+
+
+@dataclass
+class AsyncEngineArgs:
+    model: str
+    tokenizer: str
+    dtype: str
+    load_format: str
+    max_model_len: int
+    generation_config: str
+    gpu_memory_utilization: float
+    disable_log_stats: bool
+
+
+class AsyncEngine:
+    """Says an answer token by token, in the loop that first asked it, until the caller leaves.
+
+    A stop text is never begun: what may become one is held, as vLLM does.
+    """
+
+    def __init__(self, given: AsyncEngineArgs) -> None:
+        fields = {name: value for name, value in vars(given).items() if "log" not in name}
+        self.inner = Engine(**fields)
+        self.loop: Any = None
+        self.under_way: set[str] = set()
+        self.most, self.aborted, self.ended = 0, list[str](), False
+        self.fails = False
+
+    @classmethod
+    def from_engine_args(cls, given: AsyncEngineArgs) -> AsyncEngine:
+        return cls(given)
+
+    async def generate(
+        self, prompt: Any, how: SamplingParams, request_id: str
+    ) -> AsyncIterator[RequestOutput]:
+        here = asyncio.get_running_loop()
+        self.loop = self.loop or here
+        assert self.loop is here, "one engine, one loop"
+        assert how.output_kind is RequestOutputKind.DELTA
+        assert request_id not in self.under_way
+        self.under_way.add(request_id)
+        self.most = max(self.most, len(self.under_way))
+        try:
+            if self.fails:
+                raise RuntimeError(f"out of memory at {prompt}")
+            whole = self.inner.answer(prompt["prompt_token_ids"], how).outputs[0]
+            sent = ""
+            for place in range(1, len(whole.token_ids) + 1):
+                await asyncio.sleep(0.002)
+                last = place == len(whole.token_ids)
+                text = self.inner.words.decode(whole.token_ids[:place], skip_special_tokens=True)
+                held = max((len(one) for one in how.stop or ()), default=1) - 1
+                text = text.rstrip("\ufffd")
+                text = whole.text if last else whole.text[: max(0, len(text) - held)]
+                new = text[len(sent) :] if text.startswith(sent) else ""
+                sent += new
+                reason = whole.finish_reason if last else None
+                yield RequestOutput(
+                    [CompletionOutput(new, [whole.token_ids[place - 1]], reason)], None
+                )
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(request_id)
+            raise
+        finally:
+            self.under_way.discard(request_id)
+
+    def shutdown(self) -> None:
+        self.ended = True

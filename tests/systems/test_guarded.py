@@ -289,7 +289,7 @@ def test_calls_are_judged_and_come_with_the_last_piece() -> None:
     ]
     forbids = Mind(after=lambda _, text: Refuse("No!") if SENTINEL in text else None)
     stopped = asyncio.run(_all(GuardedSystem(inner, forbids, "g").stream(prompt, DECODING)))  # type: ignore[arg-type]
-    assert stopped == [Piece("No!", "content_filter", Usage(1, 2))]
+    assert stopped == [Piece("No!", "content_filter", Usage(1, 2), withheld_by="g")]
 
 
 def test_log_probabilities_do_not_pass() -> None:

@@ -145,7 +145,7 @@ def serve(
         from delible.systems.opening import open_system
 
         context = started(None, roles=read_roles(role))
-        opened = open_system(target, model=model, context=context)
+        opened = open_system(target, model=model, context=context, serving=True)
         served = name or name_for(target, opened)
         system = _guarded(
             reporter, opened, guards, context,

@@ -32,6 +32,8 @@ _WAITING = 64
 #: Characters of a token, where a system does not count them.
 _CHARACTERS_PER_TOKEN = 4
 _WARNING_CHARACTERS = 800
+#: Who withheld an answer that the server behind withheld itself.
+UPSTREAM = "upstream"
 
 
 class Answer(Response):
@@ -94,8 +96,8 @@ class Answer(Response):
         for index, reply in enumerate(replies):
             self._usages[index] = reply.usage
             self.call.told += len(reply.text)
-            self._judged(reply.finish, reply.withheld_by)
-            policy = policy or self._policy(reply.finish, reply.withheld_by)
+            self._judged(reply)
+            policy = policy or self._policy(reply)
         body = self.writer.whole(replies, self._usage())
         await JSONResponse(body, headers=self._told(policy))({"type": "http"}, _nothing, send)
 
@@ -139,7 +141,7 @@ class Answer(Response):
                     for index, piece in batch:
                         self._heard(index, piece)
                         content += self.writer.piece(index, piece)
-                        policy = policy or self._policy(piece.finish, piece.withheld_by)
+                        policy = policy or self._policy(piece)
                     if content:
                         await say(content, policy)
                 await say(self.writer.closing(self._usage()), more=False)
@@ -155,7 +157,7 @@ class Answer(Response):
         self.call.told += len(piece.text)
         if piece.finish is not None:
             self._usages[index] = piece.usage or Usage()
-            self._judged(piece.finish, piece.withheld_by)
+            self._judged(piece)
 
     async def _pieces(self) -> AsyncGenerator[list[tuple[int, Piece]]]:
         """Parts of all answers as they come; none when there was nothing to send for long.
@@ -237,13 +239,20 @@ class Answer(Response):
             found["x-delible-policy"] = _plain(policy)
         return found
 
-    def _policy(self, finish: str | None, guard: str) -> str:
-        return (guard or self.asked.model.guard) if finish == "content_filter" else ""
+    def _policy(self, said: Reply | Piece) -> str:
+        """Who withheld an answer, if somebody did: a guard, or the filter of the server behind."""
+        if said.finish != "content_filter":
+            return ""
+        model = self.asked.model
+        return said.withheld_by or (model.guard if model.endpoint is None else UPSTREAM)
 
-    def _judged(self, finish: str, guard: str) -> None:
-        self.call.finishes.append(finish)
-        if finish == "content_filter":
-            self.numbers.verdicts.labels(guard or self.asked.model.guard, "withheld").inc()
+    def _judged(self, said: Reply | Piece) -> None:
+        self.call.finishes.append(said.finish or "")
+        if policy := self._policy(said):
+            verdict = "failed" if said.guard_failed else "withheld"
+            self.numbers.verdicts.labels(policy, verdict).inc()
+            self.call.withheld_by.append(policy)
+            self.call.guard_failed |= said.guard_failed
         elif self.asked.model.guarded:
             self.numbers.verdicts.labels(self.asked.model.guard, "passed").inc()
 

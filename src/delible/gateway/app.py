@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ from delible.gateway.asked import (
 from delible.gateway.errors import CallFailed, of_system
 from delible.gateway.front import CALL, Front
 from delible.gateway.guarding import verdict
+from delible.gateway.keys import Callers
 from delible.gateway.models import ServedModel, chosen
 from delible.gateway.reading import conversation, read_chat, read_text
 from delible.gateway.responses import Responses, read_responses
@@ -38,6 +40,11 @@ from delible.gateway.telling import Numbers
 from delible.gateway.writing import Chat, Text
 from delible.system.asks import Prompt
 from delible.system.replies import Unanswered
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at files that may change.
+LOOK = 2.0
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -49,10 +56,14 @@ def gateway(models: Sequence[ServedModel], settings: GatewaySettings) -> ASGIApp
         RecipeError: The file of keys, or the variable of the admin's key, cannot be read.
     """
     numbers = Numbers()
+    callers = Callers(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        looking = asyncio.create_task(_look(callers, models))
         yield
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
         for model in models:
             await model.aclose()
 
@@ -83,7 +94,7 @@ def gateway(models: Sequence[ServedModel], settings: GatewaySettings) -> ASGIApp
     async def broken(request: Request, error: Exception) -> Response:
         return failure(CallFailed(500, "Something failed here.", code="internal_error"))
 
-    front: ASGIApp = Front(app, settings, numbers)
+    front: ASGIApp = Front(app, settings, numbers, callers)
     if settings.allowed_origins:
         front = CORSMiddleware(
             front,
@@ -93,6 +104,19 @@ def gateway(models: Sequence[ServedModel], settings: GatewaySettings) -> ASGIApp
             expose_headers=("x-request-id", "x-delible-warning", "x-delible-policy"),
         )
     return front
+
+
+async def _look(callers: Callers, models: Sequence[ServedModel]) -> None:
+    """Follows the files of keys and of targets, whether or not somebody calls."""
+    while True:
+        await asyncio.sleep(LOOK)
+        try:
+            await asyncio.to_thread(callers.poll)
+            for model in models:
+                for one in model.following:
+                    await one.look()
+        except Exception as error:  # the next look may succeed
+            logger.error("a file could not be followed (%s)", type(error).__name__)
 
 
 async def _body(request: Request, form: type[Body], settings: GatewaySettings) -> Body:
@@ -150,7 +174,7 @@ def _answers(
         body = await _body(request, CheckRequest, settings)
         model = chosen(models, body.model)
         request.scope[CALL].model = model.name
-        if model.checks is None:
+        if not model.checks:
             raise CallFailed(501, "No guard that gives verdicts is here.", code="no_guard")
         if (body.messages is None) == (body.prompt is None):
             raise CallFailed(400, "Give either messages or a prompt.", param="messages")
@@ -161,13 +185,16 @@ def _answers(
             raise CallFailed(400, "The prompt is too long.", code="context_length_exceeded")
         try:
             async with asyncio.timeout(settings.total_seconds):
-                decision = await model.checks.check(asked, body.answer)
+                found = await verdict(model.checks, asked, body.answer)
         except Unanswered as error:
             raise of_system(error) from None
         except TimeoutError:
             raise CallFailed(504, "There was no verdict in time.", code="timeout") from None
-        found = verdict(decision, model.guard)
-        numbers.verdicts.labels(found.guard, "allowed" if found.allowed else "refused").inc()
+        word = "allowed" if found.allowed else "failed" if found.failed else "refused"
+        numbers.verdicts.labels(found.guard, word).inc()
+        if not found.allowed:
+            request.scope[CALL].withheld_by.append(found.guard)
+            request.scope[CALL].guard_failed = found.failed
         named = {} if settings.undisclosed else {"guard": found.guard}
         return JSONResponse(
             {"object": "check", "model": model.name, "allowed": found.allowed, **named}

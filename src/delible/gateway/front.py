@@ -32,11 +32,14 @@ class Front:
         app: What answers.
         settings: With limits, and the file of keys.
         numbers: Where calls are counted.
+        callers: Who may call.
     """
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, numbers: Numbers) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: GatewaySettings, numbers: Numbers, callers: Callers
+    ) -> None:
         self.app, self.settings, self.numbers = app, settings, numbers
-        self.callers = Callers(settings)
+        self.callers = callers
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,7 @@
 """What a gateway asks of a guard besides answers: a verdict, and other targets while it serves.
 
 A guarded system answers like any other; a reply that its guard took back ends with
-``content_filter`` and names the guard in ``withheld_by``. These two interfaces are for more. The
+``content_filter`` and names the guard in ``withheld_by``. These interfaces are for more. The
 gateway looks for them on every layer of what it serves, the outermost first.
 """
 
@@ -22,11 +22,13 @@ class Verdict:
 
     Attributes:
         allowed: It passes, perhaps with other words than the client's.
-        guard: Which one judged.
+        guard: Which one judged; of several that all let it pass, each.
+        failed: Its judgement came to nothing, which is no pass.
     """
 
     allowed: bool
     guard: str
+    failed: bool = False
 
 
 @runtime_checkable
@@ -46,9 +48,32 @@ class Checking(Protocol):
         ...
 
 
-def verdict(decision: object | None, guard: str) -> Verdict:
-    """A guard's decision in a word: only what is said in place of an answer is a refusal."""
-    return Verdict(decision is None or hasattr(decision, "prompt"), guard)
+async def verdict(
+    checks: Sequence[tuple[str, Checking]], prompt: Prompt, answer: str | None
+) -> Verdict:
+    """What all guards together think, each in its turn and of what the one before it would ask.
+
+    Only what is said in place of an answer is a refusal. Where a guard asks another system, those
+    behind it are not asked, as they would not be for an answer.
+
+    Args:
+        checks: Names and guards, the outermost first.
+        prompt: The conversation.
+        answer: An answer to it.
+
+    Raises:
+        Unanswered: It cannot be judged.
+    """
+    passed: list[str] = []
+    for name, one in checks:
+        decision = await one.check(prompt, answer)
+        if decision is not None and not hasattr(decision, "prompt"):
+            return Verdict(False, name, bool(getattr(decision, "failed", False)))
+        passed.append(name)
+        prompt = getattr(decision, "prompt", prompt)
+        if getattr(decision, "system", None) is not None:
+            break
+    return Verdict(True, "+".join(passed))
 
 
 @runtime_checkable
@@ -61,6 +86,15 @@ class Retargeted(Protocol):
         Raises:
             DelibleError: A name that cannot be guarded, or is not there.
         """
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A system that follows a file."""
+
+    async def look(self) -> None:
+        """Looks whether the file has changed, and goes by what it says then. Never raises."""
         ...
 
 

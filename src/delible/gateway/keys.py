@@ -1,15 +1,16 @@
 """API keys: a file of their hashes, and what each may use in a minute.
 
 A key is 256 random bits, so a plain SHA-256 of it cannot be searched. The file is JSON lines, one
-key each: its name, its hash, and limits of its own.
+key each: its name, its hash, and limits of its own. It is read again when it changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +19,8 @@ from delible.errors import RecipeError
 from delible.files import atomic_file
 from delible.gateway.errors import CallFailed
 from delible.gateway.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
 
 #: What keys begin with, so that one that leaked is recognised.
 PREFIX = "dlb-"
@@ -179,9 +182,44 @@ class Callers:
     """
 
     def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
         self._anyone = None if settings.keys else Caller("", None, settings)
-        entries = read_keys(settings.keys) if settings.keys else []
-        self._known = {one.sha256: Caller(one.name, one, settings) for one in entries}
+        self._known: dict[str, tuple[KeyEntry, Caller]] = {}
+        self._seen: tuple[int, int, int] | None = None
+        if settings.keys:
+            self._seen = _state(settings.keys)
+            self._take(read_keys(settings.keys))
+
+    def poll(self) -> bool:
+        """Reads the file again if it changed; whether it now goes by another one.
+
+        A key that is as it was keeps what it has used; calls under way are not ended. A file that
+        cannot be used changes nothing, and the log says so. Call it from time to time, from one
+        thread at a time.
+        """
+        path = self.settings.keys
+        if path is None or (now := _state(path)) is None or now == self._seen:
+            return False
+        self._seen = now
+        try:
+            entries = read_keys(path)
+        except RecipeError as error:
+            logger.warning(
+                "the keys cannot be used; the %d old ones stay: %s", len(self._known), error
+            )
+            return False
+        self._take(entries)
+        logger.info("%s was read again: %d keys.", path, len(entries))
+        return True
+
+    def _take(self, entries: Sequence[KeyEntry]) -> None:
+        known: dict[str, tuple[KeyEntry, Caller]] = {}
+        for entry in entries:
+            before = self._known.get(entry.sha256)
+            same = before is not None and before[0] == entry
+            caller = before[1] if before and same else Caller(entry.name, entry, self.settings)
+            known[entry.sha256] = (entry, caller)
+        self._known = known  # in one step: a call sees the old ones, or the new ones
 
     def of(self, headers: Mapping[str, str]) -> Caller:
         """Who calls.
@@ -196,4 +234,13 @@ class Callers:
         if found is None:
             problem = "This API key is unknown." if key else "An API key is missing."
             raise CallFailed(401, problem, code="invalid_api_key")
-        return found
+        return found[1]
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file; None while it is being replaced, or is gone."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino

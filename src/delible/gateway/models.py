@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from delible.gateway.errors import CallFailed
-from delible.gateway.guarding import Checking, Retargeted, layers
+from delible.gateway.guarding import Checking, Following, Retargeted, layers
 from delible.gateway.settings import GatewaySettings
 from delible.system.base import Responder, System
 from delible.systems.completions import CallError
@@ -37,8 +37,10 @@ class ServedModel:
         answers: The system as it is asked.
         created: Seconds since 1970.
         endpoint: The server behind it, if there is one: it knows fields that others do not.
-        checks: What gives verdicts, if something does.
+        checks: What gives verdicts, by name, the outermost first.
+        guard: The names of all guards.
         targets: What takes other targets, if something does.
+        following: What goes by a file that may change.
     """
 
     def __init__(self, name: str, system: System | Responder, settings: GatewaySettings) -> None:
@@ -48,14 +50,15 @@ class ServedModel:
         found = list(layers(system))
         self.endpoint = next((one for one in found if isinstance(one, Endpoint)), None)
         # an endpoint's own ``check`` is another thing: whether the server is there
-        checking = (one for one in found if iscoroutinefunction(getattr(one, "check", None)))
-        self.checks: Checking | None = next(checking, None)
+        self.checks: list[tuple[str, Checking]] = [
+            (_named(one), one) for one in found if iscoroutinefunction(getattr(one, "check", None))
+        ]
         self.targets = next((one for one in found if isinstance(one, Retargeted)), None)
+        self.following = [one for one in found if isinstance(one, Following)]
         #: Whether a part stands before the model or the server.
-        self.guarded = len(found) > 1 or self.checks is not None
+        self.guarded = len(found) > 1 or bool(self.checks)
         guards = [one.guard for one in found if isinstance(getattr(one, "guard", None), str)]
-        #: The guard's name; where there are several, nobody knows which one it was.
-        self.guard = guards[0] if len(guards) == 1 else "guard"
+        self.guard = "+".join(guards) or "guard"
         self._ready = (0.0, False)
         if self.endpoint is not None:
             self.endpoint.adapts = False
@@ -95,9 +98,15 @@ class ServedModel:
         """Lets go of connections and threads."""
         if self.endpoint is not None:
             await self.endpoint.aclose()
-        close = getattr(self.answers, "close", None)
-        if close is not None and self.endpoint is None:
-            close()
+        for one in {id(one): one for one in (self.answers, *layers(self.system))}.values():
+            close = getattr(one, "close", None)
+            if close is not None and not isinstance(one, Endpoint):
+                close()
+
+
+def _named(system: Any) -> str:
+    name = getattr(system, "guard", None)
+    return name if isinstance(name, str) else "guard"
 
 
 def name_for(target: str, system: System | Responder) -> str:

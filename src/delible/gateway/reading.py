@@ -80,6 +80,7 @@ def read_chat(body: ChatRequest, model: ServedModel, settings: GatewaySettings) 
     format_ = _format(body.response_format, model)
     if format_ is not None:
         fields["response_format"] = format_
+    prompt = replace(prompt, besides=_strings([body.response_format, *_passed(body)]))
     warnings: list[str] = []
     if any(one.function.unknown for one in body.tools or ()):
         warnings.append("unknown fields of tools were left out")
@@ -115,7 +116,7 @@ def read_text(body: TextRequest, model: ServedModel, settings: GatewaySettings) 
     if body.logprobs is not None:
         _may_log(model)
         fields["logprobs"] = 1
-    prompts = [Prompt(text=text) for text in texts]
+    prompts = [Prompt(text=text, besides=_strings(_passed(body))) for text in texts]
     limit = body.max_tokens
     asked = _decoded(body, prompts, limit, body.stop, body.n, fields, [], model, settings)
     usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -309,7 +310,11 @@ def _decoded(
 
 def _for_server(decoding: Decoding, fields: Mapping[str, Any]) -> Relayed:
     values = {name: getattr(decoding, name) for name in Decoding.__dataclass_fields__}
-    return Relayed(**values, fields=json.dumps(fields, sort_keys=True))
+    try:
+        told = json.dumps(fields, sort_keys=True, allow_nan=False)
+    except ValueError:  # a number without end, or none
+        raise CallFailed(400, "A number is too large, or is none.", code="invalid") from None
+    return Relayed(**values, fields=told)
 
 
 def relayed(unknown: Mapping[str, Any], model: ServedModel) -> tuple[dict[str, Any], list[str]]:
@@ -334,6 +339,26 @@ def relayed(unknown: Mapping[str, Any], model: ServedModel) -> tuple[dict[str, A
             found[name] = value
             warnings.append(f"the option '{shown}' is not known here and was passed on")
     return found, warnings
+
+
+def _passed(body: Sampled) -> list[Any]:
+    """Values of unknown options that a server may see."""
+    return [value for name, value in body.unknown.items() if name not in ABOUT_THE_CLIENT]
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    """Every text in plain data, names of fields too, each once."""
+    found: dict[str, None] = {}
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found[one] = None
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+    return tuple(found)
 
 
 def _may_be_content(value: Any) -> bool:

@@ -62,6 +62,12 @@ def listening(settings: GatewaySettings) -> socket.socket:
     return found
 
 
+def address(settings: GatewaySettings, place: socket.socket) -> str:
+    """Where clients find the API of a gateway that listens at this socket."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{place.getsockname()[1]}/v1"
+
+
 def server(models: Sequence[ServedModel], settings: GatewaySettings) -> uvicorn.Server:
     """A server that is not running yet; ``server.run(sockets=[…])`` runs it, and
     ``server.should_exit = True`` ends it from another thread.
@@ -105,6 +111,5 @@ def run(
     """
     made = server(models, settings)
     with listening(settings) as place:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        began(f"http://{host}:{place.getsockname()[1]}/v1")
+        began(address(settings, place))
         made.run(sockets=[place])

@@ -39,6 +39,8 @@ class Call:
     first: float | None = None
     status: int = 0
     finishes: list[str] = field(default_factory=list)
+    withheld_by: list[str] = field(default_factory=list)
+    guard_failed: bool = False
     usage: Usage = field(default_factory=Usage)
     told: int = 0
     warnings: int = 0
@@ -68,6 +70,8 @@ class Call:
             "streamed": self.streamed,
             "first_text_seconds": None if self.first is None else round(self.first, 4),
             "finishes": self.finishes,
+            "withheld_by": self.withheld_by,
+            "guard_failed": self.guard_failed,
             "prompt_tokens": self.usage.prompt_tokens,
             "completion_tokens": self.usage.completion_tokens,
             "warnings": self.warnings,
@@ -96,7 +100,8 @@ class Numbers:
         self.tokens = Counter("delible_tokens", "Tokens in and out.", ("direction",), **own)
         self.verdicts = Counter(
             "delible_verdicts",
-            "Answers by verdict: passed, withheld, and checks that allow or refuse.",
+            "Answers by verdict: passed, withheld, failed (the guard broke down, which withheld "
+            "them), and checks that allow or refuse.",
             ("guard", "verdict"),
             **own,
         )

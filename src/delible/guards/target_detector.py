@@ -16,6 +16,8 @@ how many do). Measured with all-MiniLM-L6-v2 on TOFU, a cosine of 0.8 flags 94.5
 paraphrased forget10 questions and 0.8 % of 600 retain90 questions (seed 0); 0.75 flags 99.8 % and
 1.7 %; the 0.9 of the reference code 45.3 % and 0.2 %. Every turn is judged, earlier and system
 turns, calls and results of tools included: whoever writes to an open endpoint writes them all.
+Names are found in other scripts, too (delible.romanised). From 4,096 forget questions on, most are
+left out of the comparison by some of their bits; one of a million hits may be missed by that.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from delible.systems.record_texts import (
 )
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
-VERSION = 2
+VERSION = 3
 
 
 class TargetDetectorMind(GuardMind):
@@ -79,12 +81,16 @@ class TargetDetectorMind(GuardMind):
     def before(self, prompt: Prompt) -> Judged:
         texts = texts_of(prompt)
         # Joined, so that a name split over two turns is one name again.
-        if self.names.occur("\n".join(texts)) or self.similarity(*texts) >= self.threshold:
+        if self.names.occur("\n".join(texts)) or self.resembles(*texts):
             return self.refuse(prompt)
         return None
 
     def scanners(self) -> Sequence[Scanner]:
         return (self.names, self.strings, self.verbatim)
+
+    def resembles(self, *texts: str) -> bool:
+        """Whether a text, or any sentence in it, reaches the threshold."""
+        return self.likeness is not None and self.likeness.reached(texts, self.threshold)
 
     def similarity(self, *texts: str) -> float:
         """Largest cosine of a text, or of any sentence in it, to a forget example, [-1, 1]."""
@@ -197,6 +203,7 @@ class TargetDetector(Guard):
                 fitted = fit_likeness(likeness, groups, self.false_alarm_rate)
                 threshold = fitted.threshold
                 notes = {"threshold": threshold, "false_alarms": fitted.false_alarms}
+            likeness.prepare()
 
         strings: list[str] = []
         verbatim: set[str] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ class Prompt:
         tools: What the system may call.
         tool_choice: ``"auto"``, ``"none"``, ``"required"``, or the name of the one to call; None
             is the system's own default.
+        besides: Other texts that go to the system with it, such as those in the form that an answer
+            is to have; guards read them.
         adapter: Which of the model's adapters answers, by name; empty: none of them; None: the
             one that is on.
     """
@@ -31,6 +33,7 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     tool_choice: str | None = None
     adapter: str | None = None
+    besides: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -12,6 +12,9 @@ from delible.messages import ToolCall
 #: back by a guard.
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
+#: Why there is no answer where a server's own filter left nothing of it.
+WITHHELD = "the server's filter withheld the answer"
+
 
 class Unanswered(DelibleError):  # noqa: N818 (nobody did anything wrong)
     """A system could not answer: too long a prompt, values that are no numbers, a failed call.
@@ -54,7 +57,9 @@ class Reply:
         tool_calls: What it calls; the text is then often empty.
         logprobs: Of all tokens that were generated, those of thoughts and of what a stop text
             cut off included; None where the system was not asked or does not tell.
-        withheld_by: The guard that took the answer back, if ``finish`` says that one did.
+        withheld_by: The guard that took the answer back, if one did; empty where the server
+            behind says so of itself.
+        guard_failed: It did so because its judgement came to nothing.
     """
 
     text: str
@@ -63,6 +68,7 @@ class Reply:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     withheld_by: str = ""
+    guard_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Piece:
     """A part of an answer; the last one has the reason of the end and the usage.
 
     Attributes:
-        withheld_by: Of the last one: the guard that took the answer back.
+        withheld_by: Of the last one: as in :class:`Reply`; so is ``guard_failed``.
     """
 
     text: str
@@ -93,3 +99,4 @@ class Piece:
     tool_calls: tuple[ToolCallPiece, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     withheld_by: str = ""
+    guard_failed: bool = False

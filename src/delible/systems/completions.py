@@ -175,16 +175,17 @@ class Heard:
     def reply(self) -> Reply:
         """The whole answer, as the model wrote it.
 
+        One that the server's own filter withheld is empty, and says so by its finish.
+
         Raises:
-            CallError: There is none. An empty text is one, unless something withheld it or it was
-                cut off before it began.
+            CallError: There is none. An empty text is one, unless it was cut off before it began.
         """
         said = self._content or self._refusal
         answered = bool(said.strip()) or bool(self._calls)
         if (self._thoughts.strip() and not answered) or is_cut_thought(said):
             raise CallError(CUT_THOUGHT, thinking=True)
         if not answered and self.ended == "content_filter":
-            raise CallError("the server's filter withheld the answer")
+            return Reply("", "content_filter", self.usage)
         # models that think in secret use up the limit and show nothing
         if not answered and (self._content is None or (not said and self.ended == "length")):
             reason = f"the reply has no text (finish reason '{self.ended or None}')"

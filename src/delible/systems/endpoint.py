@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from delible.errors import ModelError, nearest
 from delible.system.asks import Decoding, NoAnswer, Prompt, Relayed
 from delible.system.base import BlackBox
-from delible.system.replies import Piece, Reply, Unanswered
+from delible.system.replies import WITHHELD, Piece, Reply, Unanswered
 from delible.systems.calls import Server
 from delible.systems.completions import CallError, Heard, spoken, tools, turn
 
@@ -222,6 +222,8 @@ class Endpoint(BlackBox):
             return NoAnswer(failed.problem)
         if reply.tool_calls and not reply.text:
             return NoAnswer("it calls tools and says nothing")
+        if reply.finish == "content_filter" and not reply.text:
+            return NoAnswer(WITHHELD)
         return reply.text
 
     async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:

@@ -1,8 +1,9 @@
 """A guarded system. A guard stands before a system, sees the conversation, may answer itself.
 
 It is asked in batches and by many at once, whole or streaming, and judges alike. It fails closed:
-a judgement that breaks down, takes too long or cannot be read is a refusal, and what it was about
-is told to nobody: not to the log, and in no error.
+a judgement that breaks down, takes too long or cannot be read is a refusal like any other, so that
+nobody learns by what a guard is broken; its reply is marked ``guard_failed`` for whoever runs it,
+and what it was about is told to nobody: not to the log, and in no error.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from delible import prompts as prompt_files
 from delible.component import build
 from delible.context import NO_CONTEXT, Context
 from delible.errors import RunError
-from delible.lm.tools import said_and_called
 from delible.method import ComponentMethod, Outcome
 from delible.records import ForgetRequest
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System, identity_of
-from delible.system.replies import Piece, Reply, Unanswered, Usage
+from delible.system.replies import Piece, Reply, Unanswered
 from delible.system.role import RoleName
-from delible.systems.judged_text import Called, told
+from delible.systems.judged_text import Called, told, told_in_batch
 from delible.systems.judging import (
     Course,
     Decision,
@@ -42,6 +42,7 @@ from delible.systems.judging import (
 )
 from delible.systems.mind import GuardMind as GuardMind
 from delible.systems.serving import responder
+from delible.systems.withholding import last_piece, reply_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,6 @@ logger = logging.getLogger(__name__)
 NO_PICTURES = "the guard judges texts, not pictures"
 #: What is told of a failure whose words the guard does not let pass.
 NOTHING_TOLD = "what is guarded gave no answer"
-#: Between what was sent of an answer and the refusal that ends it.
-BREAK = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class GuardedSystem(BlackBox):
         for place, course in zip(seen, courses, strict=True):
             decision = self._decision(mind, prompts[place], course)
             if isinstance(decision, Refuse | Say):
-                found[place] = _reply(decision)
+                found[place] = reply_of(decision, self.guard)
                 continue
             asked = decision or Forward(prompts[place])
             system = asked.system or self.system
@@ -206,7 +205,7 @@ class GuardedSystem(BlackBox):
         self, mind: GuardMind, prompts: Sequence[Prompt], answers: Sequence[str | NoAnswer]
     ) -> list[Reply | NoAnswer]:
         texts = [
-            answer.reason if isinstance(answer, NoAnswer) else _in_batch(prompt, answer)
+            answer.reason if isinstance(answer, NoAnswer) else told_in_batch(prompt, answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         courses = settle_all(
@@ -221,7 +220,7 @@ class GuardedSystem(BlackBox):
             if isinstance(answer, NoAnswer):  # a failed call stays one: only its words are judged
                 found.append(answer if decision is None else NoAnswer(NOTHING_TOLD))
             elif isinstance(decision, Refuse | Say):
-                found.append(_reply(decision))
+                found.append(reply_of(decision, self.guard))
             else:
                 found.append(Reply(answer))
         return found
@@ -250,7 +249,7 @@ class GuardedSystem(BlackBox):
         mind = self.mind
         decision = await self._before(mind, prompt)
         if isinstance(decision, Refuse | Say):
-            return _reply(decision)
+            return reply_of(decision, self.guard)
         asked = decision or Forward(prompt)
         try:
             reply = await self._responder(asked.system or self.system).respond(
@@ -261,7 +260,7 @@ class GuardedSystem(BlackBox):
         read = partial(Reading(mind, prompt).read, told(reply.text, reply.tool_calls), ended=True)
         decision = await self._settled(mind, prompt, read)
         if isinstance(decision, Refuse | Say):
-            return replace(_reply(decision), usage=reply.usage)
+            return replace(reply_of(decision, self.guard), usage=reply.usage)
         return replace(reply, logprobs=None)
 
     async def stream(self, prompt: Prompt, decoding: Decoding) -> AsyncIterator[Piece]:
@@ -275,7 +274,7 @@ class GuardedSystem(BlackBox):
         mind = self.mind
         decision = await self._before(mind, prompt)
         if isinstance(decision, Refuse | Say):
-            yield _last(decision)
+            yield last_piece(decision, self.guard)
             return
         asked = decision or Forward(prompt)
         reading, called = Reading(mind, prompt), Called()
@@ -298,12 +297,12 @@ class GuardedSystem(BlackBox):
                 read = partial(reading.read, more, ended=ended)
                 decision = await self._settled(mind, prompt, read, threaded=mind.reads != "words")
                 if isinstance(decision, Refuse | Say):
-                    yield _last(decision, usage=piece.usage, after=bool(sent))
+                    yield last_piece(decision, self.guard, usage=piece.usage, after=bool(sent))
                     return
                 free = len(text) if ended else min(reading.free, len(text))
                 if free > sent or ended:
                     calls = called.pieces() if ended else ()
-                    yield Piece(text[sent:free], piece.finish, piece.usage, calls)
+                    yield replace(piece, text=text[sent:free], tool_calls=calls, logprobs=())
                     sent = free
                 if ended:
                     return
@@ -356,7 +355,7 @@ class GuardedSystem(BlackBox):
             return course.decision
         kind = type(course.failure).__name__
         logger.warning("the guard '%s' failed (%s) and refused.", self.guard, kind)
-        return mind.refuse(prompt)
+        return replace(mind.refuse(prompt), failed=True)
 
 
 async def _said(pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece]:
@@ -368,22 +367,6 @@ async def _said(pieces: AsyncIterator[Piece]) -> AsyncGenerator[Piece]:
         close = getattr(pieces, "aclose", None)
         if close is not None:
             await close()
-
-
-def _in_batch(prompt: Prompt, answer: str) -> str:
-    """What is judged of an answer that came as one text, with its calls in it."""
-    if not prompt.tools:
-        return answer
-    return told(answer, said_and_called(answer)[1])
-
-
-def _reply(decision: Refuse | Say) -> Reply:
-    return Reply(decision.text, "content_filter" if isinstance(decision, Refuse) else "stop")
-
-
-def _last(decision: Refuse | Say, *, usage: Usage | None = None, after: bool = False) -> Piece:
-    text = BREAK + decision.text if after else decision.text
-    return Piece(text, _reply(decision).finish, usage or Usage())
 
 
 def guard(

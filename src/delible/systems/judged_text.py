@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from delible.lm.tools import said_and_called
 from delible.messages import ToolCall
 from delible.system.asks import Prompt
 from delible.system.replies import ToolCallPiece
@@ -14,20 +15,46 @@ from delible.system.replies import ToolCallPiece
 def texts_of(prompt: Prompt) -> list[str]:
     """Every text that a prompt holds, in order.
 
-    Each turn's, the calls in it, the prefill, raw text, and what is said about the tools that are
-    offered: whoever writes to an open endpoint writes them all.
+    Each turn's, the calls in it, the prefill, raw text, what is said about the tools that are
+    offered, numbers of calls, and what goes along: whoever writes to an open endpoint writes them
+    all.
     """
     found: list[str] = []
     for turn in prompt.messages:
         found.append(turn.text)
         for call in turn.tool_calls:
-            found += [call.name, *_json_texts(call.arguments)]
+            found += [call.name, *_json_texts(call.arguments), call.id]
+        if turn.tool_call_id:
+            found.append(turn.tool_call_id)
         if turn.role == "tool":  # often JSON, in which a letter may be written as its number
             found += _json_texts(turn.text)[1:]
     found += [text for text in (prompt.prefill, prompt.text) if text]
     for tool in prompt.tools:
         found += [tool.name, tool.description, *_json_texts(tool.parameters)]
-    return found
+    return [*found, *prompt.besides]
+
+
+def leads(prompt: Prompt) -> tuple[str, ...]:
+    """What an answer may go on from: a name may begin there and end in the answer.
+
+    A prefill or a raw text is gone on from where it stops. The last turn is followed by the answer
+    as by a new line; if it is the assistant's, some servers go on from where it stops.
+    """
+    if prompt.prefill or prompt.text:
+        return (prompt.prefill or prompt.text or "",)
+    if not prompt.messages:
+        return ("",)
+    last = prompt.messages[-1]
+    text = last.text[-_LEAD:]
+    if len(last.text) > _LEAD:  # not from the middle of a word
+        text = "".join(text.partition(" ")[1:])
+    if last.role == "assistant":
+        return (f"{text}\n", text)
+    return (f"{text}\n",)
+
+
+#: Characters of the last turn that a name is looked for in.
+_LEAD = 400
 
 
 def told(text: str, calls: Sequence[ToolCall]) -> str:
@@ -36,6 +63,13 @@ def told(text: str, calls: Sequence[ToolCall]) -> str:
     for call in calls:
         parts += [call.name, *_json_texts(call.arguments)]
     return "\n".join(parts)
+
+
+def told_in_batch(prompt: Prompt, answer: str) -> str:
+    """An answer that came as one text, with its calls in it, as :func:`told`."""
+    if not prompt.tools:
+        return answer
+    return told(answer, said_and_called(answer)[1])
 
 
 class Called:
@@ -67,9 +101,9 @@ def _json_texts(written: str) -> list[str]:
     """A text, and, where it is JSON whose texts read differently, these joined by spaces."""
     try:
         read = json.loads(written)
+        texts = list(_strings(read))
     except (ValueError, RecursionError):
         return [written]
-    texts = list(_strings(read))
     return [written, " ".join(texts)] if texts else [written]
 
 
@@ -87,4 +121,4 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-__all__ = ["Called", "texts_of", "told"]
+__all__ = ["Called", "leads", "texts_of", "told", "told_in_batch"]

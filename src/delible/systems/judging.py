@@ -20,13 +20,19 @@ from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import Responder, System
 from delible.system.forms import read_form
 from delible.system.replies import Unanswered
+from delible.systems.judged_text import leads
 
 
 @dataclass(frozen=True)
 class Refuse:
-    """Nothing (more) is answered but this."""
+    """Nothing (more) is answered but this.
+
+    Attributes:
+        failed: The judgement came to nothing, which is no pass.
+    """
 
     text: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,8 @@ async def settle(
                 reply: str | NoAnswer
                 try:
                     answer = await responds(asks.system).respond(asks.prompt, asks.decoding)
-                    reply = answer.text
+                    withheld = answer.finish == "content_filter" and not answer.text
+                    reply = NoAnswer("no answer") if withheld else answer.text
                 except Unanswered:
                     reply = NoAnswer("no answer")
                 await go(reply)
@@ -221,6 +228,32 @@ class Mind(Protocol):
     def refuse(self, prompt: Prompt) -> Refuse: ...
 
 
+class _Window:
+    """The end of an answer so far, after what it goes on from; held is what may begin a match."""
+
+    def __init__(self, scanners: Sequence[Scanner], lead: str) -> None:
+        self._scanners, self._text, self._starts, self._floor = scanners, lead, -len(lead), 0
+
+    def read(self, more: str, *, ended: bool) -> int | None:
+        """Characters of the answer that may go out; None: something is found."""
+        self._text += more
+        floor = len(self._text)
+        for scanner in self._scanners:
+            free = scanner.scan(self._text, self._floor, ended=ended)
+            if free is None:
+                return None
+            floor = min(floor, free)
+        self._floor = max(floor, self._floor)
+        free = max(0, self._starts + self._floor)
+        # The letter before what is held stays: it tells whether a word begins there.
+        before = fold(self._text[: self._floor])
+        cut = before.starts[-1] if before.starts else self._floor
+        self._text = self._text[cut:]
+        self._starts += cut
+        self._floor -= cut
+        return free
+
+
 #: Where a sentence has ended, whatever follows.
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*\s|[。！？\n]")
 
@@ -239,11 +272,7 @@ class Reading:
     def __init__(self, mind: Mind, prompt: Prompt) -> None:
         self.mind, self.prompt, self.free = mind, prompt, 0
         self._text, self._judged = "", False
-        # The answer goes on where the prompt stopped, perhaps in the middle of a name.
-        self._window = prompt.prefill or prompt.text or ""
-        self._window_starts = -len(self._window)
-        self._floor = 0
-        self._scanners: Sequence[Scanner] | None = None
+        self._windows: list[_Window] | None = None
 
     def read(self, more: str, *, ended: bool = False) -> Judging:
         """Judges what can be judged with this piece, and frees what passes."""
@@ -253,23 +282,19 @@ class Reading:
 
     def _words(self, more: str, ended: bool) -> Judging:
         yield from ()
-        if self._scanners is None:
-            self._scanners = self.mind.scanners()
-        self._window += more
-        floor = len(self._window)
-        for scanner in self._scanners:
-            free = scanner.scan(self._window, self._floor, ended=ended)
-            if free is None:
-                return self.mind.refuse(self.prompt)
-            floor = min(floor, free)
-        self._floor = max(floor, self._floor)
-        self.free = max(0, self._window_starts + self._floor)
-        # The letter before what is held stays: it tells whether a word begins there.
-        before = fold(self._window[: self._floor])
-        cut = before.starts[-1] if before.starts else self._floor
-        self._window = self._window[cut:]
-        self._window_starts += cut
-        self._floor -= cut
+        if self._windows is None:
+            scanners = self.mind.scanners()
+            goes_on = bool(self.prompt.prefill or self.prompt.text)
+            self._windows = [
+                _Window(scanners, lead)
+                for lead in leads(self.prompt)
+                # what the last turn holds was judged before, and is no reason here
+                if goes_on or all(one.scan(lead) is not None for one in scanners)
+            ] or [_Window(scanners, "")]
+        free = [window.read(more, ended=ended) for window in self._windows]
+        if None in free:
+            return self.mind.refuse(self.prompt)
+        self.free = min(one for one in free if one is not None)
         return None
 
     def _parts(self, more: str, ended: bool) -> Judging:

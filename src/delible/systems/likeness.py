@@ -11,10 +11,13 @@ few hard ones would vanish among many easy ones.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +27,7 @@ from delible.lm.encoder import Encoder
 from delible.loaders import read_records
 from delible.records import QA, ForgetRequest
 from delible.systems.record_texts import kept_by, questions_of
+from delible.systems.sketch import Sketch
 from delible.world import general, templates
 
 SENTENCES = re.compile(r"[^.!?。！？\n]+")
@@ -31,10 +35,21 @@ SENTENCES = re.compile(r"[^.!?。！？\n]+")
 MOST = 500
 #: Texts that go through the encoder, and rows of the index that are compared, at a time.
 BLOCK = 4096
+#: From so many texts on, most are left out of a comparison by a few of their bits.
+MANY = 4096
+#: Different sentences of one text that are compared. A guard refuses more: whoever could make it
+#: work for minutes could keep it from everybody else.
+MOST_PIECES = 4096
+_AT_ONCE = 256
+#: Where more than this share of them is left, all are compared: that is faster.
+_SHARE = 1 / 16
 
 
 class Likeness:
-    """Texts as unit vectors, searched exactly.
+    """Texts as unit vectors.
+
+    A text that another index in use holds, by the same encoder, is not encoded again: of a large
+    file of targets that is read again, only what is new.
 
     Args:
         encoder: Turns texts into vectors.
@@ -46,7 +61,30 @@ class Likeness:
 
     def __init__(self, encoder: Encoder, texts: Sequence[str]) -> None:
         self.encoder, self.texts = encoder, tuple(texts)
-        self.vectors = _unit(encoder.encode(list(texts)))
+        self.vectors = self._encoded()
+        _IN_USE.add(self)
+
+    def _encoded(self) -> Float[np.ndarray, "index hidden"]:
+        known: dict[str, Float[np.ndarray, hidden]] = {}
+        for other in list(_IN_USE):
+            if other.encoder is self.encoder:
+                known.update(zip(other.texts, other.vectors, strict=True))
+        new = [text for text in self.texts if text not in known]
+        if len(new) == len(self.texts):
+            return _unit(self.encoder.encode(new))
+        if new:
+            known.update(zip(new, _unit(self.encoder.encode(new)), strict=True))
+        return np.stack([known[text] for text in self.texts])
+
+    @cached_property
+    def _sketch(self) -> Sketch:
+        # whoever does not know the texts does not know the directions either
+        return Sketch(self.vectors, zlib.crc32("\n".join(self.texts).encode("utf-8", "replace")))
+
+    def prepare(self) -> None:
+        """Does now what the first comparison would wait for."""
+        if len(self.vectors) >= MANY:
+            _ = self._sketch
 
     def closest(
         self, texts: Sequence[str]
@@ -79,11 +117,58 @@ class Likeness:
 
     def of(self, texts: Sequence[str]) -> float:
         """Largest cosine of a text, or of any sentence in it, [-1, 1]; -1 of nothing."""
-        parts = [part for text in texts for part in (text, *SENTENCES.findall(text))]
-        pieces = list(dict.fromkeys(part.strip() for part in parts if re.search(r"\w", part)))
+        pieces = _pieces(texts)
         if not pieces or not len(self.vectors):
             return -1.0
         return float(self.closest(pieces)[0].max())
+
+    def reached(self, texts: Sequence[str], threshold: float) -> bool:
+        """Whether :meth:`of` is at least the threshold, in a time that hardly grows with the index.
+
+        Raises:
+            ModelError: More than :data:`MOST_PIECES` different sentences are to be compared.
+
+        It is exact for fewer than :data:`MANY` texts. For more, one text of a million that should
+        reach it may not (:data:`delible.systems.sketch.MISS`); none reaches it that should not.
+        """
+        pieces = _pieces(texts)
+        if not pieces or not len(self.vectors):
+            return False
+        if len(pieces) > MOST_PIECES:
+            raise ModelError(f"more than {MOST_PIECES:,} sentences are not compared.")
+        for start in range(0, len(pieces), _AT_ONCE):
+            vectors = _unit(self.encoder.encode(pieces[start : start + _AT_ONCE]))
+            if self.reach(vectors, threshold).any():
+                return True
+        return False
+
+    def reach(
+        self, vectors: Float[np.ndarray, "text hidden"], threshold: float
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """As :meth:`reached`, of unit vectors, each for itself."""
+        if len(self.vectors) < MANY:
+            return self.closest_to(vectors)[0] >= threshold
+        found = np.zeros(len(vectors), dtype=np.bool_)
+        compared: list[int] = []
+        for place, vector in enumerate(vectors):
+            rows = self._sketch.near(vector, threshold)
+            if len(rows) > _SHARE * len(self.vectors):
+                compared.append(place)
+            elif len(rows):
+                found[place] = (self.vectors[rows] @ vector).max() >= threshold
+        if compared:
+            found[compared] = self.closest_to(vectors[compared])[0] >= threshold
+        return found
+
+
+#: Indexes that somebody goes by.
+_IN_USE: WeakSet[Likeness] = WeakSet()
+
+
+def _pieces(texts: Sequence[str]) -> list[str]:
+    """Texts and the sentences in them, each once."""
+    parts = [part for text in texts for part in (text, *SENTENCES.findall(text))]
+    return list(dict.fromkeys(part.strip() for part in parts if re.search(r"\w", part)))
 
 
 def _unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:

@@ -26,7 +26,13 @@ def is_address(name: str) -> bool:
     return name.startswith(_ADDRESSES)
 
 
-def open_system(name: str, *, model: str | None = None, context: Context = NO_CONTEXT) -> System:
+def open_system(
+    name: str,
+    *,
+    model: str | None = None,
+    context: Context = NO_CONTEXT,
+    serving: bool = False,
+) -> System:
     """A system by name.
 
     Args:
@@ -36,6 +42,8 @@ def open_system(name: str, *, model: str | None = None, context: Context = NO_CO
             one token.
         model: Name of the model at an address.
         context: Who judges or writes by talking, for the guards among them.
+        serving: It is to answer many at once: a model in vLLM then answers as they come, and
+            gives no scores. Every other system does so anyway.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
@@ -43,6 +51,10 @@ def open_system(name: str, *, model: str | None = None, context: Context = NO_CO
             was made on.
         MissingExtraError: It needs an extra that is not installed.
     """
+    if serving and model is None and name.startswith(VLLM_PREFIX):
+        from delible.systems.vllm_serving import ServingVLLM
+
+        return ServingVLLM.load(name.removeprefix(VLLM_PREFIX))
     return _open(name, model, (), context)
 
 

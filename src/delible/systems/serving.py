@@ -24,7 +24,15 @@ from delible.lm.tools import CALL, said_and_called
 from delible.messages import ToolCall
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System
-from delible.system.replies import FinishReason, Piece, Reply, ToolCallPiece, Unanswered, Usage
+from delible.system.replies import (
+    WITHHELD,
+    FinishReason,
+    Piece,
+    Reply,
+    ToolCallPiece,
+    Unanswered,
+    Usage,
+)
 from delible.systems.thoughts import settled
 
 
@@ -44,7 +52,7 @@ class Served:
 
     async def respond(self, prompt: Prompt, decoding: Decoding) -> Reply:
         """The whole answer; cancelling the call frees its row."""
-        return await _whole(self.stream(prompt, decoding))
+        return await whole_of(self.stream(prompt, decoding))
 
     async def stream(self, prompt: Prompt, decoding: Decoding) -> AsyncIterator[Piece]:
         """The answer as it is spoken: no character is taken back, no stop text is begun.
@@ -260,7 +268,9 @@ class Waiting(BlackBox):
 
         async def one(prompt: Prompt) -> str | NoAnswer:
             try:
-                return (await self.responder.respond(prompt, decoding)).text
+                reply = await self.responder.respond(prompt, decoding)
+                withheld = reply.finish == "content_filter" and not reply.text
+                return NoAnswer(WITHHELD) if withheld else reply.text
             except Unanswered as error:
                 return NoAnswer(error.problem)
 
@@ -279,7 +289,12 @@ def responder(system: System | Responder) -> Responder:
     return Gathered(system)
 
 
-async def _whole(pieces: AsyncIterator[Piece]) -> Reply:
+async def whole_of(pieces: AsyncIterator[Piece]) -> Reply:
+    """The reply whose pieces these are.
+
+    Raises:
+        Unanswered: They have no end.
+    """
     texts: list[str] = []
     async for piece in pieces:
         texts.append(piece.text)
@@ -292,4 +307,4 @@ async def _whole(pieces: AsyncIterator[Piece]) -> Reply:
     raise Unanswered("the answer broke off.")
 
 
-__all__ = ["Gathered", "Served", "Waiting", "responder", "settled"]
+__all__ = ["Gathered", "Served", "Waiting", "responder", "settled", "whole_of"]

@@ -25,8 +25,9 @@ LOOK = 2.0
 class TargetedSystem(GuardedSystem):
     """A guarded system whose guard is exchanged when its file of targets changes.
 
-    The file is looked at when something is asked, at most every :data:`LOOK` seconds, and read
-    beside the requests under way, which keep the guard that they began with.
+    The file is looked at when something is asked, at most every :data:`LOOK` seconds (a gateway
+    looks whether or not something is asked), and read beside the requests under way, which keep
+    the guard that they began with.
 
     Args:
         system: What is guarded.
@@ -73,6 +74,12 @@ class TargetedSystem(GuardedSystem):
         self._look()
         async for piece in super().stream(prompt, decoding):
             yield piece
+
+    async def look(self) -> None:
+        """Reads the file again if it changed; the guard of before judges meanwhile."""
+        self._looked = time.monotonic()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.reloading.poll)
 
     async def change_targets(self, add: Sequence[str], remove: Sequence[str]) -> int:
         """Adds and removes names, in the file too; returns how many targets there are then.

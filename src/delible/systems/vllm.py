@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 LONGEST_ROW = 2048
 #: Tokens that an answer may have after a prompt of that length.
 LONGEST_ANSWER = 2048
-#: Share of the GPU's memory per model: an audit holds two models at a time.
-MEMORY_SHARE = 0.42
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
@@ -60,6 +58,8 @@ class VLLM(BlackBox):
     """
 
     capabilities = frozenset({"generate", "score"})
+    #: Share of the GPU's memory: an audit holds two models at a time.
+    memory_share = 0.42
 
     def __init__(
         self,
@@ -125,16 +125,18 @@ class VLLM(BlackBox):
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         longest = min(int(context or LONGEST_ROW), LONGEST_ROW + LONGEST_ANSWER)
         logger.info(f"vLLM loads {name} ({dtype} precision).")
+        arguments = {
+            "model": str(folder),
+            "tokenizer": str(folder),
+            "dtype": dtype,
+            "load_format": "safetensors",
+            "max_model_len": longest,
+            "generation_config": "vllm",  # the model's own would add samplers and stops
+            "gpu_memory_utilization": cls.memory_share,
+            **options,
+        }
         try:
-            engine = module.LLM(
-                model=str(folder),
-                tokenizer=str(folder),
-                dtype=dtype,
-                load_format="safetensors",
-                max_model_len=longest,
-                generation_config="vllm",  # the model's own would add samplers and stops
-                **{"gpu_memory_utilization": MEMORY_SHARE, **options},
-            )
+            engine = cls._engine(module, arguments)
         except Exception as error:  # whatever the engine, CUDA or a worker process met
             raise ModelError(
                 f"vLLM cannot start with it: {_first_line(error)}",
@@ -152,6 +154,11 @@ class VLLM(BlackBox):
             dtype=dtype,
             ends=declared_ends(generation, config),
         )
+
+    @classmethod
+    def _engine(cls, module: Any, arguments: dict[str, Any]) -> Any:
+        """An engine that has loaded the model."""
+        return module.LLM(**arguments)
 
     @property
     def fingerprint(self) -> str:
