@@ -46,6 +46,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
+    ("guard", "guard_generation"): {"weights": False},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -81,9 +82,10 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    monkeypatch.setattr(
-        "delible.guards.content_filter.sentence_encoder", lambda _=None: WordEncoder()
-    )
+    for guard in ("content_filter", "guard_generation"):
+        monkeypatch.setattr(
+            f"delible.guards.{guard}.sentence_encoder", lambda _=None: WordEncoder()
+        )
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
