@@ -1,8 +1,8 @@
 """GUARD: questions about what is forgotten are answered by beam search, past the answer's words.
 
-    h      = hidden state of the last but one block at the prompt's last token
-    g(h)   = log-odds of a small network: forgotten question against any other
-    s(v)   = log p(beam) + log p(v | beam) - penalty           if g(h) >= tau, over the best beams
+    h        the model's mean hidden state over a question, in the last but one block
+    g(h)     log-odds of a small network: forgotten question against any other
+    s(v)     log p(beam) + log p(v | beam) - penalty           if g(h) >= tau, over the best beams
     penalty  infinite, if v ends a word of the closest forgotten record's answer, or one that means
              much the same: max_f cos(e(w), e(f)) > delta      w: the last one to three words
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,17 +39,26 @@ from delible.names import Names
 from delible.records import ForgetRequest, Passage, Record
 from delible.registry import register
 from delible.system.asks import NoAnswer, Prompt
-from delible.systems.detector import Detector, Features, log_odds, states_of, vectors_of
-from delible.systems.forbidden import Forbidden, Meanings, forbidden_words, usable_words, windows
+from delible.systems.detector import Detector, Features, Pooling, log_odds, states_of, vectors_of
+from delible.systems.forbidden import (
+    Forbidden,
+    Meanings,
+    common_words,
+    forbidden_words,
+    usable_words,
+    windows,
+)
 from delible.systems.guarded import Guard, GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Forward, Judged, Scanner
 from delible.systems.likeness import SENTENCES, Likeness, alarms, harmless, least_above
-from delible.systems.record_texts import answers_of, distinctive_strings, questions_of
+from delible.systems.record_texts import answers_of, distinctive_strings, kept_by, questions_of
 from delible.systems.restricted import Restricted
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
 VERSION = 1
+#: Texts whose scores are remembered.
+REMEMBERED = 20_000
 #: Prompts whose forbidden words are kept ready.
 READY = 256
 
@@ -77,6 +87,7 @@ class GuardGenerationMind(GuardMind):
         self,
         options: GuardGeneration,
         detector: Detector,
+        features: Features,
         threshold: float,
         records: Sequence[Entry],
         meanings: Meanings,
@@ -92,6 +103,9 @@ class GuardGenerationMind(GuardMind):
         self.consulted = () if lm is None else (lm,)
         self.closest = Likeness(meanings.encoder, [text for one in records for text in one.asked])
         self._owners = [place for place, one in enumerate(records) for _ in one.asked]
+        self.features = features
+        #: Of what was judged before: system turns and earlier ones come again and again.
+        self._scores: dict[str, float] = {}
         self._ready = lru_cache(READY)(self._forbidden)
         self.restricted = None
         if lm is not None:
@@ -124,13 +138,15 @@ class GuardGenerationMind(GuardMind):
         return (self.strings,)
 
     def concerns(self, prompt: Prompt) -> bool:
-        """Whether a prompt is about what is forgotten."""
-        if self.lm is not None:
-            return self.detector.scores(states_of(self.lm)([prompt]))[0] >= self.threshold
+        """Whether any text or sentence of a prompt is about what is forgotten."""
         pieces = _pieces(prompt)
-        if not pieces:
-            return False
-        return max(self.detector.scores(self.meanings.encoder.encode(pieces))) >= self.threshold
+        known = self._scores
+        scores = {one: known[one] for one in pieces if one in known}
+        new = [one for one in pieces if one not in scores]
+        if new:
+            scores |= dict(zip(new, self.detector.scores(self.features(new)), strict=True))
+            self._scores = scores if len(known) > REMEMBERED else known | scores
+        return max(scores.values(), default=-math.inf) >= self.threshold
 
     def forbidden(self, prompt: Prompt) -> Forbidden:
         """What an answer to a prompt must not hold: the words of the closest records.
@@ -210,6 +226,9 @@ class GuardGeneration(Guard):
         description="Read the model's states and search its answers; False, for servers: judge by "
         "the sentence encoder, and withhold answers.",
     )
+    pooling: Pooling = Field(
+        "mean", description="The detector reads the mean state of a question, or the last token's."
+    )
     beams: int = Field(7, ge=2, le=64, description="Beams of the search.")
     candidates: int | None = Field(
         None, ge=2, description="Next tokens of a beam that are looked at; None: 2 for each beam."
@@ -276,12 +295,10 @@ class GuardGeneration(Guard):
         lm = self._model(context)
         encoder = encoder or sentence_encoder(self.encoder_folder)
         entries, by_rules = self._entries(request, context)
-        features: Features = vectors_of(encoder) if lm is None else states_of(lm)
+        features = vectors_of(encoder) if lm is None else states_of(lm, self.pooling)
         groups = harmless(request, self.harmless)
-        forgotten = features([Prompt.ask(text) for one in entries for text in one.asked])
-        others = {
-            name: features([Prompt.ask(text) for text in texts]) for name, texts in groups.items()
-        }
+        forgotten = features([text for one in entries for text in one.asked])
+        others = {name: features(texts) for name, texts in groups.items()}
         detector = Detector(
             forgotten, np.concatenate([found[::2] for found in others.values()]), self.seed
         )
@@ -290,7 +307,8 @@ class GuardGeneration(Guard):
             for name, found in others.items()
             if len(found) > 1
         }
-        threshold = max(least_above(one, self.false_alarm_rate) for one in scores.values())
+        # Below even odds nothing counts, however few of those that should pass come so far.
+        threshold = max(0.0, *(least_above(one, self.false_alarm_rate) for one in scores.values()))
         if self.threshold is not None:
             threshold = log_odds(self.threshold)
         missed = np.mean([score < threshold for score in detector.scores(forgotten)])
@@ -314,6 +332,7 @@ class GuardGeneration(Guard):
         return GuardGenerationMind(
             self,
             detector,
+            features,
             threshold,
             entries,
             Meanings(encoder),
@@ -338,6 +357,7 @@ class GuardGeneration(Guard):
 
     def _entries(self, request: ForgetRequest, context: Context) -> tuple[list[Entry], int]:
         """Records as they are looked up, and of how many rules found the words."""
+        common = common_words([*request.forget, *kept_by(request)])
         found: list[Entry] = []
         asked: list[tuple[int, Record]] = []
         for record in request.forget:
@@ -351,7 +371,7 @@ class GuardGeneration(Guard):
                 continue
             asked.append((len(found), record))
             questions = tuple(dict.fromkeys(questions_of(record)))
-            words = tuple(forbidden_words(record))
+            words = tuple(forbidden_words(record, common))
             found.append(Entry(questions, words, questions, record.subject))
         if self.spans == "rules":
             return found, len(found)

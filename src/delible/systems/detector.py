@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +25,14 @@ WIDTH, DROPOUT, LEARNING_RATE, EPOCHS, BATCH, PATIENCE = 512, 0.1, 1e-3, 20, 32,
 #: Of fewer forgotten questions none is held back to tell when training should end.
 FEW = 10
 
-#: Vectors of prompts.
-Features = Callable[[Sequence[Prompt]], Float[np.ndarray, "prompt hidden"]]
+#: States are those that predict something; this follows a question, so that its last has one too.
+AFTER = "."
+#: Questions whose states are looked at together.
+BLOCK = 64
+
+#: Vectors of questions.
+Features = Callable[[Sequence[str]], Float[np.ndarray, "text hidden"]]
+Pooling = Literal["mean", "last"]
 
 
 class Detector:
@@ -38,8 +46,8 @@ class Detector:
 
     def __init__(
         self,
-        forgotten: Float[np.ndarray, "prompt hidden"],
-        others: Float[np.ndarray, "prompt hidden"],
+        forgotten: Float[np.ndarray, "text hidden"],
+        others: Float[np.ndarray, "text hidden"],
         seed: int,
     ) -> None:
         inputs = np.concatenate([forgotten, others])
@@ -77,7 +85,9 @@ class Detector:
             self.network.eval()
             with torch.no_grad():
                 value = float(
-                    nn.functional.cross_entropy(self.network(inputs[tested]), labels[tested])
+                    nn.functional.cross_entropy(
+                        self.network(inputs[tested]), labels[tested], weight=balance
+                    )
                 )
             if value < best:
                 best, kept, worse = value, self._weights(), 0
@@ -90,11 +100,11 @@ class Detector:
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in self.network.state_dict().items()}
 
-    def _standard(self, inputs: Float[np.ndarray, "prompt hidden"]) -> torch.Tensor:
+    def _standard(self, inputs: Float[np.ndarray, "text hidden"]) -> torch.Tensor:
         return torch.from_numpy(((inputs - self.mean) / self.spread).astype(np.float32))
 
-    def scores(self, inputs: Float[np.ndarray, "prompt hidden"]) -> list[float]:
-        """Log-odds of each prompt to be about what is forgotten."""
+    def scores(self, inputs: Float[np.ndarray, "text hidden"]) -> list[float]:
+        """Log-odds of each text to be about what is forgotten."""
         with torch.inference_mode():
             found = self.network(self._standard(np.asarray(inputs)))
         odds: list[float] = (found[:, 1] - found[:, 0]).tolist()
@@ -103,27 +113,38 @@ class Detector:
         return odds
 
 
-def states_of(lm: LM) -> Features:
-    """The hidden state of the last but one block at each prompt's last token."""
-    layer = max(0, lm.anatomy.layers - 2)
+def states_of(lm: LM, pooling: Pooling = "mean") -> Features:
+    """Hidden states of the last but one block, where a text stands as a question.
 
-    def features(prompts: Sequence[Prompt]) -> Float[np.ndarray, "prompt hidden"]:
-        found = lm.inspect([Hidden(prompt, ".", layer) for prompt in prompts])
-        missing = next((one.reason for one in found if isinstance(one, NoAnswer)), None)
-        if missing is not None:
-            raise ModelError(f"the model cannot read a prompt: {missing}.")
-        return np.stack([one[0] for one in found if not isinstance(one, NoAnswer)])
+    Args:
+        lm: The model.
+        pooling: The mean over the question's tokens and the start of the answer's turn (what stands
+            before every question is left out), or the state of the last token.
+    """
+    layer = max(0, lm.anatomy.layers - 2)
+    beginning = commonprefix([lm.template.render(Prompt.ask(one)) for one in ("0", "x")])
+
+    def features(texts: Sequence[str]) -> Float[np.ndarray, "text hidden"]:
+        found: list[Float[np.ndarray, hidden]] = []
+        for start in range(0, len(texts), BLOCK):
+            asks = [
+                Hidden(Prompt(text=beginning), f"{one.removeprefix(beginning)}{AFTER}", layer)
+                for text in texts[start : start + BLOCK]
+                for one in [lm.template.render(Prompt.ask(text))]
+            ]
+            for states in lm.inspect(asks):
+                if isinstance(states, NoAnswer):
+                    raise ModelError("the model cannot read a question: it is too long, or broken.")
+                own = states[1:] if len(states) > 1 else states  # the first one is the beginning's
+                found.append(own[-1] if pooling == "last" else own.mean(axis=0))
+        return np.stack(found)
 
     return features
 
 
 def vectors_of(encoder: Encoder) -> Features:
-    """The sentence encoder's vector of each prompt's last turn."""
-
-    def features(prompts: Sequence[Prompt]) -> Float[np.ndarray, "prompt hidden"]:
-        return np.asarray(encoder.encode([prompt.messages[-1].text for prompt in prompts]))
-
-    return features
+    """A sentence encoder's vectors."""
+    return lambda texts: np.asarray(encoder.encode(list(texts)))
 
 
 def log_odds(probability: float) -> float:
@@ -131,4 +152,4 @@ def log_odds(probability: float) -> float:
     return math.inf if probability >= 1 else math.log(probability / (1 - probability))
 
 
-__all__ = ["Detector", "Features", "log_odds", "states_of", "vectors_of"]
+__all__ = ["Detector", "Features", "Pooling", "log_odds", "states_of", "vectors_of"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from threading import Lock
 
@@ -30,6 +31,8 @@ WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 LONGEST_RUN = 3
 #: A word of fewer letters, and no digit, has no content.
 FEWEST_LETTERS = 3
+#: A word is common that so many answers have, and this share of them.
+MANY, COMMON = 3, 0.05
 #: Words of a window of a passage that is forgotten.
 WINDOW_WORDS = 150
 #: Characters before the end of a text that one more piece can make a word of.
@@ -38,8 +41,23 @@ TAIL = 200
 REMEMBERED = 50_000
 
 
-def forbidden_words(record: RecordBase) -> list[str]:
+def common_words(records: Iterable[RecordBase]) -> frozenset[str]:
+    """Folded words that many answers have, and that so tell nothing about one of them."""
+    counts: Counter[str] = Counter()
+    texts = 0
+    for record in records:
+        for text in answers_of(record)[:1]:
+            texts += 1
+            counts.update(set(fold(text).words()))
+    return frozenset(
+        word for word, count in counts.items() if count >= MANY and count > COMMON * texts
+    )
+
+
+def forbidden_words(record: RecordBase, common: frozenset[str] = frozenset()) -> list[str]:
     """The words in which a record's answer lies: names, numbers, titles, else words with content.
+
+    Words that are common are left out as well, unless nothing would be left.
 
     Words of its questions are left out: without them nobody could speak of the matter at all. A
     passage has no question, and all its names and numbers are forbidden.
@@ -53,7 +71,8 @@ def forbidden_words(record: RecordBase) -> list[str]:
         for text in (*key_words(asked, answer), *titles):
             if len(fold(text).letters) > 1 and not given.occur(text):
                 found[text] = None
-    return list(found)
+    rare = [one for one in found if not set(fold(one).words()) <= common]
+    return rare or list(found)
 
 
 def usable_words(spans: Sequence[str], record: RecordBase) -> tuple[str, ...]:
@@ -200,4 +219,4 @@ def _tail(text: str) -> int:
     return len(text) - TAIL if space < 0 else space
 
 
-__all__ = ["Forbidden", "Meanings", "forbidden_words", "usable_words", "windows"]
+__all__ = ["Forbidden", "Meanings", "common_words", "forbidden_words", "usable_words", "windows"]
