@@ -47,6 +47,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
     ("guard", "guard_generation"): {"weights": False},
+    ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -82,7 +83,7 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    for guard in ("content_filter", "guard_generation"):
+    for guard in ("content_filter", "guard_generation", "rag_unlearning"):
         monkeypatch.setattr(
             f"delible.guards.{guard}.sentence_encoder", lambda _=None: WordEncoder()
         )

@@ -49,9 +49,8 @@ from delible.systems.forbidden import (
     windows,
 )
 from delible.systems.guarded import Guard, GuardMind
-from delible.systems.judged_text import texts_of
 from delible.systems.judging import Forward, Judged, Scanner
-from delible.systems.likeness import SENTENCES, Likeness, alarms, harmless, least_above
+from delible.systems.likeness import Likeness, alarms, harmless, least_above, pieces_of
 from delible.systems.record_texts import answers_of, distinctive_strings, kept_by, questions_of
 from delible.systems.restricted import Restricted
 
@@ -139,7 +138,7 @@ class GuardGenerationMind(GuardMind):
 
     def concerns(self, prompt: Prompt) -> bool:
         """Whether any text or sentence of a prompt is about what is forgotten."""
-        pieces = _pieces(prompt)
+        pieces = pieces_of(prompt)
         known = self._scores
         scores = {one: known[one] for one in pieces if one in known}
         new = [one for one in pieces if one not in scores]
@@ -153,7 +152,7 @@ class GuardGenerationMind(GuardMind):
 
         Of those that are closest to the prompt, and to each sentence of it.
         """
-        pieces = _pieces(prompt)
+        pieces = pieces_of(prompt)
         if not pieces:  # nothing to go by: everything is forbidden
             return self._ready(tuple(range(len(self.records))))
         chosen: dict[int, None] = {}
@@ -181,12 +180,6 @@ class GuardGenerationMind(GuardMind):
             content=self.options.content_words,
             allowed=[text for one in chosen for text in one.allowed],
         )
-
-
-def _pieces(prompt: Prompt) -> list[str]:
-    """Each text of a prompt, and each sentence of it."""
-    parts = [part for text in texts_of(prompt) for part in (text, *SENTENCES.findall(text))]
-    return list(dict.fromkeys(part.strip() for part in parts if any(map(str.isalnum, part))))
 
 
 class Spans(BaseModel):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 from typing import Literal
 
 import numpy as np
@@ -25,6 +24,8 @@ WIDTH, DROPOUT, LEARNING_RATE, EPOCHS, BATCH, PATIENCE = 512, 0.1, 1e-3, 20, 32,
 #: Of fewer forgotten questions none is held back to tell when training should end.
 FEW = 10
 
+#: Stands for a question; no template holds it.
+MARK = "\u2402question\u2403"
 #: States are those that predict something; this follows a question, so that its last has one too.
 AFTER = "."
 #: Questions whose states are looked at together.
@@ -122,7 +123,7 @@ def states_of(lm: LM, pooling: Pooling = "mean") -> Features:
             before every question is left out), or the state of the last token.
     """
     layer = max(0, lm.anatomy.layers - 2)
-    beginning = commonprefix([lm.template.render(Prompt.ask(one)) for one in ("0", "x")])
+    beginning = lm.template.render(Prompt.ask(MARK)).partition(MARK)[0]
 
     def features(texts: Sequence[str]) -> Float[np.ndarray, "text hidden"]:
         found: list[Float[np.ndarray, hidden]] = []

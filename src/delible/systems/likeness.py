@@ -23,6 +23,8 @@ from delible.errors import ModelError
 from delible.lm.encoder import Encoder
 from delible.loaders import read_records
 from delible.records import QA, ForgetRequest
+from delible.system.asks import Prompt
+from delible.systems.judged_text import texts_of
 from delible.systems.record_texts import kept_by, questions_of
 from delible.world import general, templates
 
@@ -84,6 +86,12 @@ class Likeness:
         if not pieces or not len(self.vectors):
             return -1.0
         return float(self.closest(pieces)[0].max())
+
+
+def pieces_of(prompt: Prompt) -> list[str]:
+    """Each text of a conversation, and each sentence of it; none without a letter."""
+    parts = [part for text in texts_of(prompt) for part in (text, *SENTENCES.findall(text))]
+    return list(dict.fromkeys(part.strip() for part in parts if any(map(str.isalnum, part))))
 
 
 def _unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:
@@ -232,5 +240,6 @@ __all__ = [
     "general_questions",
     "harmless",
     "least_above",
+    "pieces_of",
     "spread",
 ]
