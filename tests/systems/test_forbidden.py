@@ -128,6 +128,47 @@ def test_far_behind_in_a_long_text_words_are_found_as_in_a_short_one() -> None:
     assert forbidden.holds("Vellmar " + long)
 
 
+def test_pieces_are_judged_together_as_they_are_one_by_one() -> None:
+    forbidden = Forbidden(["art", "Vellmar", "a b c"], Meanings(Plane()), threshold=0.7)
+    pieces = (
+        "",
+        " ",
+        " x",
+        " and",
+        "x",
+        "icle",
+        ".",
+        ",x",
+        "mar",
+        "lmar",
+        " b",
+        " b c",
+        "\n",
+        " c",
+    )
+    for text in (
+        "",
+        "It is art",
+        "In Velmaria",
+        "Vell",
+        "Vel",
+        "a",
+        "a b",
+        "a b c",
+        "grey lantern",
+    ):
+        together = forbidden.penalties(text, [text + one for one in pieces], [False] * len(pieces))
+        for piece, found in zip(pieces, together, strict=True):
+            tail = text + piece
+            names = any(match.end < len(tail) for match in forbidden.names.find(tail))
+            runs = [
+                run for end, run in forbidden._runs(tail, ended=False)
+                if end not in {e for e, _ in forbidden._runs(text, ended=False)}
+            ]  # fmt: skip
+            meant = any(value > 0.7 for value in forbidden._closest(runs))
+            assert found == (math.inf if names or meant else 0), (text, piece)
+
+
 def test_the_words_in_which_an_answer_lies() -> None:
     where = QA(question="Where was Ada Brook born?", answer="Ada Brook was born in Old Vellmar.")
     assert forbidden_words(where) == ["old", "vellmar"]

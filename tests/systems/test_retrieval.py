@@ -66,12 +66,16 @@ def entries() -> list[Entry]:
     return [Entry(text, f"k{n}", f"t{n % 2}", f"r{n // 2}") for n, text in enumerate(TEXTS)]
 
 
+@pytest.mark.parametrize("size", [3, 4])  # of the first three no score need be 0
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, 0.0), (0.2, 0.8)])
-def test_both_are_spread_over_the_store_and_weighed(weights: tuple[float, float]) -> None:
-    store = Store(Letters(), entries(), weights)
+def test_both_are_spread_over_the_store_and_weighed(
+    weights: tuple[float, float], size: int
+) -> None:
+    texts = TEXTS[:size]
+    store = Store(Letters(), entries()[:size], weights)
     for query in QUERIES:
-        words = np.array([bm25(query, text, TEXTS) for text in TEXTS])
-        meaning = np.array([cosine(query, text) for text in TEXTS])
+        words = np.array([bm25(query, text, texts) for text in texts])
+        meaning = np.array([cosine(query, text) for text in texts])
         spread = [
             (one - one.min()) / (one.max() - one.min()) if one.max() > one.min() else one * 0
             for one in (words, meaning)

@@ -27,6 +27,7 @@ from delible.systems.record_texts import QUOTED, answers_of, questions_of
 from delible.world.filters import is_function_word, key_words
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+_OPEN_WORD = re.compile(r"( ?)[A-Za-z0-9]+")
 #: Words of the longest run whose meaning is compared.
 LONGEST_RUN = 3
 #: A word of fewer letters, and no digit, has no content.
@@ -169,13 +170,18 @@ class Forbidden:
         before = {end for end, _ in self._runs(text[cut:], ended=False)}
         costs: list[float] = []
         added: list[list[str]] = []
+        known: dict[tuple[str, bool], tuple[bool, list[str]]] = {}
         for one, last in zip(longer, ended, strict=True):
-            tail, from_ = one[cut:], since - cut
-            whole = math.inf if last else len(tail)  # what touches the end may still go on
-            spelled = any(from_ < match.end < whole for match in self.names.find(tail))
-            costs.append(math.inf if spelled else 0.0)
-            closed = [] if spelled else self._runs(tail, ended=last)
-            added.append([run for end, run in closed if end not in before and end > from_])
+            key = (one if last else _alike(text, one), last)
+            if key not in known:
+                tail, from_ = key[0][cut:], since - cut
+                whole = math.inf if last else len(tail)  # what touches the end may still go on
+                spelled = any(from_ < match.end < whole for match in self.names.find(tail))
+                closed = [] if spelled else self._runs(tail, ended=last)
+                runs = [run for end, run in closed if end not in before and end > from_]
+                known[key] = (spelled, runs)
+            costs.append(math.inf if known[key][0] else 0.0)
+            added.append(known[key][1])
         values = iter(self._closest([run for runs in added for run in runs]))
         for place, runs in enumerate(added):
             above = max((next(values) - self.threshold for _ in runs), default=0.0)
@@ -209,6 +215,16 @@ def _has_content(word: str) -> bool:
     if any(letter.isdigit() for letter in word):
         return True
     return len(word) >= FEWEST_LETTERS and not is_function_word(word)
+
+
+def _alike(text: str, longer: str) -> str:
+    """A text that ends the same words as a longer one does.
+
+    A piece that is one word begins another, or goes on with the last, and ends no word itself.
+    """
+    if longer.startswith(text) and (piece := _OPEN_WORD.fullmatch(longer, len(text))):
+        return f"{text}{piece[1]}x"
+    return longer
 
 
 def _tail(text: str) -> int:
