@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from delible.rundir import RunDirectory
+from delible.system.base import System
 from delible.system.role import Role, RoleName
 from delible.system.roles import Roles
 from delible.watching import Stage, Steps, unwatched
@@ -22,6 +23,7 @@ class Context:
         stage: Called as ``stage(title, done, total)`` by everything else that takes long.
         roles: Who judges, writes, attacks … by talking.
         cache: Folder where answers are kept; None: none are read, and none kept.
+        itself: The system that a guard is put before, for guards that look into it.
     """
 
     seed: int = 0
@@ -30,6 +32,7 @@ class Context:
     stage: Stage = unwatched
     roles: Roles = field(default_factory=Roles)
     cache: Path | None = None
+    itself: System | None = None
 
     def role(self, part: RoleName) -> Role:
         """Who plays a part.

@@ -53,6 +53,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "icul"): {"route": False, "context_length": 2},
     ("guard", "aegisllm"): {"search_calls": 0},
     ("guard", "dragon"): {"similarity": False},
+    ("guard", "guard_generation"): {"weights": False},
+    ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -119,9 +121,10 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    monkeypatch.setattr(
-        "delible.guards.content_filter.sentence_encoder", lambda _=None: WordEncoder()
-    )
+    for guard in ("content_filter", "guard_generation", "rag_unlearning"):
+        monkeypatch.setattr(
+            f"delible.guards.{guard}.sentence_encoder", lambda _=None: WordEncoder()
+        )
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")

@@ -206,13 +206,13 @@ class LM(Worn):
         Where questions have several answers each (perturbed, paraphrased), a question is
         computed once for all of them; otherwise rows of like length share a batch.
         """
-        return self._by_adapter(requests, lambda mine: self._answered(mine, self._score))
+        return self.by_adapter(requests, lambda mine: self._answered(mine, self._score))
 
     def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
         """Distributions, hidden states or gradient norms; requests of one kind."""
-        return self._by_adapter(requests, lambda mine: self._answered(mine, self._inspect))
+        return self.by_adapter(requests, lambda mine: self._answered(mine, self._inspect))
 
-    def _by_adapter(
+    def by_adapter(
         self, requests: Sequence[R], answer: Callable[[Sequence[R]], list[T]]
     ) -> list[T]:
         """Answers to requests, or prompts, each by the adapter that it names."""
@@ -327,7 +327,7 @@ class LM(Worn):
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers up to the end of the turn, a stop text or the length limit."""
-        return self._by_adapter(prompts, lambda mine: self._generate(mine, decoding))
+        return self.by_adapter(prompts, lambda mine: self._generate(mine, decoding))
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:

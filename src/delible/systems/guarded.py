@@ -115,8 +115,9 @@ class Guard(ComponentMethod):
         return GuardedSystem(system, mind, self.name, self.timeout_seconds)
 
     def seated(self, system: System, context: Context) -> Context:
-        """The context in which whom it consults is there."""
-        return replace(context, roles=context.roles.with_itself(system, self.consults))
+        """The context in which the system itself is there, and whom the guard consults."""
+        roles = context.roles.with_itself(system, self.consults)
+        return replace(context, roles=roles, itself=system)
 
 
 class GuardedSystem(BlackBox):

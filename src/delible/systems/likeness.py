@@ -26,6 +26,8 @@ from delible.errors import ModelError
 from delible.lm.encoder import Encoder
 from delible.loaders import read_records
 from delible.records import QA, ForgetRequest
+from delible.system.asks import Prompt
+from delible.systems.judged_text import texts_of
 from delible.systems.record_texts import kept_by, questions_of
 from delible.systems.sketch import Sketch
 from delible.world import general, templates
@@ -169,6 +171,12 @@ def _pieces(texts: Sequence[str]) -> list[str]:
     """Texts and the sentences in them, each once."""
     parts = [part for text in texts for part in (text, *SENTENCES.findall(text))]
     return list(dict.fromkeys(part.strip() for part in parts if re.search(r"\w", part)))
+
+
+def pieces_of(prompt: Prompt) -> list[str]:
+    """Each text of a conversation, and each sentence of it; none without a letter."""
+    parts = [part for text in texts_of(prompt) for part in (text, *SENTENCES.findall(text))]
+    return list(dict.fromkeys(part.strip() for part in parts if any(map(str.isalnum, part))))
 
 
 def _unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:
@@ -317,5 +325,6 @@ __all__ = [
     "general_questions",
     "harmless",
     "least_above",
+    "pieces_of",
     "spread",
 ]

@@ -39,6 +39,11 @@ _STOPWORDS = frozenset(
 )
 
 
+def is_function_word(word: str) -> bool:
+    """Whether a word says nothing by itself: articles, pronouns, prepositions (English)."""
+    return word.lower() in _STOPWORDS
+
+
 def words(text: str) -> list[str]:
     """The folded words of a text: case, accents and punctuation do not count."""
     return fold(text).words()
