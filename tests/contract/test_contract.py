@@ -53,6 +53,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "altpo"): {"generate": "alternates"},
+    ("place", "tag_rows"): {"generate": "forget_protocol"},
     ("objective", "meow"): {"generate": "inverted_facts"},
     ("objective", "novice"): {"generate": "misconceptions"},
     ("objective", "tru"): {"generate": "reasoning_targets"},

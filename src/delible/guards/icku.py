@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -207,6 +207,8 @@ def _read(prompt: Prompt) -> str:
 )
 class Icku(Guard):
     """Options of the block."""
+
+    taught: ClassVar[str | None] = "icku"
 
     aliases: dict[str, list[str]] = Field(
         default_factory=dict, description="Other names of a subject: {subject: [alias, ...]}."
