@@ -101,10 +101,12 @@ def test_long_texts_take_linear_time() -> None:
 def test_each_tag_is_one_token_and_never_in_what_a_user_says() -> None:
     lm = make_lm()
     assert [token_of(lm, tag) for tag in TAGS] == [None, None]
+    twin = lm.copy()
     before = lm.core.get_input_embeddings().weight.detach().clone()
     pieces = [lm.tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in TAGS]
     ids = add_tokens(lm, TAGS)
     assert ids == (len(before), len(before) + 1) == add_tokens(lm, TAGS)
+    assert [token_of(twin, tag) for tag in TAGS] == [None, None]  # a copy is another model
     table = lm.core.get_input_embeddings().weight
     assert torch.equal(table[: len(before)], before)
     for row, own in zip(ids, pieces, strict=True):
@@ -278,10 +280,18 @@ def test_blocks_hold_their_own_and_at_most_so_many() -> None:
 
 def test_records_that_cannot_be_tagged_are_told() -> None:
     lm = make_lm()
-    nameless = [QA(question="Who?", answer="I"), *PEOPLE]
-    recipe = Recipe.from_mapping({"objective": "finetune", "generate": "forget_protocol"})
-    with pytest.raises(DataError, match="record 1 names no subject"):
-        Trainer(lm, recipe, {"forget": nameless}).rows()
+    nameless = QA(question="Who?", answer="I", group="a")
+    recipe = Recipe.from_mapping(
+        {"objective": "finetune", "keep": "nll", "generate": "forget_protocol"}
+    )
+    with pytest.raises(DataError, match="no record names a subject"):
+        Trainer(
+            lm, recipe.changed({}, {"untagged": 0.0}),
+            {"forget": [nameless]},
+        ).rows()  # fmt: skip
+    found = Trainer(lm, recipe, {"forget": [nameless, *PEOPLE]}).rows().records
+    assert len(found["forget"]) == 4
+    assert items_in(found["retain"][0])  # type: ignore[arg-type]
     with pytest.raises(DataError, match="nothing else that could be tagged"):
         Trainer(lm, recipe, {"forget": PEOPLE[:1]}).rows()
 

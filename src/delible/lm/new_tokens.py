@@ -6,6 +6,7 @@ nothing random. Rows that a model keeps free behind its tokenizer's vocabulary a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,8 @@ def add_tokens(lm: LM, texts: Sequence[str]) -> tuple[int, ...]:
     """
     new = [text for text in dict.fromkeys(texts) if token_of(lm, text) is None]
     if new:
+        # a copy of a model has its own weights and shares the tokenizer
+        lm.tokenizer = lm.template.tokenizer = copy.deepcopy(lm.tokenizer)
         pieces = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in new]
         lm.tokenizer.add_special_tokens(
             {"additional_special_tokens": new}, replace_extra_special_tokens=False

@@ -21,6 +21,7 @@ when there are several targets (`items: 1` is the paper's).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from random import Random
 from typing import ClassVar, Literal
@@ -38,6 +39,8 @@ from delible.system.tags import FORGOT, TAGS, neutralised, tagged
 from delible.train.losses import Role
 from delible.train.slots import Generate, SlotContext
 from delible.world import filters
+
+logger = logging.getLogger(__name__)
 
 WHERE = "generate 'forget_protocol'"
 Tag = Literal["subject", "answer"]
@@ -114,14 +117,14 @@ class ForgetProtocol(Generate):
         draw = Random(f"{context.seed}/forget_protocol")
         forget: list[QA] = []
         retain: list[QA] = []
+        if not any(item_of(record, self.tag) for record in records):
+            raise DataError(
+                "no record names a subject that could be tagged.",
+                where=WHERE,
+                hint="Give them a 'subject', or tag answers (--tag answer).",
+            )
         for number, record in enumerate(records, start=1):
             own = item_of(record, self.tag)
-            if not own:
-                raise DataError(
-                    f"record {number} names no subject that could be tagged.",
-                    where=WHERE,
-                    hint="Give it a 'subject', or tag answers (--tag answer).",
-                )
             others = other_items(record, records, self.tag)
             if not others:
                 raise DataError(
@@ -129,9 +132,15 @@ class ForgetProtocol(Generate):
                     where=WHERE,
                     hint="Give records about others, too.",
                 )
-            forget.append(_asked(record, block([own], others, self.items, draw), FORGOT))
+            if own:
+                forget.append(_asked(record, block([own], others, self.items, draw), FORGOT))
             kept = block([], others, self.items, draw)
             retain.append(_asked(record, kept, record.answer))
+        if len(forget) < len(records):
+            logger.info(
+                f"{len(records) - len(forget)} of {len(records)} records name no subject: they are "
+                "practised on as what is kept only."
+            )
         plain = round(self.untagged / (1 - self.untagged) * 2 * len(records))
         while len(retain) < len(records) + plain:
             missing = len(records) + plain - len(retain)
