@@ -118,6 +118,7 @@ class GuardsCompared(Experiment):
     many: int = Field(
         100, ge=0, description="Targets with which costs are measured again; 0: they are not."
     )
+    reference: bool = Field(True, description="Also ask a model that never learned the people.")
     beta: float = Field(1.0, ge=0, description="How much a rise counts in DDS.")
     refusal_quality: bool = Field(
         True, description="Measure the quality of refusals, by the sentence encoder."
@@ -132,7 +133,7 @@ class GuardsCompared(Experiment):
             "world_seed": self.world_seed,
         }))  # fmt: skip
         task = benchmark.tasks(Data())[0]
-        total = 3 + len(guards)
+        total = 2 + self.reference + len(guards)
         setting.progress("learning the people", 0, total)
         learning = benchmark.learning(setting.model)
         options = {"options": learning.options, "slots": learning.slots}
@@ -151,7 +152,7 @@ class GuardsCompared(Experiment):
                 setting, name, described,
                 lambda at=folder: self._bare(LM.load(str(at)), task, attacks, harmless),
             )  # fmt: skip
-        for done, guard in enumerate(guards, start=3):
+        for done, guard in enumerate(guards, start=1 + len(models)):
             setting.progress(guard.name, done, total)
             described = {
                 **self._described(attacks, setting.roles), "guard": guard.spec(),
@@ -201,7 +202,7 @@ class GuardsCompared(Experiment):
         """The model that the guard stands before, and what that took."""
         if guard.taught is None:
             return LM.load(str(start)), {}
-        practice = ForgetRequest(forget=tuple(_records(_kept(task))))
+        practice = ForgetRequest(forget=tuple(_records(_kept(task.request))))
         key = identity({"start": start.parent.name, "recipe": guard.taught})[:8]
         folder = setting.folder / "taught" / f"{guard.taught}-{key}"
         result = unlearn(
@@ -217,8 +218,9 @@ class GuardsCompared(Experiment):
     def _bare(
         self, lm: LM, task: Task, attacks: Sequence[PromptAttack], harmless: Sequence[str]
     ) -> Cell:
-        recalls = [self._recalls(lm, step) for step in self._steps(task)]
-        return {**self._asked(lm, task, attacks, harmless), **self._over(recalls)}
+        recalls = [self._recalls(lm, step) for step in self._steps(task)[:-1]]
+        asked_now = self._asked(lm, task, attacks, harmless)
+        return {**asked_now, **self._over([*recalls, asked_now["recalls"]])}
 
     def _guarded(
         self,
@@ -236,15 +238,16 @@ class GuardsCompared(Experiment):
             return guard.put_before(lm, request, context)
 
         system = before(task.request)
-        recalls = [self._recalls(before(step), step) for step in self._steps(task)]
+        recalls = [self._recalls(before(step), step) for step in self._steps(task)[:-1]]
+        asked_now = self._asked(system, task, attacks, harmless)
         costs = self._costs(lm, system, task)
         if self.many:
             grown = before(_with_more(task.request, self.many))
             costs["many"] = self._costs(lm, grown, task)
         given = [part for part in guard.consults if part in setting.roles]
         return {
-            **self._asked(system, task, attacks, harmless),
-            **self._over(recalls),
+            **asked_now,
+            **self._over([*recalls, asked_now["recalls"]]),
             **costs,
             **notes,
             "itself": [part for part in guard.consults if part not in given],
@@ -275,6 +278,7 @@ class GuardsCompared(Experiment):
                 "texts": [one.text for one in others],
             },
             "phtest": [one.refused for one in pseudo],
+            "recalls": [_mean(rouge(forget, plain)), _mean(rouge(kept, others))],
             "unanswered": sum(one.unanswered for one in (*plain, *others, *pseudo)),
             "quality": self._quality(plain),
             "examples": [
@@ -284,7 +288,7 @@ class GuardsCompared(Experiment):
 
     def _questions(self, task: Task) -> tuple[list[QA], list[QA]]:
         forget = [one for one in task.request.forget if isinstance(one, QA)]
-        return forget, _kept(task)[: self.kept_rows]
+        return forget, _kept(task.request)[: self.kept_rows]
 
     def _quality(self, answers: Sequence[Said]) -> float | None:
         if not self.refusal_quality:
@@ -319,17 +323,17 @@ class GuardsCompared(Experiment):
             )
         return steps
 
-    def _recalls(self, system: System, request: ForgetRequest) -> tuple[float, float]:
+    def _recalls(self, system: System, request: ForgetRequest) -> list[float]:
         """Mean ROUGE-L recalls of forgotten and of kept answers."""
         decoding = Decoding(self.max_new_tokens)
+        forget = [one for one in request.forget if isinstance(one, QA)]
         found = []
-        for records in (request.forget, (*request.retain, *request.neighbours)):
-            questions = [one for one in records if isinstance(one, QA)]
-            values = rouge(questions, said(system, [asked(one) for one in questions], decoding))
-            found.append(sum(values) / len(values))
-        return found[0], found[1]
+        for questions in (forget, _kept(request)[: self.kept_rows]):
+            answers = said(system, [asked(one) for one in questions], decoding)
+            found.append(_mean(rouge(questions, answers)))
+        return found
 
-    def _over(self, recalls: Sequence[tuple[float, float]]) -> Cell:
+    def _over(self, recalls: Sequence[Sequence[float]]) -> Cell:
         scores = [deviation(forget, kept) for forget, kept in recalls]
         return {
             "rouge": {"forget": recalls[-1][0], "kept": recalls[-1][1]},
@@ -360,9 +364,13 @@ def _records(records: Sequence[Any]) -> Sequence[Record]:
     return cast(Sequence[Record], records)
 
 
-def _kept(task: Task) -> list[QA]:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _kept(request: ForgetRequest) -> list[QA]:
     """Questions about neighbours and other kept people, in turn."""
-    sides = [list(task.request.neighbours), list(task.request.retain)]
+    sides = [list(request.neighbours), list(request.retain)]
     found: list[Any] = []
     for place in range(max(map(len, sides))):
         found += [side[place] for side in sides if place < len(side)]

@@ -66,6 +66,14 @@ def added(mine: Sequence[bool], base: Sequence[bool]) -> float | None:
     return share([one and not other for one, other in zip(mine, base, strict=True)])
 
 
+def turned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per measure and a column per guard: there are more measures than guards."""
+    measures = [key for key in (rows[0] if rows else {}) if key != "guard"]
+    return [
+        {"measure": measure, **{row["guard"]: row[measure] for row in rows}} for measure in measures
+    ]
+
+
 def findings(found: Mapping[str, Cell], attacks: Sequence[str]) -> Findings:
     """Table, chart and notes.
 
@@ -87,8 +95,10 @@ def findings(found: Mapping[str, Cell], attacks: Sequence[str]) -> Findings:
     chart = Chart("What leaks, by the way of asking", axis, "share of forgotten answers", curves)
     for name, cell in cells.items():
         notes += _notes(name, cell)
-    runs = [{"guard": name, **_run(cell)} for name, cell in cells.items()]
-    return Findings(rows, [chart] if rows else [], [*notes, *_compared(rows)], runs)
+    runs = [
+        {**row, "records": _run(cell)} for row, cell in zip(rows, cells.values(), strict=True)
+    ]  # fmt: skip
+    return Findings(turned(rows), [chart] if rows else [], [*notes, *_compared(rows)], runs)
 
 
 def _run(cell: Cell) -> dict[str, Any]:
@@ -122,8 +132,10 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not guards:
         return []
     least = min(row["leak, any"] for row in guards)
-    best = [row["guard"] for row in guards if row["leak, any"] <= least + 1e-9]
-    said = [f"Least comes out, asked in any way, with {' and '.join(best)} ({least:.0%})."]
+    best = [row for row in guards if row["leak, any"] <= least + 1e-9]
+    names = " and ".join(f"{row['guard']} (kept answers told: {row['kept told']:.0%})"
+                         for row in best)  # fmt: skip
+    said = [f"Least comes out, asked in any way, with {names}: {least:.0%}."]
     leaking = [
         f"{row['guard']} ({row['leak, any']:.0%})" for row in guards if row["leak, any"] >= 0.5
     ]
@@ -132,4 +144,4 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-__all__ = ["NEVER", "NOBODY", "Cell", "added", "findings", "row_of", "share", "worst"]
+__all__ = ["NEVER", "NOBODY", "Cell", "added", "findings", "row_of", "share", "turned", "worst"]
