@@ -136,16 +136,14 @@ class GuardsCompared(Experiment):
         total = 2 + self.reference + len(guards)
         setting.progress("learning the people", 0, total)
         learning = benchmark.learning(setting.model)
-        options = {"options": learning.options, "slots": learning.slots}
-        start = learned(setting.model, _records(task.learn), **options)  # type: ignore[arg-type]
-        never = learned(
-            setting.model,
-            _records(task.relearned),
-            title="reference",
-            **options,  # type: ignore[arg-type]
-        )
+        options: dict[str, Any] = {"options": learning.options, "slots": learning.slots}
+        start = learned(setting.model, _records(task.learn), **options)
+        models = {NOBODY: start}
+        if self.reference:
+            kept = _records(task.relearned)
+            models[NEVER] = learned(setting.model, kept, title="reference", **options)
         found: dict[str, Cell] = {}
-        for done, (name, folder) in enumerate({NOBODY: start, NEVER: never}.items(), start=1):
+        for done, (name, folder) in enumerate(models.items(), start=1):
             setting.progress(name, done, total)
             described = {**self._described(attacks, {}), "folder": folder.parent.name}
             found[name] = self.kept(
