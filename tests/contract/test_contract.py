@@ -46,6 +46,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
+    # an adapter on a model with new tokens is saved merged only (recipe icku)
+    ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
