@@ -47,6 +47,9 @@ COSTS = (
     ("calls, many targets", "calls, many targets", "{:.2f}"),
     ("seconds added, many targets", "seconds added, many targets", "{:+.3f}"),
 )
+NEVER_LEARNED = (
+    "*never learned* is a model that was trained without these people: what it tells is luck. "
+)
 LEGEND = (
     "**flagged**: forgotten questions that are refused; **false flags**: questions about kept "
     "people that are refused with the guard and answered without; **kept told**: kept answers "
@@ -116,9 +119,9 @@ def page(found: Mapping[str, Any]) -> str:
         f"# Guards before model `{about['model']}`\n",
         f"A model learned a world of {options['people']} people; the guard has the records of "
         f"{options['forget']} of them ({count} questions). It is asked each plainly, and under "
-        f"every attack in up to {options['forms']} other forms: an answer leaks if any form brings "
-        "it out. *never learned* is a model that was trained without these people: what it tells "
-        "is luck. A guard forgets nothing: whoever gets behind it reads the first row.\n",
+        f"every attack (forms at most: {options['forms']}): an answer leaks if any form brings it "
+        f"out. {NEVER_LEARNED if NEVER in guards else ''}A guard forgets nothing: whoever gets "
+        "behind it reads the first row.\n",
         "## What comes out\n",
         *_leaks(rows, about["ways"]),
         "",
