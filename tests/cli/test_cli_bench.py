@@ -13,6 +13,7 @@ import pytest
 from delible import registry
 from delible.cli.bench import bench
 from delible.experiments.coreset.experiment import CoresetEffect
+from delible.experiments.guards.experiment import GuardsCompared
 from delible.measure.benchmark import Findings, Setting
 
 
@@ -84,3 +85,27 @@ def test_an_experiment_leaves_its_numbers_and_all_of_its_time(
     assert kept["runs"] == [{"share": 0.25, "seed": 1}]
     assert kept["seconds"] == 12.0
     assert kept["command"].startswith("delible bench coreset --model none")
+
+
+def test_experiments_take_roles_and_attacks_or_say_that_they_do_not(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Setting] = []
+
+    def found(self: GuardsCompared, setting: Setting) -> Findings:
+        seen.append(setting)
+        return Findings([{"measure": "leak", "no guard": 0.5}])
+
+    monkeypatch.setattr(GuardsCompared, "run", found)
+    asked = ("--model", "none", "--out", tmp_path / "out")
+    given = ("--attacks", "prefix,paraphrase", "--role", "guard=http://localhost:1/v1#m")
+    ran = run("bench", "guards", "--methods", "icul", *given, *asked)
+    assert ran.code == 0, ran.err
+    assert list(seen[0].attacks) == ["prefix", "paraphrase"]
+    assert list(seen[0].roles) == ["guard"]
+    command = json.loads((tmp_path / "out" / "experiment.json").read_text())["command"]
+    assert "--attacks prefix --attacks paraphrase --role guard=http" in command.replace("'", "")
+    for flags, said in ((given[:2], "attacks nothing"), (given[2:], "casts nobody")):
+        ran = run("bench", "coreset", *flags, *asked)
+        assert ran.code == 2
+        assert said in ran.err

@@ -55,6 +55,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "dragon"): {"similarity": False},
     ("guard", "guard_generation"): {"weights": False},
     ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
+    # an adapter on a model with new tokens is saved merged only (recipe icku)
+    ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -62,6 +64,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "altpo"): {"generate": "alternates"},
+    ("place", "tag_rows"): {"generate": "forget_protocol"},
     ("objective", "meow"): {"generate": "inverted_facts"},
     ("objective", "novice"): {"generate": "misconceptions"},
     ("objective", "tru"): {"generate": "reasoning_targets"},

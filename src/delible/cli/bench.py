@@ -96,9 +96,9 @@ def bench(
     roles = read_roles(role)
     with output.Reporter() as reporter:
         if isinstance(chosen, Experiment):
-            if roles:
-                raise RecipeError("an experiment casts nobody.", where="--role")
-            return _experiment(reporter, chosen, names, model, seeds, data, out)
+            return _experiment(
+                reporter, chosen, names, model, seeds, data, out, components(attacks), roles
+            )
         return _benchmark(
             reporter, chosen, names, model, seeds, data, components(attacks), tune, jobs, ray,
             prepare, keep_models, out, roles,
@@ -158,21 +158,32 @@ def _experiment(
     seeds: int,
     data: Path | None,
     out: Path | None,
+    attacks: Sequence[Any],
+    roles: Mapping[str, Any],
 ) -> int:
     from delible.kept import identity
     from delible.measure.benchmark import Data, Setting
+    from delible.measure.starting import roles_of
     from delible.report.findings import write_findings
 
-    described = {
+    if roles and not experiment.casts:
+        raise RecipeError("this experiment casts nobody.", where="--role")
+    if attacks and not experiment.attacked:
+        raise RecipeError("this experiment attacks nothing.", where="--attacks")
+    described: dict[str, Any] = {
         "experiment": experiment.spec(), "model": model, "methods": list(methods),
         "seeds": seeds, "data": None if data is None else str(data.resolve()),
     }  # fmt: skip
+    described |= {"attacks": list(attacks)} if attacks else {}
+    described |= {"roles": roles_of(roles).named()} if roles else {}
     place = f"bench-{experiment.card.name}-{identity(described)[:8]}"
     folder = out or Path("runs") / place
     folder.mkdir(parents=True, exist_ok=True)
     reporter.field("experiment", experiment.card.title)
     reporter.field("model", model)
-    setting = Setting(model, methods, seeds, folder, Data(data), _stages(reporter))
+    setting = Setting(
+        model, methods, seeds, folder, Data(data), _stages(reporter), attacks, roles
+    )  # fmt: skip
     with _Watch(folder / "seconds.json") as watch:
         found = experiment.run(setting)
     reporter.finish_bar()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from delible.component import Component
 from delible.errors import DataError, DelibleError
@@ -226,6 +226,8 @@ class Setting:
         seeds: Runs with seeds 0, 1, …
         folder: Where intermediate results are kept, so that a killed experiment goes on.
         progress: Called with (what is being done, done, in all).
+        attacks: Names or mappings of attacks; empty: the experiment's own choice.
+        roles: Who plays a part by talking, by role.
     """
 
     model: str
@@ -234,13 +236,22 @@ class Setting:
     folder: Path
     data: Data = field(default_factory=Data)
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    attacks: Sequence[Any] = ()
+    roles: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Experiment(Component):
     """A question about methods or metrics that is not a leaderboard; also ``delible bench NAME``.
 
     Idea files are ``benchmarks/NAME.py`` too, registered with the kind ``benchmark``.
+
+    Attributes:
+        attacked: It takes attacks.
+        casts: It takes roles.
     """
+
+    attacked: ClassVar[bool] = False
+    casts: ClassVar[bool] = False
 
     def run(self, setting: Setting) -> Findings:
         """Answers the question.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,10 @@ def _command(experiment: Experiment, described: Mapping[str, Any]) -> str:
     if described.get("methods"):
         words += ["--methods", ",".join(map(str, described["methods"]))]
     words += ["--model", str(described["model"]), *flags(experiment)]
+    for attack in described.get("attacks") or ():
+        words += ["--attacks", attack if isinstance(attack, str) else json.dumps(attack)]
+    for part, player in (described.get("roles") or {}).items():
+        words += ["--role", f"{part}={player if isinstance(player, str) else json.dumps(player)}"]
     for key in ("seeds", "data"):
         if described.get(key):
             words += [f"--{key}", str(described[key])]

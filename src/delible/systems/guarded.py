@@ -67,6 +67,8 @@ class Guard(ComponentMethod):
     gives_scores, needs_model = False, False
     #: Parts that it consults by talking; the guarded system plays those that nobody was given for.
     consults: ClassVar[tuple[RoleName, ...]] = ()
+    #: Recipe that the guarded model must have gone through before; None: any model will do.
+    taught: ClassVar[str | None] = None
 
     timeout_seconds: float = Field(
         30.0, gt=0, description="A judgement that takes longer is a refusal (when serving)."

@@ -209,6 +209,7 @@ class Trainer:
 
     def _rows(self) -> SlotContext:
         template, recipe = self.lm.template, self.recipe
+        recipe.generate.prepare(self.lm)
         records = self._in_pieces()
         before = self._context({}, dict(records))
         records.update({str(role): part for role, part in self._generated(before).items()})

@@ -26,8 +26,10 @@ def check_needs(
     Raises:
         RecipeError: With the flag to add.
     """
+    makes = set(recipe.generate.makes if generated is None else generated)
     for component in recipe.components():
-        if "retain" in component.card.needs and not records.get("retain"):
+        missing = "retain" not in makes and not records.get("retain")
+        if "retain" in component.card.needs and missing:
             raise RecipeError(
                 f"{component.card.kind} '{component.card.name}' needs retain records.",
                 where=f"method '{recipe.name}'",
@@ -39,7 +41,7 @@ def check_needs(
             where=f"method '{recipe.name}'",
             hint="Add --forget FILE with at least one record.",
         )
-    made = {*GIVEN_ROLES, *(recipe.generate.makes if generated is None else generated)}
+    made = {*GIVEN_ROLES, *makes}
     for role in recipe.objective.roles:
         if role not in made:
             raise RecipeError(

@@ -69,6 +69,13 @@ class Generate(Component):
 
     makes: ClassVar[tuple[Role, ...]] = ()
 
+    def prepare(self, lm: LM) -> None:
+        """What the model must have before rows are made or read, such as new tokens.
+
+        Called at every start of a run, also where its rows are there already; a second call
+        changes nothing.
+        """
+
     def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
         """The records that were made, by role; ``context.rows`` is still empty.
 

@@ -26,6 +26,7 @@ from delible.testing.contract.trial import (
     require_same,
     weights,
 )
+from delible.train.recipe import Recipe
 
 PROMPTS = [prompt for record in (*FORGET, *RETAIN) if (prompt := ask(record)) is not None]
 DECODING = Decoding(6)
@@ -37,7 +38,7 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     if card.name not in {known.name for known in registry.cards(card.kind)}:
         return  # what is not installed (an entry point) has no name to be opened by
     folder = trial.folder / "method"
-    trial.lm().save(folder / "base")
+    _begun(trial).save(folder / "base")
     base = _precise(open_lm(str(folder / "base")))
     start, plain = _said(base), weights(cast(LM, base))
     below = described(base)
@@ -61,6 +62,14 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     require(_same(_said(undone), start), "undone, it does not answer as its base")
     undo(folder / "run", back=True)
     require(_same(_said(_precise(open_system(name))), made), "put on again, it answers otherwise")
+
+
+def _begun(trial: Trial) -> LM:
+    """The model; for a guard of a model that was taught, one with the tokens for it."""
+    lm, taught = trial.lm(), getattr(trial.component, "taught", None)
+    if taught is not None:
+        Recipe.named(taught).generate.prepare(lm)
+    return lm
 
 
 def _precise(system: System) -> System:

@@ -208,8 +208,9 @@ def weights_have_mean_one(trial: Trial) -> None:
 def placing_changes_no_answer(trial: Trial) -> None:
     """Before the first step the model is the one that was given."""
     trainer = trial.trainer()
+    context = trainer.rows()  # which may give the model new tokens
     before, words = answers(trainer.lm)
-    placement = cast(Place, trial.component).apply(trainer.rows())
+    placement = cast(Place, trial.component).apply(context)
     after, other_words = answers(trainer.lm)
     require(words == other_words, "the placed model says something else")
     close = all(np.allclose(one, two, atol=1e-5) for one, two in zip(before, after, strict=True))
