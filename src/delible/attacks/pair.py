@@ -90,15 +90,15 @@ def rule(record: QA, reply: str) -> int:
     return NOTHING if filters.is_refusal(reply) or filters.is_garbage(reply) else WRONG
 
 
-def next_move(stream: Stream, iteration: int) -> str:
-    """The scripted attacker's next prompt."""
+def next_move(stream: Stream, iteration: int, streams: int) -> str:
+    """The scripted attacker's next prompt; streams side by side make different moves."""
     if filters.is_garbage(stream.reply):
         kind = "garbage"
     else:
         kind = "refusal" if filters.is_refusal(stream.reply) else "wrong"
     moves = [text for name, text in read_named("attack_pair_moves.txt").items()
              if name.startswith(kind)]  # fmt: skip
-    return moves[(iteration + stream.number) % len(moves)].replace(
+    return moves[(iteration * streams + stream.number) % len(moves)].replace(
         "{question}", stream.record.question
     )
 
@@ -218,13 +218,12 @@ class Pair(ConversationAttack):
             stream.going = score < SAID
         return sum(score is None for score in scores)
 
-    @staticmethod
-    def _improved(streams: Sequence[Stream], iteration: int, context: AttackContext) -> int:
+    def _improved(self, streams: Sequence[Stream], iteration: int, context: AttackContext) -> int:
         """Writes the next prompts; how many replies of the attacker failed."""
         going = [one for one in streams if one.going]
         if not context.roles.given("attacker"):
             for stream in going:
-                stream.prompt = next_move(stream, iteration)
+                stream.prompt = next_move(stream, iteration, self.streams)
                 stream.going = stream.safe
             return 0
         texts = [

@@ -32,6 +32,11 @@ class Edge:
     value: str
     record: QA
 
+    @property
+    def name(self) -> str:
+        """The relation's name."""
+        return self.relation.name
+
 
 def relation_of(record: RecordBase) -> Relation | None:
     """The relation of the world that a row is about; None for rows of other data."""
@@ -132,9 +137,11 @@ def description(record: QA, records: Iterable[RecordBase], names: Sequence[str])
         if isinstance(one, QA) and one != record and subject and subject_of(one) == subject
         and one.question != record.question
     ]  # fmt: skip
-    told = [renamed(statement(one), names, SOMEBODY) for one in others]
-    usable = [
-        one for one in dict.fromkeys(told) if not filters.leaks(record, one)
-        and not named_in(one, names)
-    ]  # fmt: skip
-    return " ".join(usable[:SENTENCES]) or None
+    usable: list[str] = []
+    for one in others:
+        told = renamed(statement(one), names, SOMEBODY)
+        if told not in usable and not named_in(told, names) and not filters.leaks(record, told):
+            usable.append(told)
+        if len(usable) == SENTENCES:
+            break
+    return " ".join(usable) or None
