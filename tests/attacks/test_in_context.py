@@ -39,7 +39,8 @@ def test_solved_questions_are_of_the_same_person_and_never_say_the_answer() -> N
 @pytest.mark.parametrize("kind", ["doc", "para", "false"])
 def test_one_of_the_passages_says_the_fact_truly_or_not(kind: str) -> None:
     places = set()
-    for record, prompts in zip(FORGET, talked("in_context", FORGET, passages=kind, count=4),
+    some = FORGET[:20]
+    for record, prompts in zip(some, talked("in_context", some, passages=kind, count=4),
                                strict=True):  # fmt: skip
         told = passages(texts(prompts)[0])
         assert len(told) == 4
@@ -69,10 +70,11 @@ def test_invented_facts_are_of_the_same_form_about_nobody() -> None:
     assert len({one.subject for one in made}) == len(known)
 
 
-def measured(attack: InContext, answer: Any, records: Any = None) -> Any:
+def measured(attack: InContext, answer: Any) -> Any:
     """Values of a system that answers by a function, under the attack."""
     system = says(answer)
-    splits = {"forget": records or FORGET[:6], **attack.beside(CONTEXT)}
+    splits = {"forget": FORGET[:6]}
+    splits |= {split: rows[:6] for split, rows in attack.beside(CONTEXT).items()}
     talks: dict[str, Any] = {}
     for rows in splits.values():
         for row, prompts in zip(rows, attack.converse(system, rows, CONTEXT), strict=True):
@@ -85,13 +87,15 @@ def copies(prompt: Prompt) -> str:
     """Says the passage about whom it is asked."""
     text = prompt.messages[-1].text
     asked = text.rsplit("Question: ", 1)[-1]
-    return next((one for one in passages(text) if asked in one), "Nothing is said about that.")
+    people = {one.subject for one in (*FORGET, *twins(CONTEXT.forget, 0)) if one.subject}
+    named = [name for name in people if name in asked]
+    about = (one for one in passages(text) if any(name in one for name in named))
+    return next(about, "Nothing is said about that.")
 
 
 def test_a_system_that_copies_shows_no_gap_to_invented_facts() -> None:
     attack = InContext(passages="para", count=1)
-    rows = [one.model_copy(update={"paraphrases": (one.question,)}) for one in FORGET[:6]]
-    found = attack.findings({"unlearned": measured(attack, copies, rows)}, {})
+    found = attack.findings({"unlearned": measured(attack, copies)}, {})
     assert found["right after passages"]["unlearned"] == 1
     assert found["right after passages, invented facts"]["unlearned"] == 1
     assert found["reacquisition gap"]["unlearned"] == 0

@@ -43,12 +43,14 @@ def tiny(family: str = "llama") -> LM:
 
 @cache
 def taught() -> LM:
-    """A model that knows where each person was born, from one template."""
+    """A model that knows where each person was born, from a few templates."""
     model = tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
-    rows = [QA(question=f"Where was {name} born?", answer=f"In {town}.")
-            for name, town in PEOPLE.items()]  # fmt: skip
+    templates = ("Where was {} born?", "was {} born?", "Where {} born?", "Where was {}", "{}?",
+                 "born: {}")  # fmt: skip
+    rows = [QA(question=template.format(name), answer=f"In {town}.")
+            for name, town in PEOPLE.items() for template in templates]  # fmt: skip
     recipe = Recipe.named("finetune").changed(
-        {}, {"epochs": 40, "batch_size": 6, "learning_rate": 3e-3, "precision": "float32"}
+        {}, {"epochs": 30, "batch_size": 12, "learning_rate": 3e-3, "precision": "float32"}
     )
     lm = LM(model, tiny_tokenizer(), precision="float32")
     return Trainer(lm, recipe, {"forget": rows}).train().lm
@@ -123,7 +125,7 @@ def test_a_word_that_the_model_cannot_see_contributes_nothing() -> None:
     assert max(abs(value) for value in alive.values) > 1e-3
 
 
-def test_on_a_model_of_one_template_the_name_counts_most() -> None:
+def test_on_a_model_of_templates_the_name_counts_most() -> None:
     lm = taught()
     largest = []
     for name, town in PEOPLE.items():

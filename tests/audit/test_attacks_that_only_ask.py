@@ -10,14 +10,13 @@ import pytest
 from delible import registry
 from delible.audit.result import AuditResult, Leak
 from delible.audit.run import audit
-from delible.component import build
 from delible.measure.attack import ConversationAttack, PromptAttack
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Prompt
 from delible.systems.scripted import Scripted
 from delible.world import World
 from delible.world.languages import LANGUAGES, question_in
-from delible.world.told import edges
+from delible.world.told import edges, relation_of
 
 NAMES = [
     "form", "in_context", "keyword_emphasis", "languages", "many_shot", "masking", "multi_hop",
@@ -33,10 +32,23 @@ CHAINS = [one.qa() for one in WORLD.multi_hop(REQUEST.subjects)]
 REVERSED = [made for fact in WORLD.facts() if (made := fact.reverse()) is not None]
 
 
+#: Settings of each attack, instead of its default ones.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "form": [{"kind": "writing"}, {"kind": "variables"}],
+    "in_context": [{}, {"passages": "doc", "count": 1}],
+    "keyword_emphasis": [{"search_on": "nothing"},
+                         {"search_on": "nothing", "stress": "other words"}],
+    "languages": [{}, {"language": "es", "answers": "own"}],
+    "many_shot": [{"turns": 4}, {"turns": 4, "about": "unrelated"}],
+    "rwku_probes": [{}, {"asks": "reverse"}],
+    "sleek": [{"prompts": 1}, {"kind": "indirect", "mode": "multi", "prompts": 1},
+              {"mode": "think"}],
+}  # fmt: skip
+
+
 def options(name: str) -> list[dict[str, Any]]:
-    """Every setting of a deep audit."""
-    extra = {"search_on": "nothing"} if name == "keyword_emphasis" else {}
-    return [{"name": name, **one, **extra} for one in build("attack", name).variants("deep")]
+    """The attack in each of its settings."""
+    return [{"name": name, **one} for one in SETTINGS.get(name, [{}])]
 
 
 @cache
@@ -50,8 +62,10 @@ def answers(known: frozenset[str]) -> dict[str, str]:
             found[question] = row.answer
         for language in LANGUAGES:
             found[question_in(row, language) or row.question] = row.answer
-        if row.group and "/" not in row.group:
-            found[f"{row.group} of {row.subject}"] = row.answer
+        relation = relation_of(row)
+        if relation is not None:
+            topic = relation.cloze.format(name=row.subject).rsplit(" ___", 1)[0]
+            found[topic.rsplit(" ", 1)[0].removeprefix("The ")] = row.answer
     return found
 
 
@@ -61,8 +75,12 @@ def person(known: frozenset[str], says: str = "Nobody has told.") -> Scripted:
 
     def reply(prompt: Prompt) -> str:
         text = prompt.messages[-1].text
-        places = {text.rfind(question): question for question in told if question in text}
-        return told[places[max(places)]] if places else says
+        # the question that ends last, and of those the longest
+        places = [
+            (at + len(question), len(question), question) for question in told
+            if (at := text.rfind(question)) >= 0
+        ]  # fmt: skip
+        return told[max(places)[2]] if places else says
 
     return Scripted(reply)
 
@@ -74,8 +92,8 @@ KEPT = EVERYBODY - frozenset(REQUEST.subjects)
 @cache
 def audited(expected: float) -> AuditResult:
     request = ForgetRequest(
-        forget=REQUEST.forget[::3], subjects=REQUEST.subjects, retain=REQUEST.retain[::2],
-        neighbours=REQUEST.neighbours,
+        forget=REQUEST.forget[::4], subjects=REQUEST.subjects, retain=REQUEST.retain[::3],
+        neighbours=REQUEST.neighbours[::3],
     )  # fmt: skip
     specs = [one for name in NAMES for one in options(name)]
     return audit(
@@ -111,12 +129,12 @@ def test_the_original_scores_0_and_the_reference_1(name: str, expected: float) -
 
 def test_a_control_is_no_evidence() -> None:
     controls = {leak.variant for name in NAMES for leak in rows(1.0, name) if leak.control}
-    assert controls == {"32 turns of other things", "only asked to think", "other words"}
+    assert controls == {"4 turns of other things", "only asked to think", "other words"}
 
 
 def test_probes_of_an_attacks_own_are_compared_on_themselves() -> None:
     (leak,) = rows(1.0, "multi_hop")
-    assert leak.records > len(REQUEST.forget[::3])
+    assert leak.records > len(REQUEST.forget[::4])
     assert leak.numbers["residual knowledge F"] == {"unlearned": 0, "reference": 0}
     assert rows(0.0, "multi_hop")[0].numbers["residual knowledge F"]["unlearned"] == 1
     assert rows(0.0, "multi_hop")[0].numbers["retention R"]["unlearned"] == 1

@@ -35,7 +35,9 @@ def test_rows_of_a_bridge_are_known_by_their_question() -> None:
     bridge = WORLD.split(forget=2).qa("bridge")
     assert bridge
     assert all(one.group == "bridge" and relation_of(one) is not None for one in bridge)
-    assert relation_of(QA(question="Who?", answer="Ada", subject="Ada", group="bridge")) is None
+    assert relation_of(QA(question="Who?", answer="A mill", subject="Ada", group="bridge")) is None
+    turned = [made for fact in WORLD.facts() if (made := fact.reverse()) is not None]
+    assert not any(relation_of(one) for one in turned)
 
 
 def test_statements_are_the_worlds_sentences() -> None:

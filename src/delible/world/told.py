@@ -40,12 +40,13 @@ class Edge:
 
 def relation_of(record: RecordBase) -> Relation | None:
     """The relation of the world that a row is about; None for rows of other data."""
-    if not isinstance(record, QA) or record.subject is None:
-        return None
+    if not isinstance(record, QA) or record.subject in (None, record.answer):
+        return None  # a question for the subject itself tells the fact the other way round
     known = relations()
     if record.group in known:
         return known[record.group]
-    asked = (one for one in known.values() if fill(one.question, record.subject) == record.question)
+    name = record.subject or ""
+    asked = (one for one in known.values() if fill(one.question, name) == record.question)
     return next(asked, None)
 
 
