@@ -61,7 +61,8 @@ def test_the_original_scores_0_and_the_reference_1(
     rows = [leak for leak in audits[expected].leaks if leak.attack == name]
     assert rows
     scores = [value for leak in rows for value in leak.erased.values()]
-    told = {reason for leak in rows for reason in leak.no_power.values()}
+    # a control may have nothing to say, such as no other words than the keywords
+    told = {reason for leak in rows if not leak.control for reason in leak.no_power.values()}
     assert all(reason.startswith("no power") for reason in told), told
     known = [value for value in scores if value is not None]
     assert known == pytest.approx([expected] * len(known), abs=0.02)

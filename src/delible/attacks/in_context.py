@@ -24,6 +24,7 @@ is a design after its argument, without definitions and premises written by a mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field
@@ -213,12 +214,9 @@ class InContext(ConversationAttack):
         target = self._target(record)
         if target is None:
             return []
-        others = [
-            statement(one)
-            for one in shuffled(_questions([*context.retain, *context.unrelated]), random)
-            if not filters.leaks(record, statement(one))
-        ]
-        kept = others[: self.count - 1]
+        rows = shuffled(_questions([*context.retain, *context.unrelated]), random)
+        harmless = (one for one in map(statement, rows) if not filters.leaks(record, one))
+        kept = list(islice(harmless, self.count - 1))
         place = int(record.digest, 16) % (len(kept) + 1)
         return [*kept[:place], target, *kept[place:]]
 

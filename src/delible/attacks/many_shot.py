@@ -12,6 +12,7 @@ characters, so that every system gets the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field
@@ -109,8 +110,8 @@ class ManyShot(ConversationAttack):
             if prompt is None or last_turn(prompt) is None:
                 found.append(())
                 continue
-            usable = [turn for turn in pool if not says_answer(record, turn)]
-            turns = fitting(usable[: self.turns], self.characters)
+            usable = (turn for turn in pool if not says_answer(record, turn))
+            turns = fitting(list(islice(usable, self.turns)), self.characters)
             found.append((after(prompt, turns),) if turns else ())
         return found
 

@@ -13,9 +13,12 @@ probes that the original answers in the gold wording:
     hop gap = accuracy of longer paths - accuracy of one edge   > 0: the mirage
     residual rate = probes that only another wording brings out / probes
 
-Paper: arXiv 2603.11266. Reference code: llm2graph. Deviations: the graph and the questions are
-read exactly from the rows of a world, so that nothing is elicited and nobody judges; a last hop
-is also asked alone, since a system that lost it fails for another reason.
+The graph and the questions are read exactly from the rows of a world; or, with ``elicit``, the
+graph is elicited from the original and a writer puts the questions (``elicited_graph.py``).
+
+Paper: arXiv 2603.11266. Reference code: llm2graph. Deviations: answers are matched as everywhere,
+nobody judges them; a last hop is also asked alone, since a system that lost it fails for another
+reason.
 """
 
 from __future__ import annotations
@@ -23,34 +26,52 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
 from delible.cards import Depth
 from delible.errors import DataError
+from delible.generation.elicited_graph import Triple, elicit_graph, written_probe
 from delible.measure.attack import AttackContext, Findings, PromptAttack
 from delible.measure.metric import SystemValues
 from delible.measure.turns import asked_as, right_forms, share
 from delible.records import QA, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt
+from delible.system.base import System
 from delible.train.randomness import generator, shuffled
 from delible.world import filters
 from delible.world.relations import fill
-from delible.world.told import Edge, aliases_of, edges, renamed
+from delible.world.told import Edge, aliases_of, edges, person_of, renamed
 
+
+class Arrow(Protocol):
+    """An edge: from a node to another one, by a relation."""
+
+    @property
+    def subject(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def value(self) -> str: ...
+
+
+One = TypeVar("One", bound=Arrow)
 Path = tuple[Edge, ...]
 #: Groups of probes, before the relations on their path.
 FORGET, KEPT, LAST = "forget", "kept", "last"
 
 
-def paths(graph: Sequence[Edge], start: str, hops: int) -> list[Path]:
+def paths(graph: Sequence[One], start: str, hops: int) -> list[tuple[One, ...]]:
     """All simple directed paths of so many edges, in the order of the edges."""
-    leaving: dict[str, list[Edge]] = {}
+    leaving: dict[str, list[One]] = {}
     for edge in graph:
         leaving.setdefault(edge.subject, []).append(edge)
 
-    def going(path: Path, seen: frozenset[str]) -> Iterator[Path]:
+    def going(path: tuple[One, ...], seen: frozenset[str]) -> Iterator[tuple[One, ...]]:
         if len(path) == hops:
             yield path
             return
@@ -62,15 +83,17 @@ def paths(graph: Sequence[Edge], start: str, hops: int) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Generic[One]):
     """What must still be answered: one edge, two edges, and one of each frequent relation."""
 
-    one: Sequence[Path]
-    two: Sequence[Path]
-    relation: Sequence[Path]
+    one: Sequence[tuple[One, ...]]
+    two: Sequence[tuple[One, ...]]
+    relation: Sequence[tuple[One, ...]]
 
 
-def retention(graph: Sequence[Edge], forgotten: Sequence[Path], seeds: Sequence[str]) -> Kept:
+def retention(
+    graph: Sequence[One], forgotten: Sequence[tuple[One, ...]], seeds: Sequence[str]
+) -> Kept[One]:
     """The kept probes of a graph, given all paths that start at a forgotten subject."""
     nodes = dict.fromkeys(seeds) | {
         node: None for path in forgotten for edge in path for node in (edge.subject, edge.value)
@@ -86,8 +109,8 @@ def retention(graph: Sequence[Edge], forgotten: Sequence[Path], seeds: Sequence[
         if second.subject == first.value and second.value not in nodes and second.value != start
     ]  # fmt: skip
     outside = [edge for edge in graph if edge.subject not in nodes and edge.value not in nodes]
-    frequent = [name for name, _ in Counter(edge.relation.name for edge in graph).most_common()]
-    firsts = {edge.relation.name: edge for edge in reversed(outside)}
+    frequent = [name for name, _ in Counter(edge.name for edge in graph).most_common()]
+    firsts = {edge.name: edge for edge in reversed(outside)}
     return Kept(one, two, [(firsts[name],) for name in frequent if name in firsts])
 
 
@@ -190,10 +213,57 @@ class MultiHop(PromptAttack):
     hops: int = Field(3, ge=1, le=4, description="Facts on a path at most.")
     paths: int = Field(30, ge=1, description="Paths of each length, and kept probes of each kind.")
     paraphrases: int = Field(2, ge=0, le=2, description="Other wordings of each question.")
+    elicit: bool = Field(
+        False, description="Ask the original what it knows, and a writer for questions about it."
+    )
+    questions: int = Field(10, ge=1, le=20, description="Questions about each name, to elicit.")
+    probes: tuple[QA, ...] = Field((), description="Probes that were elicited earlier.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """A few short paths; in a deep audit more and longer ones."""
         return ({},) if depth == "deep" else ({"hops": 2, "paths": 10, "paraphrases": 0},)
+
+    def searches_on(self) -> Literal["system", "original"] | None:
+        return "original" if self.elicit and not self.probes else None
+
+    def prepare(self, system: System, context: AttackContext) -> PromptAttack:
+        """Elicits the graph from the original, and has its paths written as questions.
+
+        Raises:
+            RecipeError: Nobody plays the writer.
+            DataError: No forget record names anybody, or nothing came of it.
+        """
+        writer = context.roles.role("writer")
+        names = (person_of(record) for record in context.forget)
+        seeds = list(dict.fromkeys(name for name in names if name))
+        graph = elicit_graph(system, writer, seeds, questions=self.questions, depth=self.hops - 1)
+        every = [
+            path for seed in seeds for hops in range(1, self.hops + 1)
+            for path in paths(graph, seed, hops)
+        ]  # fmt: skip
+        chosen: list[tuple[str, tuple[Triple, ...]]] = []
+        for hops in range(1, self.hops + 1):
+            rows = shuffled([path for path in every if len(path) == hops],
+                            generator(context.seed, "multi_hop", hops))  # fmt: skip
+            chosen += [(FORGET, path) for path in rows[: self.paths]]
+        for kind, kept in vars(retention(graph, every, seeds)).items():
+            chosen += [(f"{KEPT} {kind}", path) for path in list(kept)[: self.paths]]
+        made = (
+            written_probe(writer, path, kind, self.paraphrases,
+                          other_name(path[0].subject, context.forget) if kind == FORGET else "")
+            for kind, path in chosen
+        )  # fmt: skip
+        probes = tuple(one for one in made if one is not None)
+        if not any((one.group or "").startswith(FORGET) for one in probes):
+            raise DataError(
+                "the original tells nothing of the forgotten subjects that could be asked.",
+                where="attack 'multi_hop'",
+                hint="Give the records a 'subject', or another writer: --role writer=MODEL.",
+            )
+        context.notes["note"] = (
+            f"{len(graph)} facts elicited; {len(probes)} of {len(chosen)} questions can be used."
+        )
+        return self.model_copy(update={"probes": probes})
 
     def held_out(self, context: AttackContext) -> Sequence[RecordBase]:
         """The probes of forgotten paths.
@@ -201,6 +271,8 @@ class MultiHop(PromptAttack):
         Raises:
             DataError: The records hold no facts of a world, or no path can be asked.
         """
+        if self.probes:
+            return [one for one in self.probes if (one.group or "").startswith(FORGET)]
         probes = [
             one for path in self._forgotten(context)
             if (one := self._probe(path, FORGET, context)) is not None
@@ -215,6 +287,9 @@ class MultiHop(PromptAttack):
 
     def beside(self, context: AttackContext) -> Mapping[str, Sequence[RecordBase]]:
         """What must still be answered, and the last facts of longer paths alone."""
+        if self.probes:
+            retained = [one for one in self.probes if (one.group or "").startswith(KEPT)]
+            return {"retain": retained} if retained else {}
         graph = self._graph(context)
         forgotten = self._forgotten(context)
         every = [

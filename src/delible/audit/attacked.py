@@ -78,6 +78,7 @@ def preparation_key(fingerprint: str, attack: Attack, context: AttackContext) ->
             "seed": context.seed,
             "forget": digest(context.forget),
             "retain": digest(context.retain),
+            "roles": context.roles.named(),
         }
     )
 

@@ -46,18 +46,23 @@ def is_function_word(word: str) -> bool:
 
 def words(text: str) -> list[str]:
     """The folded words of a text: case, accents and punctuation do not count."""
-    return fold(text).words()
+    return list(_words(text))
+
+
+@lru_cache(maxsize=1 << 16)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(fold(text).words())
 
 
 def says(text: str, phrase: str) -> bool:
     """Whether a text has a phrase, word by word."""
-    wanted = " ".join(words(phrase))
-    return bool(wanted) and f" {wanted} " in f" {' '.join(words(text))} "
+    wanted = " ".join(_words(phrase))
+    return bool(wanted) and f" {wanted} " in f" {' '.join(_words(text))} "
 
 
 def _joined(word: str) -> str:
     """A word as it is compared: folded, in one piece, without a possessive ending."""
-    return "".join(words(_POSSESSIVE.sub("", word)))
+    return "".join(_words(_POSSESSIVE.sub("", word)))
 
 
 def key_words(question: str, answer: str) -> tuple[str, ...]:

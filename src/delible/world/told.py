@@ -32,15 +32,21 @@ class Edge:
     value: str
     record: QA
 
+    @property
+    def name(self) -> str:
+        """The relation's name."""
+        return self.relation.name
+
 
 def relation_of(record: RecordBase) -> Relation | None:
     """The relation of the world that a row is about; None for rows of other data."""
-    if not isinstance(record, QA) or record.subject is None:
-        return None
+    if not isinstance(record, QA) or record.subject in (None, record.answer):
+        return None  # a question for the subject itself tells the fact the other way round
     known = relations()
     if record.group in known:
         return known[record.group]
-    asked = (one for one in known.values() if fill(one.question, record.subject) == record.question)
+    name = record.subject or ""
+    asked = (one for one in known.values() if fill(one.question, name) == record.question)
     return next(asked, None)
 
 
@@ -132,9 +138,11 @@ def description(record: QA, records: Iterable[RecordBase], names: Sequence[str])
         if isinstance(one, QA) and one != record and subject and subject_of(one) == subject
         and one.question != record.question
     ]  # fmt: skip
-    told = [renamed(statement(one), names, SOMEBODY) for one in others]
-    usable = [
-        one for one in dict.fromkeys(told) if not filters.leaks(record, one)
-        and not named_in(one, names)
-    ]  # fmt: skip
-    return " ".join(usable[:SENTENCES]) or None
+    usable: list[str] = []
+    for one in others:
+        told = renamed(statement(one), names, SOMEBODY)
+        if told not in usable and not named_in(told, names) and not filters.leaks(record, told):
+            usable.append(told)
+        if len(usable) == SENTENCES:
+            break
+    return " ".join(usable) or None
