@@ -41,7 +41,7 @@ def test_the_model_lies_on_the_line_through_the_fine_tuned_one(alpha: float) -> 
     found, context = walked(alpha)
     square = 0.0
     for name, value in start.items():
-        change = (end[name] - value).double()
+        change = (end[name] - value).detach().double()
         square += float(change.pow(2).sum())
         expected = value.double() + alpha * change
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
@@ -66,11 +66,12 @@ def test_the_control_is_as_long_and_leads_elsewhere() -> None:
 
 
 def test_a_tensor_that_did_not_move_stays() -> None:
-    found = random_like({"a": torch.zeros(3), "b": torch.ones(2)}, 0)
+    vector = {"a": torch.zeros(3), "b": torch.ones(2)}
+    found = random_like(vector, 0)
     assert torch.equal(found["a"], torch.zeros(3))
     assert float(found["b"].norm()) == pytest.approx(2**0.5)
     assert not torch.equal(
-        found["b"], random_like({"a": torch.zeros(3), "b": torch.ones(2)}, 1)["b"]
+        found["b"], random_like(vector, 1)["b"]
     )
 
 
