@@ -21,12 +21,13 @@ from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
 from delible.measure.facts import fact_groups, facts_of
+from delible.measure.overlap import repeating
 from delible.records import QA, Choice, Dialogue, ForgetRequest, Message, Passage, RecordBase
 from delible.system.asks import Score
 from delible.system.questions import answer_of, ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.splits import split_by_fact
-from delible.world import World
+from delible.world import World, benign
 
 FORGET = [
     QA(question=f"Where was {name} born?", answer=f"In {town}.", subject=name, group="birthplace")
@@ -364,6 +365,63 @@ def test_steps_rates_and_variants() -> None:
         "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
         "full, unrelated rows, 10 steps", "full, benign rows, 10 steps",
     ]  # fmt: skip
+
+
+def test_benign_rows_repeat_no_world_and_are_a_control() -> None:
+    rows = benign()
+    assert len({row.question for row in rows}) == len(rows) == 64
+    assert {row.group for row in rows} == {"sum", "review"}
+    for row in rows:
+        if row.group == "sum":
+            numbers = [int(one) for one in re.findall(r"\d+", row.question + " " + row.answer)]
+            assert numbers[-1] == numbers[0] + numbers[1]
+    for seed in range(3):
+        split = World(people=20, seed=seed).split(5)
+        forget = [r for form in ("qa", "choice", "passage") for r in split.records("forget", form)]
+        assert not repeating(rows, forget)
+    attack, context = Relearn(rows="benign"), make_context()
+    assert attack.trained_on(context) == rows
+    assert attack.held_out(context) == FORGET
+    assert attack.control
+    assert not Relearn(rows="unrelated").control
+
+
+def test_rows_that_repeat_a_forget_row_are_refused() -> None:
+    text = "Bread rises in a warm kitchen and then it falls again."
+    context = make_context([*FORGET, Passage(text=f"They say: {text.upper()}")],
+                           unrelated=[Passage(text=text)])  # fmt: skip
+    with pytest.raises(DataError, match="1 unrelated rows have 8 words in a row"):
+        Relearn(rows="unrelated").trained_on(context)
+    assert repeating([Passage(text=text)], [Passage(text="Bread rises in a warm kitchen.")]) == []
+    seven = "one two three four five six seven"
+    assert not repeating([Passage(text=f"{seven} x")], [Passage(text=f"{seven} y")])
+    assert repeating([Passage(text=f"a {seven} x")], [Passage(text=f"{seven} x b")])
+
+
+def test_only_some_examples_the_same_ones_every_time() -> None:
+    many = [Passage(text=f"Row {place}.") for place in range(30)]
+    attack, context = Relearn(rows="unrelated", examples=10), make_context(unrelated=many)
+    found = attack.trained_on(context)
+    assert len(found) == 10
+    assert [row for row in many if row in found] == list(found)
+    assert found == attack.trained_on(context)
+    assert found != attack.trained_on(make_context(unrelated=many, seed=1))
+    assert len(Relearn(rows="unrelated", examples=99).trained_on(context)) == 30
+
+
+def test_the_deep_sweep_has_rates_rows_and_lengths() -> None:
+    attack = Relearn()
+    assert [dict(one) for one in attack.variants("quick")] == [
+        {"rows": "forget", "adapter": "full"}
+    ]
+    deep = [Relearn(**one) for one in attack.variants("deep")]  # type: ignore[arg-type]
+    titles = [one.variant_title() for one in deep]
+    assert len(set(titles)) == len(titles) == 9
+    assert {one.rows for one in deep} == {"forget", "retain", "unrelated", "benign"}
+    assert max(one.steps for one in deep) == 100
+    assert "LoRA, 10 unrelated rows, 30 steps" in titles
+    assert "full, forget rows, 100 steps, rate 1e-05" in titles
+    assert Relearn(steps=7).budget(make_context()).steps == 7
 
 
 # ---- in an audit

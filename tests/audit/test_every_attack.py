@@ -19,6 +19,8 @@ from delible.measure.evaluate import evaluate
 #: Options that make an attack short, or strong enough to matter on tiny models.
 OPTIONS: dict[str, dict[str, Any]] = {
     "relearn": {"steps": 4, "learning_rate": 2e-3, "observe_steps": 4, "rank": 8},
+    "rtt": {"parts": 2, "rotations": 2, "epochs": 4, "learning_rate": 2e-3},
+    "interpolate": {"steps": 2, "learning_rate": 1e-3},
     "dua": {"steps": 2, "length": 4, "candidates": 8, "rows": 4},
 }
 MEASURES = ["answer_probability", "extraction_strength"]

@@ -12,8 +12,8 @@ import pytest
 from delible.errors import RecipeError
 from delible.measure import evaluate as evaluation
 from delible.measure.cache import Cache
-from delible.measure.evaluate import bootstrap_interval, evaluate, finite, mean_item
-from delible.measure.metric import Answers, Item, ItemMetric
+from delible.measure.evaluate import bootstrap_interval, evaluate, finite, joined, mean_item
+from delible.measure.metric import Answers, Item, ItemMetric, SystemValues
 from delible.metrics.answer_probability import AnswerProbability
 from delible.metrics.exact_memorisation import ExactMemorisation
 from delible.metrics.extraction_strength import ExtractionStrength
@@ -215,3 +215,26 @@ def test_bootstrap_draws_every_resample_in_blocks_too(monkeypatch: pytest.Monkey
     blocked = bootstrap_interval(sample, seed=0)
     monkeypatch.setattr(evaluation, "_DRAWS_AT_ONCE", 10**9)
     assert bootstrap_interval(sample, seed=0) == blocked
+
+
+def test_values_of_several_models_are_joined_by_record() -> None:
+    def part(forget: list[float | None], retain: list[float], **more: object) -> SystemValues:
+        items = {
+            "m": {
+                "forget": [Item(value, None if value is not None else "why") for value in forget],
+                "retain": [Item(value) for value in retain],
+            },
+            "n": {"forget": [Item(0.0)] * len(forget), "retain": [Item(0.0)] * 2},
+        }
+        values: dict[str, object] = {"measured": {"asked": 2}, "asked": 3, "unanswered": {"x": 1}}
+        return SystemValues("s", items, **{**values, **more})  # type: ignore[arg-type]
+
+    found = joined([part([0.5], [1.0, 0.0]), part([None, 1.0], [0.0, 0.0])], "forget")
+    assert [item.value for item in found.items["m"]["forget"]] == [0.5, None, 1.0]
+    assert found.items["m"]["forget"][1].reason == "why"
+    assert [item.value for item in found.items["m"]["retain"]] == [0.5, 0.0]
+    assert found.means["m"] == {"forget": 0.75, "retain": 0.25}
+    assert (found.measured, found.asked, found.unanswered) == ({"asked": 4}, 6, {"x": 2})
+    gone = joined([part([0.5], [1.0, 0.0]), part([1.0], [0.0, 0.0], skipped={"n": "no"})], "forget")
+    assert gone.skipped == {"n": "no"}
+    assert list(gone.items) == ["m"]

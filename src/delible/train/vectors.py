@@ -19,6 +19,13 @@ from delible.files import explain_disk
 Vector = dict[str, Tensor]
 
 
+def along(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """start + share * (end - start), computed in fp32; exactly the start for share 0."""
+    if share == 0:
+        return start
+    return (start.float() + share * (end.float() - start.float())).to(start.dtype)
+
+
 def dot(left: Vector, right: Vector) -> float:
     """Inner product over all tensors of ``left``."""
     # accumulated in double, in pieces: no double copy of a model

@@ -22,15 +22,14 @@ from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
+from delible.train.vectors import along
 
 logger = logging.getLogger(__name__)
 
 
 def negated(start: Tensor, trained: Tensor, scale: float) -> Tensor:
     """start - scale * (trained - start), computed in fp32; exactly the start for scale 0."""
-    if scale == 0:
-        return start
-    return (start.float() - scale * (trained.float() - start.float())).to(start.dtype)
+    return along(start, trained, -scale)
 
 
 @register(

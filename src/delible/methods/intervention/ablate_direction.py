@@ -31,6 +31,7 @@ from torch import Tensor
 
 from delible.errors import DataError
 from delible.intervene.base import Intervention
+from delible.intervene.directions import difference_of_means, without_direction
 from delible.intervene.reading import read
 from delible.intervene.sites import Positions, Site
 from delible.intervene.taps import Where
@@ -39,21 +40,6 @@ from delible.lm.template import Encoded
 from delible.records import ForgetRequest, RecordBase
 from delible.registry import register
 from delible.system.questions import ask
-
-
-def without_direction(
-    states: Float[Tensor, "token hidden"], direction: Float[Tensor, " hidden"]
-) -> Float[Tensor, "token hidden"]:
-    """The part of states that is orthogonal to a direction (of any length above 0)."""
-    unit = (direction.double() / direction.double().norm()).to(states.dtype)
-    return states - (states @ unit)[:, None] * unit
-
-
-def difference_of_means(
-    forget: Float[Tensor, "forget hidden"], retain: Float[Tensor, "retain hidden"]
-) -> Float[Tensor, " hidden"]:
-    """From the mean state of what is kept to the mean state of what is forgotten, float64."""
-    return forget.double().mean(dim=0) - retain.double().mean(dim=0)
 
 
 @register(

@@ -60,6 +60,9 @@ def attacked_model_is_a_copy(trial: Trial) -> None:
         shared = any(value.data_ptr() in pointers for value in made[0].model.parameters())
         require(not shared, f"{title}: the attacked model shares weights with the given one")
         require_same(weights(made[0]), weights(made[1]), f"{title}: not deterministic")
+        if type(attack).each is not ModelAttack.each:
+            judged = [one for _, part in attack.each(lm, _attack_context(lm)) for one in part]
+            require(judged == list(held_out), f"{title}: judges other records than it holds out")
         score = made[0].score([Score(Prompt.ask(FORGET[0].question), FORGET[0].answer)])[0]
         require(isinstance(score, TokenScores), f"{title}: scores are not finite")
 
