@@ -18,7 +18,15 @@ from delible.report import charts, html
 from delible.report.html import environment
 from delible.report.key import cost_lines, key_numbers
 from delible.report.matrix import matrix, recovered, roles
-from delible.report.pictures import OUTCOMES, curves, forget_utility, outcomes, training
+from delible.report.pictures import (
+    OUTCOMES,
+    curves,
+    forget_utility,
+    layers,
+    outcomes,
+    training,
+    whole_systems,
+)
 from delible.report.reading import ROLES, ReportData, lookup, named
 
 EXAMPLES_SHOWN = 8
@@ -125,6 +133,7 @@ def render(data: ReportData) -> str:
     command = manifest.get("command")
     if isinstance(command, list):
         command = shlex.join(str(word) for word in command)
+    titles = {leak.attack: leak.title for leak in audit.leaks} if audit else {}
     template = environment().get_template("template.html.j2")
     return template.render(
         data=data,
@@ -138,9 +147,9 @@ def render(data: ReportData) -> str:
         classes=OUTCOMES,
         matrix=matrix(audit) if audit else None,
         recovered=recovered(audit) if audit else [],
-        curves=curves(audit.curves, {leak.attack: leak.title for leak in audit.leaks})
-        if audit
-        else [],
+        curves=curves(audit.curves, titles) if audit else [],
+        layers=layers(audit.curves, titles) if audit else [],
+        whole_systems=whole_systems(audit.leaks) if audit else [],
         training=training(data.events),
         examples=_examples(data),
         roles=roles(audit) if audit else [],

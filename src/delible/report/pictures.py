@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from delible.audit.result import AuditResult, Curve, SystemRole
+from delible.audit.result import AuditResult, Curve, Leak, SystemRole
 from delible.report import charts
 from delible.report.key import PROBABILITY, key_numbers
 from delible.report.reading import ROLES, ReportData
@@ -121,11 +121,31 @@ def outcomes(audit: AuditResult) -> list[dict[str, Any]]:
 
 def curves(found: Sequence[Curve], titles: dict[str, str]) -> list[dict[str, Any]]:
     """How fast the knowledge comes back under each attack that trains."""
+    steps = [curve for curve in found if curve.axis == "step"]
+    return _panels(steps, titles, "curve", "Attack steps", None)
+
+
+def layers(found: Sequence[Curve], titles: dict[str, str]) -> list[dict[str, Any]]:
+    """In which layers the knowledge is, for each attack from the inside."""
+    by_layer = [curve for curve in found if curve.axis == "layer"]
+    return _panels(by_layer, titles, "layers", "Layer", "Knowledge")
+
+
+def _panels(
+    found: Sequence[Curve], titles: dict[str, str], begin: str, x_label: str, y_label: str | None
+) -> list[dict[str, Any]]:
+    """A chart for each curve, with a line for each system, and its numbers.
+
+    Args:
+        begin: Begins the charts' ids.
+        y_label: Of the vertical axis; None: the metric's name.
+    """
     panels = []
     for index, curve in enumerate(found):
         title = titles.get(curve.attack, pretty(curve.attack)) + (
             f", {curve.variant}" if curve.variant else ""
         )
+        measure = y_label or pretty(curve.metric)
         series = [
             charts.Line(
                 role, role, curve.steps[: len(curve.values[role])],
@@ -136,20 +156,29 @@ def curves(found: Sequence[Curve], titles: dict[str, str]) -> list[dict[str, Any
         ]  # fmt: skip
         svg = charts.lines(
             series,
-            identifier=f"curve-{index}",
-            title=f"{title}: {pretty(curve.metric)}",
+            identifier=f"{begin}-{index}",
+            title=f"{title}: {measure}",
             description="; ".join(
                 f"{line.label} from {number(line.ys[0])} to {number(line.ys[-1])}"
                 for line in series
                 if line.ys
             ),
-            x_label="Attack steps",
-            y_label=pretty(curve.metric),
+            x_label=x_label,
+            y_label=measure,
             from_zero=True,
         )
         if svg is not None:
             panels.append({"title": title, "svg": svg})
     return panels
+
+
+def whole_systems(leaks: Sequence[Leak]) -> list[dict[str, Any]]:
+    """What attacks found of whole systems: a row for each number, a value for each system."""
+    return [
+        {"attack": leak.name, "name": pretty(name), "values": by_role}
+        for leak in leaks
+        for name, by_role in leak.numbers.items()
+    ]
 
 
 def training(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

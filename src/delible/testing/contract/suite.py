@@ -21,8 +21,10 @@ from delible.system.role import RoleName
 from delible.system.roles import Roles
 from delible.testing.contract.attack import (
     attacked_model_is_a_copy,
+    conversing_is_deterministic,
+    inferring_leaves_no_trace,
+    looking_leaves_no_trace,
     rewriting_is_deterministic,
-    talking_is_deterministic,
 )
 from delible.testing.contract.component import (
     card_is_complete,
@@ -95,7 +97,7 @@ EVERY_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
         trains_with_finite_losses, runs_are_deterministic, micro_batches_do_not_matter,
         finished_model_answers,
     ),
-    "attack": (attacked_model_is_a_copy,),
+    "attack": (attacked_model_is_a_copy, looking_leaves_no_trace),
     "editor": (edit_is_undone_exactly,),
     "intervention": (
         intervention_is_taken_off_exactly, intervention_survives_saving,
@@ -112,7 +114,9 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "keep": (retain_loss_holds, *_RUN),
     "balance": (weights_of_losses_are_finite, *_RUN),
     "harden": (hardening_adds_and_puts_back, *_RUN),
-    "attack": (rewriting_is_deterministic, talking_is_deterministic),
+    "attack": (
+        rewriting_is_deterministic, conversing_is_deterministic, inferring_leaves_no_trace,
+    ),
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
     "editor": (outcome_is_kept_opened_and_taken_off,),
     "intervention": (outcome_is_kept_opened_and_taken_off,),
