@@ -11,6 +11,7 @@ from delible.audit.result import AuditResult
 from delible.audit.run import audit
 from delible.report.page import ReportData, render
 
+METRICS: list[Any] = ["answer_probability", {"name": "outcome", "max_new_tokens": 20}]
 ATTACKS = ["patching", "lens", "cka", "fisher", "logit_lens_choice", "probe"]
 
 
@@ -22,7 +23,7 @@ def cache(audit_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def audited(system: Any, systems: Systems, **options: Any) -> AuditResult:
     options = {"reference": systems.retrained, "attacks": ATTACKS, **options}
     return audit(
-        system, REQUEST, before=systems.untouched, metrics=["answer_probability"], rows=ROWS,
+        system, REQUEST, before=systems.untouched, metrics=METRICS, rows=ROWS,
         **options,
     )  # fmt: skip
 
@@ -36,7 +37,7 @@ def found(systems: Systems, audit_cache: str) -> AuditResult:
 
 def test_a_refusing_model_still_holds_the_facts_inside(found: AuditResult) -> None:
     (row,) = [leak for leak in found.leaks if leak.attack == "patching"]
-    assert found.leaks[0].erased["answer_probability"] > 0.8  # type: ignore[operator]
+    assert found.leaks[0].erased["outcome"] == 1.0  # it says nothing
     assert row.erased["inside"] is not None
     assert row.erased["inside"] < 0.5
     assert row.knowledge["inside"]["original"] == pytest.approx(1)

@@ -63,7 +63,7 @@ LOOKERS = {
         lm.model.train(), Item(1.0)
     )[1],
     "not deterministic": lambda self, lm, record, context: Item(float(torch.rand(()))),
-    "a score is no number": lambda self, lm, record, context: Item(float("nan"), "so"),
+    "a score is no number": lambda self, lm, record, context: Item(float("inf")),
     "neither a score nor a reason": lambda self, lm, record, context: Item(None),
     "a copy has other scores": lambda self, lm, record, context: Item(
         Looker.score(self, lm, record, context).value if lm is not context.original

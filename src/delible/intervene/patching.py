@@ -39,7 +39,8 @@ def patched_logprobs(
         First the row without a patch, then one for each layer.
     """
     begin = first - 1
-    size = max(1, lm.budget.tokens // end - 1)
+    fits = lm.budget.tokens // (end - begin) if lm.shares_prefix else lm.budget.tokens // end
+    size = max(1, min(fits, lm.budget.cached_tokens // end) - 1)
     plain: list[Tensor] = []
     found: list[Tensor] = []
     for start in range(0, len(states), size):
