@@ -44,6 +44,14 @@ def test_each_mask_stands_for_the_name() -> None:
     assert letters("Jo") == "J-o"
 
 
+def test_a_mask_that_lets_the_name_through_is_dropped_and_counted() -> None:
+    mirrored = [QA(question="Where was Ada born?", answer="In Norrby", subject="Ada")]
+    here = context(forget=mirrored)
+    (found,) = talked("masking", mirrored, None, here, masks=("code", "letters"))
+    assert texts(found) == ["Where was A-d-a born?"]  # read from right to left Ada is Ada
+    assert "1 masked questions" in str(here.notes["note"])
+
+
 def test_without_another_fact_nobody_can_be_described() -> None:
     alone = QA(question="Where was Ada Quill born?", answer="In Norrby", subject="Ada Quill")
     (found,) = talked("masking", [alone], None, context(forget=[alone]))

@@ -46,7 +46,8 @@ def test_simple_paths_are_those_of_brute_force(start: str, hops: int) -> None:
 
 
 def test_kept_probes_share_no_end_with_any_forgotten_path() -> None:
-    arrows = [("s", "u"), ("u", "m"), ("m", "w"), ("u", "x"), ("x", "s"), ("k", "l"), ("l", "w")]
+    arrows = [("k", "u"), ("s", "u"), ("u", "m"), ("m", "w"), ("u", "x"), ("x", "s"), ("k", "l"),
+              ("l", "w")]  # fmt: skip
     known = graph(arrows)
     forgotten = paths(known, "s", 1)  # B = {s, u}
     kept = retention(known, forgotten, ["s"])
