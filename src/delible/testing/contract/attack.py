@@ -177,9 +177,10 @@ def conversing_is_deterministic(trial: Trial) -> None:
     lm = trial.lm()
     for attack in _variants(trial.component):
         title = attack.variant_title() or "the attack"
-        forget = tuple(attack.held_out(world_context(lm))[:3])
+        known = world_context(lm)
+        forget = tuple(attack.held_out(known)[:3])
         require(forget, f"{title}: it asks about no record")
-        for records in (forget, tuple(world_context(lm).retain[:2])):
+        for records in (forget, tuple(known.retain[:2])):
 
             def converse(
                 records: Sequence[RecordBase] = records, attack: ConversationAttack = attack
@@ -193,11 +194,13 @@ def conversing_is_deterministic(trial: Trial) -> None:
                 require(
                     len(set(prompts)) == len(prompts), f"{title}: the same talk twice: {record}"
                 )
+                own = record not in (*known.forget, *known.retain)  # a probe may be asked plainly
+                plainly = bool(prompts) and not own and set(prompts) <= {ask(record)}
+                require(not plainly, f"{title}: nothing but the plain prompt for {record}")
                 for prompt in prompts:
                     require(isinstance(prompt, Prompt), f"{title}: it returns more than prompts")
                     asks = bool(prompt.messages) and prompt.messages[-1].role == "user"
                     require(asks, f"{title}: a talk does not end in a question: {record}")
-                    require(prompt != ask(record), f"{title}: the plain prompt for {record}")
 
 
 T = TypeVar("T")
