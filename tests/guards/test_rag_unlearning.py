@@ -89,6 +89,12 @@ def test_every_form_of_a_forgotten_question_finds_its_target_and_others_find_not
 def test_without_floors_everything_finds_something() -> None:
     mind = prepared(lexical_floor=0.0, cosine_floor=-1.0)
     assert all(len(mind.retrieved(Prompt.ask(text))) == 1 for text in OTHERS)
+    either: tuple[dict[str, Any], ...] = (
+        {"lexical_floor": 0.0, "cosine_floor": 1.0},
+        {"lexical_floor": 1e9, "cosine_floor": -1.0},
+    )
+    for floors in either:
+        assert len(prepared(**floors).retrieved(Prompt.ask("egg"))) == 1
     assert prepared(lexical_floor=1e9, cosine_floor=1.0).retrieved(Prompt.ask("egg")) == []
 
 
