@@ -1,6 +1,6 @@
 """Guards before a model that has learned a world: what it knows of the forgotten stays inside.
 
-With the built-in encoder and the small model ``tiny``, which learns the demo's world. Slow: minutes.
+With the built-in encoder and the model ``tiny``, which learns the demo's world. Slow: minutes.
 """
 
 from __future__ import annotations
