@@ -280,6 +280,31 @@ def test_a_word_that_the_user_began_is_not_ended() -> None:
     assert ends > 2
 
 
+def test_each_prompt_of_a_batch_has_its_own_words_and_an_end_ends_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = lettered()
+    words = {"One?": ["abc"], "Two?": ["bcd"]}
+    system = Restricted(
+        lm, lambda prompt: Forbidden(words[prompt.messages[-1].text]), lambda prompt: "NO", beams=2
+    )
+    costs: list[list[float]] = []
+
+    def search(lm: LM, rows: Sequence[Any], judge: Any, **options: Any) -> list[Any]:
+        stop, more = min(lm.ends), lm.tokenizer("d")["input_ids"][-1]
+        for place in range(len(rows)):
+            for text in ("abc", "bcd", "b"):
+                said = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+                costs.append(list(judge(place, said, [stop, more])))
+        return [[[]] for _ in rows]
+
+    monkeypatch.setattr("delible.systems.restricted.beam_search", search)
+    system.generate([Prompt.ask("One?"), Prompt.ask("Two?")], SHORT)
+    ended = [cost[0] for cost in costs]
+    assert ended == [np.inf, 0, 0, 0, np.inf, 0]
+    assert all(cost[1] == 0 for cost in costs), "a word that goes on is another word"
+
+
 # ---- before a model
 
 

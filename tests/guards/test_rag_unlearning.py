@@ -89,7 +89,23 @@ def test_every_form_of_a_forgotten_question_finds_its_target_and_others_find_not
 def test_without_floors_everything_finds_something() -> None:
     mind = prepared(lexical_floor=0.0, cosine_floor=-1.0)
     assert all(len(mind.retrieved(Prompt.ask(text))) == 1 for text in OTHERS)
+    either: tuple[dict[str, Any], ...] = (
+        {"lexical_floor": 0.0, "cosine_floor": 1.0},
+        {"lexical_floor": 1e9, "cosine_floor": -1.0},
+    )
+    for floors in either:
+        assert len(prepared(**floors).retrieved(Prompt.ask("egg"))) == 1
     assert prepared(lexical_floor=1e9, cosine_floor=1.0).retrieved(Prompt.ask("egg")) == []
+
+
+def test_floors_leave_each_half_of_the_false_alarms() -> None:
+    request = ForgetRequest(forget=FORGET[3:])  # nobody is named: only general questions count
+    strict, mild = prepared(request), prepared(request, false_alarm_rate=0.4)
+    assert all(one > other for one, other in zip(strict.floors, mild.floors, strict=True))
+    for mind, rate in ((strict, 0.005), (mild, 0.2)):
+        shares = [told["general"]["share"] for told in mind.notes["false_alarms"].values()]
+        assert max(shares) <= rate
+    assert max(shares) > 0.1
 
 
 def test_a_sentence_among_others_and_an_earlier_turn_are_queries_too() -> None:

@@ -174,6 +174,8 @@ def test_the_words_in_which_an_answer_lies() -> None:
     assert forbidden_words(where) == ["old", "vellmar"]
     book = QA(question="What did she write?", answer='She wrote "Salt and Rope" in 1931.')
     assert forbidden_words(book) == ["salt", "rope", "1931", "Salt and Rope"]
+    title = QA(question="Did she write Salt?", answer='She wrote "Salt" and "Rope"')
+    assert forbidden_words(title) == ["rope", "Rope"]
     work = QA(question="What is her work?", answer="Her work is weaving", aliases=("a weaver",))
     assert forbidden_words(work) == ["weaving", "weaver"]
     other = QA(question="Was it Rome?", answer="Rome, or Oslo")

@@ -1,7 +1,7 @@
 """A small network that tells vectors of two kinds apart: is a prompt about what is forgotten?
 
-One hidden layer, cross-entropy with both kinds of equal weight, on standardised vectors. Its sizes
-and rates are those of GUARD (arXiv 2505.13312), as far as they are known.
+One hidden layer, cross-entropy with both kinds of equal weight, on standardised vectors, after
+GUARD (arXiv 2505.13312), which publishes no code: sizes and rates are our choice.
 """
 
 from __future__ import annotations
