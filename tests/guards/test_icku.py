@@ -260,6 +260,8 @@ def test_forget_rows_say_forgot_and_retain_rows_tag_another(tag: Any) -> None:
 
 def test_what_overlaps_is_no_distractor() -> None:
     assert other_items(PEOPLE[1], PEOPLE, "subject") == ["Cy Dale"]  # Ben Orr is the answer
+    junior = PEOPLE[3].model_copy(update={"subject": "Ada Quill Junior"})
+    assert other_items(PEOPLE[0], [*PEOPLE[:3], junior], "subject") == ["Ben Orr"]
     wrong = PEOPLE[0].model_copy(update={"perturbed": ("Norrby", "In Oslo", "in norrby")})
     assert other_items(wrong, [wrong, PEOPLE[3]], "answer") == ["In Oslo", "In Umber"]
 
