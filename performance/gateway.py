@@ -153,11 +153,10 @@ async def stream(port: int, until: float, *, bad: bool = False) -> Heard:
                 text = choice["delta"].get("content") or ""
                 heard.text += text
                 heard.first = heard.first or (now - began if text else 0.0)
-                # numbers may come in parts, where a guard held the rest
-                *sent, pending = re.split(r"\s", pending + text)
-                heard.late += [now - float(one) for one in sent if re.fullmatch(r"\d+\.\d+", one)]
-            if re.fullmatch(r"\d+\.\d+", pending):
-                heard.late.append(time.monotonic() - float(pending))
+                pending += text  # a number may come in parts, where a guard held the rest
+                for one in re.finditer(r"\d+\.\d{6}", pending):
+                    heard.late.append(now - float(one.group()))
+                pending = re.sub(r".*\d+\.\d{6}", "", pending, flags=re.DOTALL)
             writer.close()
     return heard
 
