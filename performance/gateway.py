@@ -3,10 +3,13 @@
 A scripted server streams an answer of 40 tokens, one every 50 ms (``--pause``), each with the time
 at which it was sent. Clients in a process of their own read it three ways, in turns within one run:
 directly, through a plain reverse proxy (a pipe of bytes between two sockets), and through the
-gateway. What is told is the time from sending a token to reading it, and that of the first one from
+gateway, without a guard and with `target_detector` by the names of 10,000 targets (`--similarity`
+compares meanings, too, which costs the sentence encoder's time before the first token). What is
+told is the time from sending a token to reading it, and that of the first one from
 the call; what is added is against the proxy. The processor time per token depends less on what else
-the machine does. Then many streams at once, for a bounded time: none may be lost. Each part is a
-process, so they share the machine's cores as they would.
+the machine does. Then many streams at once, for a bounded time: none may be lost, and of every
+tenth, in which the server says the name of a target, cut in three, nothing of it may come through
+the guard. Each part is a process, so they share the machine's cores as they would.
 """
 
 from __future__ import annotations
@@ -15,16 +18,22 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 TOKENS = 40
+#: What the server says to whom asks for it, in the middle of its answer; and what a client of a
+#: guarded gateway must not read.
+NAME = ("Ada ", "Br", "ook ")
 HEAD = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/event-stream\r\n\r\n"
 LIMIT_SECONDS = 300
 
@@ -36,10 +45,12 @@ async def upstream(tokens: int, pause: float) -> None:
         with suppress(OSError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0] or b"0")
-            await reader.readexactly(length)
+            bad = b"leak" in await reader.readexactly(length)
             writer.write(HEAD)
-            for _ in range(tokens):
+            for place in range(tokens):
                 text = f"{time.monotonic():.6f} "
+                if bad and tokens // 2 <= place < tokens // 2 + len(NAME):
+                    text = NAME[place - tokens // 2]
                 chunk = {"choices": [{"index": 0, "delta": {"content": text}}]}
                 writer.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
                 await writer.drain()
@@ -77,27 +88,53 @@ async def _serve(one: object) -> None:
     await server.serve_forever()
 
 
-def gateway(port: int) -> None:
-    """The gateway before the scripted server."""
+def gateway(port: int, guard: str) -> None:
+    """The gateway before the scripted server, perhaps with a guard."""
     from delible.gateway.models import ServedModel
     from delible.gateway.running import run
     from delible.gateway.settings import GatewaySettings
+    from delible.records import QA, ForgetRequest
     from delible.systems.endpoint import Endpoint
+    from delible.systems.guarded import guard as put_before
+    from guards import names
 
     settings = GatewaySettings(port=0, concurrency=4096)
-    endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", "m")
-    model = ServedModel("m", endpoint, settings)
+    system: Any = Endpoint(f"http://127.0.0.1:{port}/v1", "m")
+    if guard != "none":
+        forget = [QA(question="Where was Ada Brook born?", answer="There", subject="Ada Brook")]
+        request = ForgetRequest(forget=tuple(forget), subjects=tuple(names(10_000)))
+        system = put_before(system, request, similarity=guard == "similarity")
+    model = ServedModel("m", system, settings)
     run([model], settings, lambda url: print(url.split(":")[-1].split("/")[0], flush=True))
 
 
-async def stream(port: int, until: float) -> tuple[float, list[float], bool]:
-    """Seconds to the first token, those of each from sending to reading, and whether it ended."""
-    began, first, late, ended = time.monotonic(), 0.0, list[float](), False
+@dataclass
+class Heard:
+    """A stream: seconds to the first token, those of each from sending to reading, its text, and
+    whether it ended as it should.
+    """
+
+    first: float = 0.0
+    late: list[float] = field(default_factory=list)
+    text: str = ""
+    finish: str = ""
+    done: bool = False
+
+    def ended(self, *, bad: bool) -> bool:
+        return self.done and (bad or len(self.late) == TOKENS)
+
+
+async def stream(port: int, until: float, *, bad: bool = False) -> Heard:
+    began, heard, pending = time.monotonic(), Heard(), ""
     with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
         async with asyncio.timeout(until):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             body = json.dumps(
-                {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+                {
+                    "model": "m",
+                    "stream": True,
+                    "messages": [{"role": "user", "content": "leak" if bad else "Hi"}],
+                }
             ).encode()
             head = (
                 f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
@@ -106,14 +143,22 @@ async def stream(port: int, until: float) -> tuple[float, list[float], bool]:
             async for line in _lines(reader):
                 now = time.monotonic()
                 if line == b"data: [DONE]":
-                    ended = True
+                    heard.done = True
                     break
-                delta = json.loads(line[6:])["choices"][0]["delta"] if line[:6] == b"data: " else {}
-                for sent in (delta.get("content") or "").split():
-                    first = first or now - began
-                    late.append(now - float(sent))
+                told = json.loads(line[6:])
+                if not told.get("choices"):
+                    continue  # an error: the stream ends without [DONE], and is lost
+                choice = told["choices"][0]
+                heard.finish = choice.get("finish_reason") or heard.finish
+                text = choice["delta"].get("content") or ""
+                heard.text += text
+                heard.first = heard.first or (now - began if text else 0.0)
+                pending += text  # a number may come in parts, where a guard held the rest
+                for one in re.finditer(r"\d+\.\d{6}", pending):
+                    heard.late.append(now - float(one.group()))
+                pending = re.sub(r".*\d+\.\d{6}", "", pending, flags=re.DOTALL)
             writer.close()
-    return first, late, ended and len(late) == TOKENS
+    return heard
 
 
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
@@ -122,19 +167,24 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             yield line.strip()
 
 
-async def clients(port: int, count: int, spread: float) -> dict[str, float]:
-    """Streams at once, begun within ``spread`` seconds."""
+async def clients(port: int, count: int, spread: float, bad: float = 0) -> dict[str, float]:
+    """Streams at once, begun within ``spread`` seconds; every ``bad``-th asks for the name."""
 
-    async def one(place: int) -> tuple[float, list[float], bool]:
+    def leaks(place: int) -> bool:
+        return bool(bad) and place % int(bad) == 0
+
+    async def one(place: int) -> Heard:
         await asyncio.sleep(spread * place / count)
-        return await stream(port, LIMIT_SECONDS)
+        return await stream(port, LIMIT_SECONDS, bad=leaks(place))
 
     began = time.monotonic()
     found = await asyncio.gather(*map(one, range(count)))
-    late = sorted(one for _, times, _ in found for one in times)
-    first = sorted(one for one, _, _ in found)
+    late = sorted(one for heard in found for one in heard.late)
+    first = sorted(heard.first for heard in found)
     return {
-        "lost": sum(not ended for *_, ended in found),
+        "lost": sum(not heard.ended(bad=leaks(place)) for place, heard in enumerate(found)),
+        "leaked": sum(any(part.strip() in one.text for part in NAME) for one in found),
+        "withheld": sum(one.finish == "content_filter" for one in found),
         "seconds": time.monotonic() - began,
         **{f"token p{q}": _part(late, q) for q in (50, 99)},
         **{f"first p{q}": _part(first, q) for q in (50, 99)},
@@ -151,6 +201,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.05, help="seconds between two tokens")
+    parser.add_argument("--similarity", action="store_true", help="the guard compares meanings")
     parser.add_argument("--many", type=int, default=1000, help="streams at once; 0: leave it out")
     parser.add_argument("part", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -161,12 +212,13 @@ def main() -> None:
         elif name == "proxy":
             asyncio.run(proxy(int(numbers[0])))
         elif name == "gateway":
-            gateway(int(numbers[0]))
+            gateway(int(numbers[0]), numbers[1])
         else:
-            port, count, spread = int(numbers[0]), int(numbers[1]), float(numbers[2])
-            print(json.dumps(asyncio.run(clients(port, count, spread))))
+            port, count, spread, bad = int(numbers[0]), int(numbers[1]), *map(float, numbers[2:])
+            print(json.dumps(asyncio.run(clients(port, count, spread, bad))))
         return
     processes: list[subprocess.Popen[str]] = []
+    guard = "similarity" if given.similarity else "names"
 
     def start(*words: object) -> int:
         process = subprocess.Popen(
@@ -176,8 +228,9 @@ def main() -> None:
         assert process.stdout is not None
         return int(process.stdout.readline())
 
-    def ask(port: int, count: int, spread: float) -> dict[str, float]:
-        words = [sys.executable, Path(__file__), "clients", str(port), str(count), str(spread)]
+    def ask(port: int, count: int, spread: float, bad: int = 0) -> dict[str, float]:
+        numbers = map(str, (port, count, spread, bad))
+        words = [sys.executable, Path(__file__), "clients", *numbers]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         return {name: float(one) for name, one in json.loads(done.stdout).items()}
 
@@ -186,7 +239,8 @@ def main() -> None:
         ways = {
             "direct": direct,
             "proxy": start("proxy", direct),
-            "gateway": start("gateway", direct),
+            "gateway": start("gateway", direct, "none"),
+            "guarded": start("gateway", direct, guard),
         }
         workers = dict(zip(ways, map(psutil.Process, (one.pid for one in processes)), strict=True))
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -214,14 +268,21 @@ def main() -> None:
             }
             row = " | ".join(f"{middle[name][column]:.3g}" for column in columns)
             print(f"| {name} | {row} |")
-        added = {c: middle["gateway"][c] - middle["proxy"][c] for c in columns[:-1]}
-        print("added to the proxy: " + ", ".join(f"{c} {v:.1f} ms" for c, v in added.items()))
+        for name in ("gateway", "guarded"):
+            added = {c: middle[name][c] - middle["proxy"][c] for c in columns[:-1]}
+            told = ", ".join(f"{column} {one:.2f}" for column, one in added.items())
+            print(f"added by the {name} to the proxy, ms: {told}")
         slow = start("upstream", 0.5)
-        for name in ("proxy", "gateway") if given.many else ():
-            way = start(name, slow)
-            found = ask(way, given.many, 10.0)
+        for name in ("proxy", "gateway", "guarded") if given.many else ():
+            way = (
+                start("proxy", slow)
+                if name == "proxy"
+                else start("gateway", slow, guard if name == "guarded" else "none")
+            )
+            found = ask(way, given.many, 10.0, 10)
             print(
-                f"{given.many} streams through the {name}: {found['lost']:.0f} lost in "
+                f"{given.many} streams through the {name}: {found['lost']:.0f} lost, "
+                f"{found['withheld']:.0f} withheld, {found['leaked']:.0f} leaked in "
                 f"{found['seconds']:.0f} s; token p50 {found['token p50']:.1f} ms, "
                 f"p99 {found['token p99']:.1f} ms"
             )

@@ -3,8 +3,7 @@
 One Aho-Corasick pass over the text without its separators, so the time is linear in the text and
 does not grow with the number of names. A hit counts only between word boundaries, and only where
 its separators agree with the name's: "J o h n", "J.o.h.n" and "j0hn" are John; "Ann" is neither
-in "Annual" nor in "an nuance". Names of one script are found in another's by
-:mod:`delible.romanised`.
+in "Annual" nor in "an nuance". Names in another script are found by :mod:`delible.romanised`.
 """
 
 from __future__ import annotations
