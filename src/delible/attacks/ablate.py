@@ -115,7 +115,6 @@ class Ablate(ModelAttack):
             *standard,
             {"against": "original", "layers": "spread"},
             {"against": "original", "layers": "early"},
-            {"against": "generic", "layers": "early"},
             {"against": "principal"},
             {"against": "random"},
         )
