@@ -191,4 +191,4 @@ def test_the_seed_decides_the_random_direction_and_settings_have_titles() -> Non
     assert attack.control
     assert not Ablate().control
     titles = [Ablate(**each).variant_title() for each in Ablate().variants("deep")]  # type: ignore[arg-type]
-    assert len(set(titles)) == len(titles) == 7
+    assert len(set(titles)) == len(titles) == 6

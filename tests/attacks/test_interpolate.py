@@ -85,4 +85,4 @@ def test_what_goes_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_have_titles() -> None:
     titles = [Interpolate(**each).variant_title() for each in Interpolate().variants("deep")]  # type: ignore[arg-type]
-    assert len(set(titles)) == len(titles) == 6
+    assert len(set(titles)) == len(titles) == 4

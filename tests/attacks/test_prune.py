@@ -164,6 +164,6 @@ def test_a_model_that_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_settings() -> None:
     titles = [Prune(**one).variant_title() for one in Prune().variants("deep")]  # type: ignore[arg-type]
-    assert len(set(titles)) == len(titles) == 7
+    assert len(set(titles)) == len(titles) == 6
     assert [Prune(**one).control for one in Prune().variants("deep")].count(True) == 1  # type: ignore[arg-type]
     assert Prune(select="forget_only", rows=8).budget(make_context()).queries == 2

@@ -363,7 +363,7 @@ def test_steps_rates_and_variants() -> None:
     titles = [Relearn(**variant).variant_title() for variant in attack.variants()]  # type: ignore[arg-type]
     assert titles == [
         "full, forget rows, 20 steps", "LoRA, forget rows, 20 steps",
-        "full, unrelated rows, 10 steps", "full, benign rows, 10 steps",
+        "full, unrelated rows, 10 steps",
     ]  # fmt: skip
 
 
@@ -412,11 +412,11 @@ def test_only_some_examples_the_same_ones_every_time() -> None:
 def test_the_deep_sweep_has_rates_rows_and_lengths() -> None:
     attack = Relearn()
     assert [dict(one) for one in attack.variants("quick")] == [
-        {"rows": "forget", "adapter": "full"}
+        {"rows": "forget", "adapter": "full", "steps": 10}
     ]
     deep = [Relearn(**one) for one in attack.variants("deep")]  # type: ignore[arg-type]
     titles = [one.variant_title() for one in deep]
-    assert len(set(titles)) == len(titles) == 9
+    assert len(set(titles)) == len(titles) == 8
     assert {one.rows for one in deep} == {"forget", "retain", "unrelated", "benign"}
     assert max(one.steps for one in deep) == 100
     assert "LoRA, 10 unrelated rows, 30 steps" in titles

@@ -104,7 +104,7 @@ class Ablate(ModelAttack):
     layers: Literal["all", "spread", "early"] = Field(
         "all", description="After which blocks: all, five over the depth, or three early ones."
     )
-    rows: int = Field(64, ge=1, description="Questions of each kind that are read at most.")
+    rows: int = Field(32, ge=1, description="Questions of each kind that are read at most.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """All layers, with the original and without; then the sets of layers and the control."""
@@ -115,7 +115,6 @@ class Ablate(ModelAttack):
             *standard,
             {"against": "original", "layers": "spread"},
             {"against": "original", "layers": "early"},
-            {"against": "generic", "layers": "early"},
             {"against": "principal"},
             {"against": "random"},
         )

@@ -74,11 +74,11 @@ class Interpolate(ModelAttack):
     batch_size: int = Field(4, ge=1, description="Rows per optimiser step.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
-        """Ahead; at the deepest also further, halfway, back, and in a random direction."""
+        """Ahead; at the deepest also further, back, and in a random direction."""
         if depth != "deep":
             return ({"alpha": 2.0},)
-        ways = tuple({"alpha": alpha} for alpha in (0.5, 2.0, 4.0, 8.0, -2.0))
-        return (*ways, {"alpha": 4.0, "direction": "random"})
+        ways = tuple({"alpha": alpha} for alpha in (2.0, 8.0, -2.0))
+        return (*ways, {"alpha": 8.0, "direction": "random"})
 
     def variant_title(self) -> str:
         """Such as "2 times the benign vector"."""

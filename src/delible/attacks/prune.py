@@ -107,7 +107,7 @@ class Prune(ModelAttack):
         lt=1,
         description="Share of each matrix that matters most elsewhere and is spared (forget_only).",
     )
-    rows: int = Field(32, ge=1, description="Generic rows, and forget rows, that are read.")
+    rows: int = Field(16, ge=1, description="Generic rows, and forget rows, that are read.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
         """One share and its control; then more shares, and set differences."""
@@ -120,9 +120,8 @@ class Prune(ModelAttack):
             *standard,
             {"share": 0.5},
             {"select": "random", "share": 0.3},
-            {**sets, "share": 0.01},
             sets,
-            {**sets, "importance": "gradient", "rows": 16},
+            {**sets, "importance": "gradient", "rows": 8},
         )
 
     def variant_title(self) -> str:

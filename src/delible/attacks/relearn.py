@@ -89,26 +89,24 @@ class Relearn(ModelAttack):
     observe_steps: int = Field(5, ge=1, description="Measure the curve after this many steps.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
-        """Forget rows; then a low-rank adapter, unrelated and benign rows; then the sweep."""
+        """Forget rows for a moment; then longer, an adapter and unrelated rows; then the sweep."""
         half = max(1, self.steps // 2)
-        quick: tuple[Mapping[str, object], ...] = ({"rows": "forget", "adapter": "full"},)
         if depth == "quick":
-            return quick
-        standard = (
-            *quick,
+            return ({"rows": "forget", "adapter": "full", "steps": half},)
+        standard: tuple[Mapping[str, object], ...] = (
+            {"rows": "forget", "adapter": "full"},
             {"rows": "forget", "adapter": "lora"},
             {"rows": "unrelated", "adapter": "full", "steps": half},
-            {"rows": "benign", "adapter": "full", "steps": half},
         )
         if depth == "standard":
             return standard
         return (
             *standard,
+            {"rows": "benign", "adapter": "full", "steps": half},
             {"rows": "retain", "adapter": "full"},
             {"rows": "unrelated", "adapter": "lora", "examples": 10, "steps": 30, "batch_size": 1},
             {"rows": "forget", "adapter": "full", "learning_rate": 1e-5, "steps": LONG},
             {"rows": "forget", "adapter": "full", "learning_rate": 1e-4},
-            {"rows": "forget", "adapter": "lora", "learning_rate": 1e-3},
         )
 
     def variant_title(self) -> str:

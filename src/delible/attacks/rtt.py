@@ -97,8 +97,14 @@ class RetrainOnT(ModelAttack):
     batch_size: int = Field(4, ge=1, description="Rows per optimiser step.")
 
     def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
-        """One setting: the audit gets dear by its rotations."""
-        return ({},)
+        """One setting, of half the paper's epochs: the turns make it dear."""
+        return ({"epochs": max(1, self.epochs // 2)},)
+
+    def variant_title(self) -> str:
+        """Such as "5 parts, 3 epochs"."""
+        few = f" of {self.parts}" if self.rotations < self.parts else ""
+        turns = min(self.rotations, self.parts)
+        return f"{turns}{few} parts, {self.epochs} epoch{'s' * (self.epochs > 1)}"
 
     def _parts(self, context: AttackContext) -> list[list[RecordBase]]:
         return parts_by_fact(
