@@ -34,11 +34,11 @@ FACTS = ["born in Norrby", "A smith", "DOV"]
 
 
 def noisy(lm: LM, share: float, seed: int) -> LM:
-    """The same model with noise on its blocks' matrices, a share of their spread."""
+    """The same model with noise on its matrices, head included, a share of their spread."""
     found = lm.copy(f"{lm.name}+{seed}")
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in found.core.get_submodule(lm.anatomy.blocks).parameters():
+        for weight in found.core.parameters():
             if weight.dim() > 1:
                 weight += share * weight.std() * torch.randn(weight.shape, generator=random)
     found.touch()
