@@ -100,9 +100,7 @@ def test_relearning_is_measured_on_rows_that_it_did_not_train_on(
     assert means["trained"] - means["held out"] > 0.2  # type: ignore[operator]
 
 
-def test_what_comes_back_by_training_on_other_facts_was_there(
-    systems: Systems, audits: dict[float, AuditResult]
-) -> None:
+def test_what_comes_back_by_training_on_other_facts_was_there(systems: Systems) -> None:
     attack = {"name": "rtt", **OPTIONS["rtt"]}
     found = audit(
         systems.refusing, REQUEST, before=systems.untouched, reference=systems.retrained,
@@ -112,9 +110,10 @@ def test_what_comes_back_by_training_on_other_facts_was_there(
     assert found.leaks[1].records == len(REQUEST.forget)
     # the reference, too, learns four fifths again, and knows no more of the last
     assert row["reference"] - plain["reference"] < 0.1  # type: ignore[operator]
-    assert row["unlearned"] - plain["unlearned"] > 0.2  # type: ignore[operator]
+    rises = [row[role] - plain[role] for role in ("unlearned", "reference")]  # type: ignore[index,operator]
+    assert rises[0] > rises[1] + 0.05, (rises, row, plain)
     erased = [leak.erased["answer_probability"] for leak in found.leaks]
-    assert erased[1] < erased[0] - 0.1  # type: ignore[operator]
+    assert erased[1] < erased[0] - 0.1, erased  # type: ignore[operator]
 
 
 def test_without_a_reference_the_floor_is_what_the_attacked_original_scores_on_holdout(
