@@ -243,6 +243,15 @@ def test_the_opening_is_what_is_searched_for() -> None:
     assert float(openings[0]) < float(openings[1])
 
 
+def test_matching_is_part_of_what_is_searched_for() -> None:
+    losses = []
+    for match in (False, True):
+        mine = context(tiny(seed=1))
+        GCG(**{**SMALL, "steps": 1, "target": "original", "match": match}).prepare(tiny(), mine)
+        losses.append(float(str(mine.notes["loss_before"])))
+    assert losses[1] > losses[0] + 0.01
+
+
 def test_what_it_cannot_search_it_says() -> None:
     class Remote:
         name = "remote"
