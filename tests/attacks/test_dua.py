@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from delible.attacks.dua import DUA, START
+from delible.attacks.dua import DUA
 from delible.audit.run import audit
 from delible.component import build
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.measure.attack import AttackContext
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage, RecordBase
+from delible.search.questions import START
 from delible.search.suffix import (
     Case,
     gives_away,

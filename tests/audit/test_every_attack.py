@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rtt": {"parts": 2, "rotations": 2, "epochs": 4, "learning_rate": 2e-3},
     "interpolate": {"steps": 2, "learning_rate": 1e-3},
     "dua": {"steps": 2, "length": 4, "candidates": 8, "rows": 4},
+    "soft_prompt": {"steps": 4, "vectors": 4},
+    "gcg": {"steps": 2, "length": 4, "candidates": 8, "rows": 2},
 }
 MEASURES = ["answer_probability", "extraction_strength"]
 #: Attacks that must have power on these models, in one setting at least.

@@ -15,10 +15,10 @@ from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.measure.metric import Item, ItemMetric, SystemValues
-from delible.measure.scoring.separation import area_under_curve
+from delible.measure.scoring.separation import area_under_curve, privacy_leak
 from delible.metrics.knowledge_truth_ratio import KnowledgeTruthRatio
 from delible.metrics.loss_attack import LossAttack, loss_attack
-from delible.metrics.membership import Membership, privacy_leak
+from delible.metrics.membership import Membership
 from delible.metrics.min_k import MinK, min_k
 from delible.metrics.reference_attack import ReferenceAttack
 from delible.metrics.truth_ratio import TruthRatio

@@ -32,27 +32,30 @@ from delible.lm.lm import LM
 from delible.measure.attack import AttackContext, PromptAttack
 from delible.records import RecordBase
 from delible.registry import register
+from delible.search.questions import (
+    START,
+    asked,
+    cut_open,
+    spaced,
+    start_tokens,
+    takes_suffix,
+)
 from delible.search.suffix import (
-    Case,
     Found,
-    Tokens,
     frozen,
     search,
     text_of,
-    tokens_of,
     usable_tokens,
     with_suffix,
 )
 from delible.system.asks import Prompt
 from delible.system.base import System
-from delible.system.questions import answer_of, ask, has_answer
+from delible.system.questions import answer_of
 from delible.train.randomness import generator, shuffled
 
 logger = logging.getLogger(__name__)
 
 Setting = Literal["within_query", "cross_query", "cross_target"]
-#: Repeated, what the search starts from.
-START = " !"
 
 
 @dataclass(frozen=True)
@@ -62,24 +65,6 @@ class Task:
     key: str
     trained: Sequence[RecordBase]
     judged: Sequence[RecordBase]
-
-
-def spaced(records: Sequence[RecordBase], count: int) -> list[RecordBase]:
-    """At most ``count`` of the records, evenly spaced."""
-    step = max(1.0, len(records) / count)
-    return [records[int(index * step)] for index in range(min(count, len(records)))]
-
-
-def asked(record: RecordBase) -> Prompt | None:
-    """The record's prompt where a suffix can follow its question and it has an answer."""
-    prompt = ask(record)
-    open_turn = prompt is not None and takes_suffix(prompt)
-    return prompt if open_turn and has_answer(record) else None
-
-
-def takes_suffix(prompt: Prompt) -> bool:
-    """Whether the prompt ends in a user turn."""
-    return prompt.text is None and bool(prompt.messages) and prompt.messages[-1].role == "user"
 
 
 def subject_key(record: RecordBase) -> str:
@@ -229,7 +214,12 @@ class DUA(PromptAttack):
                     if context.progress is not None:
                         context.progress(next(steps), len(tasks) * self.steps)
 
-                cases, start = self._cases(lm, task)
+                start = start_tokens(lm, self.length)
+                asks = [
+                    (prompt, answer_of(record))
+                    for record in task.trained if (prompt := asked(record)) is not None
+                ]  # fmt: skip
+                cases = cut_open(lm, asks, start, "attack 'dua'")
                 one = search(
                     cases, start, allowed, steps=self.steps, top_k=self.top_k,
                     candidates=self.candidates, tick=tick,
@@ -245,26 +235,6 @@ class DUA(PromptAttack):
             context.progress(len(tasks) * self.steps, len(tasks) * self.steps)
         context.notes.update(self._report(found, len(found[0].suffix)))
         return self.model_copy(update={"suffixes": suffixes})
-
-    def _cases(self, lm: LM, task: Task) -> tuple[list[Case], Tokens]:
-        """The task's questions, cut open, and the tokens that the search starts from."""
-        repeats = self.length
-        while repeats > 1 and len(tokens_of(lm, START * (repeats - 1))) >= self.length:
-            repeats -= 1  # a tokenizer may need several tokens for each
-        start = tokens_of(lm, START * repeats)
-        cases = []
-        for record in task.trained:
-            prompt = asked(record)
-            case = prompt and Case.cut(lm, prompt, answer_of(record), start)
-            if not case:
-                raise ModelError(
-                    "the suffix cannot be found among the tokens of a prompt.",
-                    where="attack 'dua'",
-                    hint="The prompt is longer than the model's context, or its chat template "
-                    "changes what is asked.",
-                )
-            cases.append(case)
-        return cases, start
 
     def _report(self, found: Sequence[Found], length: int) -> dict[str, object]:
         before = sum(one.losses[0][1] for one in found) / len(found)

@@ -18,20 +18,8 @@ from pydantic import Field
 
 from delible.errors import RecipeError
 from delible.measure.metric import Item, SummaryMetric, SystemValues
-from delible.measure.scoring.separation import area_under_curve
+from delible.measure.scoring.separation import area_under_curve, privacy_leak
 from delible.registry import register
-
-
-def privacy_leak(curve: float, reference: float) -> float | None:
-    """MUSE's PrivLeak, in percent, from two areas (1 = members are told).
-
-    Returns:
-        About -100 for a model that has memorised the members, 0 for one that is like the
-        reference, above 0 where members look *less* seen than unseen texts. ``None`` where the
-        reference tells every member, so that there is nothing to divide by.
-    """
-    ours, theirs = 1 - curve, 1 - reference
-    return None if theirs <= 0 else 100 * (ours - theirs) / theirs
 
 
 def _valued(values: SystemValues, attack: str, split: str) -> tuple[list[float], int]:

@@ -19,6 +19,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,7 +62,11 @@ def gives_away(suffix: str, answer: str) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """A question with its answer as token ids, cut open where the suffix stands."""
+    """A question with its answer as token ids, cut open where the suffix stands.
+
+    Attributes:
+        ended: Whether the answer must end after its last word, or may go on.
+    """
 
     lm: LM
     prompt: Prompt
@@ -69,16 +74,20 @@ class Case:
     before: Tokens
     after: Tokens
     target: Tokens
+    ended: bool = True
 
     @classmethod
-    def cut(cls, lm: LM, prompt: Prompt, answer: str, suffix: Tokens) -> Case | None:
+    def cut(
+        cls, lm: LM, prompt: Prompt, answer: str, suffix: Tokens, ended: bool = True
+    ) -> Case | None:
         """None where the suffix is not among the prompt's tokens, or the row is too long."""
         row = lm.template.encode(with_suffix(prompt, text_of(lm, suffix)), answer)
         asked, size = row.ids[: row.start], len(suffix)
         for at in range(0 if row.cut else len(asked) - size, 0, -1):
             if asked[at : at + size] == suffix:
                 after = asked[at + size :]
-                return cls(lm, prompt, answer, asked[:at], after, row.ids[row.start :])
+                target = row.ids[row.start : len(row.ids) - (row.has_end and not ended)]
+                return cls(lm, prompt, answer, asked[:at], after, target, ended)
         return None
 
     def row(self, suffix: Sequence[int]) -> Tokens:
@@ -87,12 +96,30 @@ class Case:
     def reads(self, suffix: Sequence[int]) -> bool:
         """Whether the suffix's text inside the prompt is read as exactly these tokens."""
         asked = with_suffix(self.prompt, text_of(self.lm, suffix))
-        return self.lm.template.encode(asked, self.answer).ids == self.row(suffix)
+        row = self.lm.template.encode(asked, self.answer)
+        return row.ids[: len(row.ids) - (row.has_end and not self.ended)] == self.row(suffix)
 
     def batch(self, suffixes: Sequence[Sequence[int]], prefix: int = 0) -> Batch:
         ids = torch.tensor([self.row(suffix) for suffix in suffixes], device=self.lm.device)
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
         return Batch(ids, lengths, lengths - len(self.target), prefix)
+
+
+class Pull(Protocol):
+    """What a search lowers beside -log p(answer): something about the states of one layer.
+
+    Attributes:
+        layer: The block whose output is read.
+    """
+
+    @property
+    def layer(self) -> int: ...
+
+    def __call__(
+        self, case: Case, batch: Batch, states: Float[Tensor, "rows sequence hidden"]
+    ) -> Float[Tensor, " rows"]:
+        """The term of each row."""
+        ...
 
 
 def text_of(lm: LM, suffix: Sequence[int]) -> str:
@@ -129,8 +156,24 @@ def _answer_values(lm: LM, batch: Batch) -> Float[Tensor, "rows two"]:
     return values.reshape(len(batch.ids), -1, 2).sum(dim=1)
 
 
-def token_gradient(cases: Sequence[Case], suffix: Tokens) -> Float[Tensor, "suffix vocab"]:
-    """Gradient of the summed -log p(answer) at the one-hot tokens of the suffix."""
+def _losses(case: Case, batch: Batch, pull: Pull | None) -> Float[Tensor, "rows two"]:
+    """Per row its loss, and how many tokens of the answer are not the greedy ones."""
+    lm = case.lm
+    if pull is None:
+        return _answer_values(lm, batch)
+    with lm.computing():
+        states, blocks = Forward(lm)(batch, (pull.layer,))
+        assert states is not None
+        values = map_logits(lm.head, states, batch.targets, _scored, lm.vocabulary)
+    values = values.reshape(len(batch.ids), -1, 2).sum(dim=1)
+    more = pull(case, batch, blocks[pull.layer].float())
+    return torch.stack([values[:, 0] + more.to(values), values[:, 1]], dim=1)
+
+
+def token_gradient(
+    cases: Sequence[Case], suffix: Tokens, pull: Pull | None = None
+) -> Float[Tensor, "suffix vocab"]:
+    """Gradient of the summed losses at the one-hot tokens of the suffix."""
     lm = cases[0].lm
     found = torch.zeros(1)
     for case in cases:
@@ -141,8 +184,8 @@ def token_gradient(cases: Sequence[Case], suffix: Tokens) -> Float[Tensor, "suff
             return embedded[0]
 
         with steer(lm.core, lm.anatomy.embedding, cut):
-            nll = _answer_values(lm, case.batch([suffix]))[0, 0]
-        (gradient,) = torch.autograd.grad(nll, embedded)
+            loss = _losses(case, case.batch([suffix]), pull)[0, 0]
+        (gradient,) = torch.autograd.grad(loss, embedded)
         start = len(case.before)
         found = found.to(gradient) + gradient[0, start : start + len(suffix)]
     # through the module, which may scale what it looks up
@@ -156,16 +199,16 @@ def token_gradient(cases: Sequence[Case], suffix: Tokens) -> Float[Tensor, "suff
 
 @torch.no_grad()
 def suffix_losses(
-    cases: Sequence[Case], suffixes: Sequence[Tokens]
+    cases: Sequence[Case], suffixes: Sequence[Tokens], pull: Pull | None = None
 ) -> tuple[Float[Tensor, " suffixes"], Bool[Tensor, " suffixes"]]:
-    """Mean over cases of -log p(answer), and whether every answer is the greedy one."""
+    """Mean over cases of -log p(answer) and the pull; whether every answer is the greedy one."""
     lm, total = cases[0].lm, torch.zeros(len(suffixes), 2, dtype=torch.float64)
     for case in cases:
-        shares = lm.shares_prefix and len(case.before) >= SHORTEST_PREFIX
+        shares = pull is None and lm.shares_prefix and len(case.before) >= SHORTEST_PREFIX
         prefix = len(case.before) if shares else 0
         size = max(1, lm.budget.tokens // (len(case.row(suffixes[0])) - prefix))
         parts = [suffixes[at : at + size] for at in range(0, len(suffixes), size)]
-        total += torch.cat([_answer_values(lm, case.batch(part, prefix)).cpu() for part in parts])
+        total += torch.cat([_losses(case, case.batch(part, prefix), pull).cpu() for part in parts])
     return total[:, 0] / len(cases), total[:, 1] == 0
 
 
@@ -195,28 +238,29 @@ def search(
     top_k: int,
     candidates: int,
     random: torch.Generator,
+    pull: Pull | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Found:
     """Greedy coordinate gradient from a starting suffix."""
     active = 1
-    losses, solved = suffix_losses(cases[:active], [start])
+    losses, solved = suffix_losses(cases[:active], [start], pull)
     found = Found(start, [(active, float(losses[0]))], active, bool(solved[0]))
     for _ in range(steps):
         tick()
         while found.solved and active < len(cases):
             active += 1
-            losses, solved = suffix_losses(cases[:active], [found.suffix])
+            losses, solved = suffix_losses(cases[:active], [found.suffix], pull)
             found.losses.append((active, float(losses[0])))
             found.scored, found.solved = found.scored + active, bool(solved[0])
         if found.solved:
             break
-        gradient = token_gradient(cases[:active], found.suffix).cpu()[:, : len(allowed)]
+        gradient = token_gradient(cases[:active], found.suffix, pull).cpu()[:, : len(allowed)]
         gradient = gradient.masked_fill(~allowed, torch.inf)
         promising = (-gradient).topk(min(top_k, int(allowed.sum())), dim=1).indices
         pool = draw_candidates(cases, found.suffix, promising, candidates, random)
         loss = found.losses[-1][1]
         if pool:
-            losses, solved = suffix_losses(cases[:active], pool)
+            losses, solved = suffix_losses(cases[:active], pool, pull)
             found.scored += active * len(pool)
             place = _best_below(loss, cases, pool, losses)
             if place is not None:

@@ -25,3 +25,15 @@ def area_under_curve(low: Sequence[float], high: Sequence[float]) -> float | Non
     ranks = rankdata(np.asarray([*low, *high], np.float64))
     above = float(ranks[len(low) :].sum()) - len(high) * (len(high) + 1) / 2
     return above / (len(low) * len(high))
+
+
+def privacy_leak(curve: float, reference: float) -> float | None:
+    """MUSE's PrivLeak, in percent, from two areas (1 = members are told).
+
+    Returns:
+        About -100 for a model that has memorised the members, 0 for one that is like the
+        reference, above 0 where members look *less* seen than unseen texts. ``None`` where the
+        reference tells every member, so that there is nothing to divide by.
+    """
+    ours, theirs = 1 - curve, 1 - reference
+    return None if theirs <= 0 else 100 * (ours - theirs) / theirs
