@@ -193,7 +193,7 @@ def test_more_sentences_than_can_be_compared_are_refused_and_few_are_in_parts() 
             found = np.zeros((len(texts), 4), dtype=np.float32)
             found[:, 0] = 1
             for row, text in enumerate(texts):
-                if "harbour" in text:
+                if "harbour" in text and len(text) < 60:
                     found[row] = [0, 1, 0, 0]
             return found
 
