@@ -52,8 +52,8 @@ class Says:
         yield Piece("", "stop")
 
 
-#: The rest of a name, and nothing before it.
-RESTS = ("rook.", "Brook.", "ook.", "mar.")
+#: A name or the rest of one, and nothing before it.
+RESTS = ("rook.", "Brook.", "ook.", "mar.", "Ada Brook.", "Vellmar it is")
 
 
 def verdicts(prompt: Prompt, text: str, *, cuts: Sequence[int] = ()) -> set[str]:
