@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -75,6 +76,34 @@ def test_answers_are_those_of_the_model_whole_streamed_and_in_batches(
             assert 0 < reply.usage.completion_tokens <= decoding.max_new_tokens
     assert reply.finish == "length"
     assert len(asyncio.run(pieces(served, PROMPTS[0], PLAIN))) > 2, "it speaks as it goes"
+
+
+def test_what_is_spoken_is_never_taken_back(served: ServingVLLM) -> None:
+    """Blanks at either end are no part of an answer, and a stop text is not begun."""
+
+    class Spoken:
+        def __init__(self, *texts: str) -> None:
+            self.texts = texts
+
+        async def generate(self, prompt: Any, how: Any, request_id: str) -> AsyncIterator[Any]:
+            for place, text in enumerate(self.texts, start=1):
+                reason = "stop" if place == len(self.texts) else None
+                one = vllm_stand_in.CompletionOutput(text, [place], reason)
+                yield vllm_stand_in.RequestOutput([one], None)
+
+    for texts, stop, wanted in (
+        ((" \n", " Hel", "lo ", " ", "you \n", ""), (), "Hello  you"),
+        (("Hello E", "N", "D of"), ("END",), "Hello"),
+        (("Hello E", "N", "d"), ("END",), "Hello ENd"),
+    ):
+        served.engine = Spoken(*texts)
+        found = asyncio.run(pieces(served, PROMPTS[0], Decoding(9, stop=stop)))
+        assert "".join(piece.text for piece in found) == wanted
+        assert found[-1].usage is not None
+        assert found[-1].usage.completion_tokens == len(texts)
+    served.engine = Spoken()
+    with pytest.raises(Unanswered, match="broke off"):
+        asyncio.run(served.respond(PROMPTS[0], PLAIN))
 
 
 def test_calls_are_under_way_at_once_and_leave_when_cancelled(served: ServingVLLM) -> None:
