@@ -282,7 +282,8 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_was(
     assert set(guard_table.joined(entry, elsewhere)["guards"]) == {"other"}
     text = guard_table.page(entry)
     assert text.count("| icku |") == 3
-    assert "Not run yet: `content_filter`" in text
+    (line,) = (one for one in text.splitlines() if one.startswith("Not run yet: "))
+    assert "`content_filter`" in line
 
 
 def quick(unlearn: Any) -> Any:

@@ -29,14 +29,15 @@ def test_presets_are_whole_recipes_with_the_same_objective(name: str, preset: st
     assert theirs.name == f"{name}@{preset}"
     assert Recipe.from_mapping(theirs.spec()) == theirs
     assert theirs.objective.card == ours.objective.card
-    assert theirs.training.learning_rate <= 1e-4, "a schedule for models of billions of weights"
+    limit = 2e-4 if "rank" in theirs.place.spec() else 1e-4  # adapters take more
+    assert theirs.training.learning_rate <= limit, "a schedule for models of billions of weights"
 
 
 def test_every_recipe_has_a_paper_preset_unless_nothing_is_published() -> None:
     without = {name for name in registry.recipe_files() if (name, "paper") not in PUBLISHED}
     assert without == {
-        "catnip", "coreset", "finetune", "harmonizing", "ilu", "lau_ga", "novice", "tru", "u2a",
-        "unlikelihood",
+        "catnip", "coreset", "finetune", "harmonizing", "ilu", "lau_ga", "novice", "simnpo_sam",
+        "tru", "u2a", "unlikelihood",
     }  # fmt: skip
 
 
