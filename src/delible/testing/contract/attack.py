@@ -53,7 +53,7 @@ def _variants(attack: A) -> Iterable[A]:
     """An attack's first and last settings; an option ``steps`` is made small, to be fast."""
     short = {"steps": 2} if "steps" in type(attack).model_fields else {}
     settings = attack.variants("deep")
-    for variant in settings[:1] + settings[1:][-1:]:
+    for variant in (*settings[:1], *settings[1:][-1:]):
         options = {**attack.spec(), **variant, **short}
         del options["name"]
         yield type(attack).build(f"attack '{attack.card.name}'", **options)
