@@ -159,7 +159,7 @@ def context(**more: Any) -> AttackContext:
 
 
 def test_the_estimate_counts_forms_measures_systems_and_steps() -> None:
-    paraphrase = chosen_attacks(["paraphrase"], "quick")[0]
+    paraphrase = chosen_attacks(["paraphrase"], "standard")[0]
     splits: Any = {"forget": RECORDS, "retain": RECORDS[:2]}
     assert questions(paraphrase, splits, 2, context()) == Budget(queries=8 * 3 * 2)
     from delible.component import build
@@ -169,6 +169,14 @@ def test_the_estimate_counts_forms_measures_systems_and_steps() -> None:
     assert found.budget.queries == 3 * 8 * 3
     assert found.seconds > 0
     assert "72 questions" in found.sentence(1, 3)
+    # by what plain questions took: seconds of one measure of one record, in one form
+    told = estimate(Sayer({}), [paraphrase], splits, metrics, context(), 3, each=0.5)
+    assert told.seconds == pytest.approx(0.5 * 72)
+
+
+def test_a_quick_audit_asks_in_two_forms_at_most() -> None:
+    assert [one.spec()["forms"] for one in chosen_attacks(["prefix"], "quick")] == [2]
+    assert [one.spec()["forms"] for one in chosen_attacks(["prefix"], "deep")] == [5]
 
 
 # ---- conversations and inference, through a whole audit

@@ -29,7 +29,7 @@ from delible.measure.attack import (
     PromptAttack,
     Seen,
 )
-from delible.measure.evaluate import evaluate, joined, mean_of
+from delible.measure.evaluate import evaluate, item_asks, joined, mean_of
 from delible.measure.metric import SystemValues
 from delible.measure.remembering import Remembering
 from delible.records import RecordBase
@@ -94,12 +94,20 @@ class Attacking:
             setting.notes["skipped"] = str(error)
         setting.seconds += time.perf_counter() - began
 
-    def estimate(self, system: System, attacks: Sequence[Attack]) -> Estimate:
-        """What attacks will take of all systems, from a few timed questions to one."""
+    def estimate(
+        self, system: System, attacks: Sequence[Attack], seconds: float | None
+    ) -> Estimate:
+        """What attacks will take of all systems.
+
+        Args:
+            seconds: What the plain questions to this system took; None: a few are timed.
+        """
+        asked = sum(map(len, self.asking.splits.values())) * len(item_asks(self.asking.metrics))
+        each = None if seconds is None else seconds / max(1, asked)
         splits = self._splits("unlearned", self.asking.splits["forget"])
         context = self._context("reference", None, "")
         return estimate(
-            system, attacks, splits, self.asking.leaks, context, len(self.systems.roles)
+            system, attacks, splits, self.asking.leaks, context, len(self.systems.roles), each
         )
 
     def _allowed(self, role: SystemRole, system: System, attack: Attack) -> None:

@@ -49,7 +49,7 @@ def audit(
     reference: str | System | None = None,
     metrics: Sequence[str | Mapping[str, Any]] | None = None,
     attacks: Sequence[str | Mapping[str, Any]] | None = None,
-    depth: Depth = "standard",
+    depth: Depth = "quick",
     leaks: Sequence[str] = LEAK_MEASURES,
     guard: str | None = None,
     out: Path | str | None = None,
@@ -140,6 +140,7 @@ def _findings(
             fingerprint=system.fingerprint,
         )
         logger.info(f"Asking the {role} system.")
+        asked_at, known = time.perf_counter(), asking.measured.get("cached", 0)
         plain.values[role] = asking.evaluate(
             system, asking.splits, asking.metrics, role, must_answer=True
         )
@@ -148,7 +149,9 @@ def _findings(
             attacking.white_box = isinstance(system, LM)
             findings.parts = asking.without_parts(system)
             if attacks:
-                told = attacking.estimate(system, attacks)
+                fresh = asking.measured.get("cached", 0) == known
+                taken = time.perf_counter() - asked_at if fresh else None
+                told = attacking.estimate(system, attacks, taken)
                 logger.info(told.sentence(len(attacks), len(systems.roles)))
         for attack, setting in zip(attacks, attacked, strict=True):
             attacking.attack(role, system, attack, setting)

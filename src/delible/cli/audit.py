@@ -66,7 +66,7 @@ def audit(
     reference: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     metrics: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
     attacks: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
-    depth: Annotated[Depth, Parameter(group=flags.ASKED)] = "standard",
+    depth: Annotated[Depth, Parameter(group=flags.ASKED)] = "quick",
     guard: Annotated[str | None, Parameter(group=flags.ASKED)] = None,
     max_forget_probability: Annotated[float | None, Parameter(group=flags.THRESHOLDS)] = None,
     min_retain_probability: Annotated[float | None, Parameter(group=flags.THRESHOLDS)] = None,
@@ -111,9 +111,9 @@ def audit(
         Names of attacks, separated by commas ('delible list attacks'), or none; with options as
         '{name: quantize, bits: 4}'. Default: those of the depth.
     depth
-        How deep to look: quick (minutes; one attack of each family that a verdict needs), standard
-        (more forms, talks and settings) or deep (searches, sweeps, all that there is). What one
-        audit found, the next one knows.
+        How deep to look: quick (minutes; some attacks of each family that a verdict needs),
+        standard (more forms, talks and settings) or deep (searches, sweeps, all that there is).
+        What one audit found, the next one knows.
     guard
         Put this guard before the model ('delible list guards').
     max_forget_probability

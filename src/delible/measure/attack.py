@@ -168,6 +168,10 @@ class PromptAttack(Attack):
 
     forms: int = Field(5, ge=1, description="At most this many forms of each question.")
 
+    def variants(self, depth: Depth = "standard") -> Sequence[Mapping[str, object]]:
+        """One row; a quick audit asks in two forms at most."""
+        return ({"forms": min(2, self.forms)},) if depth == "quick" else ({},)
+
     def searches_on(self) -> Literal["system", "original"] | None:
         """Which system :meth:`prepare` is given: the attacked one, or always the original.
 
