@@ -31,12 +31,13 @@ POWERFUL = {"paraphrase", "relearn", "quantize"}
 
 
 def every_setting() -> list[dict[str, Any]]:
-    """Each attack in the first three of its settings and the last one."""
+    """Each attack in its first setting, those that must have power in three and the last."""
     found = []
     for card in registry.cards("attack"):
         attack = build("attack", {"name": card.name, **OPTIONS.get(card.name, {})})
         settings = list(attack.variants())
-        chosen = settings[:3] + settings[3:][-1:]
+        many = card.name in POWERFUL
+        chosen = settings[:3] + settings[3:][-1:] if many else settings[:1]
         found += [{**attack.spec(), **options} for options in chosen]
     return found
 
