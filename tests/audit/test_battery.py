@@ -13,7 +13,8 @@ from delible.audit.card import full_stack
 from delible.audit.cheapest import cheapest, cheapest_sentence, cost_words
 from delible.audit.choice import attacks_within, chosen_attacks
 from delible.audit.estimate import estimate, questions
-from delible.audit.result import Leak, Recovered, Utility, UtilityPart
+from delible.audit.leaks import Setting
+from delible.audit.result import AuditResult, Leak, Recovered, Utility, UtilityPart
 from delible.audit.run import audit
 from delible.measure.attack import (
     AttackContext,
@@ -22,14 +23,20 @@ from delible.measure.attack import (
     InferenceAttack,
     Seen,
 )
-from delible.measure.metric import Item
+from delible.measure.metric import Item, SystemValues
 from delible.measure.remembering import Remembering
 from delible.records import QA, ForgetRequest, RecordBase
+from delible.report.key import key_numbers
 from delible.report.matrix import ordered, recovered
+from delible.report.reading import ReportData
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, System
 
 MEASURE = "answer_probability"
+RECORDS = tuple(
+    QA(question=f"Where does person {name} live?", answer=f"Street {name}", subject=name)
+    for name in ("Ada", "Ben", "Cleo", "Dana", "Eve", "Finn")
+)
 
 
 def row(attack: str, value: float | None, **more: Any) -> Leak:
@@ -43,11 +50,12 @@ def row(attack: str, value: float | None, **more: Any) -> Leak:
 
 def test_of_attacks_that_get_as_much_the_cheapest_is_named() -> None:
     rows = [
-        row("relearn", 0.20, cost_seconds=90.0, cost_steps=20),
-        row("masking", 0.24, cost_seconds=4.0, cost_queries=40),
-        row("prefix", 0.30, cost_seconds=1.0),
-        row("trace", 0.0, cost_seconds=1.0, weighs=False),
-        row("gcg", None, cost_seconds=0.1),
+        row("relearn", 0.20, cost_queries=10, cost_steps=20, cost_seconds=0.0),  # known before
+        row("masking", 0.24, cost_queries=40, cost_seconds=9.0),
+        row("persuasion", 0.22, cost_queries=90, cost_seconds=0.0),
+        row("prefix", 0.30, cost_queries=1),
+        row("trace", 0.0, weighs=False),
+        row("gcg", None),
     ]
     found = cheapest(rows)
     assert found is not None
@@ -67,21 +75,19 @@ def test_where_nothing_comes_back_no_attack_is_praised() -> None:
     assert cheapest([]) is None
 
 
-def test_without_a_time_steps_and_questions_tell_what_is_cheap() -> None:
-    found = cheapest([row("a", 0.1, cost_steps=5), row("b", 0.12, cost_queries=900)])
-    assert found is not None
-    assert found[0].attack == "b"
+def test_what_an_attack_costs_in_words() -> None:
+    assert cost_words(row("a", 0.1, cost_steps=5, cost_queries=1200)) == "5 steps, 1,200 questions"
     assert cost_words(row("a", 0.1)) == "no cost was recorded"
 
 
 # ---- the full-stack card
 
 
-def known(attack: str, family: str, share: float, **more: Any) -> Leak:
-    knowledge: dict[str, Any] = {"outcome": {"unlearned": share, "original": 0.9}}
-    return Leak(
-        attack=attack, title=attack, family=family, knowledge=knowledge, erased={}, **more
-    )  # fmt: skip
+def place(attack: str, family: str, right: Sequence[float | None], **more: Any) -> Setting:
+    """A setting in which the unlearned system is right on some of the records."""
+    items = [Item(value) for value in right]
+    values = {"unlearned": SystemValues("unlearned", {"outcome": {"forget": items}})}
+    return Setting(attack, "", attack, values, records=RECORDS[: len(right)], family=family, **more)
 
 
 def test_the_card_by_hand() -> None:
@@ -90,23 +96,36 @@ def test_the_card_by_hand() -> None:
         UtilityPart(split="general", measure="outcome", unlearned=0.6),
         UtilityPart(split="general", measure=MEASURE, unlearned=0.1),
     ]
+    plain = place("none", "", [1, 0, 0, 0, 0])
     attacks = [
-        known("prefix", "prompt", 0.6),  # UE 0.4 of 0.8 before
-        known("masking", "prompt", 0.3),
-        known("quantize", "quantization", 0.1),  # better than before: at most 1
-        known("control", "relearning", 0.9, control=True),
+        place("prefix", "prompt", [1, 1, 1, 0, 0]),  # UE 2/5 of 4/5 before
+        place("masking", "prompt", [1, 1, 0, 0, 0]),
+        place("quantize", "quantization", [0, 0, 0, 0, 0]),  # better than before: at most 1
+        place("control", "relearning", [1, 1, 1, 1, 1], control=True),
     ]
-    card = full_stack(known("none", "", 0.2), attacks, Utility(parts=parts))
+    card = full_stack(plain, attacks, Utility(parts=parts))
     assert list(card) == ["open"]
     assert card["open"].effectiveness == pytest.approx(0.8)
     assert card["open"].utility == pytest.approx(0.6)
     assert card["open"].robustness == pytest.approx({"prompt": 0.5, "quantization": 1.0})
 
 
+def test_robustness_compares_the_records_that_an_attack_is_judged_on() -> None:
+    plain = place("none", "", [0, 0, 1, 1])
+    half = place("relearn", "relearning", [0, 0])  # the records that it did not train on
+    assert full_stack(plain, [half], None)["open"].robustness == {"relearning": 1.0}
+    other = place("relearn", "relearning", [1, 0])
+    assert full_stack(plain, [other], None)["open"].robustness == {"relearning": 0.5}
+    one = Item(0.5, forms=(0.0, 1.0))  # of two forms the one that works counts
+    half.values["unlearned"] = SystemValues("u", {"outcome": {"forget": [one, one]}})
+    assert full_stack(plain, [half], None)["open"].robustness == {"relearning": 0.0}
+
+
 def test_robustness_of_what_was_not_forgotten_is_not_told() -> None:
-    card = full_stack(known("none", "", 0.98), [known("prefix", "prompt", 0.98)], None)
+    card = full_stack(place("none", "", [1, 1]), [place("prefix", "prompt", [1, 1])], None)
     assert card["open"].robustness == {}
     assert card["open"].utility is None
+    assert full_stack(place("none", "", []), [], None) == {}
 
 
 # ---- depth
@@ -146,12 +165,6 @@ class Sayer(BlackBox):
     def _said(self, prompt: Prompt) -> str:
         told = " ".join(turn.text for turn in prompt.messages)
         return next((answer for key, answer in self.says.items() if key in told), "I cannot say.")
-
-
-RECORDS = tuple(
-    QA(question=f"Where does person {name} live?", answer=f"Street {name}", subject=name)
-    for name in ("Ada", "Ben", "Cleo", "Dana", "Eve", "Finn")
-)
 
 
 def context(**more: Any) -> AttackContext:
@@ -285,16 +298,16 @@ def test_a_talk_brings_out_what_a_question_does_not(
 
 def test_rows_are_ordered_by_what_an_attack_costs() -> None:
     rows = [
-        row("relearn", 0.5, variant="full", cost_seconds=30.0),
+        row("relearn", 0.5, variant="full", cost_steps=30, cost_seconds=0.0),
         row("none", 1.0),
-        row("relearn", 0.5, variant="lora", cost_seconds=5.0),
-        row("prefix", 0.5, cost_seconds=9.0),
+        row("relearn", 0.5, variant="lora", cost_steps=5),
+        row("prefix", 0.5, cost_queries=900, cost_seconds=9.0),
         row("without_part", 0.0),
     ]
     names = [(one.attack, one.variant) for one in ordered(rows)]
     assert names == [
-        ("none", ""), ("without_part", ""), ("relearn", "full"), ("relearn", "lora"),
-        ("prefix", ""),
+        ("none", ""), ("without_part", ""), ("prefix", ""), ("relearn", "full"),
+        ("relearn", "lora"),
     ]  # fmt: skip
 
 
@@ -304,7 +317,7 @@ def test_what_came_out_is_shown_of_every_attack_first() -> None:
 
     rows = [
         row("x", 0.1, recovered=[said("1"), said("2")]),
-        row("y", 0.1, recovered=[said("3")], cost_seconds=1.0),
+        row("y", 0.1, recovered=[said("3")], cost_queries=1),
     ]
 
     class Found:
@@ -312,3 +325,37 @@ def test_what_came_out_is_shown_of_every_attack_first() -> None:
 
     shown = [(name, one.asked) for name, one in recovered(Found())]  # type: ignore[arg-type]
     assert shown == [("X", "1"), ("Y", "3"), ("X", "2")]
+
+
+def test_what_does_not_weigh_is_not_the_weakest_test() -> None:
+    rows = [row("none", 1.0), row("trace", 0.0, weighs=False), row("prefix", 0.6)]
+    found = AuditResult(systems={}, splits={}, measurements=[], leaks=rows)
+    numbers = key_numbers(ReportData(title="t", audit=found))
+    assert (numbers.weakest, numbers.weakest_title) == (0.6, "Prefix, answer probability")
+
+
+# ---- the same records for all systems
+
+
+def shifting(attack: Any, context: AttackContext) -> Sequence[RecordBase]:
+    """Other records every time."""
+    attack.asked.append(0)
+    return context.forget[len(attack.asked) % 2 :][:4]
+
+
+@pytest.mark.usefixtures("plugged")
+def test_systems_that_would_be_judged_on_different_records_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Insists, "held_out", shifting)
+    monkeypatch.setattr(Insists, "asked", [], raising=False)
+    knows = Sayer({one.question: one.answer for one in RECORDS}, "original")
+    found = audit(
+        Sayer({}, "unlearned"), ForgetRequest(forget=RECORDS), before=knows,
+        reference=Sayer({}, "reference"), metrics=[{"name": "outcome", "max_new_tokens": 8}],
+        attacks=["insists"],
+    )  # fmt: skip
+    talk = found.leaks[1]
+    assert talk.erased["outcome"] is None
+    assert any("judged on different records" in line for line in found.not_tested)

@@ -62,6 +62,10 @@ def empty_row(attack: Attack) -> Setting:
     )
 
 
+def _digests(records: Sequence[RecordBase]) -> list[str]:
+    return [record.digest for record in records]
+
+
 class Attacking:
     """Attacks systems, one attack after the other.
 
@@ -136,6 +140,11 @@ class Attacking:
                 logger.info(f"{title}: it is prepared.")
                 attack = self._prepared(role, system, attack, context, title)
             held = attack.held_out(context)
+            if setting.values and _digests(held) != _digests(setting.records):
+                raise RunError(
+                    "the systems would be judged on different records.",
+                    where=f"attack '{attack.card.name}'",
+                )
             setting.records = held
             self._beside = attack.beside(context)
             match attack:
@@ -157,6 +166,8 @@ class Attacking:
                         role, system, attack, context, setting, title, INFERRED,
                         lambda: attack.infer(system, context),
                     )  # fmt: skip
+                case _:
+                    raise RunError("it is of none of the five kinds of attacks.")
         except DelibleError as error:
             raise DataError(f"not run: {error}") from error
         if role == "unlearned":
@@ -271,10 +282,10 @@ class Attacking:
                 parts.append(
                     self.asking.evaluate(made, asked, self.asking.leaks, title, cached=False)
                 )
-                judged += [record.digest for record in records]
+                judged += _digests(records)
                 del made
                 gc.collect()
-            if judged != [record.digest for record in setting.records]:
+            if judged != _digests(setting.records):
                 raise RunError(
                     "it was judged on other records than it says it holds out.",
                     where=f"attack '{attack.card.name}'",

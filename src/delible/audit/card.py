@@ -4,9 +4,10 @@
     utility        UT = share of right answers on the kept records, the least of them
     robustness     UE under an attack / UE without it, at most 1; the lowest of each family
 
-An audit in open form counts an answer as right when it holds the expected fact; a choice is right
-when the likeliest letter is. Garbage and refusals are no right answers either, so UE alone says
-nothing: read it with the outcome classes.
+Effectiveness with and without an attack is that of the same records: those that the attack is
+judged on and that were asked plainly, too. An audit in open form counts an answer as right when it
+holds the expected fact; a choice is right when the likeliest letter is. Garbage and refusals are no
+right answers either, so UE alone says nothing: read it with the outcome classes.
 
 Source: the protocol of arXiv 2510.07626. Deviations: the open form goes by the matcher of all our
 measures instead of an entailment model; utility is measured on the audit's own kept records and
@@ -17,7 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delible.audit.result import FullStack, Leak, Utility
+import numpy as np
+
+from delible.audit.leaks import Setting, most
+from delible.audit.result import FullStack, Utility
 
 #: Measures by form.
 FORMS = {"open": "outcome", "choice": "choice_accuracy"}
@@ -26,31 +30,44 @@ NOTHING_FORGOTTEN = 0.05
 
 
 def full_stack(
-    plain: Leak, attacks: Sequence[Leak], utility: Utility | None
+    plain: Setting, attacks: Sequence[Setting], utility: Utility | None
 ) -> dict[str, FullStack]:
     """The card by form; a form that was not measured is left out."""
     found = {}
     for form, measure in FORMS.items():
-        known = plain.knowledge.get(measure, {}).get("unlearned")
-        if known is None:
+        right = _right(plain, measure)
+        if not right:
             continue
-        effective = 1 - known
+        effective = 1 - float(np.mean(list(right.values())))
         kept = [
             part.unlearned
             for part in (utility.parts if utility else ())
             if part.measure == measure and part.unlearned is not None
         ]
         robust: dict[str, float] = {}
-        for leak in attacks:
-            left = leak.knowledge.get(measure, {}).get("unlearned")
-            if left is None or leak.control or effective < NOTHING_FORGOTTEN:
+        for place in attacks:
+            attacked = _right(place, measure)
+            both = [name for name in attacked if name in right]
+            if not both or place.control:
                 continue
-            share = min(1.0, (1 - left) / effective)
-            robust[leak.family] = min(share, robust.get(leak.family, 1.0))
+            before = 1 - float(np.mean([right[name] for name in both]))
+            after = 1 - float(np.mean([attacked[name] for name in both]))
+            if before < NOTHING_FORGOTTEN:
+                continue
+            share = min(1.0, after / before)
+            robust[place.family] = min(share, robust.get(place.family, 1.0))
         found[form] = FullStack(
             effectiveness=effective, utility=min(kept, default=None), robustness=robust
         )
     return found
+
+
+def _right(place: Setting, measure: str) -> dict[str, float]:
+    """Whether the unlearned system is right, by record, in the form that brings out most."""
+    values = place.values.get("unlearned")
+    items = values.items.get(measure, {}).get("forget", ()) if values is not None else ()
+    found = zip(place.records, map(most, items), strict=False)
+    return {record.digest: value for record, value in found if value is not None}
 
 
 __all__ = ["FORMS", "full_stack"]

@@ -1,4 +1,8 @@
-"""The attack that a determined person would take: the cheapest of those that get most."""
+"""The attack that a determined person would take: the cheapest of those that get most.
+
+What an attack costs is counted and not timed: steps of training or search first, which need the
+weights, then questions. What an audit knew already takes no time, and would look cheap.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ WORTH = 0.2
 def cheapest(attacks: Sequence[Leak]) -> tuple[Leak, Finding] | None:
     """The attack and what it found; None where no attack has power.
 
-    Of the attacks whose lowest e is within 0.05 of the lowest of all, the one that took least
-    time; where that was not measured, fewest steps, then fewest questions.
+    Of the attacks whose lowest e is within 0.05 of the lowest of all, the one that takes fewest
+    steps, then fewest questions.
     """
     found = [
         (leak, finding) for leak in attacks if leak.weighs and (finding := worst(leak)) is not None
@@ -24,19 +28,19 @@ def cheapest(attacks: Sequence[Leak]) -> tuple[Leak, Finding] | None:
         return None
     lowest = min(finding.erased for _, finding in found)
     close = [pair for pair in found if pair[1].erased <= lowest + SAME]
-    return min(
-        close, key=lambda pair: (pair[0].cost_seconds or 0.0, pair[0].cost_steps,
-                                 pair[0].cost_queries, pair[1].erased)
-    )  # fmt: skip
+    return min(close, key=lambda pair: (*cost(pair[0]), pair[1].erased))
+
+
+def cost(leak: Leak) -> tuple[int, int]:
+    """What is compared: steps, then questions."""
+    return leak.cost_steps, leak.cost_queries
 
 
 def cost_words(leak: Leak) -> str:
-    """What an attack took of the unlearned system and the others, in words."""
-    parts = [f"{leak.cost_queries:,} questions"] if leak.cost_queries else []
-    if leak.cost_steps:
-        parts.append(f"{leak.cost_steps:,} steps")
-    if leak.cost_seconds is not None:
-        parts.append(f"{leak.cost_seconds:,.0f} s for all systems")
+    """What an attack takes of the unlearned system, in words."""
+    parts = [f"{leak.cost_steps:,} steps"] if leak.cost_steps else []
+    if leak.cost_queries:
+        parts.append(f"{leak.cost_queries:,} questions")
     return ", ".join(parts) or "no cost was recorded"
 
 
@@ -58,4 +62,4 @@ def cheapest_sentence(attacks: Sequence[Leak]) -> str | None:
     )
 
 
-__all__ = ["WORTH", "cheapest", "cheapest_sentence", "cost_words"]
+__all__ = ["WORTH", "cheapest", "cheapest_sentence", "cost", "cost_words"]

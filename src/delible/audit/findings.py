@@ -92,7 +92,7 @@ class Findings:
             outcomes=self._outcomes(plain),
             leaks=leaks,
             utility=kept,
-            full_stack=full_stack(leaks[0], attacked, kept),
+            full_stack=full_stack(plain, self.attacks, kept),
             cheapest=cheapest_sentence(attacked),
             verdict=verdict(
                 leaks[0],

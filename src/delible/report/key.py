@@ -61,7 +61,7 @@ def key_numbers(data: ReportData) -> KeyNumbers:
     attacked = [
         (erased, leak.name, measure)
         for leak in audit.leaks
-        if leak.attack != "none"
+        if leak.attack != "none" and leak.weighs
         for measure, erased in leak.erased.items()
         if erased is not None and finite(erased)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from delible.audit.cheapest import cost
 from delible.audit.leaks import PLAIN, WITHOUT_PART
 from delible.audit.result import AuditResult, Leak, Recovered, SystemRole
 from delible.report.reading import ROLES
@@ -88,11 +89,9 @@ def ordered(leaks: Sequence[Leak]) -> list[Leak]:
     """
     first = [leak for leak in leaks if leak.attack in (PLAIN, WITHOUT_PART)]
     others = [leak for leak in leaks if leak.attack not in (PLAIN, WITHOUT_PART)]
-    cost: dict[str, float] = {}
-    for leak in others:
-        own = leak.cost_seconds or 0.0
-        cost[leak.attack] = min(own, cost.get(leak.attack, own))
-    return first + sorted(others, key=lambda leak: (cost[leak.attack], leak.attack))
+    least = {leak.attack: min(cost(one) for one in others if one.attack == leak.attack)
+             for leak in others}  # fmt: skip
+    return first + sorted(others, key=lambda leak: (least[leak.attack], leak.attack))
 
 
 #: Questions that came out under attack, on the page at most.
