@@ -124,10 +124,7 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    for guard in ("content_filter", "guard_generation", "rag_unlearning"):
-        monkeypatch.setattr(
-            f"delible.guards.{guard}.sentence_encoder", lambda _=None: WordEncoder()
-        )
+    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", lambda _=None: WordEncoder())
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")

@@ -332,7 +332,7 @@ def test_the_closest_of_the_writers_forms_is_stored(monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     assert found.notes["stored_questions"] == 4
     # applied, they are kept with the guard, and nobody is asked again
-    monkeypatch.setattr("delible.guards.dragon.sentence_encoder", lambda _=None: WordEncoder())
+    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", lambda _=None: WordEncoder())
     roles = Roles({"guard": advice(), "writer": writer})
     before = len(writer.prompts)
     made = Dragon(paraphrases=4).apply(Scripted([]), REQUEST, Context(roles=roles))

@@ -320,7 +320,7 @@ def test_without_similarity_the_encoder_is_never_used(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    monkeypatch.setattr("delible.guards.target_detector.sentence_encoder", fail)
+    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", fail)
     record = QA(question=QUESTION, answer="Vellmar", subject="Oda Lindqvist")
     request = ForgetRequest(forget=(record,))
     assert not flags(TargetDetector(similarity=False).prepare(request), QUESTION)

@@ -24,9 +24,9 @@ from jaxtyping import Float
 from pydantic import Field
 
 from delible.lm.lm import LM
-from delible.measure.attack import AttackContext, Budget, InsideAttack, Seen
+from delible.measure.attack import AttackContext, Seen
 from delible.measure.depth import compared
-from delible.measure.entities import Entity, entities_of
+from delible.measure.entities import Entity, LooksForFacts, entities_of
 from delible.records import RecordBase
 from delible.registry import register
 
@@ -68,10 +68,9 @@ def linear_cka(
     badges=("variant",),
     variant="Chat template; the fact is found by the record's aliases.",
 )
-class CKA(InsideAttack):
+class CKA(LooksForFacts):
     """Options of the comparison."""
 
-    compares = ("original", "reference")
     weighs = False
 
     smallest_gap: float = Field(
@@ -79,11 +78,6 @@ class CKA(InsideAttack):
         description="A layer tells something if original and reference are less alike than 1 less "
         "this.",
     )  # fmt: skip
-    tokens: int = Field(16, ge=1, description="Tokens of a fact that are looked at, at most.")
-
-    def budget(self, context: AttackContext) -> Budget:
-        """One pass for each record."""
-        return Budget(queries=len(self.held_out(context)))
 
     def look(self, lm: LM, records: Sequence[RecordBase], context: AttackContext) -> Seen:
         """The share of the way from the original to the reference, and what is left by layer.

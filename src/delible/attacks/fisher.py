@@ -31,9 +31,9 @@ from delible.lm.forward import collate, map_logits, target_logprobs
 from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
-from delible.measure.attack import AttackContext, Budget, InsideAttack, Seen
+from delible.measure.attack import AttackContext, Budget, Seen
 from delible.measure.depth import compared
-from delible.measure.entities import Entity, entities_of
+from delible.measure.entities import Entity, LooksForFacts, entities_of
 from delible.records import RecordBase
 from delible.registry import register
 
@@ -81,14 +81,12 @@ class Mask:
     badges=("variant",),
     variant="Chat template; the fact is found by the record's aliases; one size of the mask.",
 )
-class Fisher(InsideAttack):
+class Fisher(LooksForFacts):
     """Options of the comparison of gradients."""
 
-    compares = ("original", "reference")
     weighs = False
 
     share: float = Field(1e-3, gt=0, le=1, description="Share of a block's weights in its mask.")
-    tokens: int = Field(16, ge=1, description="Tokens of a fact that are looked at, at most.")
 
     def budget(self, context: AttackContext) -> Budget:
         """One forward and backward pass for each record."""

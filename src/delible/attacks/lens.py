@@ -24,9 +24,9 @@ from pydantic import Field
 
 from delible.lm.lm import LM
 from delible.lm.tail import lens_logprobs
-from delible.measure.attack import AttackContext, Budget, InsideAttack, Seen
+from delible.measure.attack import AttackContext, Seen
 from delible.measure.depth import clipped_mean, compared, depth, known_by_layer
-from delible.measure.entities import Entity, entities_of
+from delible.measure.entities import Entity, LooksForFacts, entities_of
 from delible.records import RecordBase
 from delible.registry import register
 
@@ -50,10 +50,9 @@ WHERE = "attack 'lens'"
     badges=("variant",),
     variant="Chat template; the fact is found by the record's aliases; extreme values are clipped.",
 )
-class Lens(InsideAttack):
+class Lens(LooksForFacts):
     """Options of the lens."""
 
-    compares = ("original", "reference")
     weighs = False
 
     threshold: float = Field(
@@ -61,11 +60,6 @@ class Lens(InsideAttack):
         ge=0,
         description="A layer holds a fact if the reference lacks more than this.",
     )
-    tokens: int = Field(16, ge=1, description="Tokens of a fact that are looked at, at most.")
-
-    def budget(self, context: AttackContext) -> Budget:
-        """One pass for each record."""
-        return Budget(queries=len(self.held_out(context)))
 
     def look(self, lm: LM, records: Sequence[RecordBase], context: AttackContext) -> Seen:
         """1 - depth of each record, and the share that is there by layer.

@@ -27,9 +27,9 @@ from pydantic import Field
 from delible.intervene.patching import patched_logprobs
 from delible.lm.lm import LM
 from delible.lm.states import States
-from delible.measure.attack import AttackContext, Budget, InsideAttack, Seen
+from delible.measure.attack import AttackContext, Seen
 from delible.measure.depth import clipped_mean, compared, depth, known_by_layer
-from delible.measure.entities import Entity, entities_of
+from delible.measure.entities import Entity, LooksForFacts, entities_of
 from delible.records import RecordBase
 from delible.registry import register
 
@@ -53,21 +53,14 @@ WHERE = "attack 'patching'"
     badges=("variant",),
     variant="Chat template; the fact is found by the record's aliases; extreme values are clipped.",
 )
-class Patching(InsideAttack):
+class Patching(LooksForFacts):
     """Options of activation patching."""
-
-    compares = ("original", "reference")
 
     threshold: float = Field(
         0.05,
         ge=0,
         description="A layer holds a fact if the reference costs more than this.",
     )
-    tokens: int = Field(16, ge=1, description="Tokens of a fact that are looked at, at most.")
-
-    def budget(self, context: AttackContext) -> Budget:
-        """One pass of the system for each record; the patched passes are the original's."""
-        return Budget(queries=len(self.held_out(context)))
 
     def look(self, lm: LM, records: Sequence[RecordBase], context: AttackContext) -> Seen:
         """1 - UDS of each record, and the share that is there by layer.

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field
 
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.names import fold
 from delible.records import ForgetRequest
 from delible.registry import register
@@ -45,7 +45,8 @@ from delible.systems.consulting import (
     letters_in,
     random_letter,
 )
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.encoding import EncodingGuard
+from delible.systems.guarded import GuardMind
 from delible.systems.judging import Consult, Decision, Judging, Say
 from delible.systems.record_texts import names_of
 from delible.systems.shortlist import Subjects
@@ -287,7 +288,7 @@ def _numbered(texts: Sequence[str]) -> str:
     variant="Every answer is audited, clean ones pass at once, long lists are cut to what is near, "
     "and what was composed is audited again.",
 )
-class Alu(Guard):
+class Alu(EncodingGuard):
     """Options of the agents."""
 
     consults = ("guard", "writer", "critic")
@@ -319,9 +320,6 @@ class Alu(Guard):
     audit_tokens: int = Field(128, ge=4, description="Tokens of an auditor's verdict.")
     max_new_tokens: int = Field(1024, ge=16, description="Tokens of what the others write.")
     seed: int = Field(0, description="Of rewrites and random letters.")
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
-    )
 
     def prepare(
         self,
@@ -348,9 +346,7 @@ class Alu(Guard):
                 where="guard 'alu'",
                 hint="Give names (--subjects NAME,…) or forget records with a subject.",
             )
-        subjects = Subjects.of(
-            request, targets, self.listed, lambda: encoder or sentence_encoder(self.encoder_folder)
-        )
+        subjects = Subjects.of(request, targets, self.listed, lambda: self.encoder(encoder))
         judged_by = [VERSION, self.spec(), targets, subjects.identity(request)]
         return AluMind(
             self,

@@ -28,12 +28,13 @@ from pydantic import Field
 
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.names import fold
 from delible.records import QA, Choice, ForgetRequest, Passage, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.encoding import EncodingGuard
+from delible.systems.guarded import GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Judged
 from delible.systems.likeness import SENTENCES, Fitted, fit, spread
@@ -215,7 +216,7 @@ def statements(record: RecordBase) -> list[str]:
     badges=("variant",),
     variant="The paper has no experiment: windows, scores and constants are our design after it.",
 )
-class ContentFilter(Guard):
+class ContentFilter(EncodingGuard):
     """Options of the filter."""
 
     window_words: int = Field(128, ge=8, description="Words of a window.")
@@ -223,9 +224,6 @@ class ContentFilter(Guard):
     gram_words: int = Field(6, ge=2, description="Words of a run that counts as copied.")
     false_alarm_rate: float = Field(
         0.01, ge=0, lt=0.5, description="Share of texts that should pass that may be blocked."
-    )
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
     )
 
     def prepare(
@@ -254,7 +252,7 @@ class ContentFilter(Guard):
                 where="guard 'content_filter'",
                 hint="Give forget records (--forget FILE): names alone state nothing.",
             )
-        encoder = encoder or sentence_encoder(self.encoder_folder)
+        encoder = self.encoder(encoder)
         groups: dict[str, list[RecordBase]] = {"general": list(general()), "kept": kept_by(request)}
         asked = {
             name: spread(text for one in records for text in questions_of(one))

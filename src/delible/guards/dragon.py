@@ -36,7 +36,7 @@ from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
 from delible.generation.advice import asking_advice, read_advice
 from delible.generation.writing import read_list
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.method import Outcome
 from delible.names import Names, fold
 from delible.records import QA, ForgetRequest, Passage, Record
@@ -45,7 +45,8 @@ from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
 from delible.system.replies import Unanswered
 from delible.systems.consulting import Costs, conversation, filled, last_asked, rephrased
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.encoding import EncodingGuard
+from delible.systems.guarded import GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Consult, Forward, Judging
 from delible.systems.likeness import Likeness, fit, general_questions, harmless
@@ -238,7 +239,7 @@ class DragonMind(GuardMind):
     variant="A part of a name is a hint; the threshold is fitted without records to keep; decoys "
     "are of a made-up world; no classifier for harmful knowledge.",
 )
-class Dragon(Guard):
+class Dragon(EncodingGuard):
     """Options of DRAGON."""
 
     consults = ("guard", "writer")
@@ -281,9 +282,6 @@ class Dragon(Guard):
     temperature: float = Field(0.7, ge=0, le=2, description="At which it is drawn.")
     top_p: float = Field(0.9, gt=0, le=1, description="Share of the likeliest tokens drawn from.")
     seed: int = Field(42, description="Of decoys and instructions.")
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
-    )
 
     def prepare(
         self,
@@ -314,7 +312,7 @@ class Dragon(Guard):
             )
         likeness = None
         if self.similarity and examples:
-            encoder = encoder or sentence_encoder(self.encoder_folder)
+            encoder = self.encoder(encoder)
             if self.paraphrases:
                 request = self.paraphrased(request, context, encoder)
                 examples = list(dict.fromkeys(q for r in request.forget for q in questions_of(r)))
@@ -338,7 +336,7 @@ class Dragon(Guard):
         stored = without_answers(request)
         if not (self.paraphrases and self.similarity):
             return super().apply(system, stored, context)
-        encoder = sentence_encoder(self.encoder_folder)
+        encoder = self.encoder()
         stored = self.paraphrased(stored, self.seated(system, context), encoder)
         return self.with_options({"paraphrases": 0}).apply(system, stored, context)
 

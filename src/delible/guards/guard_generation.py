@@ -33,13 +33,14 @@ from pydantic import BaseModel, Field
 from delible import prompts as prompt_files
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError, ModelError
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.lm.lm import LM
 from delible.names import Names
 from delible.records import ForgetRequest, Passage, Record
 from delible.registry import register
 from delible.system.asks import NoAnswer, Prompt
 from delible.systems.detector import Detector, Features, Pooling, log_odds, states_of, vectors_of
+from delible.systems.encoding import EncodingGuard
 from delible.systems.forbidden import (
     Forbidden,
     Meanings,
@@ -48,7 +49,7 @@ from delible.systems.forbidden import (
     usable_words,
     windows,
 )
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.guarded import GuardMind
 from delible.systems.judging import Forward, Judged, Scanner
 from delible.systems.likeness import Likeness, alarms, harmless, least_above, pieces_of
 from delible.systems.record_texts import answers_of, distinctive_strings, kept_by, questions_of
@@ -209,7 +210,7 @@ class Spans(BaseModel):
     variant="No public code. Words are looked for in the text and not in its tokens; the threshold "
     "is fitted; without weights the detector reads a sentence encoder and the answer is withheld.",
 )
-class GuardGeneration(Guard):
+class GuardGeneration(EncodingGuard):
     """Options of the detector and the search."""
 
     consults = ("guard",)
@@ -257,9 +258,6 @@ class GuardGeneration(Guard):
         True, description="Look for strings of forgotten answers in answers to other questions."
     )
     seed: int = Field(0, description="Of the detector's training.")
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
-    )
 
     def prepare(
         self,
@@ -286,7 +284,7 @@ class GuardGeneration(Guard):
                 hint="Give forget records (--forget FILE): names alone have no words to forbid.",
             )
         lm = self._model(context)
-        encoder = encoder or sentence_encoder(self.encoder_folder)
+        encoder = self.encoder(encoder)
         entries, by_rules = self._entries(request, context)
         features = vectors_of(encoder) if lm is None else states_of(lm, self.pooling)
         groups = harmless(request, self.harmless)

@@ -26,12 +26,13 @@ from pydantic import Field
 
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.messages import Message
 from delible.records import QA, ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.encoding import EncodingGuard
+from delible.systems.guarded import GuardMind
 from delible.systems.judging import Forward, Judged
 from delible.systems.likeness import Likeness, fit_likeness, harmless
 from delible.systems.record_texts import questions_of
@@ -193,7 +194,7 @@ def _asked(prompt: Prompt, text: str) -> Prompt:
     variant="Right examples are never forgotten ones; only questions that are like a forgotten one "
     "get examples.",
 )
-class Icul(Guard):
+class Icul(EncodingGuard):
     """Options of the examples."""
 
     form: Form = Field(
@@ -218,9 +219,6 @@ class Icul(Guard):
     )
     words: int = Field(200, ge=1, description="Words of a document that are shown at most.")
     seed: int = Field(0, description="Of the draws of right examples and wrong answers.")
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
-    )
 
     def prepare(
         self,
@@ -279,9 +277,7 @@ class Icul(Guard):
         if not self.route:
             return None, {}
         texts = [(text, place) for place, one in enumerate(forgotten) for text in questions_of(one)]
-        likeness = Likeness(
-            encoder or sentence_encoder(self.encoder_folder), [text for text, _ in texts]
-        )
+        likeness = Likeness(self.encoder(encoder), [text for text, _ in texts])
         threshold, notes = self.threshold, dict[str, Any]()
         if threshold is None:
             fitted = fit_likeness(likeness, harmless(request), self.false_alarm_rate)

@@ -28,15 +28,16 @@ from pydantic import Field
 
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError, RecipeError, nearest
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.names import Names
 from delible.prompts import read_lines
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
 from delible.systems.crafting import Crafted, Target, crafted, described, template, with_item
+from delible.systems.encoding import EncodingGuard
 from delible.systems.forbidden import Forbidden, common_words, forbidden_words
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.guarded import GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Forward, Judged
 from delible.systems.likeness import alarms, harmless, least_above, pieces_of
@@ -171,7 +172,7 @@ class RagUnlearningMind(GuardMind):
     variant="Floors are fitted and a conversation that finds nothing stays as it is; the answer is "
     "looked through; every sentence is a query.",
 )
-class RagUnlearning(Guard):
+class RagUnlearning(EncodingGuard):
     """Options of the store."""
 
     consults = ("writer",)
@@ -217,9 +218,6 @@ class RagUnlearning(Guard):
     refuse_injections: bool = Field(
         True, description="Refuse a question about a target that tries to override instructions."
     )
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
-    )
 
     def prepare(
         self,
@@ -247,7 +245,7 @@ class RagUnlearning(Guard):
                 where="guard 'rag_unlearning'",
                 hint="Give names (--subjects NAME,…) or forget records (--forget FILE).",
             )
-        encoder = encoder or sentence_encoder(self.encoder_folder)
+        encoder = self.encoder(encoder)
         parts = self._parts(targets, names, context)
         clauses = self._clauses(targets, parts, context)
         entries = [

@@ -31,12 +31,13 @@ from pydantic import Field
 
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DataError
-from delible.lm.encoder import Encoder, sentence_encoder
+from delible.lm.encoder import Encoder
 from delible.names import Names, Runs, runs, surnames
 from delible.records import ForgetRequest
 from delible.registry import register
 from delible.system.asks import Prompt
-from delible.systems.guarded import Guard, GuardMind
+from delible.systems.encoding import EncodingGuard
+from delible.systems.guarded import GuardMind
 from delible.systems.judged_text import texts_of
 from delible.systems.judging import Judged, Scanner
 from delible.systems.likeness import Likeness, fit_likeness, harmless
@@ -117,7 +118,7 @@ class TargetDetectorMind(GuardMind):
     variant="DRAGON's detector with full names only, joined by 'or', with a check of the answer "
     "and a plain refusal instead of a reasoning guard model.",
 )
-class TargetDetector(Guard):
+class TargetDetector(EncodingGuard):
     """Options of the target detector."""
 
     aliases: dict[str, list[str]] = Field(
@@ -149,9 +150,6 @@ class TargetDetector(Guard):
     )
     verbatim_words: int = Field(
         8, ge=4, description="Consecutive words of a forget answer that count as a quotation."
-    )
-    encoder_folder: str | None = Field(
-        None, description="Folder of a sentence encoder; by default all-MiniLM-L6-v2."
     )
 
     def targets(self, request: ForgetRequest) -> dict[str, list[str]]:
@@ -196,7 +194,7 @@ class TargetDetector(Guard):
         likeness, threshold = None, self.threshold
         notes: dict[str, Any] = {}
         if self.similarity and examples:
-            encoder = encoder or sentence_encoder(self.encoder_folder)
+            encoder = self.encoder(encoder)
             likeness = Likeness(encoder, list(examples))
             if threshold is None:
                 groups = harmless(request, self.harmless)

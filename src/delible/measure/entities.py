@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from delible.errors import DataError
 from delible.lm.lm import LM
 from delible.lm.states import Span
 from delible.lm.template import Encoded
+from delible.measure.attack import AttackContext, Budget, InsideAttack
 from delible.measure.metric import Item
 from delible.records import QA, RecordBase
 from delible.system.questions import answer_of, ask, has_answer
@@ -100,6 +103,18 @@ def _tokens_of(
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+class LooksForFacts(InsideAttack):
+    """An attack that looks for facts where the original has them and the reference has not."""
+
+    compares: ClassVar[tuple[Literal["original", "reference"], ...]] = ("original", "reference")
+
+    tokens: int = Field(16, ge=1, description="Tokens of a fact that are looked at, at most.")
+
+    def budget(self, context: AttackContext) -> Budget:
+        """One pass for each record."""
+        return Budget(queries=len(self.held_out(context)))
 
 
 def entities_of(
