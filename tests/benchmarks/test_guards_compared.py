@@ -34,6 +34,7 @@ from delible.experiments.guards.scores import (
     refusal_quality,
 )
 from delible.lm.lm import LM
+from delible.measure.attack import AttackContext
 from delible.measure.benchmark import Setting
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, NoAnswer, Prompt
@@ -41,6 +42,7 @@ from delible.system.role import Role
 from delible.systems.guarded import guard
 from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.world import World, unrelated
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
 import guard_table
@@ -112,15 +114,32 @@ def test_one_form_that_tells_is_a_leak() -> None:
     script = {"Ada Quill was born where?": "In Norrby.", "Where was Ada Quill born?": "Norrby"}
     attack = build("attack", {"name": "paraphrase", "forms": 2})
     system = Scripted(lambda prompt: script.get(prompt.messages[-1].text, "No."))
-    assert told_under(system, [BORN, PET], attack, DECODING) == [True, False]
+
+    def under(attack: Any, *records: QA, system: Scripted = system) -> list[bool | None]:
+        context = AttackContext(records, (), unrelated(), None, 0)
+        return told_under(system, records, attack, context, DECODING, 3)
+
+    assert under(attack, BORN, PET) == [True, False]
     one = build("attack", {"name": "paraphrase", "forms": 1})
-    assert told_under(system, [BORN], one, DECODING) == [False]
+    assert under(one, BORN) == [False]
 
     class Nothing(type(attack)):  # type: ignore[misc]
         def rewrite(self, record: Any, prompt: Prompt) -> tuple[Prompt, ...]:
             return ()
 
-    assert told_under(system, [BORN], Nothing(), DECODING) == [None]
+    assert under(Nothing(), BORN) == [None]
+
+    # a talk: the turn after which it tells counts; another language counts for the same fact
+    talk = build("attack", {"name": "many_shot"})
+    yields = Scripted(lambda prompt: "In Norrby." if len(prompt.messages) > 3 else "No.")
+    assert under(talk, BORN, system=yields) == [True]
+    assert under(talk, BORN, system=Scripted(lambda _: "No.")) == [False]
+    world = World(people=6)
+    fact = next(one for one in world.request(forget=1).forget if one.group == "birthplace")
+    assert isinstance(fact, QA)
+    german = Scripted(lambda prompt: fact.answer if "Wo " in prompt.messages[-1].text else "No.")
+    found = under(build("attack", {"name": "languages"}), fact, BORN, system=german)
+    assert found == [True, False]
 
 
 def test_harmless_prompts(tmp_path: Path) -> None:
@@ -222,8 +241,12 @@ def test_a_row_by_hand() -> None:
 
 def test_attacks_are_those_on_prompts() -> None:
     assert {"paraphrase", "prefix", "prefill"} <= set(prompt_attacks())
-    assert not {"quantize", "relearn", "dua"} & set(prompt_attacks())
-    with pytest.raises(RecipeError, match="does not only change the prompt"):
+    assert {"many_shot", "masking", "languages", "sleek"} <= set(prompt_attacks())
+    others = {"quantize", "relearn", "dua", "pair", "in_context", "multi_hop"}
+    assert not others & set(prompt_attacks())
+        prompt_attacks()
+    )
+    with pytest.raises(RecipeError, match="does not only ask"):
         GuardsCompared().attack("quantize")
     assert GuardsCompared(forms=2).attack("prefix").forms == 2
     assert GuardsCompared(forms=2).attack({"name": "prefix", "forms": 4}).forms == 4

@@ -13,7 +13,7 @@ from typing import Any
 
 from delible.errors import DataError
 from delible.lm.lm import LM
-from delible.measure.attack import PromptAttack
+from delible.measure.attack import AttackContext, ConversationAttack, PromptAttack
 from delible.measure.scoring.text import gold_answers, rouge_l_recall
 from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
@@ -83,17 +83,40 @@ def rouge(records: Sequence[QA], answers: Sequence[Said]) -> list[float]:
 
 
 def told_under(
-    system: System, records: Sequence[QA], attack: PromptAttack, decoding: Decoding
+    system: System,
+    records: Sequence[QA],
+    attack: PromptAttack | ConversationAttack,
+    context: AttackContext,
+    decoding: Decoding,
+    most: int,
 ) -> list[bool | None]:
-    """For each record whether any form of the attack brings its answer out; None: it has none."""
-    forms = [tuple(attack.prompts(record, asked(record))) for record in records]
+    """For each record whether any form of the attack brings its answer out; None: it has none.
+
+    What an attack asks in its own words (another language) counts for the record of the same fact.
+
+    Args:
+        context: Its forget records are ``records``.
+        most: Forms, or ends of a talk, at most.
+    """
+    judged = [one for one in attack.held_out(context) if isinstance(one, QA)]
+    forms: Sequence[Sequence[Prompt]]
+    if isinstance(attack, ConversationAttack):
+        forms = [talks[:most] for talks in attack.converse(system, judged, context)]
+    else:
+        forms = [tuple(attack.prompts(record, asked(record)))[:most] for record in judged]
     flat = [prompt for of_record in forms for prompt in of_record]
     answers = iter(said(system, flat, decoding))
-    found: list[bool | None] = []
-    for record, of_record in zip(records, forms, strict=True):
+    by_fact: dict[tuple[str | None, str | None], bool] = {}
+    by_record: dict[str, bool] = {}
+    for record, of_record in zip(judged, forms, strict=True):
         leaks = [filters.leaks(record, next(answers).text) for _ in of_record]
-        found.append(any(leaks) if leaks else None)
-    return found
+        if leaks:
+            by_record[record.digest] = by_fact[record.subject, record.group] = any(leaks)
+    own = {record.digest for record in judged} - {record.digest for record in records}
+    return [
+        by_fact.get((record.subject, record.group)) if own else by_record.get(record.digest)
+        for record in records
+    ]
 
 
 def harmless_prompts(path: Path, most: int) -> list[str]:

@@ -3,7 +3,7 @@
 A model is taught made-up people (as for benchmark `world`). Each guard then stands before it, with
 the records of some of them to forget, and is asked
 
-- the forgotten questions, plainly and under every attack that only changes the prompt,
+- the forgotten questions, plainly and under every attack that only asks, talks included,
 - the questions about neighbours and other kept people, and harmless prompts of PHTest (its file),
 - both once more with every question that is put to a model counted, and one by one with a watch.
 
@@ -33,7 +33,7 @@ from delible.api import unlearn
 from delible.bench.prepare import learned
 from delible.component import build
 from delible.context import Context
-from delible.errors import RecipeError
+from delible.errors import DelibleError, RecipeError
 from delible.experiments.guards.asking import (
     Meter,
     Said,
@@ -55,7 +55,7 @@ from delible.experiments.guards.scores import (
 from delible.kept import identity
 from delible.lm.encoder import sentence_encoder
 from delible.lm.lm import LM
-from delible.measure.attack import PromptAttack
+from delible.measure.attack import AttackContext, ConversationAttack, PromptAttack
 from delible.measure.benchmark import Benchmark, Data, Experiment, Findings, Setting, Task
 from delible.measure.starting import roles_of
 from delible.prompts import read_lines
@@ -64,18 +64,25 @@ from delible.registry import register
 from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
 from delible.systems.guarded import Guard, GuardedSystem
-from delible.world import templates
+from delible.world import templates, unrelated
+
+#: An attack that only asks.
+Asking = PromptAttack | ConversationAttack
+#: Talks that need nobody who plays a part, and do not hand the fact over themselves.
+TALKS = ("languages", "many_shot", "masking", "sleek")
 
 
 def prompt_attacks() -> list[str]:
-    """Names of the attacks that only change the prompt and need nothing to be found out before."""
+    """Names of the attacks that only ask and need nothing to be found out before, and the talks."""
     names = [card.name for card in registry.cards("attack") if card.family == "prompt"]
-    return [name for name in names if _plain(registry.load("attack", name))]
+    return [name for name in names if name in TALKS or _plain(registry.load("attack", name))]
 
 
 def _plain(kind: Any) -> bool:
     fields = kind.model_fields.values()
     if not issubclass(kind, PromptAttack) or any(field.is_required() for field in fields):
+        return False
+    if kind.held_out is not PromptAttack.held_out:  # its probes ask for more than the facts
         return False
     return cast(PromptAttack, kind()).searches_on() is None
 
@@ -177,23 +184,25 @@ class GuardsCompared(Experiment):
         """
         return cast(Guard, build("guard", name))
 
-    def attack(self, spec: Any) -> PromptAttack:
+    def attack(self, spec: Any) -> Asking:
         """An attack by name, or by name and options.
 
         Raises:
-            RecipeError: Unknown, or one that does not only change the prompt.
+            RecipeError: Unknown, or one that does not only ask.
         """
         found = build("attack", spec)
+        if isinstance(found, ConversationAttack):
+            return found
         if not isinstance(found, PromptAttack) or found.searches_on() is not None:
             raise RecipeError(
-                f"attack '{found.card.name}' does not only change the prompt.",
+                f"attack '{found.card.name}' does not only ask.",
                 where="benchmark 'guards'",
                 hint=f"Those that do: {', '.join(prompt_attacks())}. An audit runs the others.",
             )
         given = spec if isinstance(spec, dict) else {}
         return found if "forms" in given else found.model_copy(update={"forms": self.forms})
 
-    def _described(self, attacks: Sequence[PromptAttack], roles: Mapping[str, Any]) -> Cell:
+    def _described(self, attacks: Sequence[Asking], roles: Mapping[str, Any]) -> Cell:
         return {"attacks": [one.spec() for one in attacks], "roles": dict(roles)}
 
     def _before(self, guard: Guard, start: Path, task: Task, setting: Setting) -> tuple[LM, Cell]:
@@ -213,11 +222,9 @@ class GuardsCompared(Experiment):
 
     # ---- what is asked
 
-    def _bare(
-        self, lm: LM, task: Task, attacks: Sequence[PromptAttack], harmless: Sequence[str]
-    ) -> Cell:
+    def _bare(self, lm: LM, task: Task, attacks: Sequence[Asking], harmless: Sequence[str]) -> Cell:
         recalls = [self._recalls(lm, step) for step in self._steps(task)[:-1]]
-        asked_now = self._asked(lm, task, attacks, harmless)
+        asked_now = self._asked(lm, task, attacks, harmless, Context())
         return {**asked_now, **self._over([*recalls, asked_now["recalls"]])}
 
     def _guarded(
@@ -225,7 +232,7 @@ class GuardsCompared(Experiment):
         guard: Guard,
         start: Path,
         task: Task,
-        attacks: Sequence[PromptAttack],
+        attacks: Sequence[Asking],
         harmless: Sequence[str],
         setting: Setting,
     ) -> Cell:
@@ -237,7 +244,7 @@ class GuardsCompared(Experiment):
 
         system = before(task.request)
         recalls = [self._recalls(before(step), step) for step in self._steps(task)[:-1]]
-        asked_now = self._asked(system, task, attacks, harmless)
+        asked_now = self._asked(system, task, attacks, harmless, context)
         costs = self._costs(lm, system, task)
         if self.many:
             grown = before(_with_more(task.request, self.many))
@@ -256,19 +263,31 @@ class GuardsCompared(Experiment):
         self,
         system: System,
         task: Task,
-        attacks: Sequence[PromptAttack],
+        attacks: Sequence[Asking],
         harmless: Sequence[str],
+        context: Context,
     ) -> Cell:
         forget, kept = self._questions(task)
+        request = task.request
+        given = AttackContext(
+            forget, request.retain, unrelated(), None, context.seed,
+            neighbours=request.neighbours, holdout=request.holdout, roles=context.roles,
+        )  # fmt: skip
         decoding = Decoding(self.max_new_tokens)
         plain = said(system, [asked(one) for one in forget], decoding)
         others = said(system, [asked(one) for one in kept], decoding)
         pseudo = said(system, [Prompt.ask(text) for text in harmless], decoding)
+        leaks: dict[str, list[bool | None]] = {}
+        not_run: dict[str, str] = {}
+        for one in attacks:
+            name = one.card.name
+            try:
+                leaks[name] = told_under(system, forget, one, given, decoding, self.forms)
+            except DelibleError as error:  # the records do not give what it needs
+                leaks[name], not_run[name] = [None] * len(forget), str(error)
         return {
-            "leak": {
-                "plain": told(forget, plain),
-                **{one.card.name: told_under(system, forget, one, decoding) for one in attacks},
-            },
+            "leak": {"plain": told(forget, plain), **leaks},
+            "not_run": not_run,
             "flagged": [one.refused for one in plain],
             "kept": {
                 "told": told(kept, others),

@@ -121,6 +121,8 @@ def _notes(name: str, cell: Cell) -> list[str]:
         found.append(f"{name}: the guarded model itself plays the {parts}.")
     for part, who in (cell.get("roles") or {}).items():
         found.append(f"{name}: the {part} is {who}.")
+    found += [f"{name}: {attack} was not run: {why}"
+              for attack, why in (cell.get("not_run") or {}).items()]  # fmt: skip
     if cell["unanswered"]:
         found.append(f"{name}: {cell['unanswered']} questions had no answer.")
     return found
