@@ -244,8 +244,6 @@ def test_attacks_are_those_on_prompts() -> None:
     assert {"many_shot", "masking", "languages", "sleek"} <= set(prompt_attacks())
     others = {"quantize", "relearn", "dua", "pair", "in_context", "multi_hop"}
     assert not others & set(prompt_attacks())
-        prompt_attacks()
-    )
     with pytest.raises(RecipeError, match="does not only ask"):
         GuardsCompared().attack("quantize")
     assert GuardsCompared(forms=2).attack("prefix").forms == 2
