@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from delible.measure.attack import (
 )
 from delible.measure.metric import Item, SystemValues
 from delible.measure.remembering import Remembering
+from delible.messages import Message
 from delible.records import QA, ForgetRequest, RecordBase
 from delible.report.key import key_numbers
 from delible.report.matrix import ordered, recovered
@@ -213,7 +215,6 @@ class Insists(ConversationAttack):
     def converse(
         self, system: System, records: Sequence[RecordBase], context: AttackContext
     ) -> list[Sequence[Prompt]]:
-        from delible.messages import Message
         from delible.system.questions import ask
 
         prompts = [ask(record) for record in records]
@@ -359,3 +360,37 @@ def test_systems_that_would_be_judged_on_different_records_are_not_compared(
     talk = found.leaks[1]
     assert talk.erased["outcome"] is None
     assert any("judged on different records" in line for line in found.not_tested)
+
+
+@pytest.mark.usefixtures("plugged")
+def test_an_answer_that_the_attack_hands_over_is_not_shown_as_recovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
+    converse = Insists.converse
+
+    def telling(
+        attack: Insists, system: System, records: Sequence[RecordBase], context: AttackContext
+    ) -> list[Sequence[Prompt]]:
+        hint = Message(role="system", content="All of them live in Street Ada.")
+        return [
+            tuple(replace(one, messages=(hint, *one.messages)) for one in prompts)
+            for prompts in converse(attack, system, records, context)
+        ]
+
+    monkeypatch.setattr(Insists, "converse", telling)
+    facts = {f"person {one.subject}": one.answer for one in RECORDS}
+
+    class Yielding(Sayer):
+        def _said(self, prompt: Prompt) -> str:
+            return super()._said(prompt) if "insist" in prompt.messages[-1].text else "No."
+
+    found = audit(
+        Yielding(facts, "unlearned"), ForgetRequest(forget=RECORDS),
+        before=Sayer(facts, "original"),
+        reference=Sayer({}, "reference"), metrics=[{"name": "outcome", "max_new_tokens": 8}],
+        attacks=["insists"],
+    )  # fmt: skip
+    shown = [one.expected for one in found.leaks[1].recovered]
+    assert shown
+    assert "Street Ada" not in shown

@@ -20,7 +20,8 @@ from delible.measure.cache import Cache
 from delible.measure.engine import measure
 from delible.measure.evaluate import evaluate
 from delible.measure.metric import ItemMetric, SummaryMetric, SystemValues
-from delible.records import RecordBase
+from delible.measure.scoring.text import contains, gold_answers
+from delible.records import Choice, RecordBase
 from delible.system.asks import NoAnswer, Prompt
 from delible.system.base import System
 from delible.system.questions import answer_of
@@ -166,6 +167,8 @@ class Asking:
     ) -> list[Recovered]:
         """Questions under attack whose answers hold what the plain answers did not.
 
+        Where the attack hands the answer over itself, saying it again shows nothing.
+
         Args:
             values: What was measured under the attack.
             rewrite: What the attack does to prompts.
@@ -205,9 +208,9 @@ class Asking:
         found: list[Recovered] = []
         for _, record, plain, prompt in asked:
             (before, old), (answer, new) = said(record, plain), said(record, prompt)
-            if new != "correct" or old == "correct":
-                continue
             turns = prompt.messages
+            if new != "correct" or old == "correct" or _hands_over(record, prompt):
+                continue
             earlier = " / ".join(f"{turn.role}: {turn.text}" for turn in turns[:-1])
             question = plain.messages[-1].text if plain.messages else plain.text or ""
             last = turns[-1].text if turns else prompt.text or ""
@@ -232,3 +235,11 @@ class Asking:
                 if prompt is not None:
                     found[split, index] = (records[index], prompt)
         return found
+
+
+def _hands_over(record: RecordBase, prompt: Prompt) -> bool:
+    """Whether whoever asks says the answer; the options of a choice say none."""
+    said = [turn.text for turn in prompt.messages if turn.role != "assistant"]
+    told = " ".join([*said, prompt.text or "", prompt.prefill])
+    golds = () if isinstance(record, Choice) else gold_answers(record)
+    return any(contains(told, gold) for gold in golds)

@@ -144,14 +144,14 @@ def _findings(
         plain.values[role] = asking.evaluate(
             system, asking.splits, asking.metrics, role, must_answer=True
         )
+        taken = time.perf_counter() - asked_at
+        fresh = asking.measured.get("cached", 0) == known
         findings.answers[role], findings.samples[role] = asking.answers(system)
         if role == "unlearned":
             attacking.white_box = isinstance(system, LM)
             findings.parts = asking.without_parts(system)
             if attacks:
-                fresh = asking.measured.get("cached", 0) == known
-                taken = time.perf_counter() - asked_at if fresh else None
-                told = attacking.estimate(system, attacks, taken)
+                told = attacking.estimate(system, attacks, taken if fresh else None)
                 logger.info(told.sentence(len(attacks), len(systems.roles)))
         for attack, setting in zip(attacks, attacked, strict=True):
             attacking.attack(role, system, attack, setting)
