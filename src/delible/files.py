@@ -152,3 +152,37 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot be read ({error}).", where=str(path)) from error
+
+
+class Followed:
+    """A file that somebody else writes: tells when there is something new to read.
+
+    A change counts when two looks find it alike: before that, half of it may be there.
+
+    Args:
+        path: The file, as it is read now.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = self._looked = self._state()
+
+    def changed(self) -> bool:
+        """Whether it is to be read again. True once for each change."""
+        now = self._state()
+        before, self._looked = self._looked, now
+        if now is None or now == self._read or now != before:  # None: gone, or being replaced
+            return False
+        self._read = now
+        return True
+
+    def seen(self) -> None:
+        """It was read, or written, now."""
+        self._read = self._looked = self._state()
+
+    def _state(self) -> tuple[int, int, int] | None:
+        try:
+            state = self.path.stat()
+        except OSError:
+            return None
+        return state.st_ino, state.st_mtime_ns, state.st_size

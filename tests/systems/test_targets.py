@@ -121,7 +121,11 @@ def test_a_file_that_changes_is_read_again(
     reloading = Reloading(path, len, used.append, lambda: days[-1])
     assert (used, reloading.poll()) == ([2], False)
     with caplog.at_level(logging.INFO):
+        written(tmp_path, "")  # half of what is being written: nobody is let out
+        assert not reloading.poll()
         written(tmp_path, "- {id: one, names: [Ada], aliases: [Fox]}\n")
+        assert not reloading.poll()
+        assert used == [2]
         assert reloading.poll()
         assert used == [2, 1]
         written(tmp_path, f"- id: one\n  nmes: [{SENTINEL}]\n")
@@ -134,6 +138,7 @@ def test_a_file_that_changes_is_read_again(
     assert "targets.yaml:1: unknown field 'nmes'" in caplog.text
     assert SENTINEL not in caplog.text
     written(tmp_path, FULL)
+    assert not reloading.poll()
     assert reloading.poll()
     days.append(date(2030, 2, 1))
     assert reloading.poll()
@@ -150,7 +155,7 @@ def test_what_a_guard_says_of_its_targets_is_not_logged(
     path = written(tmp_path, FULL)
     reloading = Reloading(path, make, lambda _: None)
     written(tmp_path, "- {id: one, names: [Ada]}\n")
-    assert not reloading.poll()
+    assert [reloading.poll() for _ in range(2)] == [False, False]
     assert "DataError" in caplog.text
     assert SENTINEL not in caplog.text
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from delible.errors import RecipeError
-from delible.files import atomic_file
+from delible.files import Followed, atomic_file
 from delible.gateway.errors import CallFailed
 from delible.gateway.settings import GatewaySettings
 
@@ -185,9 +185,8 @@ class Callers:
         self.settings = settings
         self._anyone = None if settings.keys else Caller("", None, settings)
         self._known: dict[str, tuple[KeyEntry, Caller]] = {}
-        self._seen: tuple[int, int, int] | None = None
+        self._file = Followed(settings.keys) if settings.keys else None
         if settings.keys:
-            self._seen = _state(settings.keys)
             self._take(read_keys(settings.keys))
 
     def poll(self) -> bool:
@@ -197,19 +196,17 @@ class Callers:
         cannot be used changes nothing, and the log says so. Call it from time to time, from one
         thread at a time.
         """
-        path = self.settings.keys
-        if path is None or (now := _state(path)) is None or now == self._seen:
+        if self._file is None or not self._file.changed():
             return False
-        self._seen = now
         try:
-            entries = read_keys(path)
+            entries = read_keys(self._file.path)
         except RecipeError as error:
             logger.warning(
                 "the keys cannot be used; the %d old ones stay: %s", len(self._known), error
             )
             return False
         self._take(entries)
-        logger.info("%s was read again: %d keys.", path, len(entries))
+        logger.info("%s was read again: %d keys.", self._file.path, len(entries))
         return True
 
     def _take(self, entries: Sequence[KeyEntry]) -> None:
@@ -235,12 +232,3 @@ class Callers:
             problem = "This API key is unknown." if key else "An API key is missing."
             raise CallFailed(401, problem, code="invalid_api_key")
         return found[1]
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None while it is being replaced, or is gone."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_size, state.st_ino

@@ -20,7 +20,6 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from delible.errors import DataError, DelibleError, nearest
-from delible.files import atomic_file
+from delible.files import Followed, atomic_file
 from delible.loaders import read_records
 from delible.names import fold
 from delible.records import ForgetRequest, Passage, Record, Text
@@ -267,14 +266,6 @@ def _target(content: Any, where: str, folder: Path) -> Target:
     return target
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a file was when it was read: another one is read anew."""
-
-    changed: tuple[int, int, int]
-    day: date
-
-
 class _FileError(DataError):
     """The file itself is wrong."""
 
@@ -305,7 +296,7 @@ class Reloading:
     ) -> None:
         self.path, self._make, self._use, self._today = Path(path), make, use, today
         self._lock = threading.Lock()
-        self._seen = self._now()
+        self._file, self._day = Followed(self.path), today()
         self.count = 0
         self._load()
 
@@ -317,10 +308,10 @@ class Reloading:
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            now = self._now()
-            if now is None or now == self._seen:
+            day = self._today()
+            if not self._file.changed() and (day == self._day or not self.path.exists()):
                 return False
-            self._seen = now
+            self._day = day
             try:
                 self._load()
             except Exception as error:  # whatever is wrong with it, the old targets go on
@@ -353,7 +344,7 @@ class Reloading:
                     f"the guard cannot go by these targets ({type(error).__name__})."
                 ) from None
             finally:
-                self._seen = self._now()
+                self._file.seen()
             return self.count
 
     def _load(self) -> None:
@@ -364,13 +355,6 @@ class Reloading:
         made = self._make(targets)
         self._use(made)
         self.count = len(targets)
-
-    def _now(self) -> _Seen | None:
-        try:
-            state = self.path.stat()
-        except OSError:  # being replaced, or gone: the next look tells
-            return None
-        return _Seen((state.st_mtime_ns, state.st_size, state.st_ino), self._today())
 
 
 __all__ = ["Reloading", "Target", "Targets", "read_targets", "write_targets"]
