@@ -120,7 +120,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"A model learned a world of {options['people']} people; the guard has the records of "
         f"{options['forget']} of them ({count} questions). It is asked each plainly, and under "
         f"the attacks below (forms at most: {options['forms']}): an answer leaks if any form "
-        f"brings it out. {NEVER_LEARNED if NEVER in guards else ''}A guard forgets nothing: whoever "
+        f"brings it out. {NEVER_LEARNED if NEVER in guards else ''}A guard forgets nothing: who "
         "gets behind it reads the first row.\n",
         "## What comes out\n",
         *_leaks(rows, about["ways"]),

@@ -14,15 +14,27 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Resolved = Literal["float32", "bfloat16"]
 
 
-def _rate(dtype: torch.dtype, device: str, rows: int = 256, seconds: float = 0.08) -> float:
-    left = torch.randn(rows, 512, device=device).to(dtype)
-    right = torch.randn(1024, 512, device=device).to(dtype)
+def _rate(
+    dtype: torch.dtype, device: str, shape: tuple[int, int, int], seconds: float = 0.08
+) -> float:
+    """Operations per second of products [rows, inner] x [inner, columns]."""
+    rows, inner, columns = shape
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(columns, inner, device=device).to(dtype)
     torch.nn.functional.linear(left, right)
+    finished(device)
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         torch.nn.functional.linear(left, right)
+        finished(device)
         calls += 1
-    return calls * 2 * left.numel() * len(right) / (time.perf_counter() - start)
+    return calls * 2 * rows * inner * columns / (time.perf_counter() - start)
+
+
+def finished(device_type: str) -> None:
+    """Waits until a device has done what it was told: an accelerator is asked and not watched."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +50,8 @@ def resolve(precision: Precision, device_type: str) -> Resolved:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     if device_type != "cpu":
         return "float32"
-    faster = _rate(torch.bfloat16, "cpu") > 1.2 * _rate(torch.float32, "cpu")
+    few = (256, 512, 1024)
+    faster = _rate(torch.bfloat16, "cpu", few) > 1.2 * _rate(torch.float32, "cpu", few)
     return "bfloat16" if faster else "float32"
 
 
@@ -58,7 +71,8 @@ def short_types(parameters: Iterable[torch.Tensor]) -> list[str]:
 def matmul_rate(precision: Resolved, device_type: str = "cpu") -> float:
     """Measured matrix-product rate in floating-point operations per second."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return _rate(dtype, device_type, rows=1024, seconds=0.5)
+    shape = (8192, 8192, 8192) if device_type == "cuda" else (1024, 512, 1024)
+    return _rate(dtype, device_type, shape, seconds=0.5)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
