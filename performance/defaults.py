@@ -8,10 +8,12 @@ is sensible when it reaches half of the way and keeps nine tenths of both; a met
 must say on its card what to set.
 
 Writes ``NAME.json``, the numbers, after every method, and ``NAME.md``. A method whose recipe has
-not changed since its row was measured is not run again; ``--again`` does.
+not changed since its row was measured is not run again; ``--again`` does. Several processes on
+one machine each write a page of their own; ``--merge`` puts their rows into one.
 
 Run: python performance/defaults.py docs/results/defaults.md
      python performance/defaults.py docs/results/defaults.md --methods npo,rmu --strengths all
+     python performance/defaults.py docs/results/defaults.md --merge first.json second.json
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 from delible import registry
 from delible.api import unlearn
 from delible.demo import learn, request_of, world_of
-from delible.errors import DelibleError
+from delible.errors import DelibleError, RunError
 from delible.files import read_json, write_json
 from delible.kept import identity
 from delible.lm.lm import LM
@@ -166,6 +168,27 @@ def _dial(method: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, An
     return f"| {' | '.join([method, *ways, *least])} |"
 
 
+def merge(page_file: Path, others: Sequence[Path]) -> None:
+    """Takes rows of other files into a page; all must be of one model and machine.
+
+    Raises:
+        RunError: They are not.
+    """
+    numbers = page_file.with_suffix(".json")
+    found = read_json(numbers) if numbers.exists() else read_json(others[0])
+    alike = ("model", "target", "counts")
+    for other in map(read_json, others):
+        here = {key: found[key] for key in alike} | {"on": found["hardware"]["accelerator"]}
+        there = {key: other[key] for key in alike} | {"on": other["hardware"]["accelerator"]}
+        if here != there:
+            raise RunError(f"the rows are of different runs: {here} and {there}.")
+        taken = {(row["method"], row["strength"]) for row in other["rows"]}
+        left = [row for row in found["rows"] if (row["method"], row["strength"]) not in taken]
+        found = {**other, "rows": [*left, *other["rows"]]}
+    write_json(numbers, found)
+    page_file.write_text(page(found), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
     parser.add_argument("page", type=Path, help="the Markdown file to write")
@@ -173,7 +196,11 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="what learns the world")
     parser.add_argument("--strengths", choices=("normal", "all"), default="normal")
     parser.add_argument("--again", action="store_true", help="run rows that are there, too")
+    parser.add_argument("--merge", type=Path, nargs="+", help="JSON files whose rows are taken")
     given = parser.parse_args()
+    if given.merge:
+        merge(given.page, given.merge)
+        return
     kinds = {card.name: card.kind for card in registry.cards("recipe", "editor", "intervention")}
     methods = given.methods.split(",") if given.methods else list(kinds)
     methods = [method for method in methods if method not in TEACHING]
