@@ -87,6 +87,7 @@ def test_a_lost_end_of_turn_is_noticed(lm: LM, tmp_path: Path) -> None:
 
 
 @pytest.mark.new_process
+@pytest.mark.slow
 def test_in_a_process_of_its_own(lm: LM, tmp_path: Path) -> None:
     shown = shown_by(lm)
     lm.save(tmp_path / "model")

@@ -60,6 +60,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_the_original_as_its_own_result_is_incomplete(
     tmp_path: Path, models: tuple[LM, LM, ForgetRequest]
 ) -> None:
@@ -84,6 +85,7 @@ def test_the_original_as_its_own_result_is_incomplete(
     assert "Ada cake" in render(read_run(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_reference_as_result_is_erased_under_every_attack(
     models: tuple[LM, LM, ForgetRequest],
 ) -> None:

@@ -186,6 +186,7 @@ def threads(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"threads": torch.get_num_threads()}
 
 
+@pytest.mark.slow
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what each process would take
     ((found,),) = spread(threads, [[{}]], jobs=2)

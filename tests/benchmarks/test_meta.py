@@ -384,6 +384,7 @@ def test_a_missing_model_is_none_with_a_reason(
     assert not list((folder / "models").glob("npo*"))  # so that it is tried again
 
 
+@pytest.mark.slow
 def test_held_out_facts_are_asked_after_relearning(
     found: Findings, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

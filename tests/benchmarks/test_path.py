@@ -410,6 +410,7 @@ def test_the_experiment_runs_and_resumes(
     assert one["steps"] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_does_not_end_the_others(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def tasks_of(ran: dict[str, Any]) -> list[Task]:
     return QuickPCH(forget=3, retain=2, requests=3, checkpoints=2, limit=1).tasks(Data())
 
 
+@pytest.mark.slow
 def test_the_stream_goes_on_from_the_last_result(ran: dict[str, Any]) -> None:
     tasks = tasks_of(ran)
     calls = ran["gradient_ascent"]

@@ -51,6 +51,7 @@ def true_answers(name: str) -> set[str]:
     return {fact.answer for fact in WORLD.facts(name)}
 
 
+@pytest.mark.slow
 def test_rows_are_asked_for_reviewed_edited_and_forgotten(
     run: Any, here: Path, words: list[str]
 ) -> None:

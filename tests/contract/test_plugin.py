@@ -59,6 +59,7 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
     assert names - {card["name"] for card in found} == {"tempered_ascent"}
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(environment: dict[str, str]) -> None:
     told = run(
         environment, "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", PLUGIN,
@@ -67,6 +68,7 @@ def test_its_own_tests_pass(environment: dict[str, str]) -> None:
     assert "4 passed" in told
 
 
+@pytest.mark.slow
 def test_unlearn_takes_its_recipe(environment: dict[str, str], tmp_path: Path) -> None:
     model = LM(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer())
     model.save(tmp_path / "model")
