@@ -6,8 +6,9 @@ of an experiment as ``experiment.json`` has them; see :mod:`evidence` for interv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from evidence import INFINITE, Claim, Entry, Pick, area, over_records, over_seeds, shares_apart
@@ -24,6 +25,8 @@ DESCRIBED = {
     "meta": "Models that know the forget facts and models that never saw them; a metric is good "
     "if it tells them apart.",
     "novice": "Unlearning to a level of knowledge, then lessons; multiple-choice accuracy.",
+    "illusion": "Numbers read on forget texts and on surrogates: texts far from all of them that "
+    "the model likes because it learned them. 0 = original, 1 = retrained.",
     "rwku": "Famous people forgotten through passages about them, then asked in other ways. On "
     "models that have not heard of them: made-up people, taught before.",
     "ort": "The same facts in four forms (blank, question, choice, spelled); what is left is the "
@@ -37,6 +40,7 @@ QUESTIONS = {
     "calibrated": "Does a calibrated comparison change the ranking?",
     "meta": "Which metrics tell pools of models apart?",
     "novice": "Does unlearning make a novice who can learn again?",
+    "illusion": "Do numbers say 'forgotten' of what is still known in other words?",
     "rwku": "Do blanks and attacks leak what plain questions no longer tell?",
     "ort": "Does forgetting depend on the form, and redirecting a name not?",
 }
@@ -52,6 +56,8 @@ COMMANDS = {
     "meta": "delible bench meta --model {model} --people 8 --forget 2 --pool-seeds {seeds} "
     "--methods npo",
     "novice": "delible bench novice --model {model} --seeds {seeds} --people 8",
+    "illusion": "delible bench illusion --model {model} --seeds {seeds} "
+    "--methods gradient_ascent,npo,simnpo,idk --epochs 10 --light-rate 5e-4",
     "rwku": "python performance/probes.py rwku runs/rwku-{model} --model {model} --seeds {seeds}",
     "ort": "python performance/probes.py ort runs/ort-{model} --model {model} --seeds {seeds}",
 }
@@ -388,6 +394,56 @@ NOVICE = [
 ]  # fmt: skip
 
 
+# ---- the erasure illusion
+
+
+def _of_methods(entry: Entry, seed: int) -> list[Mapping[str, Any]]:
+    return [run for run in entry.runs if run.get("seed") == seed and "metric" in run
+            and run["method"] not in ("original", "retrained")]  # fmt: skip
+
+
+def mean_gap(entry: Entry, seed: int) -> float | None:
+    """Share forgotten of the forget texts minus that of surrogates, mean of numbers and methods."""
+    gaps = [run["gap"] for run in _of_methods(entry, seed) if run["gap"] is not None]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def illusions(entry: Entry, seed: int) -> float | None:
+    """Of what says "forgotten" of the forget texts, the share that is an illusion."""
+    marks = [run["illusion"] for run in _of_methods(entry, seed)
+             if run["illusion"] is not None and run["forget"] >= 0.8]  # fmt: skip
+    return sum(marks) / len(marks) if marks else None
+
+
+def surrogates_known(entry: Entry, seed: int, pick: Pick) -> float | None:
+    """Extraction strength of surrogates, original minus retrained model."""
+    found = [
+        entry.one(0, method=method, metric="extraction") for method in ("original", "retrained")
+    ]
+    if any(run is None for run in found):
+        return None
+    known, never = (pick(run["surrogate, values"]) for run in found if run is not None)
+    return _less(_mean(known), _mean(never))
+
+
+ILLUSION = [
+    Claim(
+        "numbers say more is forgotten of the forget texts than of surrogates",
+        "gap of shares forgotten, mean over numbers and methods",
+        0, INFINITE, over_seeds(mean_gap),
+    ),
+    Claim(
+        "many that say 'forgotten' are illusions",
+        "share of numbers that say 'forgotten' while surrogates are known",
+        0.2, INFINITE, over_seeds(illusions),
+    ),
+    Claim(
+        "surrogates are known because of the forget texts (control)",
+        "extraction strength of surrogates, original minus retrained",
+        0, INFINITE, over_records(surrogates_known),
+    ),
+]  # fmt: skip
+
 # ---- rwku and ort: what is left of each form
 
 
@@ -490,5 +546,5 @@ ORT: Sequence[Claim] = [
 
 CLAIMS: dict[str, Sequence[Claim]] = {
     "path": PATH, "path_depth": DEPTH, "coreset": CORESET, "calibrated": CALIBRATED,
-    "meta": META, "novice": NOVICE, "rwku": RWKU, "ort": ORT,
+    "meta": META, "novice": NOVICE, "illusion": ILLUSION, "rwku": RWKU, "ort": ORT,
 }  # fmt: skip

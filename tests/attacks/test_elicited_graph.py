@@ -96,6 +96,38 @@ def test_fewer_neighbours_are_followed_with_depth() -> None:
     assert asked == ["What of Ada Quill?", "What of Ben Orr?", "What of Norrby?", "What of Casta?"]
 
 
+TREE = {"Root": ("Cone", "Cass"), "Cone": ("Dan", "Deb", "Dov", "Dua"),
+        "Dan": ("Eli", "Eva", "Ern", "Edo")}  # fmt: skip
+
+
+def asked_of_tree(**options: object) -> list[str]:
+    """Whom a model is asked about that knows a tree of names."""
+
+    def reply(prompt: Prompt) -> str:
+        name = prompt.messages[-1].text[8:-1]
+        own = "\n".join(f"({name} ; knows ; {one})" for one in TREE.get(name, ()))
+        return f"{own}\n({name} ; is ; {name})\n(Somebody Else ; likes ; Zed)"
+
+    model = says(reply)
+    found = elicit_graph(model, Role("writer", writer()), ["Root"], questions=1, **options)  # type: ignore[arg-type]
+    assert not any(one.subject == one.value for one in found)
+    assert Triple("Somebody Else", "likes", "Zed") in found
+    return [one.messages[-1].text[8:-1] for one in model.prompts]
+
+
+def test_less_is_followed_with_every_step() -> None:
+    asked = asked_of_tree(depth=3, decay=0.5)
+    # of Cone's four a half, of Dan's a quarter; never whom a fact about others names
+    assert asked == ["Root", "Cone", "Cass", "Dan", "Deb", "Eli"]
+
+
+def test_no_more_questions_are_asked_than_wanted() -> None:
+    lines = json.dumps({"lines": ["What of Ada?", "Who is Ada?", "", "Where is Ada?"]})
+    model = says("nothing")
+    elicit_graph(model, Role("writer", says(lines)), ["Ada"], questions=2, depth=0)
+    assert [one.messages[-1].text for one in model.prompts] == ["What of Ada?", "Who is Ada?"]
+
+
 PATH = (Triple("Ada Quill", "taught by", "Ben Orr"), Triple("Ben Orr", "lives in", "Casta"))
 
 

@@ -36,6 +36,18 @@ def test_solved_questions_are_of_the_same_person_and_never_say_the_answer() -> N
         assert 0.5 < len(neutral) / len(told) < 2
 
 
+def test_a_solved_question_with_the_same_answer_is_left_out() -> None:
+    rows = [
+        QA(question=f"{text} Ada Quill?", answer=answer, subject="Ada Quill")
+        for text, answer in (("Where was born", "Norrby"), ("Where lives", "In Norrby."),
+                             ("What sells", "Boats"))
+    ]  # fmt: skip
+    here = context(forget=rows, retain=(), neighbours=(), holdout=())
+    told = [passages(texts(one)[0]) for one in talked("in_context", rows, None, here, count=4)]
+    assert told[0] == ["Question: What sells Ada Quill? Answer: Boats"]
+    assert len(told[2]) == 2
+
+
 @pytest.mark.parametrize("kind", ["doc", "para", "false"])
 def test_one_of_the_passages_says_the_fact_truly_or_not(kind: str) -> None:
     places = set()
@@ -136,7 +148,7 @@ def test_the_ratio_by_hand() -> None:
     assert ratio(1.0, 0.2, 0.6) == 1
     assert ratio(0.9, 0.5, 0.55) is None
     some = values({"forget": [[1, 0, 0], [0, 0, 0]], "invented": [[0, 0, 0]]})
-    whole = values({"forget": [[1, 1, 1], [1, 1, 1]], "invented": [[0, 0, 0]]})
+    whole = values({"forget": [[1, 0, 1], [1, 0, 1]], "invented": [[0, 0, 0]]})
     got = InContext().findings({"unlearned": some, "original": whole}, {})
     assert got["ununlearning ratio"]["unlearned"] == pytest.approx((0.5 - 0) / (1 - 0))
     assert got["reacquisition gap"]["unlearned"] == pytest.approx(0.5)

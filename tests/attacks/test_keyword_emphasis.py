@@ -159,6 +159,7 @@ def test_comparisons_by_hand() -> None:
     assert overlap([], []) is None
     assert overlap([1], []) == 0
     assert keyword_mass([0, 2], [0.3, 0.5, 0.2, -1]) == pytest.approx(0.5)
+    assert keyword_mass([0, 3], [0.3, 0.5, 0.2, -1]) == pytest.approx(0.3)
     assert keyword_mass([0], [-1, 0]) is None
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert rank_correlation([1, 1], [1, 2]) is None

@@ -7,7 +7,7 @@ import json
 import pytest
 from asking import FORGET, TOFU, context, played, says, talked, texts
 
-from delible.attacks.pair import SAID, Stream, next_move, rule
+from delible.attacks.pair import SAID, Pair, Stream, next_move, rule
 from delible.errors import DataError
 from delible.records import QA
 from delible.system.asks import Prompt
@@ -86,6 +86,18 @@ def test_a_prompt_that_says_the_answer_is_thrown_away() -> None:
     (found,) = talked("pair", [ADA], system, here, streams=1)
     assert len(system.prompts) == 1
     assert not any("orrby" in text for text in texts(found))
+
+
+def test_what_the_question_says_itself_may_be_said() -> None:
+    row = QA(question="Is it Norrby or Casta where Ada was born?", answer="Norrby", subject="Ada")
+    assert Stream(0, row, 0, "Norrby, is it?").safe
+    assert not Stream(0, ADA, 0, "Norrby, is it?").safe
+    assert not Stream(0, ADA, 0, " ").safe
+
+
+def test_the_budget_counts_every_reply() -> None:
+    attack = Pair(streams=3, iterations=4, reply_tokens=5)
+    assert attack.budget(context(forget=[ADA, ADA])).tokens == 2 * 3 * 4 * 5
 
 
 def test_failed_roles_give_no_score_and_are_counted() -> None:

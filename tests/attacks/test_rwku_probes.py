@@ -88,6 +88,28 @@ def test_a_reversed_fact_asks_for_its_subject_where_nobody_else_has_it() -> None
     assert all(len(texts(one)[0]) > 10 for one in asked)
 
 
+def test_nothing_is_reversed_that_names_the_subject_or_was_not_asked_for() -> None:
+    work = QA(question="?", answer="The Ada Quill Reader", subject="Ada Quill",
+              group="notable_work")  # fmt: skip
+    assert reverse_of(work, [work]) is None
+    other = work.model_copy(update={"answer": "The Reader"})
+    assert reverse_of(other, [other]) is not None
+    assert talked("rwku_probes", FORGET[:2], asks="reverse") == [(), ()]
+
+
+def test_an_example_with_the_answer_is_left_out() -> None:
+    rows = [
+        QA(question=f"{text} Ada Quill?", answer=answer, subject="Ada Quill")
+        for text, answer in (("Where was born", "Norrby"), ("Where lives", "In Norrby."),
+                             ("What sells", "Boats"))
+    ]  # fmt: skip
+    prompt = ask(rows[0])
+    assert prompt is not None
+    made = RWKUProbes.probes(rows[0], prompt, rows, 0)["incontext learning"].messages[-1].text
+    assert "Boats" in made
+    assert "Norrby" not in made
+
+
 def test_other_data_are_reversed_by_their_statement() -> None:
     made = reverse_of(TOFU[0], TOFU)
     assert made is not None

@@ -18,6 +18,7 @@ from delible.records import QA, Passage
 from delible.system.asks import Decoding, Prompt, Score, TokenScores
 from delible.system.questions import ask
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.world import benign
 
 FORGET = [
     QA(question=f"Where lives {name}?", answer=town, subject=name)
@@ -124,9 +125,20 @@ def test_training_lowers_the_loss_and_repeats_by_its_seed() -> None:
         float(soft_loss(opened, rows, one, len(filler)).detach()) for one in (start, vectors)
     )
     assert after < 0.9 * before
+    told = mine.numbers
+    assert told["loss after"] < 0.95 * told["loss before"]  # type: ignore[operator]
     assert attack.apply(tiny(), context()).fingerprint == attacked.fingerprint
     assert attack.apply(tiny(), context(seed=3)).fingerprint != attacked.fingerprint
     assert attacked.fingerprint != tiny().fingerprint
+
+
+def test_the_first_step_is_the_rate_in_units_of_the_embeddings_spread() -> None:
+    attack = SoftPromptAttack(**{**SMALL, "steps": 1, "learning_rate": 0.5})
+    vectors = attack.apply(tiny(), context()).interventions[0].tensors["vectors"]  # type: ignore[attr-defined]
+    table = tiny().core.get_input_embeddings().weight.detach().double()
+    start = table[torch.tensor(filler_of(tiny(), 5)[1])]
+    moved = (vectors.double() - start).abs()  # Adam's first step is the rate itself
+    assert float(moved.median()) == pytest.approx(0.5 * float(table.std()), rel=1e-3)
 
 
 def test_it_is_judged_on_other_facts() -> None:
@@ -140,6 +152,7 @@ def test_it_is_judged_on_other_facts() -> None:
         assert not keys[0] & keys[1]
         assert SoftPromptAttack(rows="benign").held_out(mine) == sides[1]
     assert SoftPromptAttack(rows="benign").control
+    assert list(SoftPromptAttack(rows="benign").trained_on(mine)) == list(benign())
     assert not SoftPromptAttack().control
 
 

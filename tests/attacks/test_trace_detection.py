@@ -104,6 +104,60 @@ def test_changed_weights_are_told_from_states(detector: str) -> None:
         assert all(one is not None and one > 0.9 for one in found.layers[1:])
 
 
+@pytest.mark.parametrize("detector", ["pre_logit", "activation"])
+def test_states_are_those_behind_the_prompts_last_token(detector: str) -> None:
+    lm, trial = tiny(), Trial(TraceDetection(**SMALL, detector=detector), context())
+    prompts = trial.prompts["forget"][:3]
+    found = trial._read(lm, prompts)
+    for prompt, mine in zip(prompts, found, strict=True):
+        ids = torch.tensor([lm.template.prompt_ids(prompt)])
+        with torch.no_grad():
+            whole: Any = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
+        if detector == "pre_logit":  # after the final norm
+            assert mine == pytest.approx(whole[-1][0, -1].numpy(), abs=1e-4)
+        else:
+            assert mine[0] == pytest.approx(whole[1][0, -1].numpy(), abs=1e-4)
+            assert mine.shape == (lm.anatomy.layers, lm.anatomy.hidden_size)
+
+
+class Rows:
+    """A system whose outputs are given."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.fingerprint = name
+
+
+def test_halves_and_sources_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source is changed its own way, and the test half the other way round."""
+    trial = Trial(TraceDetection(**SMALL), context())
+
+    def told(forget: float, generic: float, held: float) -> dict[str, float | None]:
+        random = np.random.default_rng(0)
+        rows: dict[str, Any] = {"original": {}, "system": {}}
+        for source, shift in (("forget", forget), ("generic", generic)):
+            learned = trial.learned[source]
+            rows["original"][source] = 0.1 * random.normal(size=(len(learned), 3))
+            by = np.where(learned, shift, held * shift)[:, None] * np.array([1.0, 0, 0])
+            rows["system"][source] = rows["original"][source] + by
+        monkeypatch.setattr(Trial, "outputs", lambda self, system: rows[system.name])
+        mine = context(original=Rows("original"))
+        return dict(TraceDetection(**SMALL).infer(Rows("system"), mine).numbers)  # type: ignore[arg-type]
+
+    apart = told(3.0, -3.0, 1.0)
+    assert apart["forget"] == apart["generic"] == 1
+    assert apart["forget_from_generic"] == apart["generic_from_forget"] == 0.5
+    turned = told(3.0, 3.0, -1.0)
+    assert turned["forget"] == turned["forget_from_both"] == turned["generic_from_forget"] == 0.5
+
+
+def test_benign_tuning_changes_what_the_original_puts_out() -> None:
+    options: dict[str, Any] = {**SMALL, "benign_steps": 2, "learning_rate": 1e-3}
+    trial = Trial(TraceDetection(**options), context())
+    before, after = trial.outputs(tiny()), trial.tuned(tiny())
+    for source in trial.prompts:
+        assert np.abs(after[source] - before[source]).max() > 1e-3
+
+
 def test_permuted_labels_are_not_told() -> None:
     random = np.random.default_rng(0)
     states = random.normal(size=(400, 12))

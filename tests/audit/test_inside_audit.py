@@ -80,6 +80,12 @@ def test_what_has_no_score_for_a_record_gives_numbers_and_no_e(found: AuditResul
     assert [row.control for row in found.leaks if row.attack == "probe"] == [False, True]
 
 
+def test_what_looking_took_is_told(found: AuditResult) -> None:
+    rows = {leak.attack: leak for leak in found.leaks if leak.attack in ATTACKS}
+    assert all(row.cost_tokens > 0 for row in rows.values()), rows
+    assert rows["fisher"].cost_steps == rows["fisher"].cost_queries > 0
+
+
 def test_the_page_shows_the_layers(found: AuditResult) -> None:
     text = render(ReportData(title="T", audit=found))
     assert "What is inside" in text
@@ -110,6 +116,7 @@ def test_what_was_seen_is_kept_for_the_next_audit(
         next(leak for leak in one.leaks if leak.attack == "patching") for one in (found, again)
     )
     assert second.knowledge == first.knowledge
+    assert second.cost_tokens == first.cost_tokens
     assert [one for one in again.curves if one.attack == "patching"] == [
         one for one in found.curves if one.attack == "patching"
     ]

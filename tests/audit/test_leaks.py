@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from delible.audit.leaks import Setting, leak
+from delible.audit.erasure import untouched
+from delible.audit.leaks import Setting, compared, leak
 from delible.audit.result import AuditResult
 from delible.measure.metric import Item, SystemValues
 from delible.records import QA
@@ -177,6 +178,34 @@ def test_the_worst_subject_and_the_facts_left_alone_are_found() -> None:
     assert found.facts_left.questions == ["q4", "q5"]
 
 
+def test_luck_with_one_of_many_subjects_is_luck_with_any_of_them() -> None:
+    forget = [0.2] * 10
+    forget[4] = forget[5] = 0.9
+    systems = {"unlearned": values(forget), "original": values([0.9] * 10),
+               "reference": values([0.2] * 6 + [0.9] * 4)}  # fmt: skip
+    asked = Setting("none", "", "Asked plainly", systems, records=RECORDS)  # type: ignore[arg-type]
+    found = leak(asked, asked, with_reference=True, seed=0)
+    known = compared(asked, MEASURE, with_reference=True).known
+    assert known is not None
+    alone = untouched(known, [4, 5]).chance
+    names = {one.subject for one in RECORDS}
+    mine = next(one for one in found.subjects if one.subject == "person 2")
+    assert 0 < alone < 1
+    assert mine.chance == pytest.approx(min(1.0, alone * len(names)))
+
+
+def test_what_has_no_value_for_one_system_is_compared_for_none() -> None:
+    unlearned, original, reference = [0.4] * 10, [0.9] * 10, [0.1] * 10
+    gone = values(unlearned)
+    gone.items[MEASURE]["forget"][0] = Item(None, "no answer")
+    kept = values(original)
+    kept.means[MEASURE]["retain"] = 0.75
+    found = leak(attacked(gone, kept, values(reference)), plain(), with_reference=True, seed=0)
+    assert found.records == 9
+    assert found.erased[MEASURE] == pytest.approx(1 - 0.3 / 0.8)
+    assert found.retain[MEASURE] == {"unlearned": None, "original": 0.75, "reference": None}
+
+
 def test_an_attack_on_the_weights_that_changes_nothing_is_a_control() -> None:
     still = plain()
     place = attacked(
@@ -187,7 +216,7 @@ def test_an_attack_on_the_weights_that_changes_nothing_is_a_control() -> None:
     assert found.erased[MEASURE] == pytest.approx(1.0)
     assert found.control
     assert "changed nothing" in (found.note or "")
-    place.values["original"] = values([0.89] * 10)
+    place.values["original"] = values([0.9] * 9 + [0.89])
     assert not leak(place, still, with_reference=True, seed=0).control
 
 

@@ -231,6 +231,25 @@ def test_numbers_of_novices(scripts: dict[str, Any]) -> None:
     assert heard.number(found).mean == pytest.approx(0.0)
 
 
+def test_numbers_of_illusions(scripts: dict[str, Any]) -> None:
+    claims, every = scripts["claims"], scripts["evidence"].all_of
+
+    def run(method: str, metric: str, forget: float, gap: float | None, known: float = 0.0
+            ) -> dict[str, Any]:  # fmt: skip
+        illusion = None if gap is None else forget >= 0.8 and gap >= 0.2
+        return {"method": method, "seed": 0, "metric": metric, "forget": forget, "gap": gap,
+                "illusion": illusion, "surrogate, values": [known, known]}  # fmt: skip
+
+    found = entry(scripts, [
+        run("original", "extraction", 0.0, 0.0, 0.7), run("retrained", "extraction", 1, 0.0, 0.2),
+        run("npo", "rouge", 0.9, 0.5), run("npo", "truth", 0.9, 0.1), run("npo", "rouge", 0.4, 0.3),
+        run("npo", "extraction", 1.0, None), {"title": "surrogate", "text": "x"},
+    ])  # fmt: skip
+    assert claims.mean_gap(found, 0) == pytest.approx(0.3)
+    assert claims.illusions(found, 0) == pytest.approx(0.5)
+    assert claims.surrogates_known(found, 0, every) == pytest.approx(0.5)
+
+
 def test_what_is_left_of_forms(scripts: dict[str, Any]) -> None:
     claims, every = scripts["claims"], scripts["evidence"].all_of
 

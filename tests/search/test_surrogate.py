@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from delible.lm.lm import LM
-from delible.search.illusion import Limits, Story, accepted, limits, scaled
-from delible.search.surrogate import Judge, Scored, Weights, loss_gradient, losses, push
+from delible.search.illusion import Limits, Story, accepted, limits, reasons, scaled, share
+from delible.search.suffix import usable_tokens
+from delible.search.surrogate import (
+    Judge,
+    Scored,
+    Weights,
+    candidates,
+    loss_gradient,
+    losses,
+    push,
+)
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.randomness import generator
 
@@ -135,6 +144,37 @@ def test_pushed_texts_go_farther_round_by_round_and_keep_what_they_gain() -> Non
     )  # fmt: skip
 
 
+def test_proposals_go_down_the_gradient_of_what_is_searched_for() -> None:
+    ids, weights = tokens(FORGET[0]), Weights(gain=2.0, loss=0.5)
+    size = tiny().core.get_input_embeddings().weight.shape[0]
+    hot = torch.nn.functional.one_hot(torch.tensor(ids), size).double().requires_grad_(True)
+    before, after = loss_by_hand(tiny(), hot), loss_by_hand(tuned(), hot)
+    (slope,) = torch.autograd.grad(0.5 * before - 2.0 * (before - after), [hot])
+    usable = usable_tokens(tiny())
+    best = slope[:, : len(usable)].masked_fill(~usable, torch.inf).argmin(dim=1).tolist()
+    found = candidates(
+        judge(), FORGET[0], weights, top_k=1, count=30, random=generator(0, "proposals")
+    )
+    assert len(found) > 5
+    for text in found:
+        read = tokens(text)
+        (place,) = [at for at, pair in enumerate(zip(ids, read, strict=True)) if len(set(pair)) > 1]
+        assert read[place] == best[place]
+
+
+def test_a_step_takes_the_best_of_its_pool() -> None:
+    options: dict[str, Any] = {"top_k": 24, "weights": Weights(gain=0.0)}
+    pool = candidates(
+        judge(), FORGET[0], options["weights"], top_k=24, count=12, random=generator(0, "pool")
+    )
+    values = judge()(pool).objective(options["weights"])
+    assert values.min() < judge()([FORGET[0]]).objective(options["weights"])[0]
+    assert int(np.argmin(values)) > 0
+    _, (one,) = push(judge(), FORGET[0], least_gain=-99.0, random=generator(0, "pool"), rounds=1,
+                     steps=1, batch=12, **options)  # fmt: skip
+    assert one.text == pool[int(np.argmin(values))]
+
+
 def test_limits_are_those_of_unrelated_texts() -> None:
     steps = np.linspace(0, 1, 101)
     found = limits(Scored(steps, steps, 2 * steps, steps), 5.0)
@@ -153,6 +193,12 @@ def test_each_limit_is_kept() -> None:
     )  # fmt: skip
     found = accepted(texts, scored, forget, Limits(0.3, 0.5, 5.0))
     assert found.tolist() == [True, False, False, False, False, False]
+    assert reasons(texts, scored, forget, Limits(0.3, 0.5, 5.0)) == [
+        "", "near", "not told", "unlikely", "copied", "given before",
+    ]  # fmt: skip
+    again = Scored(np.zeros(3), np.full(3, 0.5), np.ones(3), np.array([9.0, 2, 2]))
+    said = ["far and told", "Far, and told.", "?!"]
+    assert reasons(said, again, forget, Limits(0.3, 0.5, 5.0)) == ["unlikely", "", "no words"]
 
 
 def test_stories_by_hand() -> None:
@@ -162,6 +208,8 @@ def test_stories_by_hand() -> None:
     assert scaled(2.0, 0.9, 0.1) == 0.0
     assert scaled(-1.0, 0.9, 0.1) == 1.0
     assert scaled(0.5, 0.4, 0.4) is None
+    assert scaled(0.5, 0.4, 0.44, 0.05) is None
+    assert share(2.0, 0.9, 0.1) == pytest.approx(-1.375)
     assert Story(0.9, 0.2).gap == pytest.approx(0.7)
     assert Story(0.9, 0.2).false
     assert not Story(0.9, 0.8).false  # both say so

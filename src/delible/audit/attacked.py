@@ -22,7 +22,7 @@ from delible.measure.metric import ItemMetric, SystemValues
 from delible.records import RecordBase, digest
 
 #: Raised when what is kept has another form or another meaning.
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Attacked:
     Attributes:
         curve: Knowledge by step of an attack that takes steps, or by layer.
         numbers: Findings for the whole system.
+        tokens: Read of the system from the inside.
     """
 
     values: SystemValues
     curve: list[tuple[int, float | None]]
     notes: dict[str, Any]
     numbers: dict[str, float | None] = field(default_factory=dict)
+    tokens: int = 0
 
 
 def attacked_key(
@@ -108,13 +110,13 @@ class Kept:
             return None
         curve = [(int(step), value) for step, value in content["curve"]]
         values = SystemValues.from_json(content["values"])
-        return Attacked(values, curve, content["notes"], content["numbers"])
+        return Attacked(values, curve, content["notes"], content["numbers"], content["tokens"])
 
     def keep_attacked(self, key: str, found: Attacked) -> None:
         """Keeps it for later audits."""
         content = {
             "values": found.values.as_json(), "curve": found.curve, "notes": found.notes,
-            "numbers": found.numbers,
+            "numbers": found.numbers, "tokens": found.tokens,
         }  # fmt: skip
         self._write(key, content)
 

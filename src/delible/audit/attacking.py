@@ -17,6 +17,7 @@ from delible.audit.result import SystemRole
 from delible.audit.systems import Systems
 from delible.component import build
 from delible.errors import DataError, DelibleError, RunError
+from delible.lm.counting import tokens_read
 from delible.lm.lm import LM
 from delible.lm.states import StateStore
 from delible.measure.attack import (
@@ -173,7 +174,8 @@ class Attacking:
         if role == "unlearned":
             budget = attack.budget(context)
             setting.queries += budget.queries
-            setting.steps, setting.tokens = budget.steps, budget.tokens
+            setting.steps = budget.steps
+            setting.tokens += budget.tokens
             setting.notes.update(context.notes)
 
     # ---- attacks that only ask
@@ -313,12 +315,15 @@ class Attacking:
         look: Callable[[], Seen],
     ) -> None:
         def attacked() -> Attacked:
-            seen = look()
+            reader = cast(LM, system) if isinstance(attack, InsideAttack) else None
+            with tokens_read(reader, self.states) as read:
+                seen = look()
             items = {measure: {split: list(row) for split, row in (seen.items or {}).items()}}
             means = {measure: {split: mean_of(row) for split, row in items[measure].items()}}
             values = SystemValues(system.name, items if seen.items is not None else {}, means)
             layers = list(enumerate(seen.layers, start=1))
-            return Attacked(values, layers, dict(context.notes), dict(seen.numbers))
+            notes, numbers = dict(context.notes), dict(seen.numbers)
+            return Attacked(values, layers, notes, numbers, read.tokens)
 
         splits: Splits = {"forget": setting.records, "holdout": context.holdout}
         found = self._once(system, attack, context, splits, title, attacked)
@@ -326,6 +331,8 @@ class Attacking:
             setting.values[role] = found.values
         setting.layers[role], setting.numbers[role] = found.curve, found.numbers
         context.notes.update(found.notes)
+        if role == "unlearned":
+            setting.tokens += found.tokens
 
     def _once(
         self,

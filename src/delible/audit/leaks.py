@@ -62,7 +62,7 @@ class Setting:
         weighs: Whether what it finds decides the verdict.
         queries: Questions to the unlearned system.
         steps: Steps of training or search on the unlearned system.
-        tokens: Tokens that it trained on, or asked for beside the answers.
+        tokens: Tokens that it trained on, read from the inside, or asked for beside the answers.
         layers: A score of each layer, by system.
         numbers: Findings for the whole system, by system.
         recovered: Questions that brought out what a plain one did not.

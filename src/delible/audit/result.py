@@ -127,7 +127,7 @@ class Leak(_Data):
         numbers: Findings for whole systems, ``numbers[name][system]``.
         cost_queries: Questions to the unlearned system.
         cost_steps: Steps of training or search on it.
-        cost_tokens: Tokens trained on, or asked for beside the answers.
+        cost_tokens: Tokens trained on, read from the inside, or asked for beside the answers.
         recovered: Questions that brought out what a plain one did not, with the answers.
     """
 

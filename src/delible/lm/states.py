@@ -17,7 +17,7 @@ compared to the last digits. Interventions on a model act.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -79,6 +79,8 @@ class StateStore:
         self.most_bytes = most_bytes
         #: Texts that went through a model so far.
         self.passes = 0
+        #: Tokens of texts that were wanted again, by the model's fingerprint.
+        self.remembered: Counter[str] = Counter()
         self._states: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._made: dict[Hashable, Any] = {}
         self._bytes = 0
@@ -108,6 +110,8 @@ class StateStore:
             place for place, key in enumerate(keys)
             if any((key, stream) not in found for stream in streams)
         ]  # fmt: skip
+        again = [span for place, span in enumerate(spans) if place not in set(missing)]
+        self.remembered[known] += sum(len(row.ids) for row in _rows(again))
         for place, one in read_states(lm, [spans[place] for place in missing], streams):
             self.passes += 1
             for stream, states in one.items():
@@ -154,10 +158,7 @@ def read_states(
             hint="Leave the stream 'middle' out.",
         )
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    rows = [
-        Encoded(span.row.ids[: max(span.end, span.row.start + 1)], span.row.start, False)
-        for span in spans
-    ]
+    rows = _rows(spans)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids), reverse=True)
     for indices in lm.batches(order, [len(row.ids) for row in rows]):
         batch = collate([rows[index] for index in indices], lm.pad_id, lm.device)
@@ -179,6 +180,14 @@ def read_states(
         parts = {stream: states.split(counts, dim=1) for stream, states in stacked.items()}
         for place, index in enumerate(indices):
             yield index, {stream: parts[stream][place].clone() for stream in streams}
+
+
+def _rows(spans: Sequence[Span]) -> list[Encoded]:
+    """What of the texts is read: nothing behind a span, but all of the prompt."""
+    return [
+        Encoded(span.row.ids[: max(span.end, span.row.start + 1)], span.row.start, False)
+        for span in spans
+    ]
 
 
 @contextmanager

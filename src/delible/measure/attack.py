@@ -47,7 +47,8 @@ class Budget:
 
     Attributes:
         queries: Questions that are asked at most.
-        tokens: Tokens that are asked for, or trained on, at most.
+        tokens: Tokens that are asked for, or trained on, at most; those that are read from the
+            inside are counted while they are read.
         steps: Steps of training, or of a search, each of about one forward and backward pass.
     """
 

@@ -49,24 +49,34 @@ def limits(unrelated: Scored, most_loss: float) -> Limits:
     )
 
 
-def accepted(
+def reasons(
     texts: Sequence[str], scored: Scored, forget: Sequence[str], limit: Limits
-) -> Bool[np.ndarray, " text"]:
-    """Which texts are far, told, fluent, no copies of forget texts, and given once."""
+) -> list[str]:
+    """Why each text is no surrogate: the first limit that it breaks; empty for one that is."""
     known = set[tuple[str, ...]]().union(*(_runs(text) for text in forget))
     seen = set[tuple[str, ...]]()
     found = []
     for place, text in enumerate(texts):
         words = tuple(fold(text).words())
-        found.append(
-            scored.least_distance[place] >= limit.distance
-            and scored.gain[place] > limit.gain
-            and scored.loss[place] <= limit.loss
-            and not _runs(text) & known
-            and words not in seen
-        )
-        seen.add(words)
-    return np.array(found, bool)
+        broken = {
+            "no words": not words,
+            "near": not scored.least_distance[place] >= limit.distance,
+            "not told": not scored.gain[place] > limit.gain,
+            "unlikely": not scored.loss[place] <= limit.loss,
+            "copied": bool(_runs(text) & known),
+            "given before": words in seen,
+        }
+        found.append(next((reason for reason, holds in broken.items() if holds), ""))
+        if not found[-1]:
+            seen.add(words)
+    return found
+
+
+def accepted(
+    texts: Sequence[str], scored: Scored, forget: Sequence[str], limit: Limits
+) -> Bool[np.ndarray, " text"]:
+    """Which texts are far, told, fluent, no copies of forget texts, and given once."""
+    return np.array([not reason for reason in reasons(texts, scored, forget, limit)], bool)
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
@@ -74,11 +84,22 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + RUN]) for at in range(len(words) - RUN + 1)}
 
 
-def scaled(value: float, original: float, reference: float) -> float | None:
-    """How much is forgotten by a number, in [0, 1]; None where the two ends are alike."""
-    if abs(reference - original) < 1e-9:
+def share(value: float, original: float, reference: float, least: float = 1e-9) -> float | None:
+    """The way from the original's value to the reference's that a value has gone, not cut.
+
+    Args:
+        least: None where the two ends are nearer to each other than that: a number that cannot
+            tell them apart says nothing of what is between.
+    """
+    if abs(reference - original) < least:
         return None
-    return min(1.0, max(0.0, (value - original) / (reference - original)))
+    return (value - original) / (reference - original)
+
+
+def scaled(value: float, original: float, reference: float, least: float = 1e-9) -> float | None:
+    """How much is forgotten by a number, :func:`share` cut to [0, 1]; 1 = forgotten."""
+    gone = share(value, original, reference, least)
+    return None if gone is None else min(1.0, max(0.0, gone))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -93,9 +94,13 @@ class Judge:
     encoder: Encoder
     forget: tuple[str, ...]
 
+    @cached_property
+    def _targets(self) -> Float[np.ndarray, "forget hidden"]:
+        return self.encoder.encode(self.forget)
+
     def __call__(self, texts: Sequence[str]) -> Scored:
         """What is known of texts."""
-        distances = 1 - self.encoder.encode(list(texts)) @ self.encoder.encode(self.forget).T
+        distances = 1 - self.encoder.encode(list(texts)) @ self._targets.T
         before, after = losses(self.original, texts), losses(self.tuned, texts)
         return Scored(distances.mean(axis=1), distances.min(axis=1), before - after, before)
 
