@@ -49,6 +49,8 @@ Scale = Literal["energy", "largest", "absolute"]
 
 #: Longest row in tokens; longer texts are cut into pieces.
 LONGEST_ROW = 512
+#: Random directions along which the error of a moment is estimated.
+PROBES = 32
 #: The fictional people of the built-in text: a seed that no example uses.
 PEOPLE, PEOPLE_SEED = 24, 250_607_795
 
@@ -147,11 +149,19 @@ class Statistics:
         moments: C by layer, ``[width, width]``, fp32, on the processor.
         tokens: Positions behind it.
         folder: Where it is kept.
+        errors: Estimated error of C by layer, as a share of its Frobenius norm: half of how far
+            the moments of two halves of the text are apart, along random directions.
     """
 
     moments: dict[int, Float[Tensor, "width width"]]
     tokens: int
     folder: Path
+    errors: dict[int, float]
+
+    def notes(self) -> dict[str, object]:
+        """How much text is behind it, and how sure it is."""
+        errors = {str(layer): float(f"{value:.3g}") for layer, value in self.errors.items()}
+        return {"tokens": self.tokens, "error": errors}
 
 
 def take(rows: Iterable[list[int]], tokens: int) -> list[array[int]]:
@@ -190,20 +200,20 @@ def second_moments(
     text = hashlib.sha256()
     for row in taken:
         text.update(f"{len(row)}:".encode() + row.tobytes())
-    identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}"
+    identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}/{PROBES} probes"
     folder = kept.cache_folder() / "statistics" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     places = {layer: folder / f"moment-{layer}.safetensors" for layer in layers}
     with kept.alone(folder, required=False) as writes:
-        moments = {
-            layer: known[0]
+        found = {
+            layer: (known[0], known[1])
             for layer, path in places.items()
-            if (known := _read(path, ["moment"])) is not None
+            if (known := _read(path, ["moment", "error"])) is not None
         }
-        missing = [layer for layer in layers if layer not in moments]
-        for layer, moment in (_measure(lm, taken, missing, count) if missing else {}).items():
-            moments[layer] = moment
+        missing = [layer for layer in layers if layer not in found]
+        for layer, (moment, error) in (_measure(lm, taken, missing) if missing else {}).items():
+            found[layer] = moment, error
             if writes:
-                _write(places[layer], {"moment": moment})
+                _write(places[layer], {"moment": moment, "error": error})
     for layer, width in widths.items():
         if count < 2 * width:
             logger.warning(
@@ -211,31 +221,56 @@ def second_moments(
                 f"{layer}; the null space is overestimated (give more text: texts=FILE)"
             )
             break
-    return Statistics(moments, count, folder)
+    return Statistics(
+        {layer: found[layer][0] for layer in layers},
+        count,
+        folder,
+        {layer: float(found[layer][1]) for layer in layers},
+    )
 
 
 def _measure(
-    lm: LM, rows: Sequence[array[int]], layers: Sequence[int], count: int
-) -> dict[int, Tensor]:
+    lm: LM, rows: Sequence[array[int]], layers: Sequence[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """C and its estimated error by layer."""
+    count = sum(len(row) for row in rows)
     widths = {layer: down_projection(lm, layer).width for layer in layers}
     sums = {
         layer: torch.zeros(width, width, dtype=torch.float64, device=lm.device)
         for layer, width in widths.items()
     }
+    generator = torch.Generator().manual_seed(0)
+    probes = {
+        layer: torch.randn(width, PROBES, generator=generator).to(lm.device)
+        for layer, width in widths.items()
+    }
+    halves = {layer: torch.zeros(2, *probe.shape).double().to(lm.device)
+              for layer, probe in probes.items()}  # fmt: skip
+    tokens = [sum(len(row) for row in rows[half::2]) for half in (0, 1)]
     logger.info(f"statistics: reading {count:,} tokens of generic text (kept for the next time)")
     done, told = 0, 0
     for indices, keys, _ in read_states(lm, rows, layers, autocast=True):
         lengths = torch.tensor([len(rows[index]) for index in indices])
         longest = int(lengths.max())
         real = (torch.arange(longest) < lengths[:, None]).to(lm.device)
+        half = torch.tensor(indices).to(lm.device)[:, None].expand_as(real)[real] % 2
         for layer, key in keys.items():
             values = key[real].float()
             sums[layer] += (values.T @ values).double()
+            seen = values @ probes[layer]
+            for one in (0, 1):
+                halves[layer][one] += (values[half == one].T @ seen[half == one]).double()
         done += int(lengths.sum())
         if 4 * done // count > told and done < count:
             told = 4 * done // count
             logger.info(f"statistics: {done:,} of {count:,} tokens")
-    return {layer: (total / count).float().cpu() for layer, total in sums.items()}
+    found = {}
+    for layer, total in sums.items():
+        one, other = (halves[layer][half] / max(tokens[half], 1) for half in (0, 1))
+        apart = (one - other).norm() / (2 * (total / count @ probes[layer].double()).norm())
+        error = apart if min(tokens) else torch.ones(())  # one row alone says nothing of it
+        found[layer] = (total / count).float().cpu(), error.float().cpu()
+    return found
 
 
 def _read(path: Path, names: Sequence[str]) -> list[Tensor] | None:
