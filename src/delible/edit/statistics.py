@@ -34,7 +34,7 @@ from torch import Tensor
 
 from delible import kept
 from delible.edit.keys import down_projection, read_states
-from delible.errors import DataError
+from delible.errors import DataError, ModelError
 from delible.files import atomic_file
 from delible.records import QA, Passage
 from delible.system.asks import Prompt
@@ -49,6 +49,8 @@ Scale = Literal["energy", "largest", "absolute"]
 
 #: Longest row in tokens; longer texts are cut into pieces.
 LONGEST_ROW = 512
+#: A null space that takes more than this share of the directions protects little.
+WIDE = 0.98
 #: Random directions along which the error of a moment is estimated.
 PROBES = 32
 #: The fictional people of the built-in text: a seed that no example uses.
@@ -58,7 +60,7 @@ PEOPLE, PEOPLE_SEED = 24, 250_607_795
 # ---- text
 
 
-def _mentions(names: Iterable[str]) -> Callable[[str], bool]:
+def naming(names: Iterable[str]) -> Callable[[str], bool]:
     """Whether a text has one of the names, or the last word of one, as whole words."""
     words = {form.casefold() for name in names if name for form in (name, name.split()[-1])}
     if not words:
@@ -92,7 +94,7 @@ def built_in_rows(lm: LM, without: Iterable[str] = ()) -> Iterator[list[int]]:
             pairs.append((Prompt.ask(question), answer))
             pairs.append((Prompt(text=""), f"{question} {answer}."))
     Random(0).shuffle(pairs)  # a budget of tokens then takes from every kind
-    mentions = _mentions(without)
+    mentions = naming(without)
     template = copy(lm.template)  # its counters are about the user's rows
     for prompt, answer in pairs:
         asked = prompt.messages[-1].text if prompt.messages else ""
@@ -110,7 +112,7 @@ def file_rows(lm: LM, path: Path, without: Iterable[str] = ()) -> Iterator[list[
     Raises:
         DataError: The file cannot be read as text.
     """
-    mentions = _mentions(without)
+    mentions = naming(without)
     longest = min(LONGEST_ROW, lm.template.max_length)
 
     def tokenized(text: str) -> Iterator[list[int]]:
@@ -253,13 +255,13 @@ def _measure(
         lengths = torch.tensor([len(rows[index]) for index in indices])
         longest = int(lengths.max())
         real = (torch.arange(longest) < lengths[:, None]).to(lm.device)
-        half = torch.tensor(indices).to(lm.device)[:, None].expand_as(real)[real] % 2
+        parity = torch.tensor(indices).to(lm.device)[:, None].expand_as(real)[real] % 2
         for layer, key in keys.items():
             values = key[real].float()
             sums[layer] += (values.T @ values).double()
             seen = values @ probes[layer]
             for one in (0, 1):
-                halves[layer][one] += (values[half == one].T @ seen[half == one]).double()
+                halves[layer][one] += (values[parity == one].T @ seen[parity == one]).double()
         done += int(lengths.sum())
         if 4 * done // count > told and done < count:
             told = 4 * done // count
@@ -349,3 +351,42 @@ def null_directions(values: Float[Tensor, " width"], threshold: float, scale: Sc
     else:
         below = values < threshold * (values[0] if scale == "largest" else 1.0)
     return slice(len(values) - int(below.sum()), len(values))
+
+
+def null_spaces(
+    statistics: Statistics, threshold: float, scale: Scale, where: str
+) -> dict[int, Float[Tensor, "width directions"]]:
+    """An orthonormal basis of each layer's null space, on the processor.
+
+    Args:
+        statistics: What was read.
+        threshold, scale: See :func:`null_directions`.
+        where: Who asks, for messages.
+
+    Raises:
+        ModelError: No direction of a layer is below the threshold, so that an edit would be zero.
+    """
+    nulls = {}
+    for layer, found in spectra(statistics).items():
+        chosen = null_directions(found.values, threshold, scale)
+        nulls[layer] = found.vectors[:, chosen]
+        width, directions = nulls[layer].shape
+        if directions == 0:
+            raise ModelError(
+                f"no direction of layer {layer} is below the threshold {threshold:g} ({scale}): "
+                "the edit would be zero.",
+                where=where,
+                hint=f"Its singular values go from {float(found.values[-1]):.3g} to "
+                f"{float(found.values[0]):.3g}; raise the threshold.",
+            )
+        if directions > WIDE * width:
+            logger.warning(
+                f"{where}: {directions / width:.1%} of the directions of layer {layer} count as "
+                "null space, so ordinary text is hardly protected; lower the threshold"
+            )
+    return nulls
+
+
+def null_shares(nulls: dict[int, Tensor]) -> dict[str, float]:
+    """The share of the directions that each layer's null space takes."""
+    return {str(layer): round(one.shape[1] / one.shape[0], 4) for layer, one in nulls.items()}

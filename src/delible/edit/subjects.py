@@ -112,12 +112,11 @@ def locate(
     first, last = spans[-1]
     ids = tuple(lm.template.prompt_ids(prompt))
     special = not lm.template.has_chat
-    covering = [
-        token_at(lm, ids, text, before + place, special) for place in (first, last - 1)
-    ]  # of the first letter and of the last one
-    if covering[0] is None or covering[1] is None:
+    start_token = _first_token(lm, ids, text, before + first, special)
+    end_token = _last_token(lm, ids, text, before + last - 1, special)
+    if start_token is None or end_token is None:
         raise _unclear(lm, subject)
-    return Located(ids, covering[0][0], covering[1][-1], len(spans))
+    return Located(ids, start_token, end_token, len(spans))
 
 
 def cut_after_name(lm: LM, name: str, context: Callable[[str], Prompt]) -> list[int]:
@@ -140,10 +139,10 @@ def cut_after_name(lm: LM, name: str, context: Callable[[str], Prompt]) -> list[
     ids = tuple(lm.template.prompt_ids(prompt))
     # As in Template: a chat template writes its own beginning-of-text token.
     special = prompt.text is not None or not lm.template.has_chat
-    covering = token_at(lm, ids, text, before + len(name) - 1, special)
-    if covering is None:
+    end = _last_token(lm, ids, text, before + len(name) - 1, special)
+    if end is None:
         raise _unclear(lm, name)
-    return list(ids[: covering[-1] + 1])
+    return list(ids[: end + 1])
 
 
 def _before(lm: LM, marked: Prompt, put: str, text: str, what: str) -> int:
@@ -165,29 +164,39 @@ def _unclear(lm: LM, name: str) -> ModelError:
     )
 
 
-def token_at(
-    lm: LM, ids: Sequence[int], text: str, place: int, special: bool
-) -> tuple[int, ...] | None:
-    """Indices of the tokens that cover a character of a text; None when unclear.
-
-    Args:
-        ids: Tokens of the text, or of its beginning.
-        place: Index of the character; several tokens cover it when it has several bytes.
-        special: The tokenizer adds its own tokens to the text.
-    """
+def _first_token(lm: LM, ids: Sequence[int], text: str, place: int, special: bool) -> int | None:
+    """Index of the token with the character at a place, the first of several; None when unclear."""
     if getattr(lm.tokenizer, "is_fast", False):
-        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        covering = tuple(
-            index
-            for index, (start, end) in enumerate(encoding["offset_mapping"])
-            if start <= place < end
-        )
-        same = tuple(encoding["input_ids"])[: len(ids)] == tuple(ids)
-        return covering if same and covering and covering[-1] < len(ids) else None
-    head = list(lm.tokenizer(text[: place + 1], add_special_tokens=special)["input_ids"])
-    if special and head and head[-1] == lm.tokenizer.eos_token_id:
-        head.pop()
-    return (len(head) - 1,) if head and tuple(ids[: len(head)]) == tuple(head) else None
+        covering = _covering(lm, ids, text, place, special)
+        return covering[0] if covering else None
+    # a space before a word belongs to it
+    return _known(lm, ids, text[:place].rstrip(" "), special)
+
+
+def _last_token(lm: LM, ids: Sequence[int], text: str, place: int, special: bool) -> int | None:
+    """Index of the token with the character at a place, the last of several; None when unclear."""
+    if getattr(lm.tokenizer, "is_fast", False):
+        covering = _covering(lm, ids, text, place, special)
+        return covering[-1] if covering else None
+    count = _known(lm, ids, text[: place + 1], special)
+    return count - 1 if count else None
+
+
+def _covering(lm: LM, ids: Sequence[int], text: str, place: int, special: bool) -> list[int]:
+    """Indices of the tokens of a character (several if it has several bytes)."""
+    encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    if tuple(encoding["input_ids"])[: len(ids)] != tuple(ids):
+        return []
+    spans = list(encoding["offset_mapping"])[: len(ids)]
+    return [index for index, (start, end) in enumerate(spans) if start <= place < end]
+
+
+def _known(lm: LM, ids: Sequence[int], head: str, special: bool) -> int | None:
+    """How many tokens a text's beginning has; None if the text's tokens do not begin with them."""
+    found = list(lm.tokenizer(head, add_special_tokens=special)["input_ids"])
+    if special and found and found[-1] == lm.tokenizer.eos_token_id:
+        found.pop()
+    return len(found) if tuple(ids[: len(found)]) == tuple(found) else None
 
 
 def sharing_last_token(lm: LM, names: Sequence[str], kept: Sequence[str]) -> dict[str, list[str]]:

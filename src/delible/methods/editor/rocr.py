@@ -48,13 +48,13 @@ from delible.edit.statistics import (
     Scale,
     built_in_rows,
     file_rows,
-    null_directions,
+    null_shares,
+    null_spaces,
     second_moments,
-    spectra,
 )
 from delible.edit.subjects import cut_after_name, sharing_last_token
 from delible.edit.writing import Writing, writing
-from delible.errors import DataError, ModelError, RecipeError
+from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
 from delible.records import ForgetRequest
 from delible.registry import register
@@ -73,8 +73,6 @@ STARTERS = (
     "Write something about",
 )
 CUE = "Answer:"
-#: A null space that takes more than this share of the directions protects little.
-WIDE = 0.98
 
 
 def context(name: str, starter: str | None) -> Prompt:
@@ -238,10 +236,7 @@ class ROCR(Editor):
             patch.notes = {
                 "substitute": self.substitute,
                 "layers": layers,
-                "null_space_share": {
-                    str(layer): round(null.shape[1] / null.shape[0], 4)
-                    for layer, null in nulls.items()
-                },
+                "null_space_share": null_shares(nulls),
                 "same_last_token": shared,
                 "subjects": self._redirect(lm, edits, nulls, names, contexts),
             }
@@ -257,25 +252,7 @@ class ROCR(Editor):
             else built_in_rows(lm, without=names)
         )
         statistics = second_moments(lm, rows, layers, tokens=self.tokens)
-        nulls = {}
-        for layer, spectrum in spectra(statistics).items():
-            chosen = null_directions(spectrum.values, self.threshold, self.scale)
-            nulls[layer] = spectrum.vectors[:, chosen]
-            if nulls[layer].shape[1] == 0:
-                raise ModelError(
-                    f"no direction of layer {layer} is below the threshold {self.threshold:g} "
-                    f"({self.scale}): the edit would be zero.",
-                    where=WHERE,
-                    hint=f"Its singular values go from {float(spectrum.values[-1]):.3g} to "
-                    f"{float(spectrum.values[0]):.3g}; raise the threshold.",
-                )
-            share = nulls[layer].shape[1] / nulls[layer].shape[0]
-            if share > WIDE:
-                logger.warning(
-                    f"rocr: {share:.1%} of the directions of layer {layer} count as null space, "
-                    "so ordinary text is hardly protected; lower the threshold"
-                )
-        return nulls
+        return null_spaces(statistics, self.threshold, self.scale, WHERE)
 
     def _redirect(
         self,
