@@ -77,6 +77,9 @@ class LocatedEditor(Editor):
         description="How many of these the search for a value sees, too (in the paper all).",
     )
     steps: int = Field(25, ge=1, description="Steps of the search for a value, at most.")
+    enough: float = Field(
+        0.1, ge=0, le=1e9, description="A search ends at a smaller loss (in the paper 0.05)."
+    )
     kl: float = Field(
         0.0625, ge=0, description="Weight of keeping what follows the subject in 'SUBJECT is a'."
     )

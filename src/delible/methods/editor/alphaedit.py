@@ -96,7 +96,9 @@ class AlphaEdit(LocatedEditor):
 
     @property
     def search(self) -> Settings:
-        return Settings(self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl)
+        return Settings(
+            self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl, self.enough
+        )
 
     def chosen_layers(self, lm: LM, traced: int | None) -> list[int]:
         given = None if isinstance(self.layers, str) else self.layers
