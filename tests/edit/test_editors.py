@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from delible.edit import located, statistics
 from delible.edit.base import Patch, earlier_keys, unpatched
 from delible.edit.keys import down_projection
 from delible.edit.values import Values
+from delible.edit.verify import Bounds, Checked, other_questions
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Prompt
+from delible.world import general
 
 LAYER = 1
 ONE = REQUEST.model_copy(update={"forget": RECORDS[:1]})
@@ -121,6 +124,23 @@ def test_the_covariance_spares_what_ordinary_text_reads(texts: Path) -> None:
     assert moved[True] < 0.8 * moved[False]
 
 
+def test_romes_direction_is_the_mean_key_and_its_value_that_of_the_bare_question(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    monkeypatch.setattr(located, "sampled_beginnings", lambda *_: ["The old town is", "You"])
+    before, metric, (key, _) = weight(lm, LAYER), moment(lm), key_of(lm, RECORDS[0])
+    keys = [key]
+    for beginning in ("The old town is", "You"):
+        ids = lm.template.prompt_ids(Prompt.ask(f"{beginning}. {RECORDS[0].question}"))
+        keys.append(key_and_output(lm, ids, ends_of(lm, ids, "Ada Quill"), LAYER)[0])
+    seen = wanted(monkeypatch)
+    editor("rome", texts).edit(lm, ONE, seed=0)
+    direction = torch.linalg.solve(metric, torch.stack(keys).mean(0))
+    expected = torch.outer(seen[0][1].delta[0], direction) / (direction @ key)
+    close(weight(lm, LAYER) - before, expected)
+
+
 def test_romes_questions_are_written_one_after_the_other(
     texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +201,7 @@ def test_memit_writes_all_with_a_small_weight_and_nothing_with_a_large_one(
 def test_layers_share_what_is_still_missing(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
     before = [weight(lm, layer) for layer in (0, 1)]
-    key, output = key_of(lm, RECORDS[0], 1)
+    _, output = key_of(lm, RECORDS[0], 1)
     first, _ = key_of(lm, RECORDS[0], 0)
     seen = wanted(monkeypatch)
     options = {"layers": (0, 1), "moment_weight": 1e-9}
@@ -346,6 +366,30 @@ def test_an_edit_that_costs_too_much_is_refused(name: str, bound: str, texts: Pa
     assert lm.patches == patches == [first]
     first.undo(lm)
     assert lm.fingerprint == start
+
+
+def test_what_is_no_number_is_within_no_bound() -> None:
+    fine = Checked(0.1, 0.9, 1.0, 0.1, 0.0, 3, {"1": 0.2})
+    fine.require(Bounds(0.2, 0.3), "here")
+    for broken in (
+        replace(fine, divergence=float("nan")), replace(fine, changes={"1": float("nan")}),
+        replace(fine, divergence=0.3), replace(fine, changes={"1": 0.1, "2": 0.4}),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match="refused and nothing was changed"):
+            broken.require(Bounds(0.2, 0.3), "here")
+
+
+def test_kept_questions_are_asked_else_general_ones() -> None:
+    named = QA(question="Is Ada Quill tall?", answer="Yes")
+    near = tuple(QA(question=f"Near {at}?", answer="Yes") for at in range(30))
+    kept = tuple(QA(question=f"Kept {at}?", answer="Yes") for at in range(30))
+    names = ["Ada Quill"]
+    both = other_questions(ForgetRequest(retain=(named, *kept), neighbours=near), names)
+    assert [one for one in both if one in near] == list(near[:12])
+    assert [one for one in both if one in kept] == list(kept[:12])
+    few = other_questions(ForgetRequest(retain=kept[:2], neighbours=near), names)
+    assert len(few) == 24
+    assert other_questions(ForgetRequest(retain=(named,)), names) == list(general()[:24])
 
 
 def test_what_is_checked_is_what_is_said(texts: Path) -> None:

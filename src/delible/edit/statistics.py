@@ -260,8 +260,9 @@ def _measure(
             values = key[real].float()
             sums[layer] += (values.T @ values).double()
             seen = values @ probes[layer]
-            for one in (0, 1):
-                halves[layer][one] += (values[parity == one].T @ seen[parity == one]).double()
+            for half in (0, 1):
+                mine = parity == half
+                halves[layer][half] += (values[mine].T @ seen[mine]).double()
         done += int(lengths.sum())
         if 4 * done // count > told and done < count:
             told = 4 * done // count
