@@ -45,6 +45,7 @@ from delible.train.recipe import Recipe
 from delible.train.slots import Place, Placement, SlotContext
 from delible.train.step import Step
 
+EDITING: dict[str, Any] = {"steps": 2, "contexts": 0, "most_divergence": 99, "most_change": 99}
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
@@ -58,6 +59,10 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
+    # random models: what is written for one question moves every other one
+    ("editor", "rome"): {**EDITING, "covariance": False},
+    ("editor", "memit"): {**EDITING, "tokens": 512},
+    ("editor", "alphaedit"): {**EDITING, "tokens": 512, "threshold": 0.3},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }

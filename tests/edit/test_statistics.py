@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from delible.edit import keys, statistics
-from delible.edit.keys import cut_after_name, down_projection, last_states
+from delible.edit.keys import down_projection, last_states
 from delible.edit.statistics import (
     built_in_rows,
     file_rows,
@@ -20,6 +20,7 @@ from delible.edit.statistics import (
     spectrum,
     take,
 )
+from delible.edit.subjects import cut_after_name
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.system.asks import Prompt

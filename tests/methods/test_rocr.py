@@ -12,8 +12,10 @@ from torch import Tensor
 
 from delible.component import build
 from delible.edit.base import Patch
-from delible.edit.keys import cut_after_name, last_states
+from delible.edit.closed_form import factors, projector
+from delible.edit.keys import consecutive_layers, last_states
 from delible.edit.statistics import Spectrum, null_directions, second_moments, spectra
+from delible.edit.subjects import cut_after_name
 from delible.errors import DataError, DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.methods.editor import rocr
@@ -21,9 +23,7 @@ from delible.methods.editor.rocr import (
     ROCR,
     STARTERS,
     check_substitute,
-    consecutive_layers,
     context,
-    key_factor,
     target_names,
 )
 from delible.records import QA, ForgetRequest
@@ -101,6 +101,10 @@ def system(seed: int = 0, edits: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     keys = torch.randn(20, edits, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
     return keys, basis[:, :9], torch.randn(6, generator=generator, dtype=torch.float64)
+
+
+def key_factor(keys: Tensor, null: Tensor, l2: float) -> Tensor:
+    return factors(keys[:, :1], projector(null), l2, keys[:, 1:])[:, 0]
 
 
 @pytest.mark.parametrize("edits", [1, 2, 3])
@@ -201,7 +205,7 @@ def test_earlier_edits_are_protected(
 ) -> None:
     """The second edit moves what is written at the first name's key less than without M."""
     moved = {}
-    whole = key_factor
+    whole = factors
     for carried in (True, False):
         first = make_lm(family)
         edit(first, editor(texts, layers=(0,)))
@@ -210,7 +214,7 @@ def test_earlier_edits_are_protected(
         both = make_lm(family)
         if not carried:
             monkeypatch.setattr(
-                rocr, "key_factor", lambda keys, null, l2: whole(keys[:, :1], null, l2)
+                rocr, "factors", lambda keys, within, l2, _: whole(keys, within, l2)
             )
         edit(both, editor(texts, layers=(0,)), NAMES)
         moved[carried] = float(((weight(both, 0, family == "gpt2") - after_first) @ key).norm())
@@ -279,7 +283,7 @@ def test_a_failure_leaves_the_model_as_it_was(texts: Path, monkeypatch: pytest.M
     lm = make_lm()
     before = weights_of(lm)
     calls = []
-    whole = key_factor
+    whole = factors
 
     def fails(*arguments: Any) -> Tensor:
         calls.append(1)
@@ -288,7 +292,7 @@ def test_a_failure_leaves_the_model_as_it_was(texts: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(rocr, "key_factor", fails)
+    monkeypatch.setattr(rocr, "factors", fails)
     with pytest.raises(KeyboardInterrupt):
         edit(lm, editor(texts))
     assert all(torch.equal(value, before[name]) for name, value in lm.core.named_parameters())
@@ -361,16 +365,16 @@ def test_kept_names_with_the_same_last_token_are_said(
 
 def test_layers_from_depths_and_from_indices() -> None:
     anatomy = make_lm().anatomy
-    assert consecutive_layers(anatomy, 0.5, 1.0, None) == [1, 2]
-    assert consecutive_layers(anatomy, 0.5, 1.0, (-1, 1)) == [1, 2]
+    assert consecutive_layers(anatomy, 0.5, 1.0, None, "here") == [1, 2]
+    assert consecutive_layers(anatomy, 0.5, 1.0, (-1, 1), "here") == [1, 2]
     deep = LM(tiny_model("llama", num_hidden_layers=32), tiny_tokenizer()).anatomy
-    assert consecutive_layers(deep, 4 / 32, 6 / 32, None) == [4, 5, 6]  # as in the paper
+    assert consecutive_layers(deep, 4 / 32, 6 / 32, None, "here") == [4, 5, 6]  # as in the paper
     with pytest.raises(RecipeError, match=r"\[0, 2\] are not consecutive"):
-        consecutive_layers(anatomy, 0, 1, (0, 2))
+        consecutive_layers(anatomy, 0, 1, (0, 2), "here")
     with pytest.raises(RecipeError, match="first_depth"):
-        consecutive_layers(anatomy, 0.6, 0.5, None)
+        consecutive_layers(anatomy, 0.6, 0.5, None, "here")
     with pytest.raises(ModelError, match="no layer 7"):
-        consecutive_layers(anatomy, 0, 1, (7,))
+        consecutive_layers(anatomy, 0, 1, (7,), "here")
 
 
 def test_a_threshold_without_directions_is_an_error(texts: Path) -> None:

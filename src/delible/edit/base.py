@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +32,8 @@ class Patch:
         before: The parameters' values before the edit, so that undoing is exact; empty while the
             patch is on no model.
         hashes: SHA-256 of the values before, so that it is put on the same ones only.
+        keys: For each parameter the keys that were written to, [width, edits], fp32: what later
+            edits leave alone. Empty where an editor does not say.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -37,13 +41,15 @@ class Patch:
     notes: dict[str, object] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     title: str = "patch"
+    keys: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Writes factors and hashes as safetensors, atomically."""
+        """Writes factors, keys and hashes as safetensors, atomically."""
         tensors: dict[str, Tensor] = {}
         hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
             tensors |= {f"left/{name}": left, f"right/{name}": right}
+        tensors |= {f"keys/{name}": value for name, value in self.keys.items()}
         for name, value in self.before.items():
             hashes[name] = _digest(value)
         with atomic_folder(folder) as target:
@@ -68,9 +74,15 @@ class Patch:
                     name: (kept.get_tensor(f"left/{name}"), kept.get_tensor(f"right/{name}"))
                     for name in hashes
                 }
+                known = set(kept.keys())
+                keys = {
+                    name: kept.get_tensor(f"keys/{name}")
+                    for name in hashes
+                    if f"keys/{name}" in known
+                }
         except (OSError, SafetensorError) as error:
             raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
-        return cls(factors, {}, hashes=hashes)
+        return cls(factors, {}, hashes=hashes, keys=keys)
 
     @torch.no_grad()
     def apply(self, lm: LM) -> None:
@@ -93,7 +105,11 @@ class Patch:
             weight = parameters[name]
             changed = weight.double() + (left.double() @ right.double()).to(weight.device)
             weight.copy_(changed.to(weight.dtype))
-        patches = lm.patches
+        self.put_on(lm)
+
+    def put_on(self, lm: LM) -> None:
+        """Says that the model has other weights now, and that this patch takes them off again."""
+        patches = [patch for patch in lm.patches if patch is not self]
         lm.touch()
         lm.patches = [*patches, self]
 
@@ -101,8 +117,8 @@ class Patch:
     def undo(self, lm: LM) -> None:
         """Puts the edited parameters back, bit by bit.
 
-        Of several patches the last one is undone first: undoing an earlier one takes the later
-        ones' changes of the same parameters with it.
+        Of several patches the last one is undone first: in that order every step is exact.
+        Undoing an earlier one takes the later ones' changes of the same parameters with it.
         """
         parameters = dict(lm.core.named_parameters())
         for name, value in self.before.items():
@@ -110,6 +126,35 @@ class Patch:
         patches = [patch for patch in lm.patches if patch is not self]
         lm.touch()
         lm.patches = patches
+
+
+@contextmanager
+def unpatched(lm: LM) -> Iterator[None]:
+    """Within it the weights are those below all patches, bit by bit; afterwards as before.
+
+    What is known of a model (statistics of its keys) then serves every later edit of it.
+    """
+    parameters = dict(lm.core.named_parameters())
+    patches = [patch for patch in lm.patches if isinstance(patch, Patch)]
+    names = {name for patch in patches for name in patch.before}
+    now = {name: parameters[name].detach().clone() for name in names}
+    with torch.no_grad():
+        for patch in reversed(patches):
+            for name, value in patch.before.items():
+                parameters[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in now.items():
+                parameters[name].copy_(value)
+
+
+def earlier_keys(lm: LM, parameter: str) -> list[Tensor]:
+    """Keys of the edits that a model wears, [width] each, float64, the first edit first."""
+    kept = [patch.keys for patch in lm.patches if isinstance(patch, Patch)]
+    found = [keys[parameter] for keys in kept if parameter in keys]
+    return [key for keys in found for key in keys.to(lm.device).double().T]
 
 
 def _digest(value: Tensor) -> str:
@@ -121,14 +166,16 @@ class Editor(ComponentMethod):
     """A closed-form change of a few weights."""
 
     def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
-        """Edits the model in place and returns the patch that undoes it."""
+        """Edits the model in place and returns the patch that undoes it.
+
+        The model is as it was if anything fails. Patches that it wears stay below the new one.
+        """
         raise NotImplementedError
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
         lm = language_model(system, f"editor '{self.name}'")
-        before = lm.patches
         patch = self.edit(lm, request, seed=context.seed)
         patch.title = f"patch of {self.name}"
-        lm.touch()
-        lm.patches = [*before, patch]
+        if patch not in lm.patches:
+            patch.put_on(lm)
         return Outcome(lm, "patch", patch, dict(patch.notes))

@@ -1,13 +1,13 @@
 """What a model's down-projections read and its blocks write while it reads token ids: at every
-position, or at the last token of a name.
+position, or at the last token of a row.
 
 A down-projection's input is the key under which its weights keep a value; closed-form editors
-change what is written at some keys, and ask for those of a name in a context.
+change what is written at some keys, and ask for those of a name in a context (``subjects.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,18 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from delible.errors import ModelError
-from delible.lm.anatomy import unwrapped
+from delible.errors import ModelError, RecipeError
+from delible.lm.anatomy import Anatomy, unwrapped
 from delible.lm.hooks import capture, truncated
-from delible.system.asks import Prompt
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
 
 #: Positions of one forward pass, padding included.
 BATCH_TOKENS = 2048
-#: Stands for a name while a template is rendered.
-MARK = "\u2063name\u2063"
 
 
 @dataclass(frozen=True)
@@ -131,59 +128,7 @@ def read_states(
         )
 
 
-# ---- at a name
-
-
-def cut_after_name(lm: LM, name: str, context: Callable[[str], Prompt]) -> list[int]:
-    """Token ids of a context up to the last token of a name in it, and no further.
-
-    What follows a token cannot change its state in a causal model, but it can change how the
-    name is tokenized, so the whole context is tokenized and then cut.
-
-    Args:
-        name: The name.
-        context: Puts a name into a prompt.
-
-    Raises:
-        ModelError: The chat template rewrites the name, or the tokenizer does not tell where it
-            ends.
-    """
-    prompt = context(name)
-    text = lm.template.render(prompt)
-    before, marked, after = lm.template.render(context(MARK)).partition(MARK)
-    if not marked or before + name + after != text:
-        raise ModelError(
-            f"the chat template does not keep the name '{name}' as it is.",
-            hint="Use a tokenizer whose template puts the user's words in verbatim.",
-        )
-    ids = list(lm.template.prompt_ids(prompt))
-    # As in Template: a chat template writes its own beginning-of-text token.
-    special = prompt.text is not None or not lm.template.has_chat
-    end = _token_at(lm, ids, text, len(before) + len(name) - 1, special)
-    if end is None:
-        raise ModelError(
-            f"the tokenizer does not tell which token the name '{name}' ends with.",
-            where=type(lm.tokenizer).__name__,
-            hint="Write the name as the model would, or use the model's fast tokenizer.",
-        )
-    return ids[: end + 1]
-
-
-def _token_at(lm: LM, ids: list[int], text: str, place: int, special: bool) -> int | None:
-    """Index of the (last) token that covers the character at a place; None when unclear."""
-    if getattr(lm.tokenizer, "is_fast", False):
-        encoding = lm.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        covering = [
-            index
-            for index, (start, end) in enumerate(encoding["offset_mapping"])
-            if start <= place < end
-        ]  # several when a character has several bytes
-        same = list(encoding["input_ids"])[: len(ids)] == ids
-        return covering[-1] if same and covering and covering[-1] < len(ids) else None
-    head = list(lm.tokenizer(text[: place + 1], add_special_tokens=special)["input_ids"])
-    if special and head and head[-1] == lm.tokenizer.eos_token_id:
-        head.pop()
-    return len(head) - 1 if head and ids[: len(head)] == head else None
+# ---- at the last token
 
 
 def last_states(
@@ -203,3 +148,38 @@ def last_states(
         {layer: torch.stack([keys[layer][index] for index in order]) for layer in layers},
         torch.stack([outputs[index] for index in order]),
     )
+
+
+# ---- which layers
+
+
+def consecutive_layers(
+    anatomy: Anatomy, first: float, last: float, layers: tuple[int, ...] | None, where: str
+) -> list[int]:
+    """Indices of the edited layers, ascending.
+
+    Args:
+        first, last: Relative depths of the first and the last one.
+        layers: Indices, instead of depths; negative ones count from the end.
+        where: Who asks, for messages.
+
+    Raises:
+        ModelError: There is no such layer.
+        RecipeError: Explicit layers are not consecutive, or the last depth is above the first.
+    """
+    if layers is None:
+        if last < first:
+            raise RecipeError(
+                f"'last_depth' = {last:g} is above 'first_depth' = {first:g}.", where=where
+            )
+        return list(range(anatomy.layer_at(first), anatomy.layer_at(last) + 1))
+    for layer in layers:
+        anatomy.block_path(layer)
+    chosen = sorted({layer % anatomy.layers for layer in layers})
+    if chosen != list(range(chosen[0], chosen[-1] + 1)):
+        raise RecipeError(
+            f"the layers {chosen} are not consecutive.",
+            where=where,
+            hint="The residual is spread from the first to the last one; leave no gap.",
+        )
+    return chosen

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from delible import kept
 from delible.edit.keys import down_projection, read_states
-from delible.errors import DataError
+from delible.errors import DataError, ModelError
 from delible.files import atomic_file
 from delible.records import QA, Passage
 from delible.system.asks import Prompt
@@ -49,6 +49,10 @@ Scale = Literal["energy", "largest", "absolute"]
 
 #: Longest row in tokens; longer texts are cut into pieces.
 LONGEST_ROW = 512
+#: A null space that takes more than this share of the directions protects little.
+WIDE = 0.98
+#: Random directions along which the error of a moment is estimated.
+PROBES = 32
 #: The fictional people of the built-in text: a seed that no example uses.
 PEOPLE, PEOPLE_SEED = 24, 250_607_795
 
@@ -56,7 +60,7 @@ PEOPLE, PEOPLE_SEED = 24, 250_607_795
 # ---- text
 
 
-def _mentions(names: Iterable[str]) -> Callable[[str], bool]:
+def naming(names: Iterable[str]) -> Callable[[str], bool]:
     """Whether a text has one of the names, or the last word of one, as whole words."""
     words = {form.casefold() for name in names if name for form in (name, name.split()[-1])}
     if not words:
@@ -90,7 +94,7 @@ def built_in_rows(lm: LM, without: Iterable[str] = ()) -> Iterator[list[int]]:
             pairs.append((Prompt.ask(question), answer))
             pairs.append((Prompt(text=""), f"{question} {answer}."))
     Random(0).shuffle(pairs)  # a budget of tokens then takes from every kind
-    mentions = _mentions(without)
+    mentions = naming(without)
     template = copy(lm.template)  # its counters are about the user's rows
     for prompt, answer in pairs:
         asked = prompt.messages[-1].text if prompt.messages else ""
@@ -108,7 +112,7 @@ def file_rows(lm: LM, path: Path, without: Iterable[str] = ()) -> Iterator[list[
     Raises:
         DataError: The file cannot be read as text.
     """
-    mentions = _mentions(without)
+    mentions = naming(without)
     longest = min(LONGEST_ROW, lm.template.max_length)
 
     def tokenized(text: str) -> Iterator[list[int]]:
@@ -147,11 +151,19 @@ class Statistics:
         moments: C by layer, ``[width, width]``, fp32, on the processor.
         tokens: Positions behind it.
         folder: Where it is kept.
+        errors: Estimated error of C by layer, as a share of its Frobenius norm: half of how far
+            the moments of two halves of the text are apart, along random directions.
     """
 
     moments: dict[int, Float[Tensor, "width width"]]
     tokens: int
     folder: Path
+    errors: dict[int, float]
+
+    def notes(self) -> dict[str, object]:
+        """How much text is behind it, and how sure it is."""
+        errors = {str(layer): float(f"{value:.3g}") for layer, value in self.errors.items()}
+        return {"tokens": self.tokens, "error": errors}
 
 
 def take(rows: Iterable[list[int]], tokens: int) -> list[array[int]]:
@@ -190,20 +202,20 @@ def second_moments(
     text = hashlib.sha256()
     for row in taken:
         text.update(f"{len(row)}:".encode() + row.tobytes())
-    identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}"
+    identity = f"{lm.fingerprint}/{text.hexdigest()}/{count}/{PROBES} probes"
     folder = kept.cache_folder() / "statistics" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     places = {layer: folder / f"moment-{layer}.safetensors" for layer in layers}
     with kept.alone(folder, required=False) as writes:
-        moments = {
-            layer: known[0]
+        found = {
+            layer: (known[0], known[1])
             for layer, path in places.items()
-            if (known := _read(path, ["moment"])) is not None
+            if (known := _read(path, ["moment", "error"])) is not None
         }
-        missing = [layer for layer in layers if layer not in moments]
-        for layer, moment in (_measure(lm, taken, missing, count) if missing else {}).items():
-            moments[layer] = moment
+        missing = [layer for layer in layers if layer not in found]
+        for layer, (moment, error) in (_measure(lm, taken, missing) if missing else {}).items():
+            found[layer] = moment, error
             if writes:
-                _write(places[layer], {"moment": moment})
+                _write(places[layer], {"moment": moment, "error": error})
     for layer, width in widths.items():
         if count < 2 * width:
             logger.warning(
@@ -211,31 +223,57 @@ def second_moments(
                 f"{layer}; the null space is overestimated (give more text: texts=FILE)"
             )
             break
-    return Statistics(moments, count, folder)
+    return Statistics(
+        {layer: found[layer][0] for layer in layers},
+        count,
+        folder,
+        {layer: float(found[layer][1]) for layer in layers},
+    )
 
 
 def _measure(
-    lm: LM, rows: Sequence[array[int]], layers: Sequence[int], count: int
-) -> dict[int, Tensor]:
+    lm: LM, rows: Sequence[array[int]], layers: Sequence[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """C and its estimated error by layer."""
+    count = sum(len(row) for row in rows)
     widths = {layer: down_projection(lm, layer).width for layer in layers}
     sums = {
         layer: torch.zeros(width, width, dtype=torch.float64, device=lm.device)
         for layer, width in widths.items()
     }
+    generator = torch.Generator().manual_seed(0)
+    probes = {
+        layer: torch.randn(width, PROBES, generator=generator).to(lm.device)
+        for layer, width in widths.items()
+    }
+    halves = {layer: torch.zeros(2, *probe.shape).double().to(lm.device)
+              for layer, probe in probes.items()}  # fmt: skip
+    tokens = [sum(len(row) for row in rows[half::2]) for half in (0, 1)]
     logger.info(f"statistics: reading {count:,} tokens of generic text (kept for the next time)")
     done, told = 0, 0
     for indices, keys, _ in read_states(lm, rows, layers, autocast=True):
         lengths = torch.tensor([len(rows[index]) for index in indices])
         longest = int(lengths.max())
         real = (torch.arange(longest) < lengths[:, None]).to(lm.device)
+        parity = torch.tensor(indices).to(lm.device)[:, None].expand_as(real)[real] % 2
         for layer, key in keys.items():
             values = key[real].float()
             sums[layer] += (values.T @ values).double()
+            seen = values @ probes[layer]
+            for half in (0, 1):
+                mine = parity == half
+                halves[layer][half] += (values[mine].T @ seen[mine]).double()
         done += int(lengths.sum())
         if 4 * done // count > told and done < count:
             told = 4 * done // count
             logger.info(f"statistics: {done:,} of {count:,} tokens")
-    return {layer: (total / count).float().cpu() for layer, total in sums.items()}
+    found = {}
+    for layer, total in sums.items():
+        one, other = (halves[layer][half] / max(tokens[half], 1) for half in (0, 1))
+        apart = (one - other).norm() / (2 * (total / count @ probes[layer].double()).norm())
+        error = apart if min(tokens) else torch.ones(())  # one row alone says nothing of it
+        found[layer] = (total / count).float().cpu(), error.float().cpu()
+    return found
 
 
 def _read(path: Path, names: Sequence[str]) -> list[Tensor] | None:
@@ -314,3 +352,42 @@ def null_directions(values: Float[Tensor, " width"], threshold: float, scale: Sc
     else:
         below = values < threshold * (values[0] if scale == "largest" else 1.0)
     return slice(len(values) - int(below.sum()), len(values))
+
+
+def null_spaces(
+    statistics: Statistics, threshold: float, scale: Scale, where: str
+) -> dict[int, Float[Tensor, "width directions"]]:
+    """An orthonormal basis of each layer's null space, on the processor.
+
+    Args:
+        statistics: What was read.
+        threshold, scale: See :func:`null_directions`.
+        where: Who asks, for messages.
+
+    Raises:
+        ModelError: No direction of a layer is below the threshold, so that an edit would be zero.
+    """
+    nulls = {}
+    for layer, found in spectra(statistics).items():
+        chosen = null_directions(found.values, threshold, scale)
+        nulls[layer] = found.vectors[:, chosen]
+        width, directions = nulls[layer].shape
+        if directions == 0:
+            raise ModelError(
+                f"no direction of layer {layer} is below the threshold {threshold:g} ({scale}): "
+                "the edit would be zero.",
+                where=where,
+                hint=f"Its singular values go from {float(found.values[-1]):.3g} to "
+                f"{float(found.values[0]):.3g}; raise the threshold.",
+            )
+        if directions > WIDE * width:
+            logger.warning(
+                f"{where}: {directions / width:.1%} of the directions of layer {layer} count as "
+                "null space, so ordinary text is hardly protected; lower the threshold"
+            )
+    return nulls
+
+
+def null_shares(nulls: dict[int, Tensor]) -> dict[str, float]:
+    """The share of the directions that each layer's null space takes."""
+    return {str(layer): round(one.shape[1] / one.shape[0], 4) for layer, one in nulls.items()}

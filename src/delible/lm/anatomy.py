@@ -94,6 +94,11 @@ class Anatomy:
             )
         return math.floor(depth * (self.layers - 1) + 0.5)
 
+    def around(self, layer: int, count: int) -> list[int]:
+        """So many consecutive layers with this one in their middle, as far as there are such."""
+        first = min(max(0, layer - count // 2), max(0, self.layers - count))
+        return list(range(first, min(first + count, self.layers)))
+
     def block_path(self, layer: int) -> str:
         """Path of a block; a negative index counts from the end.
 

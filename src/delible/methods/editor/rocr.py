@@ -33,28 +33,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from delible.edit.base import Editor, Patch
-from delible.edit.keys import DownProjection, cut_after_name, down_projection, last_states
+from delible.edit.base import Editor, Patch, unpatched
+from delible.edit.closed_form import factors, projector, squares
+from delible.edit.keys import consecutive_layers, last_states
 from delible.edit.statistics import (
     Scale,
     built_in_rows,
     file_rows,
-    null_directions,
+    null_shares,
+    null_spaces,
     second_moments,
-    spectra,
 )
-from delible.errors import DataError, ModelError, RecipeError
-from delible.lm.anatomy import Anatomy
+from delible.edit.subjects import cut_after_name, sharing_last_token
+from delible.edit.writing import Writing, writing
+from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
 from delible.records import ForgetRequest
 from delible.registry import register
@@ -62,6 +62,7 @@ from delible.system.asks import Prompt
 
 logger = logging.getLogger(__name__)
 
+WHERE = "editor 'rocr'"
 #: What is said before the name in the contexts that keys are averaged over.
 STARTERS = (
     "",
@@ -72,8 +73,6 @@ STARTERS = (
     "Write something about",
 )
 CUE = "Answer:"
-#: A null space that takes more than this share of the directions protects little.
-WIDE = 0.98
 
 
 def context(name: str, starter: str | None) -> Prompt:
@@ -83,56 +82,7 @@ def context(name: str, starter: str | None) -> Prompt:
     return Prompt.ask(f"{starter} {name}.", prefill=CUE)
 
 
-# ---- the closed form
-
-
-def key_factor(
-    keys: Float[Tensor, "width edits"],
-    null: Float[Tensor, "width directions"],
-    l2: float,
-) -> Float[Tensor, " width"]:
-    """x of Delta = r x^T: the answer of (P (k k^T + M) + L2) x = P k, in float64.
-
-    Args:
-        keys: The key k first, then the keys of earlier edits, whose second moment is M.
-        null: Orthonormal basis of the null space; P = null @ null.T.
-        l2: L2, above 0.
-    """
-    keys, null = keys.double(), null.double()
-    projected = null @ (null.T @ keys)
-    gram = keys.T @ projected + l2 * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
-    first = torch.zeros(keys.shape[1], dtype=keys.dtype, device=keys.device)
-    first[0] = 1
-    factor: Tensor = projected @ torch.linalg.solve(gram, first)
-    return factor
-
-
-def consecutive_layers(
-    anatomy: Anatomy, first: float, last: float, layers: tuple[int, ...] | None
-) -> list[int]:
-    """Indices of the edited layers, ascending.
-
-    Raises:
-        ModelError: There is no such layer.
-        RecipeError: Explicit layers are not consecutive, or the last depth is above the first.
-    """
-    if layers is None:
-        if last < first:
-            raise RecipeError(
-                f"'last_depth' = {last:g} is above 'first_depth' = {first:g}.",
-                where="editor 'rocr'",
-            )
-        return list(range(anatomy.layer_at(first), anatomy.layer_at(last) + 1))
-    for layer in layers:
-        anatomy.block_path(layer)
-    chosen = sorted({layer % anatomy.layers for layer in layers})
-    if chosen != list(range(chosen[0], chosen[-1] + 1)):
-        raise RecipeError(
-            f"the layers {chosen} are not consecutive.",
-            where="editor 'rocr'",
-            hint="The residual is spread from the first to the last one; leave no gap.",
-        )
-    return chosen
+# ---- names
 
 
 def target_names(request: ForgetRequest) -> list[str]:
@@ -174,56 +124,9 @@ def check_substitute(substitute: str, names: Sequence[str], kept: Sequence[str])
             if own <= theirs or theirs <= own:
                 raise RecipeError(
                     f"the substitute '{substitute}' is '{other}', who is {role}.",
-                    where="editor 'rocr'",
+                    where=WHERE,
                     hint="Choose another well-known person: substitute=NAME.",
                 )
-
-
-def sharing_last_token(lm: LM, names: Sequence[str], kept: Sequence[str]) -> dict[str, list[str]]:
-    """Kept subjects that end with the same token as a name, by name; they are hit too."""
-
-    def last(name: str) -> int | None:
-        ids = lm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
-        return ids[-1] if ids else None
-
-    ends = {name: last(name) for name in names}
-    others_of = {name: [other for other in kept if other != name] for name in names}
-    shared = {
-        name: [other for other in others_of[name] if last(other) == end]
-        for name, end in ends.items()
-    }
-    return {name: others for name, others in shared.items() if others}
-
-
-# ---- writing
-
-
-@dataclass
-class _Edit:
-    """One down-projection while it is edited."""
-
-    parameter: torch.nn.Parameter
-    place: DownProjection
-    before: Tensor
-    null: Tensor
-    residuals: list[Tensor]
-    factors: list[Tensor]
-    earlier: list[Tensor]
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """(left, right) in the parameter's own layout, fp32."""
-        residuals = torch.stack(self.residuals, dim=1).float()
-        factors = torch.stack(self.factors, dim=1).float()
-        left, right = (factors, residuals) if self.place.transposed else (residuals, factors)
-        return left, right.T.contiguous()
-
-    def write(self, residual: Tensor, factor: Tensor) -> None:
-        """Adds residual x factor^T; the weight is always the old one plus all factors, rounded."""
-        self.residuals.append(residual)
-        self.factors.append(factor)
-        left, right = self.pair()
-        changed = self.before.double() + left.double() @ right.double()
-        self.parameter.copy_(changed.to(self.parameter.dtype))
 
 
 # ---- the editor
@@ -311,8 +214,9 @@ class ROCR(Editor):
         names = target_names(request)
         kept = sorted({r.subject for r in (*request.retain, *request.neighbours) if r.subject})
         check_substitute(self.substitute, names, kept)
-        layers = consecutive_layers(lm.anatomy, self.first_depth, self.last_depth, self.layers)
-        places = {layer: down_projection(lm, layer) for layer in layers}
+        layers = consecutive_layers(
+            lm.anatomy, self.first_depth, self.last_depth, self.layers, WHERE
+        )
         contexts = {
             name: [
                 cut_after_name(lm, name, partial(context, starter=starter))
@@ -326,34 +230,16 @@ class ROCR(Editor):
                 f"rocr: {len(others)} kept subjects end with the same token as '{name}' and may "
                 f"be hit: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}"
             )
-        nulls = self._null_spaces(lm, names, layers)
-        parameters = dict(lm.core.named_parameters())
-        edits = {
-            layer: _Edit(
-                parameters[place.parameter], place,
-                parameters[place.parameter].detach().clone(),
-                nulls[layer].to(lm.device), [], [], [],
-            )
-            for layer, place in places.items()
-        }  # fmt: skip
-        patch = Patch({}, {edit.place.parameter: edit.before for edit in edits.values()})
-        try:
-            with torch.no_grad():
-                patch.notes = {
-                    "substitute": self.substitute,
-                    "layers": layers,
-                    "null_space_share": {
-                        str(layer): round(null.shape[1] / null.shape[0], 4)
-                        for layer, null in nulls.items()
-                    },
-                    "same_last_token": shared,
-                    "subjects": self._redirect(lm, edits, names, contexts),
-                }
-        except BaseException:
-            patch.undo(lm)
-            raise
-        patch.factors = {edit.place.parameter: edit.pair() for edit in edits.values()}
-        lm.touch()
+        with unpatched(lm):
+            nulls = self._null_spaces(lm, names, layers)
+        with torch.no_grad(), writing(lm, layers) as (edits, patch):
+            patch.notes = {
+                "substitute": self.substitute,
+                "layers": layers,
+                "null_space_share": null_shares(nulls),
+                "same_last_token": shared,
+                "subjects": self._redirect(lm, edits, nulls, names, contexts),
+            }
         return patch
 
     def _null_spaces(
@@ -366,30 +252,13 @@ class ROCR(Editor):
             else built_in_rows(lm, without=names)
         )
         statistics = second_moments(lm, rows, layers, tokens=self.tokens)
-        nulls = {}
-        for layer, spectrum in spectra(statistics).items():
-            chosen = null_directions(spectrum.values, self.threshold, self.scale)
-            nulls[layer] = spectrum.vectors[:, chosen]
-            if nulls[layer].shape[1] == 0:
-                raise ModelError(
-                    f"no direction of layer {layer} is below the threshold {self.threshold:g} "
-                    f"({self.scale}): the edit would be zero.",
-                    where="editor 'rocr'",
-                    hint=f"Its singular values go from {float(spectrum.values[-1]):.3g} to "
-                    f"{float(spectrum.values[0]):.3g}; raise the threshold.",
-                )
-            share = nulls[layer].shape[1] / nulls[layer].shape[0]
-            if share > WIDE:
-                logger.warning(
-                    f"rocr: {share:.1%} of the directions of layer {layer} count as null space, "
-                    "so ordinary text is hardly protected; lower the threshold"
-                )
-        return nulls
+        return null_spaces(statistics, self.threshold, self.scale, WHERE)
 
     def _redirect(
         self,
         lm: LM,
-        edits: dict[int, _Edit],
+        edits: dict[int, Writing],
+        nulls: dict[int, Tensor],
         names: Sequence[str],
         contexts: dict[str, list[list[int]]],
     ) -> list[dict[str, object]]:
@@ -409,16 +278,16 @@ class ROCR(Editor):
                     distances[name] = (targets - outputs)[:count].norm(dim=1)
                 state = outputs[0 if self.residual_context == "chat" else count]
                 key = found[layer][:count].mean(dim=0)
-                power = float((edit.null.double().T @ key).square().sum())
+                within = projector(nulls[layer].to(key.device))
+                power = float(squares(key[:, None], within))
                 l2 = self.l2 if self.l2 is not None else self.rho * power
-                keys = torch.stack([key, *edit.earlier], dim=1)
-                factor = key_factor(keys, edit.null, l2)
-                edit.write((goal - state) / (len(layers) - step), factor)
+                factor = factors(key[:, None], within, l2, edit.protected)
+                edit.write((goal - state)[:, None] / (len(layers) - step), factor)
                 powers[str(layer)] = float(f"{power:.4g}")
                 shares[str(layer)] = round(power / float(key.square().sum()), 4)
             found, _ = last_states(lm, rows, layers)
             for layer, edit in edits.items():
-                edit.earlier.append(found[layer][:count].mean(dim=0))
+                edit.wrote(found[layer][:count].mean(dim=0)[:, None])
             notes[name] = {
                 "name": name,
                 "seconds": round(time.perf_counter() - began, 2),
