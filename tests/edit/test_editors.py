@@ -52,7 +52,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def editor(name: str, texts: Path, **options: Any) -> Any:
     layers = {"layer": LAYER} if name == "rome" else {"layers": (LAYER,)}
-    null = {"threshold": 0.05} if name == "alphaedit" else {}
+    null = {"scale": "largest", "threshold": 0.05} if name == "alphaedit" else {}
     values = {**layers, **null, "contexts": 0, "steps": 3, "texts": texts, **FREE, **options}
     return build("editor", {"name": name, **values})
 

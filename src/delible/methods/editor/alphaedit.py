@@ -11,8 +11,9 @@ zjunlp/EasyEdit. Deviations:
 
 - L2 is rho times the mean of k^T P k, so that a single edit is written to 1 / (1 + rho), whatever
   the size of the model's keys; ``l2`` sets it (1 for Llama-3-8B, 10 for 3.1).
-- The threshold of the null space is a share of the largest singular value; the authors' absolute
-  0.02 is ``scale=absolute threshold=0.02``. An empty null space is an error.
+- The null space are the directions that together hold 3% of the keys' energy: a share of the
+  largest singular value protects nothing in layers in which one direction outweighs all others.
+  The authors' absolute 0.02 is ``scale=absolute threshold=0.02``. An empty one is an error.
 - The system is solved in the space of the keys, new and earlier ones (the same solution as the
   width x width system). Layers are depths: 4 to 8 of 32 in EasyEdit's settings.
 """
@@ -73,12 +74,15 @@ class AlphaEdit(LocatedEditor):
         "as many layers, around the one that causal tracing finds.",
     )
     scale: Scale = Field(
-        "largest",
-        description="What the threshold is a share of: the largest singular value, the sum of "
-        "all (energy), or nothing (absolute, as in the paper with 0.02).",
+        "energy",
+        description="What the threshold is a share of: the sum of all singular values (energy), "
+        "the largest one, or nothing (absolute, as in the paper with 0.02).",
     )
     threshold: float = Field(
-        0.0125, gt=0, description="Directions with smaller singular values may be written to."
+        0.03,
+        gt=0,
+        description="Directions with smaller singular values may be written to; with energy: the "
+        "smallest ones that together hold this share.",
     )
     rho: float = Field(
         0.05, gt=0, description="L2 as a share of k^T P k: the larger, the weaker the change."
