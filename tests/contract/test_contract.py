@@ -54,6 +54,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "aegisllm"): {"search_calls": 0},
     ("guard", "dragon"): {"similarity": False},
     ("guard", "guard_generation"): {"weights": False},
+    ("guard", "key_space_detection"): {"probes": 20},
     ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},

@@ -176,12 +176,12 @@ class Taps:
         if place.columns is not None:
             first, width = place.columns
             if width < states.shape[-1]:
-                part = states[..., first : first + width]
-                new = self._one(part, replace(place, columns=None), tap)
-                if new is part:
+                mine = states[..., first : first + width]
+                changed = self._one(mine, replace(place, columns=None), tap)
+                if changed is mine:
                     return states
                 behind = states[..., first + width :]
-                return torch.cat([states[..., :first], new, behind], dim=-1)
+                return torch.cat([states[..., :first], changed, behind], dim=-1)
         flat = states.reshape(-1, states.shape[-1])
         chosen = None if tap.positions.kind == "all" else self._chosen(tap, place, len(flat))
         if chosen is not None and not len(chosen):

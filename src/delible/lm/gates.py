@@ -112,10 +112,10 @@ def _widths(core: nn.Module, path: str) -> tuple[int, int]:
     """What a matrix reads and gives, whichever way round it is kept."""
     module = core.get_submodule(path)
     module = getattr(module, "base_layer", module)
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    rows, columns = module.weight.shape  # Conv1D keeps [in, out]
-    return int(rows), int(columns)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.get_parameter("weight")  # Conv1D keeps [in, out]
+    return int(weight.shape[0]), int(weight.shape[1])
 
 
 def _without(core: nn.Module, part: str) -> ModelError:
