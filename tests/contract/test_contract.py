@@ -56,6 +56,13 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "guard_generation"): {"weights": False},
     ("guard", "key_space_detection"): {"probes": 20},
     ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
+    ("intervention", "sae_steering"): {
+        "expansion": 2,
+        "active": 8,
+        "tokens": 1000,
+        "passes": 1,
+        "features": 8,
+    },
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},

@@ -65,7 +65,8 @@ class Activity:
     @classmethod
     def of(cls, sae: SAE, states: Sequence[Float[Tensor, "token width"]]) -> Activity:
         """Over all tokens of some texts or pictures."""
-        found = cls(*(torch.zeros(sae.latents, dtype=torch.float64) for _ in range(2)))
+        zeros = torch.zeros(sae.latents, dtype=torch.float64)
+        found = cls(zeros, zeros.clone())
         for one in states:
             for part in one.split(4096):
                 latents = sae.encode(part)

@@ -36,7 +36,7 @@ from delible.intervene.sae import SAE
 from delible.intervene.sites import Site
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
-from delible.watching import Stage, unwatched, watched
+from delible.watching import Pace, Stage, unwatched, watched
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def trained_sae(
     training: Training,
     *,
     seed: int = 0,
-    stage: Stage = unwatched,
+    stage: Stage | None = None,
 ) -> SAE:
     """The autoencoder of a site, trained once and then taken from the cache.
 
@@ -96,13 +96,13 @@ def trained_sae(
         rows: Texts as token ids; as many as ``training.tokens`` allows are read.
         training: How.
         seed: Of first weights and order.
-        stage: Told how far it is.
+        stage: Told how far it is; None: the log is.
 
     Raises:
         DataError: There is too little text.
         ModelError: The model lacks the site, or the cache cannot be written.
     """
-    rows = _within(rows, training.tokens)
+    rows, stage = _within(rows, training.tokens), stage or _logged()
     text = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     content = {
         "version": VERSION, "model": lm.fingerprint, "site": site.model_dump(mode="json"),
@@ -137,6 +137,19 @@ def trained_sae(
             "an autoencoder of your own (sae=FOLDER)."
         )
     return found
+
+
+def _logged() -> Stage:
+    """Tells the log from time to time."""
+    paces: dict[str, Pace] = {}
+
+    def stage(title: str, done: int, total: int) -> None:
+        pace = paces.setdefault(title, Pace(done))
+        if pace.due():
+            logger.info(f"{title}: {done:,} of {total:,}; {pace.left(done, total)}")
+            pace.told()
+
+    return stage
 
 
 def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

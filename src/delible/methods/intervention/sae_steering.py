@@ -14,9 +14,9 @@ Paper: Li et al. 2025, "SAUCE: Selective Concept Unlearning in Vision-Language M
 Autoencoders" (arXiv 2503.14530), whose steps these are; no code is public, so score, threshold and
 factor are after its relatives (cywinski/SAeUron, tomerashuach/CRISP). Deviations: text instead of
 pictures, the residual stream instead of the penultimate block of a vision tower. The autoencoder is
-trained here unless one is given (`sae`, a folder as SAE Lens writes it). Each subject has latents of
-its own; what two share is turned down from the lower threshold on. The first token of a text, an
-outlier in every model, is left alone.
+trained here unless one is given (`sae`, a folder as SAE Lens writes it). Each subject has latents
+of its own; what two share is turned down from the lower threshold on. The first token of a text,
+an outlier in every model, is left alone.
 """
 
 from __future__ import annotations
