@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Training:
 def trained_sae(
     lm: LM,
     site: Site,
-    rows: Sequence[Sequence[int]],
+    rows: Iterable[Sequence[int]],
     training: Training,
     *,
     seed: int = 0,
@@ -102,8 +102,8 @@ def trained_sae(
         DataError: There is too little text.
         ModelError: The model lacks the site, or the cache cannot be written.
     """
-    rows, stage = _within(rows, training.tokens), stage or _logged()
-    text = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    texts, stage = _within(rows, training.tokens), stage or _logged()
+    text = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     content = {
         "version": VERSION, "model": lm.fingerprint, "site": site.model_dump(mode="json"),
         "text": text, "training": asdict(training), "seed": seed,
@@ -111,7 +111,7 @@ def trained_sae(
     known = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def make(work: Path) -> Path:
-        states, held, layer = states_of(lm, site, rows, stage)
+        states, held, layer = states_of(lm, site, texts, stage)
         sae = fit_sae(
             states, training, seed=seed, stage=stage, checkpoint=work / "checkpoint",
             device=lm.device,
@@ -152,7 +152,7 @@ def _logged() -> Stage:
     return stage
 
 
-def _within(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+def _within(rows: Iterable[Sequence[int]], tokens: int) -> list[list[int]]:
     found: list[list[int]] = []
     for row in rows:
         if tokens <= 0:

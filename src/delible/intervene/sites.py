@@ -156,11 +156,12 @@ class Positions(Config):
 
     def marked(self, lm: Body, prompt: Sequence[int]) -> tuple[bool, ...]:
         """Which tokens of a prompt touch one of the texts."""
-        return _marked(lm.tokenizer, self.texts, tuple(prompt))
+        return marked(lm.tokenizer, self.texts, tuple(prompt))
 
 
 @lru_cache(maxsize=512)
-def _marked(tokenizer: Any, texts: tuple[str, ...], ids: tuple[int, ...]) -> tuple[bool, ...]:
+def marked(tokenizer: Any, texts: tuple[str, ...], ids: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which of some tokens touch one of the texts, as whole words in any case."""
     text, spans = _spans(tokenizer, ids)
     found = [False] * len(ids)
     for match in _pattern(texts).finditer(text):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import chain
 from operator import or_
 from pathlib import Path
 
@@ -168,9 +169,9 @@ class SAESteering(Intervention):
         if self.sae is not None:
             return SAE.load(self.sae).checked(lm.anatomy.hidden_size, str(self.sae))
         training = Training(self.expansion, self.active, self.tokens, self.passes)
-        texts = [list(row.ids) for row in rows]
-        texts += file_rows(lm, self.texts) if self.texts is not None else ()
-        return trained_sae(lm, site, [*texts, *built_in_rows(lm)], training, seed=seed)
+        own = (list(row.ids) for row in rows)
+        given = file_rows(lm, self.texts) if self.texts is not None else ()
+        return trained_sae(lm, site, chain(own, given, built_in_rows(lm)), training, seed=seed)
 
     def _states(self, lm: LM, rows: Sequence[Encoded], first: int) -> list[Tensor]:
         found = dict(read(lm, rows, self.sites[0]))
