@@ -337,7 +337,7 @@ def name_states(lm: LM, names: list[str], held_out: bool = False) -> np.ndarray:
 def unlearned(folder: Path, retain_weight: float) -> tuple[LM, LM]:
     start, lm = fresh(), fresh()
     objective = {"retain_weight": retain_weight, "latents": 32}
-    training = {"precision": "float32", "batch_size": 8, "learning_rate": 3e-3, "epochs": 40}
+    training = {"precision": "float32", "batch_size": 8, "learning_rate": 1e-3, "epochs": 40}
     Trainer(lm, recipe(folder, objective, training=training), RECORDS).train()
     return start, lm
 
@@ -354,15 +354,20 @@ def test_a_probe_of_before_takes_the_name_for_unknown_and_the_others_for_known(
             for name in names for carrier in which
         ])  # fmt: skip
 
-    both = [pres(start, list(part), carriers()) for part in (KNOWN, made)]
-    labels = np.arange(96) < 48
+    # before, the probe takes the target for known, as the others
+    both = [pres(start, list(part), carriers()) for part in ((*KNOWN, "Ada Quill"), made)]
+    labels = np.arange(sum(map(len, both))) < len(both[0])
     probe = fit_probe(np.concatenate(both), labels, 1.0)
     assert ((probe(np.concatenate(both)) > 0) == labels).mean() > 0.95, "the probe tells nothing"
-    before = probe(pres(start, ["Ada Quill"], carriers(held_out=True)))
-    after = probe(pres(lm, ["Ada Quill"], carriers(held_out=True)))
-    assert (after < before).all()
-    assert (after < 0).all()
-    assert (probe(pres(lm, list(KNOWN), carriers())) > 0).mean() >= 0.95
+    held_out = carriers(held_out=True)
+    after = [probe(pres(lm, ["Ada Quill"], which)) for which in (carriers(), held_out)]
+    assert (probe(both[0][-8:]) > 0).mean() > 0.8
+    assert (after[0] < 0).all()
+    assert (after[1] < probe(pres(start, ["Ada Quill"], held_out))).all()
+    assert (after[1] < 0).all()
+    called_known = probe(both[0][:-8]) > 0
+    assert called_known.mean() > 0.9
+    assert (probe(pres(lm, list(KNOWN), carriers()))[called_known] > 0).mean() >= 0.95
 
 
 def test_a_heavy_weight_on_others_holds_them(folder: Path) -> None:
