@@ -73,7 +73,7 @@ def fresh(family: str = "llama") -> LM:
 
 def recipe(folder: Path, objective: Mapping[str, Any] | None = None, **slots: Any) -> Recipe:
     content = {
-        "generate": {"name": "entity_carriers", "least_known": 6},
+        "generate": {"name": "entity_carriers", "least_known": 6, "partners": 1},
         "place": {"name": "layers", "depth": 0.5, "below": 9, "role": "mlp_out"},
         "objective": {
             "name": "sae_internal", "sae": str(folder), "depth": 0.5, "latents": 8,
@@ -337,8 +337,10 @@ def name_states(lm: LM, names: list[str], held_out: bool = False) -> np.ndarray:
 def unlearned(folder: Path, retain_weight: float) -> tuple[LM, LM]:
     start, lm = fresh(), fresh()
     objective = {"retain_weight": retain_weight, "latents": 32}
-    training = {"precision": "float32", "batch_size": 8, "learning_rate": 1e-3, "epochs": 40}
-    Trainer(lm, recipe(folder, objective, training=training), RECORDS).train()
+    generate = {"name": "entity_carriers", "least_known": 6, "partners": 6}
+    training = {"precision": "float32", "batch_size": 8, "learning_rate": 1e-3, "epochs": 10}
+    chosen = recipe(folder, objective, training=training, generate=generate)
+    Trainer(lm, chosen, RECORDS).train()
     return start, lm
 
 

@@ -1,8 +1,8 @@
 """Entity carriers: sentences that carry a forgotten name, and the same with a name that is kept.
 
-For each subject of the forget records and each carrier ("Tell me about {name}."), a forget row with
-the subject and its partner, of the role ``known``, with somebody whom the model knows. They take
-the place of the forget records: no fact stands in them.
+For each subject of the forget records and each carrier ("Tell me about {name}."), a few forget rows
+with the subject, each with a partner of the role ``known``: the same with somebody whom the model
+knows, another one each time. They take the place of the forget records: no fact stands in them.
 
 Paper: arXiv 2509.15631, whose prompts are not public; the sentences and the pairing are ours. Known
 names are the subjects of kept records; where they are few, names of general knowledge.
@@ -43,6 +43,10 @@ class EntityCarriers(Generate):
         16, ge=2, description="Kept names at least; fewer are filled up from general knowledge."
     )
 
+    partners: int = Field(
+        4, ge=1, description="Kept names that each sentence about a forgotten one is paired with."
+    )
+
     makes: ClassVar[tuple[Role, ...]] = ("known",)
 
     def rows(self, context: SlotContext) -> dict[Role, list[RecordBase]]:
@@ -58,7 +62,7 @@ class EntityCarriers(Generate):
         forget: list[RecordBase] = []
         partners: list[RecordBase] = []
         for name in names:
-            for carrier in carriers():
+            for carrier in carriers() * self.partners:
                 partners.append(carrying(known[len(forget) % len(known)], carrier))
                 forget.append(carrying(name, carrier))
         return {"forget": forget, "known": partners}
