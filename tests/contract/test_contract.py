@@ -55,7 +55,22 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("guard", "aegisllm"): {"search_calls": 0},
     ("guard", "dragon"): {"similarity": False},
     ("guard", "guard_generation"): {"weights": False},
+    ("guard", "key_space_detection"): {"probes": 20},
     ("guard", "rag_unlearning"): {"clauses": "built_in", "descriptions": "keywords"},
+    ("objective", "sae_internal"): {
+        "expansion": 2,
+        "active": 8,
+        "tokens": 1000,
+        "passes": 1,
+        "latents": 8,
+    },
+    ("intervention", "sae_steering"): {
+        "expansion": 2,
+        "active": 8,
+        "tokens": 1000,
+        "passes": 1,
+        "features": 8,
+    },
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
@@ -72,6 +87,7 @@ HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("place", "tag_rows"): {"generate": "forget_protocol"},
     ("objective", "meow"): {"generate": "inverted_facts"},
     ("objective", "novice"): {"generate": "misconceptions"},
+    ("objective", "sae_internal"): {"generate": "entity_carriers"},
     ("objective", "tru"): {"generate": "reasoning_targets"},
     ("objective", "bidirectional_distillation"): {"generate": "unified"},
     ("keep", "bidirectional_distillation"): {"generate": "unified"},
@@ -108,6 +124,10 @@ PLAYERS: dict[tuple[str, str], dict[RoleName, System]] = {
         "guard": scripted(lambda _: '{"requires_refusal": true, "cot_instruction": "Decline."}'),
         "writer": scripted(lambda _: ""),
     },
+}
+#: Options of a recipe without which it takes long on a tiny model.
+QUICK: dict[str, dict[str, Any]] = {
+    "sae_internal": {"expansion": 2, "active": 8, "tokens": 1000, "passes": 1},
 }
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 RECIPES = [card.name for card in registry.cards("recipe")]
@@ -148,7 +168,7 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     recipe = Recipe.named(name)
     steps = 6 if recipe.finish.card.name == "weight_averaging" else 2  # it takes the mean of five
     short = {"batch_size": 2, "max_steps": steps, "training.precision": "float32"}
-    recipe = recipe.changed({}, short)
+    recipe = recipe.changed({}, {**short, **QUICK.get(name, {})})
     assert Recipe.from_mapping(recipe.spec()) == recipe
     result = Trainer(lm, recipe, RECORDS, start=lambda: start).train()
     assert result.steps == steps

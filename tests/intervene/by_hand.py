@@ -82,13 +82,23 @@ def wanted(lm: LM, ids: Sequence[int], start: int, kind: str) -> list[bool]:
     return found
 
 
+#: What holds the pre-activations, by the names that the families give it.
+GATES = ("mlp.gate_proj", "mlp.gate_up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "fc1")
+
+
+def gate_path(lm: LM) -> str:
+    """The matrix before the activation function, relative to a block."""
+    names = {name for name, _ in lm.core.get_submodule(lm.anatomy.block_path(0)).named_modules()}
+    return next((one for one in GATES if one in names), "")
+
+
 def hooked(lm: LM, site: Site, mask: Sequence[bool]) -> Any:
     """A plain hook for one row, put on by hand; returns the handles."""
     anatomy, core = lm.anatomy, lm.core
     layers = [layer % anatomy.layers for layer in site.layers] or range(anatomy.layers)
     relative = {
         "block": "", "block_input": "", "attention": anatomy.attention, "mlp": anatomy.mlp,
-        "mlp_inner": anatomy.mlp_out,
+        "mlp_inner": anatomy.mlp_out, "mlp_gate": gate_path(lm),
     }  # fmt: skip
     if site.what in relative:
         path = relative[site.what]
@@ -100,6 +110,12 @@ def hooked(lm: LM, site: Site, mask: Sequence[bool]) -> Any:
         paths = [anatomy.embedding if site.what == "embedding" else str(anatomy.norm)]
 
     def new(states: Tensor) -> Tensor:
+        if site.what == "mlp_gate" and "gate_up" in gate_path(lm):  # fused: the gate comes first
+            gate, up = states.chunk(2, dim=-1)
+            return torch.cat([moved_at(gate), up], dim=-1)
+        return moved_at(states)
+
+    def moved_at(states: Tensor) -> Tensor:
         flat = states.reshape(-1, states.shape[-1])
         here = torch.tensor(mask)[:, None]
         return torch.where(here, moved(flat, torch.arange(len(flat))), flat).reshape(states.shape)

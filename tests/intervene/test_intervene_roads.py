@@ -24,7 +24,8 @@ from delible.testing.tiny import FAMILIES
 SITES = [
     Site(what="block", layers=(0, 2)), Site(what="block_input", layers=(1,)),
     Site(what="attention", layers=(1, -1)), Site(what="mlp_inner", layers=(0, 1)),
-    Site(what="mlp"), Site(what="embedding"), Site(what="norm"),
+    Site(what="mlp_gate", layers=(1,)), Site(what="mlp"), Site(what="embedding"),
+    Site(what="norm"),
 ]  # fmt: skip
 TOKENS = 5
 
@@ -68,8 +69,8 @@ def forests() -> Iterator[list[tuple[int, int, int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_plain_rows(family: str, site: Site) -> None:
     lm = bare(family)
-    if site.what == "mlp_inner" and lm.anatomy.mlp_out is None:
-        with pytest.raises(ModelError, match="down projection"):
+    if site.what in ("mlp_inner", "mlp_gate") and lm.anatomy.mlp_out is None:
+        with pytest.raises(ModelError, match="experts have many"):
             with_moving(lm, site, KINDS[0])
         return
     for at in KINDS:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from delible.component import Config
 from delible.errors import ModelError
 from delible.lm.body import Body
+from delible.lm.gates import gate_of
 from delible.lm.layout import Layout
 
 What = Literal[
-    "block_input", "block", "attention", "mlp_inner", "mlp", "embedding", "norm", "vision"
-]
+    "block_input", "block", "attention", "mlp_gate", "mlp_inner", "mlp", "embedding", "norm",
+    "vision",
+]  # fmt: skip
 #: What a model has once, whatever its layers.
 _ONCE = ("embedding", "norm")
 
@@ -62,6 +64,12 @@ class Site(Config):
         count = len(lm.core.get_submodule(blocks))
         wanted = self.layers or tuple(range(count))
         layers = sorted({_index(one, count, type(lm.core).__name__) for one in wanted})
+        if self.what == "mlp_gate":
+            gates = [(layer, gate_of(lm.core, lm.anatomy, layer)) for layer in layers]
+            return [
+                Place(gate.path, self.what, layer, (gate.first, gate.width))
+                for layer, gate in gates
+            ]
         return [Place(self._path(lm, blocks, layer), self.what, layer) for layer in layers]
 
     def _path(self, lm: Body, blocks: str, layer: int) -> str:
@@ -90,11 +98,13 @@ class Place:
         path: Of the module, for ``get_submodule``.
         what: See :class:`Site`.
         layer: Its layer; None for what a model has once.
+        columns: First of them and how many, where only some of what the module gives is meant.
     """
 
     path: str
     what: What
     layer: int | None
+    columns: tuple[int, int] | None = None
 
     @property
     def at_input(self) -> bool:
@@ -146,11 +156,12 @@ class Positions(Config):
 
     def marked(self, lm: Body, prompt: Sequence[int]) -> tuple[bool, ...]:
         """Which tokens of a prompt touch one of the texts."""
-        return _marked(lm.tokenizer, self.texts, tuple(prompt))
+        return marked(lm.tokenizer, self.texts, tuple(prompt))
 
 
 @lru_cache(maxsize=512)
-def _marked(tokenizer: Any, texts: tuple[str, ...], ids: tuple[int, ...]) -> tuple[bool, ...]:
+def marked(tokenizer: Any, texts: tuple[str, ...], ids: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which of some tokens touch one of the texts, as whole words in any case."""
     text, spans = _spans(tokenizer, ids)
     found = [False] * len(ids)
     for match in _pattern(texts).finditer(text):

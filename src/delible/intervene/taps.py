@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -173,6 +173,15 @@ class Taps:
         return states
 
     def _one(self, states: Tensor, place: Place, tap: Tap) -> Tensor:
+        if place.columns is not None:
+            first, width = place.columns
+            if width < states.shape[-1]:
+                mine = states[..., first : first + width]
+                changed = self._one(mine, replace(place, columns=None), tap)
+                if changed is mine:
+                    return states
+                behind = states[..., first + width :]
+                return torch.cat([states[..., :first], changed, behind], dim=-1)
         flat = states.reshape(-1, states.shape[-1])
         chosen = None if tap.positions.kind == "all" else self._chosen(tap, place, len(flat))
         if chosen is not None and not len(chosen):

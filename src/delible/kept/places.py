@@ -44,6 +44,7 @@ COLLECTIONS = {
     "roles": Collection("replies of judges, writers …", "calls", depth=2),
     "corpora": Collection("biographies that models wrote", "writing"),
     "requests": Collection("requests that a model completed", "writing"),
+    "saes": Collection("sparse autoencoders of layers", "training"),
     "statistics": Collection("what layers read on plain text", "reading"),
     "tune": Collection("options that searches found", "searching"),
 }

@@ -155,6 +155,7 @@ class Trainer:
         if silent:
             self.notes["rows_without_effect"] = silent
         weights = self.recipe.weigh.weights(context)
+        reference = self._learned(context)
         placement = self.recipe.place.apply(context)
         if not placement.parameters:
             raise RecipeError(
@@ -166,7 +167,7 @@ class Trainer:
             self.recipe, context.rows["forget"], context.rows["retain"], self.context.seed
         )
         self.recipe.finish.check(len(plan.steps))
-        reference = self._reference(context, plan)
+        self._prepare(reference, context, plan)
         optimizer = self._optimizer(placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
@@ -319,9 +320,19 @@ class Trainer:
                 return told
         return None
 
-    def _reference(self, context: SlotContext, plan: Plan) -> Reference:
+    def _learned(self, context: SlotContext) -> Reference:
+        """What losses learn of the reference model, of an earlier start of this run or now."""
         reference = Reference()
-        folder = self.run.path / "checkpoint" / "reference" if self.run else None
+        if self.run is not None:
+            reference.load(self.run.path / "checkpoint" / "reference")
+        for loss in (self.recipe.objective, self.keep):
+            if loss is not None:
+                lm = self.reference_lm or self.lm
+                reference.learn(loss, lm, context.rows, self.context.stage)
+        return reference
+
+    def _prepare(self, reference: Reference, context: SlotContext, plan: Plan) -> None:
+        """The reference's values for rows."""
         lm = self.reference_lm or self.lm
         objective, keep = self.recipe.objective, self.keep
         wanted: list[tuple[list[Row], tuple[str, ...]]] = [
@@ -331,15 +342,12 @@ class Trainer:
         if keep is not None:
             used = [context.rows["retain"][i] for i in sorted(plan.retain_indices)]
             wanted.append((used, keep.reference_kinds(self.lm)))
-        if any(kinds for _, kinds in wanted):
-            if folder is not None:
-                reference.load(folder)
+        if any(kinds for _, kinds in wanted) or reference.values:
             for rows, kinds in wanted:
                 if kinds:
                     reference.prepare(lm, rows, kinds, self.context.stage)
             if self.run is not None and self.run.writes and self.reference_lm is None:
                 reference.save(self.run.path / "checkpoint" / "reference")
-        return reference
 
     def _optimizer(self, placement: Placement) -> torch.optim.Optimizer:
         training = self.recipe.training

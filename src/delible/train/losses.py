@@ -5,6 +5,7 @@ The objective forgets, the keep loss keeps; both are slots of a recipe.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float
@@ -13,14 +14,16 @@ from torch import Tensor
 from delible.component import Component
 from delible.train.row import Row, Unit
 from delible.train.step import Group, Reads, Step
+from delible.watching import Stage, unwatched
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
 
 #: Roles of rows in a step. All but ``retain`` are aligned with the forget rows: ``refusal`` (the
 #: same question, declined), ``alternate`` (another, false answer), ``target`` (what should be said
-#: instead), ``prefilled`` (an answer that begins as the model is lured to begin).
-Role = Literal["forget", "retain", "refusal", "alternate", "target", "prefilled"]
+#: instead), ``prefilled`` (an answer that begins as the model is lured to begin), ``known`` (the
+#: same sentence about somebody whom the model keeps).
+Role = Literal["forget", "retain", "refusal", "alternate", "target", "prefilled", "known"]
 #: Numbers a component keeps between steps; saved in checkpoints.
 State = dict[str, float]
 #: Tensors that components keep between steps, saved in checkpoints: under "component.what", one
@@ -51,6 +54,21 @@ class Loss(Component):
     def reference_kinds(self, lm: LM) -> tuple[str, ...]:
         """Kinds of reference values with layers filled in."""
         return self.reference
+
+    def learn(
+        self, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage = unwatched
+    ) -> Mapping[str, Tensor]:
+        """What it needs to know of the reference model as a whole, as tensors; default: nothing.
+
+        Made once, before the first step, and kept with the reference values: a loss finds it as
+        ``group.reference.learned(NAME)``.
+
+        Args:
+            lm: The reference model.
+            rows: All rows of the run, by role.
+            stage: Told by work that takes long.
+        """
+        return {}
 
 
 class Objective(Loss):

@@ -8,13 +8,15 @@ exact, and (hidden / vocabulary) of the size of the logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from delible.cards import Card
 from delible.files import atomic_folder
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
@@ -22,11 +24,23 @@ from delible.train.row import Row
 from delible.watching import Stage, unwatched, watched
 
 
+class Learning(Protocol):
+    """A loss that may want to know the reference model as a whole."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def learn(
+        self, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage
+    ) -> Mapping[str, Tensor]: ...
+
+
 class Reference:
     """A cache of reference values by row.
 
     Kinds of values: ``"logprobs"`` [answer], ``"answers"`` [answer, hidden] (with a frozen head)
-    and ``"hidden.L"`` [sequence, hidden] for the output of block L.
+    and ``"hidden.L"`` [sequence, hidden] for the output of block L. Beside them stands what losses
+    learned of the reference model as a whole.
     """
 
     def __init__(self) -> None:
@@ -40,6 +54,24 @@ class Reference:
         if self._head is None:
             raise RuntimeError("no reference distribution was prepared")
         return self._head(states)
+
+    @torch.no_grad()
+    def learn(
+        self, loss: Learning, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage = unwatched
+    ) -> None:
+        """What a loss needs to know of the reference model ``lm``; once."""
+        if not self.learned(loss.card.name):
+            for name, value in loss.learn(lm, rows, stage).items():
+                self.values[f"learned.{loss.card.name}/{name}"] = value.detach().cpu().contiguous()
+
+    def learned(self, loss: str) -> dict[str, Tensor]:
+        """What the loss of a name has learned."""
+        before = f"learned.{loss}/"
+        return {
+            name.removeprefix(before): value
+            for name, value in self.values.items()
+            if name.startswith(before)
+        }
 
     @torch.no_grad()
     def prepare(

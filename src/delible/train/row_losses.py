@@ -49,6 +49,7 @@ class ObjectiveLoss:
     ) -> ObjectiveLoss:
         """The loss whose reference model is ``lm`` as it is now."""
         reference = Reference()
+        reference.learn(objective, lm, rows)
         for role in objective.roles:
             reference.prepare(lm, rows[role], objective.reference_kinds(lm))
         return cls(objective, rows, reference)

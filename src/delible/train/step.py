@@ -246,6 +246,10 @@ class ReferenceGroup:
         """As :attr:`Group.answer_states`, without gradient."""
         return torch.cat([self.cache.get("answers", row.key) for row in self.rows]).to(self.device)
 
+    def learned(self, loss: str) -> dict[str, Tensor]:
+        """What the loss of a name has learned of the reference model (:meth:`Loss.learn`)."""
+        return {name: value.to(self.device) for name, value in self.cache.learned(loss).items()}
+
     def head(self, states: Tensor) -> Tensor:
         """The reference model's head (a frozen copy)."""
         return self.cache.head(states)

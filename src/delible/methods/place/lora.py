@@ -15,6 +15,7 @@ A mixture of experts that fuses its experts into one tensor gets no adapter ther
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -26,15 +27,24 @@ from delible.lm.anatomy import Anatomy
 from delible.registry import register
 from delible.train.slots import Place, Placement, SlotContext
 
+if TYPE_CHECKING:
+    from delible.lm.lm import LM
+
 logger = logging.getLogger(__name__)
 
 
-def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Paths of every linear layer inside the blocks, in the order of the modules."""
+def linear_layers(core: nn.Module, anatomy: Anatomy, last: int | None = None) -> list[str]:
+    """Paths of every linear layer inside the blocks, in the order of the modules.
+
+    Args:
+        last: The last block that counts; None: all do.
+    """
+    count = anatomy.layers if last is None else last + 1
+    blocks = tuple(f"{anatomy.block_path(layer)}." for layer in range(count))
     return [
         path
         for path, module in core.named_modules()
-        if path.startswith(f"{anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
+        if path.startswith(blocks) and isinstance(module, (nn.Linear, Conv1D))
     ]
 
 
@@ -57,6 +67,12 @@ class LoRA(Place):
 
     rank: int = Field(8, ge=1, description="Inner width of each product.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
+    depth: float | None = Field(
+        None, ge=0, le=1, description="Depth of the last block that gets adapters; none: all do."
+    )
+
+    def moving_blocks(self, lm: LM) -> list[int] | None:
+        return None if self.depth is None else list(range(lm.anatomy.layer_at(self.depth) + 1))
 
     def apply(self, context: SlotContext) -> Placement:
         from peft import LoraConfig, get_peft_model  # slow to import
@@ -68,7 +84,8 @@ class LoRA(Place):
                 where="place 'lora'",
                 hint="Merge it first (finish: merge_adapter in the run that made it).",
             )
-        paths = linear_layers(lm.core, lm.anatomy)
+        last = None if self.depth is None else lm.anatomy.layer_at(self.depth)
+        paths = linear_layers(lm.core, lm.anatomy, last)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 from unittest import mock
@@ -95,7 +96,8 @@ def _every_way(guarded: GuardedSystem, prompt: Prompt) -> dict[str, Reply]:
 
 
 def _mind(trial: Trial, request: ForgetRequest = REQUEST) -> GuardMind:
-    return cast(Guard, trial.component).prepare(request, trial.context)
+    # guards that look into a model look into one of the family
+    return cast(Guard, trial.component).prepare(request, replace(trial.context, itself=trial.lm()))
 
 
 def _raising(mind: GuardMind, prompt: Prompt, course: Course) -> Decision:
