@@ -5,14 +5,17 @@ The objective forgets, the keep loss keeps; both are slots of a recipe.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
 from delible.component import Component
+from delible.train.reference import Reference
 from delible.train.row import Row, Unit
 from delible.train.step import Group, Reads, Step
+from delible.watching import Stage
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -51,6 +54,30 @@ class Loss(Component):
     def reference_kinds(self, lm: LM) -> tuple[str, ...]:
         """Kinds of reference values with layers filled in."""
         return self.reference
+
+    def settled(self, moving: Sequence[int]) -> Self:
+        """The loss once it is known in which blocks weights move (ascending)."""
+        return self
+
+    def learn(
+        self, lm: LM, rows: Sequence[Row], reference: Reference, seed: int, stage: Stage
+    ) -> dict[str, Tensor]:
+        """What it must know beside values of rows, by name: made once, before the first step.
+
+        A loss reads it as ``group.reference.learned(self.full_name, name)``; it is kept with the
+        reference's values, so that a resumed run reads the same bits.
+
+        Args:
+            lm: The reference model: the start model, unless another one is given.
+            rows: Of its first role.
+            reference: Values of those rows, prepared.
+        """
+        return {}
+
+    @property
+    def full_name(self) -> str:
+        """Slot and name."""
+        return f"{self.card.kind} '{self.card.name}'"
 
 
 class Objective(Loss):

@@ -31,6 +31,7 @@ from torch import Tensor
 from delible.registry import register
 from delible.train.losses import Objective
 from delible.train.randomness import generator
+from delible.train.representation import squared_distance
 from delible.train.row import Unit
 from delible.train.step import Reads, Step
 
@@ -59,16 +60,6 @@ def mean_norm(
     """Mean length of each row's states over its real positions."""
     norms: Tensor = torch.linalg.vector_norm(states.float(), dim=2) * positions
     return norms.sum(dim=1) / positions.sum(dim=1)
-
-
-def rmu(
-    states: Float[Tensor, "rows sequence hidden"],
-    target: Float[Tensor, "rows hidden"],
-    positions: Bool[Tensor, "rows sequence"],
-) -> Float[Tensor, " rows"]:
-    """Squared distance to the row's target, mean over hidden, sum over real positions."""
-    difference = torch.where(positions[..., None], states.float() - target[:, None], 0.0)
-    return difference.pow(2).mean(dim=2).sum(dim=1)
 
 
 @register(
@@ -125,4 +116,4 @@ class RMU(Objective):
         if self.adaptive is not None:
             frozen = forget.reference.hidden(layer, states.shape[1])
             length = self.adaptive * mean_norm(frozen, positions)
-        return rmu(states, length[:, None] * unit, positions)
+        return squared_distance(states, (length[:, None] * unit)[:, None], positions)
