@@ -125,7 +125,7 @@ def effects_of(
     table = lm.core.get_submodule(anatomy.embedding).weight
     random = generator(seed, "tracing", fact.key)
     shape = (draws, fact.end - fact.first, table.shape[1])
-    noise = torch.randn(shape, generator=random) * (spread * float(table.float().std()))
+    noise = torch.randn(shape, generator=random) * (spread * float(table.detach().float().std()))
     with lm.evaluating(), lm.computing():
         with capture(lm.core, paths) as seen:
             clean = float(probability(lm, fact))
