@@ -48,6 +48,7 @@ from delible.train.step import Step
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("objective", "reva"): {"questions": 3, "max_new_tokens": 2},
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
@@ -142,7 +143,9 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     start = lm.copy()
     recipe = Recipe.named(name)
     steps = 6 if recipe.finish.card.name == "weight_averaging" else 2  # it takes the mean of five
-    short = {"batch_size": 2, "max_steps": steps, "training.precision": "float32"}
+    short: dict[str, Any] = {"batch_size": 2, "max_steps": steps, "training.precision": "float32"}
+    if recipe.objective.card.name == "reva":
+        short |= {"questions": 3, "max_new_tokens": 2}
     recipe = recipe.changed({}, short)
     assert Recipe.from_mapping(recipe.spec()) == recipe
     result = Trainer(lm, recipe, RECORDS, start=lambda: start).train()
