@@ -132,7 +132,9 @@ class Reference:
         """Reads what :meth:`save` wrote, if anything."""
         path = folder / "values.safetensors"
         if path.exists():
-            self.values.update(load_file(path))
+            # copies: a tensor of a file need not begin where a tensor does that was computed, and
+            # the order of sums depends on that
+            self.values.update({key: value.clone() for key, value in load_file(path).items()})
 
 
 def _inside(kind: str) -> Inside:

@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity, softplus
 from delible.registry import register
 from delible.train.losses import Objective
 from delible.train.randomness import generator
-from delible.train.representation import without_first
+from delible.train.representation import share_without_first, without_first
 from delible.train.row import Unit
 from delible.train.step import Reads, Step
 
@@ -118,6 +118,4 @@ class KUDA(Objective):
             frozen = forget.reference.hidden(layer, states.shape[1])
             frozen = shifted(frozen, self.kick, 0, layer)
             found.append(deviation_loss(states, frozen, positions, self.beta))
-        # the engine divides by all positions, and the first ones do not count
-        whole, rows = step.units("forget", "position"), step.units("forget", "row")
-        return torch.stack(found).mean(dim=0) * (whole / max(1, whole - rows))
+        return torch.stack(found).mean(dim=0) * share_without_first(step, "forget")
