@@ -64,6 +64,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 }
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("harden", "cir"): {"place": "layers"},  # a few matrices: it decomposes for each
     ("objective", "altpo"): {"generate": "alternates"},
     ("place", "tag_rows"): {"generate": "forget_protocol"},
     ("objective", "meow"): {"generate": "inverted_facts"},

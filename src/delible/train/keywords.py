@@ -31,6 +31,11 @@ def words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each word of a text, in order."""
+    return [match.span() for match in _WORD.finditer(text)]
+
+
 def keywords_of(texts: Sequence[str], others: Sequence[str], share: float) -> frozenset[str]:
     """The words with the largest weight tf(w) log((1 + texts) / (1 + texts with w)).
 

@@ -3,8 +3,9 @@
     W x  becomes  W x + (alpha / rank) B A x
 
 with A random and B zero at the start, so that training starts from the model as it is. Every
-linear layer of the blocks gets one; the head and the embedding do not. The model wears the
-adapter (PEFT) and is saved as an adapter; ``finish: merge_adapter`` adds it to the weights.
+linear layer of the blocks gets one, or only some of attention; the head and the embedding do not.
+The model wears the adapter (PEFT) and is saved as an adapter; ``finish: merge_adapter`` adds it to
+the weights.
 
 Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does the work.
 Deviations: A is drawn from the run's seed; adapter weights are fp32 whatever the model's are; and
@@ -15,6 +16,7 @@ A mixture of experts that fuses its experts into one tensor gets no adapter ther
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +30,9 @@ from delible.train.slots import Place, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
+#: Which linear layers get an adapter.
+On = Literal["all", "query_key", "value"]
+
 
 def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
     """Paths of every linear layer inside the blocks, in the order of the modules."""
@@ -36,6 +41,33 @@ def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
         for path, module in core.named_modules()
         if path.startswith(f"{anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
     ]
+
+
+def chosen_layers(core: nn.Module, anatomy: Anatomy, on: On) -> list[str]:
+    """Paths of the linear layers that get an adapter.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    every = linear_layers(core, anatomy)
+    if on == "all":
+        return every
+    parts = anatomy.attention_in
+    if len(parts) == 3:
+        parts = parts[:2] if on == "query_key" else parts[2:]
+    else:
+        logger.warning(
+            f"place: queries, keys and values come from {' and '.join(parts)}; '{on}' cannot be "
+            "taken apart, so that gets the adapter as a whole."
+        )
+    found = [path for path in every if path.endswith(tuple(f".{part}" for part in parts))]
+    if not found:
+        raise RecipeError(
+            "the model has no such linear layers.",
+            where=f"place 'lora', on {on}",
+            hint="Choose --on all.",
+        )
+    return found
 
 
 @register(
@@ -57,6 +89,10 @@ class LoRA(Place):
 
     rank: int = Field(8, ge=1, description="Inner width of each product.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
+    on: On = Field(
+        "all", description="Which matrices get one: all linear layers, or those of attention that "
+        "make queries and keys, or values (where one matrix makes all three: that one).",
+    )  # fmt: skip
 
     def apply(self, context: SlotContext) -> Placement:
         from peft import LoraConfig, get_peft_model  # slow to import
@@ -68,7 +104,7 @@ class LoRA(Place):
                 where="place 'lora'",
                 hint="Merge it first (finish: merge_adapter in the run that made it).",
             )
-        paths = linear_layers(lm.core, lm.anatomy)
+        paths = chosen_layers(lm.core, lm.anatomy, self.on)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
