@@ -78,7 +78,7 @@ def test_pages_follow_from_their_numbers(effects: Any, path: Path) -> None:
 
 
 #: Recipes that were written after the sweeps, which take hours.
-LATER = ("icku", "simnpo_sam")
+LATER = ("attention_shifting", "icku", "kuda", "mcu", "mcu_rmu", "reva", "simnpo_sam")
 
 
 def test_badges_follow_from_the_sweeps(effects: Any) -> None:

@@ -49,6 +49,7 @@ EDITING: dict[str, Any] = {"steps": 2, "contexts": 0, "most_divergence": 99, "mo
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("objective", "reva"): {"questions": 3, "max_new_tokens": 2},
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
@@ -83,6 +84,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 }
 #: What else the recipe must hold.
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("harden", "cir"): {"place": "layers"},  # a few matrices: it decomposes for each
     ("objective", "altpo"): {"generate": "alternates"},
     ("place", "tag_rows"): {"generate": "forget_protocol"},
     ("objective", "meow"): {"generate": "inverted_facts"},

@@ -10,11 +10,12 @@ import torch
 
 from delible.component import build
 from delible.errors import RecipeError
-from delible.methods.keep.hidden_mse import HiddenMSE, hidden_mse
+from delible.methods.keep.hidden_mse import HiddenMSE
 from delible.methods.keep.kl import KL, kl_from_reference
 from delible.methods.keep.nll import NLL
 from delible.methods.objective.gradient_ascent import GradientAscent
 from delible.train.losses import Keep
+from delible.train.representation import squared_distance
 
 KEEPS: list[Keep] = [NLL(), KL(), HiddenMSE(depth=0.5)]
 
@@ -36,7 +37,7 @@ def test_kl_gives_the_authors_number() -> None:
 def test_hidden_mse_gives_the_authors_number() -> None:
     # locuslab/open-unlearning, src/trainer/unlearn/rmu.py, compute_activation_loss of one row
     states, frozen = by_hand.fixed_logits(0.2)[1:2], by_hand.fixed_logits(0.9)[1:2]
-    found = hidden_mse(states, frozen, torch.tensor([[True] * 5 + [False]])) / 5
+    found = squared_distance(states, frozen, torch.tensor([[True] * 5 + [False]])) / 5
     assert float(found) == pytest.approx(2.777907378409732, rel=1e-6)
 
 
@@ -123,4 +124,4 @@ def test_hidden_mse_reads_the_layer_at_its_depth() -> None:
 def test_hidden_mse_ignores_what_lies_in_the_padding() -> None:
     states, frozen = torch.ones(1, 3, 4), torch.zeros(1, 3, 4)
     states[0, 2] = float("inf")
-    assert hidden_mse(states, frozen, torch.tensor([[True, True, False]])).tolist() == [2.0]
+    assert squared_distance(states, frozen, torch.tensor([[True, True, False]])).tolist() == [2.0]

@@ -21,13 +21,14 @@ from delible.methods.objective.gradient_ascent import GradientAscent, gradient_a
 from delible.methods.objective.idk import IDK
 from delible.methods.objective.margin_flattening import MarginFlattening, margin_flattening
 from delible.methods.objective.npo import NPO, npo
-from delible.methods.objective.rmu import RMU, control_vector, mean_norm, rmu
+from delible.methods.objective.rmu import RMU, control_vector, mean_norm
 from delible.methods.objective.simnpo import SimNPO, simnpo
 from delible.records import QA
 from delible.registry import card
 from delible.train.engine import Trainer
 from delible.train.losses import Keep, Objective
 from delible.train.recipe import Recipe
+from delible.train.representation import squared_distance
 
 OBJECTIVES: list[Objective] = [
     GradientAscent(), NPO(), SimNPO(beta=0.3, delta=0.3), DPO(), IDK(), MarginFlattening(),
@@ -100,7 +101,7 @@ def test_rmu_gives_the_authors_number() -> None:
     # locuslab/open-unlearning, src/trainer/unlearn/rmu.py, compute_activation_loss of one row
     states, vector = by_hand.fixed_logits(0.2)[1:2], by_hand.fixed_logits(0.9)[0, :1]
     positions = torch.tensor([[True] * 5 + [False]])
-    found = rmu(states, vector, positions) / 5
+    found = squared_distance(states, vector[:, None], positions) / 5
     assert float(found) == pytest.approx(12.378224005100515, rel=1e-6)
 
 
@@ -443,7 +444,9 @@ def test_control_vectors_are_fixed_units_and_leave_the_global_generator_alone() 
 def test_rmu_ignores_what_lies_in_the_padding() -> None:
     states = torch.ones(1, 3, 4)
     states[0, 2] = float("inf")
-    found = rmu(states.requires_grad_(True), torch.zeros(1, 4), torch.tensor([[True, True, False]]))
+    found = squared_distance(
+        states.requires_grad_(True), torch.zeros(1, 1, 4), torch.tensor([[True, True, False]])
+    )
     found.sum().backward()
     assert found.tolist() == [2.0]
     assert states.grad is not None

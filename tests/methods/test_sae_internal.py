@@ -42,6 +42,7 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.step import make_step
+from delible.watching import unwatched
 
 KNOWN = ("Dee Finch", "Cy Moor", "Ed Lane", "Flo Marsh", "Gus Pike", "Hal Reed")
 FORGET = (QA(question="Where was Ada Quill born?", answer="Norrby", subject="Ada Quill"),)
@@ -253,10 +254,10 @@ def test_what_is_learned_and_the_loss_are_those_of_the_formula(family: str, fold
     )
     rows = Trainer(lm, recipe(folder), RECORDS).rows().rows
     reference = Reference()
-    reference.learn(objective, lm, rows)
     for role in ("forget", "known"):
         reference.prepare(lm, rows[role], objective.reference_kinds(lm))
-    told = reference.learned("sae_internal")
+    told = objective.learn(lm, rows, reference, 0, unwatched)
+    reference.learn(objective.full_name, told)
     names = list(dict.fromkeys(str(row.subject) for row in rows["known"]))
     pre = [
         np.stack([
@@ -306,7 +307,7 @@ def test_the_autoencoder_and_what_lies_behind_it_stay_bit_by_bit(folder: Path) -
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     for place in (
         {"name": "layers", "depth": 0.5, "below": 9, "role": "mlp_out"},
-        {"name": "lora", "rank": 4, "depth": 0.5},
+        {"name": "lora", "rank": 4, "last": 0.5},
     ):
         lm = fresh()
         finish = "merge_adapter" if place["name"] == "lora" else "none"

@@ -100,7 +100,8 @@ def test_every_method_for_forgetting_has_enough_steps_for_few_rows() -> None:
         training = Recipe.named(card.name).training
         if card.name == "finetune":
             continue
-        assert training.learning_rate_width == 576, card.name
+        if training.optimizer == "adamw":
+            assert training.learning_rate_width == 576, card.name
         assert (training.least_steps or 0) >= 10, card.name
 
 

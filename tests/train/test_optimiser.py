@@ -39,6 +39,18 @@ def test_schedules_are_those_of_their_definition() -> None:
     )
 
 
+def test_plain_descent_moves_by_the_rate_times_the_gradient(
+    forget: list[QA], retain: list[QA]
+) -> None:
+    lm, rate = make(), 3e-2
+    before = weights(lm)
+    chosen = recipe("npo", optimizer="sgd", learning_rate=rate, max_steps=1, max_gradient_norm=None)
+    result = Trainer(lm, chosen, {"forget": forget, "retain": retain}).train()
+    after = weights(lm)
+    squares = sum(float((after[name] - old).double().pow(2).sum()) for name, old in before.items())
+    assert math.sqrt(squares) == pytest.approx(rate * result.history[0]["gradient_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_each_step_moves_the_weights_by_its_own_rate(
     schedule: Any, forget: list[QA], retain: list[QA]

@@ -29,7 +29,9 @@ def test_presets_are_whole_recipes_with_the_same_objective(name: str, preset: st
     assert theirs.name == f"{name}@{preset}"
     assert Recipe.from_mapping(theirs.spec()) == theirs
     assert theirs.objective.card == ours.objective.card
-    limit = 2e-4 if "rank" in theirs.place.spec() else 1e-4  # adapters take more
+    if theirs.training.optimizer == "sgd":  # the balance says how long steps are
+        return
+    limit = 5e-4 if "rank" in theirs.place.spec() else 1e-4  # adapters take more
     assert theirs.training.learning_rate <= limit, "a schedule for models of billions of weights"
 
 

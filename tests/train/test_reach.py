@@ -18,7 +18,7 @@ from delible.methods.objective.unlikelihood import Unlikelihood
 from delible.methods.place.layers import Layers
 from delible.records import QA, ForgetRequest
 from delible.train.engine import Trainer
-from delible.train.reach import first_moved
+from delible.train.reach import moved_blocks
 from delible.train.recipe import Recipe
 from delible.train.slots import Placement
 from delible.train.step import Step
@@ -89,16 +89,16 @@ def test_the_first_block_that_changes(family: str) -> None:
     for layer in range(3):
         for role in ("attention", "mlp_out", "block"):
             names = lm.anatomy.parameter_names(layer, role)  # type: ignore[arg-type]
-            assert first_moved(lm, [parameters[name] for name in names]) == layer
-    assert first_moved(lm, parameters.values()) == 0
+            assert moved_blocks(lm, [parameters[name] for name in names]) == [layer]
+    assert moved_blocks(lm, parameters.values()) == [0, 1, 2, 3]
     embedding = lm.core.get_submodule(lm.anatomy.embedding).weight
-    assert first_moved(lm, [embedding]) == 0
+    assert moved_blocks(lm, [embedding]) == [0]
     assert lm.anatomy.norm is not None
     norm = list(lm.core.get_submodule(lm.anatomy.norm).parameters())
-    assert first_moved(lm, norm) == 3
+    assert moved_blocks(lm, norm) == [3]
     head = lm.core.get_submodule(lm.anatomy.head).weight
-    assert first_moved(lm, [head]) == (0 if head is embedding else 3)
-    assert first_moved(lm, []) == 3
+    assert moved_blocks(lm, [head]) == [0 if head is embedding else 3]
+    assert moved_blocks(lm, []) == []
 
 
 # ---- rows that a loss says nothing about

@@ -101,7 +101,9 @@ def test_every_recipe_has_a_space_that_holds_its_own_values() -> None:
     for name in registry.recipe_files():
         method = resolve_method(name)
         found = space(method)
-        assert {"training.learning_rate", "training.epochs"} <= set(found), name
+        adaptive = method.value("training.optimizer") == "adamw"  # or the balance is searched
+        rate = "training.learning_rate" if adaptive else "balance.forget_norm"
+        assert {rate, "training.epochs"} <= set(found), name
         for option, bounds in found.items():
             own = method.value(option)
             assert bounds.low <= own <= bounds.high, f"{name}: {option}"

@@ -9,6 +9,9 @@ cache) is seen by each.
 **One new token per row.** The fused kernel of a processor is made for many queries; for one it
 takes longer than the two products that it consists of (3.3 against 2.4 ms a layer with 160 rows,
 fp32). In bf16 the products would round what the kernel keeps in fp32, so there it stays.
+
+**Weights that are read.** Fused kernels give no weights; the plain attention does, for as long as
+somebody reads them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +29,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from delible.errors import ModelError
 from delible.lm.body import Body, numbers
+from delible.lm.identity import only_reads
 
 _TEXTS, _TOKEN = "delible_texts", "delible_token"
 
@@ -84,6 +89,42 @@ def token_by_token(lm: Body) -> Iterator[None]:
     replaced = fused and lm.grows_trees and lm.precision == "float32"
     with _replaced(lm, _TOKEN) if replaced else nullcontext():
         yield
+
+
+@contextmanager
+def weights_read(
+    lm: Body, layers: Sequence[int]
+) -> Iterator[dict[int, Float[Tensor, "rows heads query key"]]]:
+    """Within it attention is the plain one; after a call the weights of blocks, with gradient.
+
+    Rows of weights sum to 1 over the keys that a query sees. Memory: rows x heads x sequence^2
+    values per block.
+
+    Raises:
+        ModelError: The attention of a block tells no weights.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def reading(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if not torch.is_tensor(weights):
+                raise ModelError(
+                    f"the attention of layer {layer} tells no weights.",
+                    where=lm.anatomy.class_name,
+                    hint="Choose a method that reads hidden states, such as rmu.",
+                )
+            seen[layer] = weights
+
+        return only_reads(hook)  # type: ignore[no-any-return]
+
+    with ExitStack() as stack:
+        for layer in layers:
+            module = lm.core.get_submodule(lm.anatomy.path(layer, lm.anatomy.attention))
+            stack.callback(module.register_forward_hook(reading(layer)).remove)
+        if layers:
+            stack.enter_context(_replaced(lm, "eager"))
+        yield seen
 
 
 @contextmanager

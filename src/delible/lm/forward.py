@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from delible.lm.attention import weights_read
 from delible.lm.body import Body, shared_prefix
 from delible.lm.hooks import capture, truncated
 from delible.lm.layout import beginning, padded_rows, told
@@ -31,6 +32,14 @@ HEAD_CHUNK_ELEMENTS = 64 * 1024 * 1024
 
 #: Per-token values from logits: (logits [tokens, vocab] in fp32, targets [tokens]) -> [tokens]
 TokenFunction = Callable[[Tensor, Tensor], Tensor]
+#: What is read inside a block: its output (the block's index), what its MLP gives (``"mlp.3"``),
+#: or the weights of its attention (``"attention.3"``).
+Inside = int | str
+
+
+def block_of(what: Inside) -> int:
+    """The block in which something is read."""
+    return what if isinstance(what, int) else int(what.partition(".")[2])
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,8 @@ class Forward(nn.Module):
     """The model's body as one module, so that DDP and FSDP see every pass.
 
     Returns the final hidden states at the positions that predict answer tokens, shape
-    [tokens, hidden], and the outputs of the blocks in ``layers``, each [batch, sequence, hidden].
+    [tokens, hidden], and what is read inside blocks: outputs of blocks and of their MLPs, each
+    [batch, sequence, hidden], and weights of attention, each [batch, heads, sequence, sequence].
     """
 
     def __init__(self, lm: Body) -> None:
@@ -133,23 +143,34 @@ class Forward(nn.Module):
         self._lm = [lm]  # a list, so that the Body is not registered as a submodule
 
     def forward(
-        self, batch: Batch, layers: tuple[int, ...] = (), final: bool = True
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        self, batch: Batch, inside: tuple[Inside, ...] = (), final: bool = True
+    ) -> tuple[Tensor | None, dict[Inside, Tensor]]:
         lm = self._lm[0]
         anatomy, core = lm.anatomy, lm.core
         backbone = core.get_submodule(anatomy.backbone)
-        if not layers:
+        if not inside:
             batch = replace(batch, prefix=lm.alike(batch.prefix, batch.prompts))
             return _answer_states(_suffix_states(lm, backbone, batch), batch), {}
-        paths = {layer: f"{anatomy.blocks}.{layer}" for layer in layers}
+        weighed = [block_of(what) for what in inside if str(what).startswith("attention.")]
+        paths = {
+            what: anatomy.block_path(what)
+            if isinstance(what, int)
+            else anatomy.path(block_of(what), anatomy.mlp)
+            for what in inside
+            if isinstance(what, int) or what.startswith("mlp.")
+        }
         # hooks see the block's output before the final norm: the residual stream itself
         with (
             told(lm, padded_rows(batch.ids, batch.lengths, batch.starts)),
-            nullcontext() if final else truncated(core, anatomy, max(layers) + 1),
+            nullcontext() if final else truncated(core, anatomy, max(map(block_of, inside)) + 1),
             capture(core, list(paths.values())) as seen,
+            weights_read(lm, weighed) as weights,
         ):
             last = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-            states = {layer: seen[path] for layer, path in paths.items()}
+            # some families flatten batch and sequence before the MLP
+            shape = (*batch.ids.shape, -1)
+            states = {what: seen[path].reshape(shape) for what, path in paths.items()}
+            states |= {f"attention.{layer}": weights[layer] for layer in weighed}
         return (_answer_states(last, batch, offset=0) if final else None), states
 
 

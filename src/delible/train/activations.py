@@ -4,12 +4,14 @@ that its head would read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from delible.lm.forward import collate
 from delible.lm.identity import only_reads
@@ -17,6 +19,7 @@ from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
 from delible.train.batches import FORWARD_BUDGET, batches
 from delible.train.gradient_space import linear_layers
+from delible.train.randomness import generator
 from delible.train.row import Row
 from delible.train.row_losses import answer_loss
 from delible.watching import Stage, unwatched, watched
@@ -70,3 +73,76 @@ def mean_states(
             sums = torch.where(mask, states.double(), 0.0).sum(dim=1)
             found |= zip(part, (sums / batch.lengths[:, None]).cpu(), strict=True)
     return torch.stack([found[place] for place in range(len(rows))])
+
+
+@dataclass
+class Inputs:
+    """What a weight matrix reads.
+
+    Attributes:
+        moment: Mean of k k^T over its inputs k, float64.
+        tokens: Inputs behind it.
+        inputs_first: The matrix is [inputs, outputs] (``Conv1D``).
+    """
+
+    moment: Float[Tensor, "inputs inputs"]
+    tokens: int
+    inputs_first: bool
+
+
+@torch.no_grad()
+def input_moments(
+    lm: LM,
+    rows: Sequence[Row],
+    parameters: Iterable[nn.Parameter],
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    stage: Stage = unwatched,
+) -> dict[int, Inputs]:
+    """Second moments of the inputs of linear layers, by the identity of their weight.
+
+    Over all real positions but the first of each row. Weights of other modules are left out.
+
+    Args:
+        share: Of the positions, at random, but at least three for each input while there are any.
+    """
+    wanted = {id(value) for value in parameters}
+    found: dict[int, Inputs] = {}
+    modules = [
+        (id(module.weight), module)
+        for module in lm.core.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) in wanted
+    ]
+    positions = sum(len(row.encoded.ids) - 1 for row in rows)
+    kept: list[Tensor] = []
+
+    def reading(key: int, transposed: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            values = arguments[0].reshape(-1, arguments[0].shape[-1])[1:]
+            width = values.shape[1]
+            if key not in found:
+                empty = torch.zeros(width, width, dtype=torch.float64, device=values.device)
+                found[key] = Inputs(empty, 0, transposed)
+            least = max(share, min(1.0, 3 * width / max(1, positions)))
+            chosen = values[kept[0].to(values.device) < least].double()
+            found[key].moment += chosen.T @ chosen
+            found[key].tokens += len(chosen)
+
+        return hook
+
+    backbone = lm.core.get_submodule(lm.anatomy.backbone)
+    with lm.evaluating(), lm.computing(), ExitStack() as stack:
+        for key, module in modules:
+            seen_by = only_reads(reading(key, isinstance(module, Conv1D)))
+            stack.callback(module.register_forward_pre_hook(seen_by).remove)
+        each = ([row] for row in (rows if modules else ()))
+        for (row,) in watched(each, f"inputs of {len(modules)} matrices", len(rows), stage):
+            draws = torch.rand(len(row.encoded.ids) - 1, generator=generator(seed, row.key))
+            kept[:] = [draws]
+            batch = collate([row.encoded], lm.pad_id, lm.device)
+            with told(lm, padded_rows(batch.ids, batch.lengths, batch.starts)):
+                backbone(input_ids=batch.ids, use_cache=False)
+    for inputs in found.values():
+        inputs.moment /= max(1, inputs.tokens)
+    return found

@@ -63,7 +63,7 @@ def read_memory(folder: Path, device: torch.device) -> Memory:
     found = load_file(path) if path.exists() else {}
     memory: Memory = {}
     for joined in sorted(found, key=lambda name: int(name.rpartition("/")[2])):
-        memory.setdefault(joined.rpartition("/")[0], []).append(found[joined].to(device))
+        memory.setdefault(joined.rpartition("/")[0], []).append(found[joined].to(device, copy=True))
     return memory
 
 

@@ -32,12 +32,13 @@ from delible.train.fitting import described, shortened, split_passages
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Job, Loop
-from delible.train.losses import Keep, Role
+from delible.train.losses import Keep, Loss, Role
 from delible.train.needs import GIVEN_ROLES, check_needs
+from delible.train.optimizers import make_optimizer
 from delible.train.plan import Plan, make_plan
 from delible.train.processes import open_processes
 from delible.train.randomness import generator
-from delible.train.reach import check_reach, check_rows, first_moved
+from delible.train.reach import check_reach, check_rows, moved_blocks
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
@@ -155,20 +156,21 @@ class Trainer:
         if silent:
             self.notes["rows_without_effect"] = silent
         weights = self.recipe.weigh.weights(context)
-        reference = self._learned(context)
         placement = self.recipe.place.apply(context)
         if not placement.parameters:
             raise RecipeError(
                 "no parameter may move.", where=f"place '{self.recipe.place.card.name}'"
             )
-        check_reach(self.recipe, self.lm, first_moved(self.lm, placement.parameters.values()))
+        moving = moved_blocks(self.lm, placement.parameters.values())
+        self._settle([block for block in moving if block < self.lm.anatomy.layers])
+        check_reach(self.recipe, self.lm, min(moving, default=self.lm.anatomy.layers))
         self._widen(placement)
         plan = make_plan(
             self.recipe, context.rows["forget"], context.rows["retain"], self.context.seed
         )
         self.recipe.finish.check(len(plan.steps))
-        self._prepare(reference, context, plan)
-        optimizer = self._optimizer(placement)
+        reference = self._reference(context, plan)
+        optimizer = make_optimizer(self.recipe.training, placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
         job = Job(
@@ -202,6 +204,13 @@ class Trainer:
         )
 
     # ---- before the first step
+
+    def _settle(self, moving: Sequence[int]) -> None:
+        """The losses, once it is known in which blocks weights move."""
+        objective = self.recipe.objective.settled(moving)
+        keep = self.recipe.keep.settled(moving)
+        self.recipe = self.recipe.model_copy(update={"objective": objective, "keep": keep})
+        self.keep = None if self.keep is None else keep
 
     def rows(self) -> SlotContext:
         """Tokenized rows of every role, with the forget rows that the recipe selects."""
@@ -320,19 +329,10 @@ class Trainer:
                 return told
         return None
 
-    def _learned(self, context: SlotContext) -> Reference:
-        """What losses learn of the reference model, of an earlier start of this run or now."""
+    def _reference(self, context: SlotContext, plan: Plan) -> Reference:
+        """The reference's values for rows, and what losses learn of it."""
         reference = Reference()
-        if self.run is not None:
-            reference.load(self.run.path / "checkpoint" / "reference")
-        for loss in (self.recipe.objective, self.keep):
-            if loss is not None:
-                lm = self.reference_lm or self.lm
-                reference.learn(loss, lm, context.rows, self.context.stage)
-        return reference
-
-    def _prepare(self, reference: Reference, context: SlotContext, plan: Plan) -> None:
-        """The reference's values for rows."""
+        folder = self.run.path / "checkpoint" / "reference" if self.run else None
         lm = self.reference_lm or self.lm
         objective, keep = self.recipe.objective, self.keep
         wanted: list[tuple[list[Row], tuple[str, ...]]] = [
@@ -342,26 +342,22 @@ class Trainer:
         if keep is not None:
             used = [context.rows["retain"][i] for i in sorted(plan.retain_indices)]
             wanted.append((used, keep.reference_kinds(self.lm)))
-        if any(kinds for _, kinds in wanted) or reference.values:
-            for rows, kinds in wanted:
-                if kinds:
-                    reference.prepare(lm, rows, kinds, self.context.stage)
-            if self.run is not None and self.run.writes and self.reference_lm is None:
-                reference.save(self.run.path / "checkpoint" / "reference")
-
-    def _optimizer(self, placement: Placement) -> torch.optim.Optimizer:
-        training = self.recipe.training
-        # with masks the engine decays by hand, so that frozen entries stay where they are
-        decay = 0.0 if placement.masks and placement.masked_decay else training.weight_decay
-        matrices = [value for value in placement.parameters.values() if value.ndim >= 2]
-        vectors = [value for value in placement.parameters.values() if value.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
-        )
+        losses: list[tuple[Loss, Mapping[str, Sequence[Row]]]] = [(objective, context.rows)]
+        if keep is not None:
+            losses.append((keep, {**context.rows, "retain": wanted[-1][0]}))
+        if folder is not None:
+            reference.load(folder)
+        for rows, kinds in wanted:
+            if kinds:
+                reference.prepare(lm, rows, kinds, self.context.stage)
+        for loss, known in losses:
+            if not reference.knows(loss.full_name):
+                seed, stage = self.context.seed, self.context.stage
+                reference.learn(loss.full_name, loss.learn(lm, known, reference, seed, stage))
+        own = self.reference_lm is None and reference.values
+        if own and self.run is not None and self.run.writes:
+            reference.save(self.run.path / "checkpoint" / "reference")
+        return reference
 
     def token_budget(self) -> int:
         chosen = self.recipe.training.micro_batch_tokens

@@ -31,6 +31,11 @@ def words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each word of a text, in order."""
+    return [match.span() for match in _WORD.finditer(text)]
+
+
 def keywords_of(texts: Sequence[str], others: Sequence[str], share: float) -> frozenset[str]:
     """The words with the largest weight tf(w) log((1 + texts) / (1 + texts with w)).
 
@@ -131,7 +136,7 @@ def name_tokens(
         before: The tokens before ``ids``, which are not part of the text that is looked at.
         ids: The tokens of the text. Special tokens are False.
     """
-    text, places = _decoded(tokenizer, before, ids)
+    text, places = decoded(tokenizer, before, ids)
     spans = name_spans(text, contexts, subject)
     special = set(tokenizer.all_special_ids)
     return tuple(
@@ -140,7 +145,24 @@ def name_tokens(
     )
 
 
-def _decoded(
+def tokens_of(
+    tokenizer: Any, ids: Sequence[int], text: str, before: int | None = None
+) -> tuple[int, int] | None:
+    """First token of a text's last occurrence as whole words, and behind its last one.
+
+    Args:
+        before: Only among so many of the first tokens.
+    """
+    said, places = decoded(tokenizer, (), ids[:before])
+    found = list(re.finditer(rf"(?<!\w){re.escape(text)}(?!\w)", said))
+    if not text or not found:
+        return None
+    first, last = found[-1].span()
+    inside = [index for index, (start, end) in enumerate(places) if start < last and first < end]
+    return (inside[0], inside[-1] + 1) if inside else None
+
+
+def decoded(
     tokenizer: Any, before: Sequence[int], ids: Sequence[int]
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of ``ids`` and each token's place in it; tokens of one character share its place."""

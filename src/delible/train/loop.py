@@ -151,7 +151,11 @@ class Loop:
         if not math.isfinite(norm) or not math.isfinite(forget):
             self._collapse(step, "the loss or its gradient is not finite")
         mask_gradients(self.placement, self.masks)
-        with held_outside(self.placement, self.masks):
+        moving = list(self.placement.parameters.values())
+        with (
+            held_outside(self.placement, self.masks),
+            self.job.recipe.balance.updating(moving, self.memory),
+        ):
             self.optimizer.step()
             decay_masked(self.placement, self.masks, rate * self.training.weight_decay)
         for parameter in self.placement.parameters.values():
@@ -358,6 +362,7 @@ class Loop:
         if found is None or self.folder is None:
             self.monitor.begin(None)
             self.watch.begin(None)
+            self.memory |= self.job.recipe.balance.prepare(self.context, self.placement)
             return 0
         mine = self.job.context.run.manifest.get("identity") if self.job.context.run else None
         if found["identity"] != mine:

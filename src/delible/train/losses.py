@@ -6,15 +6,16 @@ The objective forgets, the keep loss keeps; both are slots of a recipe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
 
 from delible.component import Component
+from delible.train.reference import Reference
 from delible.train.row import Row, Unit
 from delible.train.step import Group, Reads, Step
-from delible.watching import Stage, unwatched
+from delible.watching import Stage
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -55,20 +56,35 @@ class Loss(Component):
         """Kinds of reference values with layers filled in."""
         return self.reference
 
-    def learn(
-        self, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage = unwatched
-    ) -> Mapping[str, Tensor]:
-        """What it needs to know of the reference model as a whole, as tensors; default: nothing.
+    def settled(self, moving: Sequence[int]) -> Self:
+        """The loss once it is known in which blocks weights move (ascending)."""
+        return self
 
-        Made once, before the first step, and kept with the reference values: a loss finds it as
-        ``group.reference.learned(NAME)``.
+    def learn(
+        self,
+        lm: LM,
+        rows: Mapping[str, Sequence[Row]],
+        reference: Reference,
+        seed: int,
+        stage: Stage,
+    ) -> Mapping[str, Tensor]:
+        """What it must know beside values of rows, by name: made once, before the first step.
+
+        A loss reads it as ``group.reference.learned(self.full_name, name)``; it is kept with the
+        reference's values, so that a resumed run reads the same bits.
 
         Args:
-            lm: The reference model.
-            rows: All rows of the run, by role.
+            lm: The reference model: the start model, unless another one is given.
+            rows: All rows of the run by role; of retain rows a keep loss gets those of its steps.
+            reference: Values of the rows that it reads, prepared.
             stage: Told by work that takes long.
         """
         return {}
+
+    @property
+    def full_name(self) -> str:
+        """Slot and name."""
+        return f"{self.card.kind} '{self.card.name}'"
 
 
 class Objective(Loss):

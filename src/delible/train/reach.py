@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from delible.errors import RecipeError, RunError
+from delible.lm.forward import block_of
 from delible.lm.lm import LM
 from delible.train.losses import Loss, Objective
 from delible.train.passes import Passes, Totals, nats_of
@@ -32,24 +33,25 @@ FORGOTTEN = 0.01
 def deepest_read(loss: Loss, lm: LM) -> int | None:
     """The last block that a loss reads; None: the model's own output."""
     reads = loss.reads(lm)
-    layers = [what for what in reads if isinstance(what, int)]
-    return max(layers) if layers and "answers" not in reads else None
+    blocks = [block_of(what) for what in reads if what != "answers"]
+    return max(blocks) if blocks and "answers" not in reads else None
 
 
-def first_moved(lm: LM, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """The first block whose output changes when the parameters do; the number of blocks: none."""
+def moved_blocks(lm: LM, parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+    """Blocks with some of the parameters, ascending; what is before the blocks counts as 0, what
+    is behind them as their number.
+    """
     anatomy, own = lm.anatomy, {id(value) for value in parameters}
     behind = tuple(f"{path}." for path in (anatomy.head, anatomy.norm) if path)
-    first = anatomy.layers
+    found = set()
     for name, value in lm.core.named_parameters():
         if id(value) not in own:
             continue
         if name.startswith(f"{anatomy.blocks}."):
-            block = int(name[len(anatomy.blocks) + 1 :].partition(".")[0])
+            found.add(int(name[len(anatomy.blocks) + 1 :].partition(".")[0]))
         else:
-            block = anatomy.layers if name.startswith(behind) else 0
-        first = min(first, block)
-    return first
+            found.add(anatomy.layers if name.startswith(behind) else 0)
+    return sorted(found)
 
 
 def check_reach(recipe: Recipe, lm: LM, first: int | None = None) -> None:

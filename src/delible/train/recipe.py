@@ -36,7 +36,13 @@ Strength = Literal["gentle", "normal", "strong"]
 class Training(Config):
     """How long, how fast and how carefully."""
 
-    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(
+        1e-5, gt=0, le=1, description="Peak learning rate of the optimiser."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="AdamW, or plain gradient descent: each step is the rate times the "
+        "gradient.",
+    )  # fmt: skip
     learning_rate_width: int | None = Field(
         None, ge=1,
         description="Hidden size that the learning rate is meant for: another model's rate is "
@@ -53,7 +59,7 @@ class Training(Config):
     warmup_share: float = Field(
         0.0, ge=0, lt=1, description="Share of all steps with linear warm-up, instead of a number."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimiser.")
     max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm.")
     micro_batch_tokens: int | Literal["auto"] = Field(
         "auto", description="Padded tokens per pass; auto: what the free memory allows."

@@ -10,36 +10,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from delible.cards import Card
+from delible.errors import RecipeError
 from delible.files import atomic_folder
-from delible.lm.forward import Forward, collate, map_logits, target_logprobs
+from delible.lm.forward import Forward, Inside, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
 from delible.train.row import Row
 from delible.watching import Stage, unwatched, watched
-
-
-class Learning(Protocol):
-    """A loss that may want to know the reference model as a whole."""
-
-    @property
-    def card(self) -> Card: ...
-
-    def learn(
-        self, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage
-    ) -> Mapping[str, Tensor]: ...
 
 
 class Reference:
     """A cache of reference values by row.
 
     Kinds of values: ``"logprobs"`` [answer], ``"answers"`` [answer, hidden] (with a frozen head)
-    and ``"hidden.L"`` [sequence, hidden] for the output of block L. Beside them stands what losses
+    and, inside block L, ``"hidden.L"`` [sequence, hidden] (its output), ``"mlp.L"``
+    [sequence, hidden] and ``"attention.L"`` (weights of its attention on and below the diagonal,
+    [heads, sequence * (sequence + 1) / 2] in half precision). Beside them stands what losses
     learned of the reference model as a whole.
     """
 
@@ -50,28 +40,33 @@ class Reference:
     def get(self, what: str, key: str) -> Tensor:
         return self.values[f"{what}/{key}"]
 
+    def learned(self, loss: str, what: str) -> Tensor:
+        """A tensor that a loss learned before the first step.
+
+        Raises:
+            RecipeError: It has learned nothing: whoever asks does not prepare the loss.
+        """
+        key = f"learned/{loss}/{what}"
+        if key not in self.values:
+            raise RecipeError(
+                f"{loss} must look at the model before it can be computed, and was not asked to.",
+                hint="Choose another objective for what looks at gradients before training.",
+            )
+        return self.values[key]
+
+    def learn(self, loss: str, found: Mapping[str, Tensor]) -> None:
+        """Keeps what a loss learned."""
+        kept = {f"learned/{loss}/{what}": value.cpu() for what, value in found.items()}
+        self.values.update({key: value.contiguous().clone() for key, value in kept.items()})
+
+    def knows(self, loss: str) -> bool:
+        """Whether something is kept that a loss learned."""
+        return any(key.startswith(f"learned/{loss}/") for key in self.values)
+
     def head(self, states: Tensor) -> Tensor:
         if self._head is None:
             raise RuntimeError("no reference distribution was prepared")
         return self._head(states)
-
-    @torch.no_grad()
-    def learn(
-        self, loss: Learning, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage = unwatched
-    ) -> None:
-        """What a loss needs to know of the reference model ``lm``; once."""
-        if not self.learned(loss.card.name):
-            for name, value in loss.learn(lm, rows, stage).items():
-                self.values[f"learned.{loss.card.name}/{name}"] = value.detach().cpu().contiguous()
-
-    def learned(self, loss: str) -> dict[str, Tensor]:
-        """What the loss of a name has learned."""
-        before = f"learned.{loss}/"
-        return {
-            name.removeprefix(before): value
-            for name, value in self.values.items()
-            if name.startswith(before)
-        }
 
     @torch.no_grad()
     def prepare(
@@ -85,7 +80,7 @@ class Reference:
                 missing.setdefault(row.key, row)
         if "answers" in kinds and self._head is None:
             self._head = _frozen_head(lm)
-        layers = tuple(int(kind.split(".")[1]) for kind in kinds if kind.startswith("hidden."))
+        inside = tuple(map(_inside, (kind for kind in kinds if "." in kind)))
         final = "answers" in kinds or "logprobs" in kinds
         ordered = sorted(missing.values(), key=lambda row: len(row.for_reference.ids))
         forward, was_training = Forward(lm), lm.model.training
@@ -95,7 +90,7 @@ class Reference:
         )
         with lm.computing():
             for part in parts:
-                self._compute(lm, forward, part, kinds, layers, final)
+                self._compute(lm, forward, part, kinds, inside, final)
         lm.model.train(was_training)
 
     def _compute(
@@ -104,11 +99,11 @@ class Reference:
         forward: Forward,
         rows: Sequence[Row],
         kinds: Sequence[str],
-        layers: tuple[int, ...],
+        inside: tuple[Inside, ...],
         final: bool,
     ) -> None:
         batch = collate([row.for_reference for row in rows], lm.pad_id, lm.device)
-        states, hidden = forward(batch, layers, final)
+        states, seen = forward(batch, inside, final)
         counts = [row.encoded.answer_tokens for row in rows]
         if states is not None and "logprobs" in kinds:
             values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
@@ -117,10 +112,16 @@ class Reference:
         if states is not None and "answers" in kinds:
             for row, part in zip(rows, states.split(counts), strict=True):
                 self.values[f"answers/{row.key}"] = part.float().cpu().clone()
-        for layer, block in hidden.items():
-            for row, part in zip(rows, block, strict=True):
-                kept = part[: len(row.for_reference.ids)].float().cpu().clone()
-                self.values[f"hidden.{layer}/{row.key}"] = kept
+        for what, found in seen.items():
+            kind = f"hidden.{what}" if isinstance(what, int) else what
+            for row, part in zip(rows, found, strict=True):
+                length = len(row.for_reference.ids)
+                if kind.startswith("attention."):
+                    below = torch.tril_indices(length, length, device=part.device)
+                    kept = part[:, below[0], below[1]].half()
+                else:
+                    kept = part[:length].float()
+                self.values[f"{kind}/{row.key}"] = kept.cpu().clone()
 
     def save(self, folder: Path) -> None:
         """Writes the values, so that a resumed run reads the same bits."""
@@ -132,7 +133,14 @@ class Reference:
         """Reads what :meth:`save` wrote, if anything."""
         path = folder / "values.safetensors"
         if path.exists():
-            self.values.update(load_file(path))
+            # copies: a tensor of a file need not begin where a tensor does that was computed, and
+            # the order of sums depends on that
+            self.values.update({key: value.clone() for key, value in load_file(path).items()})
+
+
+def _inside(kind: str) -> Inside:
+    where, _, layer = kind.partition(".")
+    return int(layer) if where == "hidden" else kind
 
 
 def _parts(lm: LM, ordered: Sequence[Row]) -> Iterator[Sequence[Row]]:

@@ -16,6 +16,7 @@ from delible.train.losses import Objective
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.step import Reads, make_step
+from delible.watching import unwatched
 
 #: A value per row from the model: (model, rows) -> [rows], differentiable.
 RowLoss = Callable[[LM, Sequence[Row]], Tensor]
@@ -49,9 +50,10 @@ class ObjectiveLoss:
     ) -> ObjectiveLoss:
         """The loss whose reference model is ``lm`` as it is now."""
         reference = Reference()
-        reference.learn(objective, lm, rows)
         for role in objective.roles:
             reference.prepare(lm, rows[role], objective.reference_kinds(lm))
+        found = objective.learn(lm, rows, reference, 0, unwatched)
+        reference.learn(objective.full_name, found)
         return cls(objective, rows, reference)
 
     def __call__(self, lm: LM, rows: Sequence[Row]) -> Float[Tensor, " rows"]:

@@ -8,6 +8,7 @@ a balancer or sampler must remember lives in the ``state`` it is handed (numbers
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -177,6 +178,16 @@ class Balance(Component):
     def start(self) -> State:
         """What is remembered, at the beginning."""
         return {}
+
+    def prepare(self, context: SlotContext, placement: Placement) -> Memory:
+        """Before the first step, at the start model: tensors that the run remembers."""
+        return {}
+
+    def updating(
+        self, parameters: Sequence[torch.nn.Parameter], memory: Memory
+    ) -> AbstractContextManager[None]:
+        """Context of the optimiser's update, which may bound the change of the weights."""
+        return nullcontext()
 
     def weights(self, state: State) -> tuple[float, float]:
         """Weights of the forget and of the retain loss at this step."""

@@ -17,13 +17,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from delible.lm.forward import Batch, Forward, collate, map_logits, scatter, target_logprobs
+from delible.lm.forward import (
+    Batch,
+    Forward,
+    Inside,
+    collate,
+    map_logits,
+    scatter,
+    target_logprobs,
+)
 from delible.lm.lm import LM
 from delible.train.reference import Reference
 from delible.train.row import Row, Unit
 
-#: What a loss may read: answer log-probabilities or logits ("answers"), or block outputs by layer.
-Reads = Literal["answers"] | int
+#: What a loss may read: answer log-probabilities or logits ("answers"), or what is inside blocks.
+Reads = Literal["answers"] | Inside
 #: (logits [tokens, vocab], targets [tokens], perhaps reference logits) -> values [tokens]
 _GroupFunction = Callable[..., Tensor]
 #: Tensors, or tuples and mappings of them.
@@ -71,7 +79,7 @@ class _Pass:
     lm: LM
     forward: torch.nn.Module
     groups: dict[str, Sequence[Row]]
-    layers: tuple[int, ...]
+    inside: tuple[Inside, ...]
     final: bool
 
     @cached_property
@@ -80,9 +88,9 @@ class _Pass:
         return collate(rows, self.lm.pad_id, self.lm.device)
 
     @computed_once
-    def outputs(self) -> tuple[Tensor | None, dict[int, Tensor]]:
+    def outputs(self) -> tuple[Tensor | None, dict[Inside, Tensor]]:
         with self.lm.computing():
-            return self.forward(self.batch, self.layers, self.final)  # type: ignore[no-any-return]
+            return self.forward(self.batch, self.inside, self.final)  # type: ignore[no-any-return]
 
     def rows_of(self, name: str) -> slice:
         start = 0
@@ -213,6 +221,14 @@ class Group:
         """Output of block ``layer`` (the residual stream after it)."""
         return self._pass.outputs[1][layer][self._slice]
 
+    def mlp(self, layer: int) -> Float[Tensor, "batch sequence hidden"]:
+        """What the MLP of block ``layer`` gives (read as ``"mlp.LAYER"``)."""
+        return self._pass.outputs[1][f"mlp.{layer}"][self._slice]
+
+    def attention(self, layer: int) -> Float[Tensor, "batch heads query key"]:
+        """Weights of the attention of block ``layer`` (read as ``"attention.LAYER"``)."""
+        return self._pass.outputs[1][f"attention.{layer}"][self._slice]
+
     def _map(self, function: _GroupFunction, targets: Tensor) -> Tensor:
         with self._pass.lm.computing():
             return map_logits(
@@ -246,17 +262,36 @@ class ReferenceGroup:
         """As :attr:`Group.answer_states`, without gradient."""
         return torch.cat([self.cache.get("answers", row.key) for row in self.rows]).to(self.device)
 
-    def learned(self, loss: str) -> dict[str, Tensor]:
-        """What the loss of a name has learned of the reference model (:meth:`Loss.learn`)."""
-        return {name: value.to(self.device) for name, value in self.cache.learned(loss).items()}
-
     def head(self, states: Tensor) -> Tensor:
         """The reference model's head (a frozen copy)."""
         return self.cache.head(states)
 
     def hidden(self, layer: int, width: int) -> Float[Tensor, "batch sequence hidden"]:
         """As :meth:`Group.hidden`, padded with zeros to ``width`` positions."""
-        values = self._padded(f"hidden.{layer}")
+        return self._wide(f"hidden.{layer}", width)
+
+    def mlp(self, layer: int, width: int) -> Float[Tensor, "batch sequence hidden"]:
+        """As :meth:`Group.mlp`, padded with zeros to ``width`` positions."""
+        return self._wide(f"mlp.{layer}", width)
+
+    def attention(self, layer: int, width: int) -> Float[Tensor, "batch heads query key"]:
+        """As :meth:`Group.attention`, padded with zeros to ``width`` positions; half precision."""
+        found = []
+        for row in self.rows:
+            packed = self.cache.get(f"attention.{layer}", row.key).to(self.device).float()
+            length = len(row.for_reference.ids)
+            whole = packed.new_zeros(len(packed), width, width)
+            below = torch.tril_indices(length, length, device=self.device)
+            whole[:, below[0], below[1]] = packed
+            found.append(whole)
+        return torch.stack(found)
+
+    def learned(self, loss: str, what: str) -> Tensor:
+        """A tensor that a loss learned before the first step (:meth:`losses.Loss.learn`)."""
+        return self.cache.learned(loss, what).to(self.device)
+
+    def _wide(self, what: str, width: int) -> Tensor:
+        values = self._padded(what)
         missing = width - values.shape[1]
         return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
 
@@ -341,9 +376,9 @@ def make_step(
         totals: Units of the whole optimiser step, where this is only a part of it.
     """
     wanted = {what for role in rows for what in reads.get(role, ())}
-    layers = tuple(sorted(what for what in wanted if isinstance(what, int)))
+    inside = tuple(sorted((what for what in wanted if what != "answers"), key=str))
     shared = _Pass(
-        lm, forward or Forward(lm), dict(rows), layers, "answers" in wanted or not layers
+        lm, forward or Forward(lm), dict(rows), inside, "answers" in wanted or not inside
     )
     return Step(
         {

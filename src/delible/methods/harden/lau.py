@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.errors import ModelError, RecipeError
-from delible.lm.forward import Batch, map_logits, target_logprobs
+from delible.lm.forward import Batch, block_of, map_logits, target_logprobs
 from delible.lm.hooks import capture, steer
 from delible.lm.lm import LM
 from delible.registry import register
@@ -268,7 +268,7 @@ class LAU(Harden):
         """Refuses a perturbation that the forget loss cannot see."""
         assert passes.objective is not None
         reads = passes.objective.reads(passes.lm)
-        layers = [what for what in reads if isinstance(what, int)]
+        layers = [block_of(what) for what in reads if what != "answers"]
         layer = passes.lm.anatomy.layer_at(self.depth)
         if len(layers) == len(reads) and layers and max(layers) < layer:
             raise RecipeError(

@@ -21,7 +21,7 @@ code), so that no batch decides it. The layer is a depth; 7 / 32 is layer 7 of a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,27 +30,12 @@ from torch import Tensor
 
 from delible.registry import register
 from delible.train.losses import Objective
-from delible.train.randomness import generator
+from delible.train.representation import Direction, control_vector, squared_distance
 from delible.train.row import Unit
 from delible.train.step import Reads, Step
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
-
-Direction = Literal["uniform", "gaussian"]
-
-
-def control_vector(size: int, direction: Direction, seed: int) -> Float[Tensor, " hidden"]:
-    """A random unit vector, the same for the same arguments.
-
-    ``uniform`` draws from [0, 1): all entries are positive, and two such vectors have a cosine
-    of about 0.75. ``gaussian`` draws any direction.
-    """
-    random = generator(seed, "rmu", direction, size)
-    draw = torch.rand if direction == "uniform" else torch.randn
-    vector: Tensor = draw(size, generator=random)
-    unit: Tensor = vector / torch.linalg.vector_norm(vector)
-    return unit
 
 
 def mean_norm(
@@ -59,16 +44,6 @@ def mean_norm(
     """Mean length of each row's states over its real positions."""
     norms: Tensor = torch.linalg.vector_norm(states.float(), dim=2) * positions
     return norms.sum(dim=1) / positions.sum(dim=1)
-
-
-def rmu(
-    states: Float[Tensor, "rows sequence hidden"],
-    target: Float[Tensor, "rows hidden"],
-    positions: Bool[Tensor, "rows sequence"],
-) -> Float[Tensor, " rows"]:
-    """Squared distance to the row's target, mean over hidden, sum over real positions."""
-    difference = torch.where(positions[..., None], states.float() - target[:, None], 0.0)
-    return difference.pow(2).mean(dim=2).sum(dim=1)
 
 
 @register(
@@ -125,4 +100,4 @@ class RMU(Objective):
         if self.adaptive is not None:
             frozen = forget.reference.hidden(layer, states.shape[1])
             length = self.adaptive * mean_norm(frozen, positions)
-        return rmu(states, length[:, None] * unit, positions)
+        return squared_distance(states, (length[:, None] * unit)[:, None], positions)

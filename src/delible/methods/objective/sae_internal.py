@@ -43,9 +43,10 @@ from delible.intervene.sae_training import Training, trained_sae
 from delible.intervene.sites import Site, marked
 from delible.registry import register
 from delible.train.losses import Objective, Role
+from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.step import Group, Reads, Step
-from delible.watching import Stage, unwatched
+from delible.watching import Stage
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -123,6 +124,10 @@ def end_of_name(row: Row) -> int | None:
     return max((place for place, mark in enumerate(marks) if mark), default=None)
 
 
+#: What is learned before the first step.
+LEARNED = ("encoder", "bias", "known", "unknown", "scale", "chosen")
+
+
 @register(
     kind="objective",
     name="sae_internal",
@@ -174,7 +179,12 @@ class SAEInternal(Objective):
         return end_of_name(row) is not None
 
     def learn(
-        self, lm: LM, rows: Mapping[str, Sequence[Row]], stage: Stage = unwatched
+        self,
+        lm: LM,
+        rows: Mapping[str, Sequence[Row]],
+        reference: Reference,
+        seed: int,
+        stage: Stage,
     ) -> dict[str, Tensor]:
         names = list(dict.fromkeys(row.subject for row in rows["known"] if row.subject))
         made = unknown_names(names, self.seed)
@@ -198,7 +208,8 @@ class SAEInternal(Objective):
         }  # fmt: skip
 
     def loss(self, step: Step) -> Float[Tensor, " rows"]:
-        told = step.forget.reference.learned(self.card.name)
+        reference = step.forget.reference
+        told = {name: reference.learned(self.full_name, name) for name in LEARNED}
         names = Directions(told["known"], told["unknown"], told["scale"])
         own, other = (self._at_name(group, told) for group in (step.forget, step.groups["known"]))
         before = self._at_name(step.groups["known"], told, start=True)

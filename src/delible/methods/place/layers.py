@@ -13,23 +13,17 @@ index, and parts are found by the model's anatomy instead of by an index into it
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
 from delible.registry import register
+from delible.train.placing import Part, placed_in
 from delible.train.slots import Place, Placement, SlotContext
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
-
-logger = logging.getLogger(__name__)
-
-#: Part of a block that moves.
-Part = Literal["mlp_out", "mlp", "attention", "all"]
 
 
 def chosen_layers(
@@ -82,28 +76,4 @@ class Layers(Place):
         return chosen_layers(lm.anatomy, self.depth, self.below, self.layers)
 
     def apply(self, context: SlotContext) -> Placement:
-        anatomy, model = context.lm.anatomy, context.lm.model
-        layers = self.moving_blocks(context.lm)
-        role: Literal["mlp_out", "mlp", "attention", "block"] = (
-            "block" if self.role == "all" else self.role
-        )
-        names = {name for layer in layers for name in anatomy.parameter_names(layer, role)}
-        trained = {
-            name: parameter
-            for name, parameter in context.lm.core.named_parameters()
-            if name in names and parameter.is_floating_point()
-        }
-        if not trained:
-            raise RecipeError(
-                f"the layers {layers} have no '{self.role}' weights.",
-                where=f"place 'layers' on {anatomy.class_name}",
-                hint="Choose another role: mlp_out, mlp, attention or all.",
-            )
-        model.requires_grad_(False)
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-        logger.info(
-            f"place: {self.role} of layers {', '.join(map(str, layers))} "
-            f"({sum(parameter.numel() for parameter in trained.values()):,} weights)"
-        )
-        return Placement(trained)
+        return placed_in(context.lm, self.moving_blocks(context.lm), self.role, "layers")
