@@ -178,8 +178,12 @@ class Balance(Component):
         """What is remembered, at the beginning."""
         return {}
 
-    def weights(self, state: State) -> tuple[float, float]:
-        """Weights of the forget and of the retain loss at this step."""
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
+        """Weights of the forget and of the retain loss at this step.
+
+        Args:
+            progress: Share of the run's planned steps that are done, in [0, 1).
+        """
         raise NotImplementedError
 
     def gradient(self, passes: Passes, harden: Harden) -> None:

@@ -100,12 +100,24 @@ class Group:
     Attributes:
         rows: The rows.
         reference: The same values of the reference model, from the cache.
+        totals: Units of this role in the whole optimiser step; None: these rows are all of it.
     """
 
     name: str
     rows: Sequence[Row]
     reference: ReferenceGroup
     _pass: _Pass = field(repr=False)
+    totals: Mapping[Unit, int] | None = None
+
+    def units(self, unit: Unit) -> int:
+        """Units that the rows of this role have in the whole optimiser step.
+
+        For a loss of several means: values times ``units(unit) / units(other)`` are averaged over
+        the latter when the engine divides by the former.
+        """
+        if self.totals is not None:
+            return self.totals[unit]
+        return sum(row.units(unit) for row in self.rows)
 
     @cached_property
     def _slice(self) -> slice:
@@ -269,22 +281,13 @@ class Step:
     questions with a refusal as answer) and what a generator makes (:data:`slots.Role`). All but
     ``retain`` are aligned row by row with ``forget``.
 
-    Attributes:
-        totals: Units of the whole optimiser step by role; empty: this micro-batch is all of it.
     """
 
     groups: Mapping[str, Group]
-    totals: Mapping[str, Mapping[Unit, int]] = field(default_factory=dict)
 
     def units(self, role: str, unit: Unit) -> int:
-        """Units that the rows of a role have in the whole optimiser step.
-
-        For a loss of several means: values times ``units(role, unit) / units(other, other_unit)``
-        are averaged over the latter when the engine divides by the former.
-        """
-        if role in self.totals:
-            return self.totals[role][unit]
-        return sum(row.units(unit) for row in self.groups[role].rows)
+        """Units that the rows of a role have in the whole optimiser step (:meth:`Group.units`)."""
+        return self.groups[role].units(unit)
 
     @property
     def forget(self) -> Group:
@@ -343,8 +346,10 @@ def make_step(
     )
     return Step(
         {
-            role: Group(role, part, ReferenceGroup(reference, part, lm.device), shared)
+            role: Group(
+                role, part, ReferenceGroup(reference, part, lm.device), shared,
+                (totals or {}).get(role),
+            )
             for role, part in rows.items()
-        },
-        totals or {},
-    )
+        }
+    )  # fmt: skip

@@ -3,7 +3,8 @@
     W x  becomes  W x + (alpha / rank) B A x
 
 with A random and B zero at the start, so that training starts from the model as it is. Every
-linear layer of the blocks gets one; the head and the embedding do not. The model wears the
+linear layer of the blocks gets one (or of the blocks between two depths); the head and the
+embedding do not. The model wears the
 adapter (PEFT) and is saved as an adapter; ``finish: merge_adapter`` adds it to the weights.
 
 Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does the work.
@@ -15,26 +16,30 @@ A mixture of experts that fuses its experts into one tensor gets no adapter ther
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
+from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Place, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
 
 
-def linear_layers(core: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Paths of every linear layer inside the blocks, in the order of the modules."""
+def linear_layers(core: nn.Module, anatomy: Anatomy, blocks: Sequence[int]) -> list[str]:
+    """Paths of every linear layer inside the given blocks, in the order of the modules."""
+    inside = tuple(f"{anatomy.block_path(block)}." for block in blocks)
     return [
         path
         for path, module in core.named_modules()
-        if path.startswith(f"{anatomy.blocks}.") and isinstance(module, (nn.Linear, Conv1D))
+        if path.startswith(inside) and isinstance(module, (nn.Linear, Conv1D))
     ]
 
 
@@ -57,6 +62,20 @@ class LoRA(Place):
 
     rank: int = Field(8, ge=1, description="Inner width of each product.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
+    first: float = Field(
+        0.0, ge=0, le=1, description="Depth of the first block with adapters: 0 the first, 1 the "
+        "last.",
+    )  # fmt: skip
+    last: float = Field(1.0, ge=0, le=1, description="Depth of the last block with adapters.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.first > self.last:
+            raise ValueError("first must not lie behind last")
+        return self
+
+    def moving_blocks(self, lm: LM) -> range:
+        return range(lm.anatomy.layer_at(self.first), lm.anatomy.layer_at(self.last) + 1)
 
     def apply(self, context: SlotContext) -> Placement:
         from peft import LoraConfig, get_peft_model  # slow to import
@@ -68,7 +87,8 @@ class LoRA(Place):
                 where="place 'lora'",
                 hint="Merge it first (finish: merge_adapter in the run that made it).",
             )
-        paths = linear_layers(lm.core, lm.anatomy)
+        blocks = self.moving_blocks(lm)
+        paths = linear_layers(lm.core, lm.anatomy, blocks)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -79,7 +99,7 @@ class LoRA(Place):
             bias="none",
             task_type="CAUSAL_LM",
         )
-        fused = _fused_experts(lm.core, lm.anatomy)
+        fused = _fused_experts(lm.core, lm.anatomy, blocks)
         with torch.random.fork_rng(devices=[]):
             seed = context.generator("place.lora").initial_seed()
             torch.default_generator.manual_seed(seed)
@@ -101,10 +121,11 @@ class LoRA(Place):
         return Placement(trained)
 
 
-def _fused_experts(core: nn.Module, anatomy: Anatomy) -> list[str]:
+def _fused_experts(core: nn.Module, anatomy: Anatomy, blocks: Sequence[int]) -> list[str]:
     """Names of expert weights of three dimensions, which are no linear layers."""
+    inside = tuple(f"{anatomy.block_path(block)}." for block in blocks)
     return [
         name
         for name, parameter in core.named_parameters()
-        if name.startswith(f"{anatomy.blocks}.") and parameter.dim() == 3
+        if name.startswith(inside) and parameter.dim() == 3
     ]
