@@ -180,10 +180,10 @@ def test_progress_is_that_of_the_run_whatever_its_length() -> None:
 # ---- the distance of retain states
 
 
-@pytest.mark.parametrize("likelihood", [0.0, 0.7])
-def test_distances_of_a_padded_batch_equal_float64_loops(likelihood: float) -> None:
+@pytest.mark.parametrize(("likelihood", "relative"), [(0.0, True), (0.7, True), (0.7, False)])
+def test_distances_of_a_padded_batch_equal_float64_loops(likelihood: float, relative: bool) -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
-    loss = HiddenDistance(depth=0.5, blocks=None, likelihood=likelihood)
+    loss = HiddenDistance(depth=0.5, blocks=None, likelihood=likelihood, relative=relative)
     rows = by_hand.all_rows(lm)
     reference = by_hand.prepared(frozen, rows, loss)
     found = by_hand.values(lm, loss, reference, rows).sum()
@@ -194,7 +194,8 @@ def test_distances_of_a_padded_batch_equal_float64_loops(likelihood: float) -> N
         nats -= by_hand.row_sum(lm, row)
         for layer in (0, 1):
             own, was = (by_hand.block_output(one, row, layer) for one in (lm, frozen))
-            far += sum(math.dist(x, y) for x, y in zip(own, was, strict=True)) / 2
+            for x, y in zip(own, was, strict=True):
+                far += math.dist(x, y) / 2 / (math.hypot(*y) if relative else 1)
     assert float(found) / positions == pytest.approx(
         far / positions + likelihood * nats / tokens, rel=1e-4
     )
@@ -214,7 +215,7 @@ def test_distance_is_not_squared_ignores_padding_and_has_a_gradient_of_zero_at_z
     states[0, 2] = math.nan  # padding may hold anything
     states.requires_grad_(True)
     frozen, positions = torch.zeros(1, 3, 2), torch.tensor([[True, True, False]])
-    value = hidden_distance([states, states], [frozen, frozen], positions)
+    value = hidden_distance([states, states], [frozen, frozen], positions, relative=False)
     assert value.tolist() == [5.0]
     value.sum().backward()  # type: ignore[no-untyped-call]
     assert states.grad is not None

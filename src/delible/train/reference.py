@@ -18,6 +18,7 @@ from torch import Tensor
 from delible.files import atomic_folder
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
+from delible.lm.template import Encoded
 from delible.train.row import Row
 from delible.watching import Stage, unwatched, watched
 
@@ -26,7 +27,8 @@ class Reference:
     """A cache of reference values by row.
 
     Kinds of values: ``"logprobs"`` [answer], ``"answers"`` [answer, hidden] (with a frozen head)
-    and ``"hidden.L"`` [sequence, hidden] for the output of block L.
+    and ``"hidden.L"`` [sequence, hidden] for the output of block L. ``"answers@NAME"`` are those of
+    rows that are read behind the text NAME (:attr:`Row.contexts`).
     """
 
     def __init__(self) -> None:
@@ -46,16 +48,29 @@ class Reference:
         self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], stage: Stage = unwatched
     ) -> None:
         """Computes what is missing for ``rows`` with the reference model ``lm``."""
-        kinds = sorted(set(kinds))
-        missing: dict[str, Row] = {}
+        by_context: dict[str, list[str]] = {}
+        for kind in sorted(set(kinds)):
+            plain, _, context = kind.partition("@")
+            by_context.setdefault(context, []).append(plain)
+        for context, plain_kinds in by_context.items():
+            self._prepare(lm, rows, plain_kinds, context, stage)
+
+    def _prepare(
+        self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], context: str, stage: Stage
+    ) -> None:
+        behind = f"@{context}" if context else ""
+        missing: dict[str, tuple[Row, Encoded]] = {}
         for row in rows:
-            if any(f"{kind}/{row.key}" not in self.values for kind in kinds):
-                missing.setdefault(row.key, row)
+            read = row.behind(context)
+            if read is not None and any(
+                f"{kind}{behind}/{row.key}" not in self.values for kind in kinds
+            ):
+                missing.setdefault(row.key, (row, read))
         if "answers" in kinds and self._head is None:
             self._head = _frozen_head(lm)
         layers = tuple(int(kind.split(".")[1]) for kind in kinds if kind.startswith("hidden."))
         final = "answers" in kinds or "logprobs" in kinds
-        ordered = sorted(missing.values(), key=lambda row: len(row.for_reference.ids))
+        ordered = sorted(missing.values(), key=lambda pair: len(pair[1].ids))
         forward, was_training = Forward(lm), lm.model.training
         lm.model.eval()
         parts = watched(
@@ -63,32 +78,35 @@ class Reference:
         )
         with lm.computing():
             for part in parts:
-                self._compute(lm, forward, part, kinds, layers, final)
+                found = self._compute(lm, forward, [one for _, one in part], kinds, layers, final)
+                for kind in kinds:
+                    for (row, _), value in zip(part, found[kind], strict=True):
+                        self.values[f"{kind}{behind}/{row.key}"] = value.float().cpu().clone()
         lm.model.train(was_training)
 
     def _compute(
         self,
         lm: LM,
         forward: Forward,
-        rows: Sequence[Row],
+        rows: Sequence[Encoded],
         kinds: Sequence[str],
         layers: tuple[int, ...],
         final: bool,
-    ) -> None:
-        batch = collate([row.for_reference for row in rows], lm.pad_id, lm.device)
+    ) -> dict[str, Sequence[Tensor]]:
+        """Values of rows by kind."""
+        batch = collate(rows, lm.pad_id, lm.device)
         states, hidden = forward(batch, layers, final)
-        counts = [row.encoded.answer_tokens for row in rows]
-        if states is not None and "logprobs" in kinds:
-            values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
-            for row, part in zip(rows, values.split(counts), strict=True):
-                self.values[f"logprobs/{row.key}"] = part.float().cpu().clone()
-        if states is not None and "answers" in kinds:
-            for row, part in zip(rows, states.split(counts), strict=True):
-                self.values[f"answers/{row.key}"] = part.float().cpu().clone()
-        for layer, block in hidden.items():
-            for row, part in zip(rows, block, strict=True):
-                kept = part[: len(row.for_reference.ids)].float().cpu().clone()
-                self.values[f"hidden.{layer}/{row.key}"] = kept
+        counts = [row.answer_tokens for row in rows]
+        found: dict[str, Sequence[Tensor]] = {
+            f"hidden.{layer}": [part[: len(row.ids)] for row, part in zip(rows, block, strict=True)]
+            for layer, block in hidden.items()
+        }
+        if states is not None:
+            found["answers"] = states.split(counts)
+            if "logprobs" in kinds:
+                values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
+                found["logprobs"] = values.split(counts)
+        return found
 
     def save(self, folder: Path) -> None:
         """Writes the values, so that a resumed run reads the same bits."""
@@ -103,10 +121,12 @@ class Reference:
             self.values.update(load_file(path))
 
 
-def _parts(lm: LM, ordered: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts(
+    lm: LM, ordered: Sequence[tuple[Row, Encoded]]
+) -> Iterator[Sequence[tuple[Row, Encoded]]]:
     """The longest rows first, as many at once as the budget allows."""
     while ordered:
-        count = max(1, lm.budget.tokens // len(ordered[-1].for_reference.ids))
+        count = max(1, lm.budget.tokens // len(ordered[-1][1].ids))
         part, ordered = ordered[-count:], ordered[:-count]
         yield part
 

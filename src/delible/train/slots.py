@@ -204,6 +204,10 @@ class Harden(Component):
     #: Whether forget and retain gradients may come from one pass at the same point.
     single_pass: ClassVar[bool] = False
 
+    def repeats(self) -> int:
+        """How many optimiser steps in a row are made on the same rows."""
+        return 1
+
     def forget(self, passes: Passes) -> None:
         """Adds the hardened gradient of the forget loss to ``.grad``."""
         raise NotImplementedError

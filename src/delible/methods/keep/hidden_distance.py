@@ -1,12 +1,13 @@
 """Retain loss: how far hidden states of retain rows are from where the reference had them.
 
-    loss = sum over positions of mean over blocks of |h_t - h_ref_t|
+    loss = sum over positions of mean over blocks of |h_t - h_ref_t| / |h_ref_t|
            + likelihood * (- log p of the answer, averaged over answer tokens)
 
 with h the output of a block, and its distance plain Euclidean, not squared: a small drift is pulled
 back as hard as a large one. Averaged over all real positions of the retain rows, prompt included.
 The retain half of circuit breakers (``likelihood`` 0, blocks up to the target) and of TAR
-(``likelihood`` 1, all blocks).
+(``likelihood`` 1, all blocks). Both papers leave out the division (``relative`` false): then the
+weight belongs to one model, as states are longer in another, and a cosine beside it is not.
 
 Paper: arXiv 2406.04313 (circuit breakers), 2408.00761 (TAR). Reference:
 github.com/GraySwanAI/circuit-breakers, github.com/rishub-tamirisa/tamper-resistance.
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from delible.lm.lm import LM
 
 
+#: Keeps a relative distance finite where a reference state is zero.
+TINY = 1e-6
+
+
 def spread(last: int, count: int | None) -> list[int]:
     """``count`` block indices, evenly spread over 0…last and ending at last; None: all."""
     if count is None or count > last:
@@ -45,12 +50,22 @@ def hidden_distance(
     states: Sequence[Float[Tensor, "rows sequence hidden"]],
     reference: Sequence[Float[Tensor, "rows sequence hidden"]],
     positions: Bool[Tensor, "rows sequence"],
+    *,
+    relative: bool,
 ) -> Float[Tensor, " rows"]:
-    """Euclidean distance per row, mean over blocks, sum over real positions; 0 or more."""
+    """Euclidean distance per row, mean over blocks, sum over real positions; 0 or more.
+
+    Args:
+        relative: In lengths of each reference state, instead of as it is.
+    """
     total = torch.zeros(len(positions), device=positions.device)
     for mine, frozen in zip(states, reference, strict=True):
         difference = torch.where(positions[..., None], mine.float() - frozen.float(), 0.0)
-        total = total + torch.linalg.vector_norm(difference, dim=2).sum(dim=1)
+        distance = torch.linalg.vector_norm(difference, dim=2)
+        if relative:
+            length = torch.linalg.vector_norm(frozen.float(), dim=2)
+            distance = distance / torch.where(positions, length, 1.0).clamp_min(TINY)
+        total = total + distance.sum(dim=1)
     return total / len(states)
 
 
@@ -65,7 +80,7 @@ def hidden_distance(
     needs=("retain", "reference"),
     changes="weights",
     badges=("parity", "variant"),
-    variant="Real positions only; by default four blocks stand for all.",
+    variant="Relative to the reference's states; real positions only; four blocks stand for all.",
 )
 class HiddenDistance(Keep):
     """Options of the distance of hidden states."""
@@ -75,6 +90,9 @@ class HiddenDistance(Keep):
     )
     blocks: int | None = Field(
         4, ge=1, description="Blocks up to there that are held, evenly spread; none: all of them."
+    )
+    relative: bool = Field(
+        True, description="Distances in lengths of the reference's states, instead of as they are."
     )
     likelihood: float = Field(
         0.0, ge=0, description="Weight of the answers' negative log-likelihood, added."
@@ -97,7 +115,7 @@ class HiddenDistance(Keep):
         states = [retain.hidden(layer) for layer in layers]
         width = states[0].shape[1]
         frozen = [retain.reference.hidden(layer, width) for layer in layers]
-        values = hidden_distance(states, frozen, retain.positions)
+        values = hidden_distance(states, frozen, retain.positions, relative=self.relative)
         if not self.likelihood:
             return values
         # the engine divides by positions, and this term is a mean over answer tokens
