@@ -49,6 +49,7 @@ from delible.train.step import Step
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
+    ("generate", "diversions"): {"max_new_tokens": 3, "attempts": 1},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
     ("guard", "aegisllm"): {"search_calls": 0},
@@ -65,6 +66,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "altpo"): {"generate": "alternates"},
     ("place", "tag_rows"): {"generate": "forget_protocol"},
+    ("objective", "elm"): {"generate": {"name": "diversions", "max_new_tokens": 3, "attempts": 1}},
     ("objective", "meow"): {"generate": "inverted_facts"},
     ("objective", "novice"): {"generate": "misconceptions"},
     ("objective", "tru"): {"generate": "reasoning_targets"},
