@@ -78,7 +78,7 @@ def test_pages_follow_from_their_numbers(effects: Any, path: Path) -> None:
 
 
 #: Recipes that were written after the sweeps, which take hours.
-LATER = ("elm", "ga_lat", "icku", "rmu_lat", "rr", "simnpo_sam", "tar")
+LATER = ("elm", "ga_lat", "icku", "random_mapping", "rmu_lat", "rr", "simnpo_sam", "tar")
 
 
 def test_badges_follow_from_the_sweeps(effects: Any) -> None:

@@ -198,9 +198,8 @@ def test_the_likeliest_tokens_equal_float64_loops() -> None:
         expected.append(-sum(by_hand.log_probability(z, y) for z, y in zip(own, best, strict=True)))
     assert found == pytest.approx(expected, rel=1e-5)
     logits = torch.tensor([[0.0, 1.0, 5.0]])
-    assert float(to_likeliest(logits, torch.tensor([[9.0, 0.0, 1.0]]))) == pytest.approx(
-        5.0250, 1e-3
-    )
+    value = float(to_likeliest(logits, torch.tensor([[9.0, 0.0, 1.0]])))
+    assert value == pytest.approx(5.0250, 1e-3)
 
 
 # ---- the diversions
@@ -252,11 +251,9 @@ def test_the_question_stands_behind_a_novice_and_before_a_diversion() -> None:
 
 
 def test_the_recipe_and_its_paper_preset() -> None:
-    recipe: Any = Recipe.named("elm")
-    assert (recipe.objective.eta, recipe.objective.temperature, recipe.objective.top) == (
-        1000, 1.2, 50,
-    )  # fmt: skip
     paper: Any = Recipe.named("elm@paper")
+    goal = paper.objective
+    assert (goal.eta, goal.temperature, goal.top) == (1000, 1.2, 50)
     assert (paper.place.rank, paper.training.learning_rate) == (256, 5e-5)
     for options in ({"eta": 0}, {"temperature": 0}, {"top": 0}, {"erase": -1}):
         with pytest.raises(Exception, match="elm"):

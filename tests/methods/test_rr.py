@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from delible.errors import RecipeError
+from delible.lm.anatomy import spread
 from delible.methods.balance.linear import Linear
-from delible.methods.keep.hidden_distance import HiddenDistance, hidden_distance, spread
+from delible.methods.keep.hidden_distance import HiddenDistance, hidden_distance
 from delible.methods.objective.rr import RR, nudged, rerouting
 from delible.testing.contract.trial import RECORDS
 from delible.testing.tiny import tiny_model, tiny_tokenizer

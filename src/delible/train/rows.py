@@ -156,7 +156,7 @@ def make_rows(
                     instruction,
                     contexts=contexts(record) if contexts else None,
                     whole_answer=whole_answer,
-                )  # fmt: skip
+                )
             )
     return rows
 

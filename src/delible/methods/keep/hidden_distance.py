@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
+from delible.lm.anatomy import spread
 from delible.registry import register
 from delible.train.losses import Keep
 from delible.train.row import Unit
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
 
 #: Keeps a relative distance finite where a reference state is zero.
 TINY = 1e-6
-
-
-def spread(last: int, count: int | None) -> list[int]:
-    """``count`` block indices, evenly spread over 0…last and ending at last; None: all."""
-    if count is None or count > last:
-        return list(range(last + 1))
-    return [(last + 1) * place // count - 1 for place in range(1, count + 1)]
 
 
 def hidden_distance(
