@@ -51,6 +51,7 @@ EDITING: dict[str, Any] = {"steps": 2, "contexts": 0, "most_divergence": 99, "mo
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "reva"): {"questions": 3, "max_new_tokens": 2},
     ("select", "memo"): {"stride": 12, "max_new_tokens": 16},
+    ("generate", "diversions"): {"max_new_tokens": 3, "attempts": 1},
     ("guard", "target_detector"): {"similarity": False},
     ("guard", "icul"): {"route": False, "context_length": 2},
     ("guard", "aegisllm"): {"search_calls": 0},
@@ -87,6 +88,7 @@ HOSTS: dict[tuple[str, str], dict[str, Any]] = {
     ("harden", "cir"): {"place": "layers"},  # a few matrices: it decomposes for each
     ("objective", "altpo"): {"generate": "alternates"},
     ("place", "tag_rows"): {"generate": "forget_protocol"},
+    ("objective", "elm"): {"generate": {"name": "diversions", "max_new_tokens": 3, "attempts": 1}},
     ("objective", "meow"): {"generate": "inverted_facts"},
     ("objective", "novice"): {"generate": "misconceptions"},
     ("objective", "sae_internal"): {"generate": "entity_carriers"},

@@ -265,7 +265,7 @@ def test_micro_batches_do_not_matter() -> None:
 def test_the_share_follows_the_losses_within_its_range() -> None:
     balance = LossShare(low=0.2, high=0.8)
     state = balance.start()
-    assert balance.weights(state) == (0.5, 0.5)
+    assert balance.weights(state, 0.0) == (0.5, 0.5)
     for forget, keep, alpha in ((3.0, 1.0, 0.75), (9.0, 0.1, 0.8), (0.1, 9.0, 0.2),
                                 (1.0, 1.5, 0.4), (0.0, 0.0, 0.4)):  # fmt: skip
         balance.observe(forget, keep, 0.0, state)

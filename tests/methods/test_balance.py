@@ -106,7 +106,7 @@ def test_with_a_constant_multiplier_it_is_the_weighted_sum() -> None:
     for balance in balances:
         passes = by_hand.passes_of(
             lm, MarginFlattening(), NLL(), by_hand.Reference(),
-            weights=balance.weights(balance.start()),
+            weights=balance.weights(balance.start(), 0.0),
         )  # fmt: skip
         passes.clear()
         balance.gradient(passes, NoHarden())
@@ -120,7 +120,7 @@ def test_a_constrained_quadratic_ends_at_its_solution(lambda0: float) -> None:
     balance = PrimalDual(epsilon=1.0, eta=0.05, lambda0=lambda0, warmup_epochs=1)
     state, x = balance.start(), 0.0
     for step in range(2000):
-        forget_weight, retain_weight = balance.weights(state)
+        forget_weight, retain_weight = balance.weights(state, 0.0)
         slope = forget_weight * 2 * (x - 3) + retain_weight * 2 * x
         if step == 20:
             assert state["lambda"] == lambda0  # the warm-up is over now

@@ -14,11 +14,12 @@ from delible.errors import ModelError, RecipeError
 from delible.lm.forward import Batch, Forward, collate
 from delible.lm.hooks import steer
 from delible.lm.lm import LM
-from delible.methods.harden.lau import LAU, ball, lengths, nll
+from delible.methods.harden.lau import LAU, ball, lengths
 from delible.records import QA
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.engine import Trainer
 from delible.train.passes import Passes, split
+from delible.train.perturbation import answer_sum
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
@@ -99,7 +100,7 @@ def attacked_nll(passes: Passes, group: Group, delta: Tensor | None, lau: LAU) -
             return states + mine
 
         with torch.no_grad(), steer(passes.lm.core, path, add, "input"):
-            found.append(nll(passes, batch))
+            found.append(-answer_sum(passes, batch))
     return torch.stack(found)
 
 
@@ -238,7 +239,7 @@ def test_the_answers_become_likelier_within_the_ball(family: str, depth: float) 
         return value
 
     with torch.no_grad(), steer(lm.core, path, look, "input"):
-        nll(passes, whole)
+        answer_sum(passes, whole)
     for place, row in enumerate(group.rows):
         h = states["h"][place, : len(row.encoded.ids)]
         mine = delta[place, : len(h)]

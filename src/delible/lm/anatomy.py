@@ -20,6 +20,13 @@ Role = Literal[
 ROLES: tuple[str, ...] = get_args(Role)
 
 
+def spread(last: int, count: int | None) -> list[int]:
+    """``count`` block indices, evenly spread over 0…last and ending at last; None: all."""
+    if count is None or count > last:
+        return list(range(last + 1))
+    return [(last + 1) * place // count - 1 for place in range(1, count + 1)]
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Paths of the parts of a causal language model.

@@ -236,6 +236,7 @@ class Trainer:
                 forget_told,
                 role=role,
                 whole_answer=role in WHOLE_ANSWERS,
+                contexts=recipe.objective.contexts if role == "forget" else None,
             )
             for role in ("forget", *partners)
         }

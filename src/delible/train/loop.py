@@ -240,7 +240,7 @@ class Loop:
             reference=self.reference,
             micro_batches=self._micro_batches(forget, retain),
             parameters=list(self.placement.parameters.values()),
-            weights=recipe.balance.weights(self.state),
+            weights=recipe.balance.weights(self.state, step / len(self.plan.steps)),
             forget_units=units,
             retain_units=keep_units,
             world=self.accelerator.num_processes,
@@ -249,7 +249,10 @@ class Loop:
             memory=self.memory,
             seed=self.job.context.seed,
             step=step,
-            units=units_of({role: [rows[role][i] for i in forget] for role in roles}),
+            units=units_of(
+                {str(role): [rows[role][i] for i in forget] for role in roles}
+                | {"retain": [rows["retain"][i] for i in retain]}
+            ),
         )
 
     def _micro_batches(self, forget: list[int], retain: list[int]) -> list[MicroBatch]:

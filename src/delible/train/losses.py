@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from delible.component import Component
+from delible.records import RecordBase
 from delible.train.reference import Reference
 from delible.train.row import Row, Unit
 from delible.train.step import Group, Reads, Step
@@ -89,6 +90,12 @@ class Loss(Component):
 
 class Objective(Loss):
     """The forget loss."""
+
+    def contexts(self, record: RecordBase) -> Mapping[str, str]:
+        """Texts before a record of the first role, by name, with each of which the reference model
+        reads it, too (for reference values ``"answers@NAME"``).
+        """
+        return {}
 
     def concerns(self, row: Row) -> bool:
         """Whether the loss says anything about a row of its first role."""

@@ -96,12 +96,12 @@ class Passes:
 
     def __post_init__(self) -> None:
         if self.units is None:
-            self.units = units_of(
-                {
-                    role: [row for micro in self.micro_batches for row in micro.forget[role]]
-                    for role in {role for micro in self.micro_batches for role in micro.forget}
-                }
-            )
+            of_steps = {
+                role: [row for micro in self.micro_batches for row in micro.forget[role]]
+                for role in {role for micro in self.micro_batches for role in micro.forget}
+            }
+            kept = [row for micro in self.micro_batches for row in micro.retain]
+            self.units = units_of({**of_steps, "retain": kept})
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A random generator of this step, the same whatever was drawn before."""

@@ -42,8 +42,9 @@ def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed
         pairs = recipe.sample.epoch(forget, retain, epoch, random)
         size = training.batch_size
         chunks = [tuple(pairs[at : at + size]) for at in range(0, len(pairs), size)]
-        per_epoch = len(chunks)
-        steps += chunks
+        repeated = [chunk for chunk in chunks for _ in range(recipe.harden.repeats())]
+        per_epoch = len(repeated)
+        steps += repeated
         if training.max_steps is not None and len(steps) >= training.max_steps:
             steps = steps[: training.max_steps]
             break

@@ -8,10 +8,19 @@ compute (devices, number of processes, FSDP) is left to the environment: it chan
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from delible.errors import RunError
+
+T = TypeVar("T")
+
+
+def gathered(items: list[T], world: int) -> list[T]:
+    """What all processes have, in the order of the processes; all of them must call it."""
+    return items if world == 1 else list(gather_object(items))
 
 
 def open_processes() -> Accelerator:

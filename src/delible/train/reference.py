@@ -19,6 +19,7 @@ from delible.errors import RecipeError
 from delible.files import atomic_folder
 from delible.lm.forward import Forward, Inside, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
+from delible.lm.template import Encoded
 from delible.train.row import Row
 from delible.watching import Stage, unwatched, watched
 
@@ -29,7 +30,8 @@ class Reference:
     Kinds of values: ``"logprobs"`` [answer], ``"answers"`` [answer, hidden] (with a frozen head)
     and, inside block L, ``"hidden.L"`` [sequence, hidden] (its output), ``"mlp.L"``
     [sequence, hidden] and ``"attention.L"`` (weights of its attention on and below the diagonal,
-    [heads, sequence * (sequence + 1) / 2] in half precision). Beside them stands what losses
+    [heads, sequence * (sequence + 1) / 2] in half precision). ``"answers@NAME"`` are those of rows
+    that are read behind the text NAME (:attr:`Row.contexts`). Beside them stands what losses
     learned of the reference model as a whole.
     """
 
@@ -73,16 +75,29 @@ class Reference:
         self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], stage: Stage = unwatched
     ) -> None:
         """Computes what is missing for ``rows`` with the reference model ``lm``."""
-        kinds = sorted(set(kinds))
-        missing: dict[str, Row] = {}
+        by_context: dict[str, list[str]] = {}
+        for kind in sorted(set(kinds)):
+            plain, _, context = kind.partition("@")
+            by_context.setdefault(context, []).append(plain)
+        for context, plain_kinds in by_context.items():
+            self._prepare(lm, rows, plain_kinds, context, stage)
+
+    def _prepare(
+        self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], context: str, stage: Stage
+    ) -> None:
+        behind = f"@{context}" if context else ""
+        missing: dict[str, tuple[Row, Encoded]] = {}
         for row in rows:
-            if any(f"{kind}/{row.key}" not in self.values for kind in kinds):
-                missing.setdefault(row.key, row)
+            read = row.behind(context)
+            if read is not None and any(
+                f"{kind}{behind}/{row.key}" not in self.values for kind in kinds
+            ):
+                missing.setdefault(row.key, (row, read))
         if "answers" in kinds and self._head is None:
             self._head = _frozen_head(lm)
         inside = tuple(map(_inside, (kind for kind in kinds if "." in kind)))
         final = "answers" in kinds or "logprobs" in kinds
-        ordered = sorted(missing.values(), key=lambda row: len(row.for_reference.ids))
+        ordered = sorted(missing.values(), key=lambda pair: len(pair[1].ids))
         forward, was_training = Forward(lm), lm.model.training
         lm.model.eval()
         parts = watched(
@@ -90,38 +105,36 @@ class Reference:
         )
         with lm.computing():
             for part in parts:
-                self._compute(lm, forward, part, kinds, inside, final)
+                found = self._compute(lm, forward, [one for _, one in part], kinds, inside, final)
+                for kind in kinds:
+                    for (row, _), value in zip(part, found[kind], strict=True):
+                        self.values[f"{kind}{behind}/{row.key}"] = value.cpu().clone()
         lm.model.train(was_training)
 
     def _compute(
         self,
         lm: LM,
         forward: Forward,
-        rows: Sequence[Row],
+        rows: Sequence[Encoded],
         kinds: Sequence[str],
         inside: tuple[Inside, ...],
         final: bool,
-    ) -> None:
-        batch = collate([row.for_reference for row in rows], lm.pad_id, lm.device)
+    ) -> dict[str, Sequence[Tensor]]:
+        """Values of rows by kind."""
+        batch = collate(rows, lm.pad_id, lm.device)
         states, seen = forward(batch, inside, final)
-        counts = [row.encoded.answer_tokens for row in rows]
-        if states is not None and "logprobs" in kinds:
-            values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
-            for row, part in zip(rows, values.split(counts), strict=True):
-                self.values[f"logprobs/{row.key}"] = part.float().cpu().clone()
-        if states is not None and "answers" in kinds:
-            for row, part in zip(rows, states.split(counts), strict=True):
-                self.values[f"answers/{row.key}"] = part.float().cpu().clone()
-        for what, found in seen.items():
+        counts = [row.answer_tokens for row in rows]
+        found: dict[str, Sequence[Tensor]] = {}
+        for what, block in seen.items():
             kind = f"hidden.{what}" if isinstance(what, int) else what
-            for row, part in zip(rows, found, strict=True):
-                length = len(row.for_reference.ids)
-                if kind.startswith("attention."):
-                    below = torch.tril_indices(length, length, device=part.device)
-                    kept = part[:, below[0], below[1]].half()
-                else:
-                    kept = part[:length].float()
-                self.values[f"{kind}/{row.key}"] = kept.cpu().clone()
+            cut = _lower_half if kind.startswith("attention.") else _beginning
+            found[kind] = [cut(part, len(row.ids)) for row, part in zip(rows, block, strict=True)]
+        if states is not None:
+            found["answers"] = states.float().split(counts)
+            if "logprobs" in kinds:
+                values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
+                found["logprobs"] = values.float().split(counts)
+        return found
 
     def save(self, folder: Path) -> None:
         """Writes the values, so that a resumed run reads the same bits."""
@@ -138,15 +151,28 @@ class Reference:
             self.values.update({key: value.clone() for key, value in load_file(path).items()})
 
 
+def _beginning(states: Tensor, length: int) -> Tensor:
+    """States of the tokens that are there, [length, ...], fp32."""
+    return states[:length].float()
+
+
+def _lower_half(weights: Tensor, length: int) -> Tensor:
+    """Attention on and below the diagonal, [heads, length * (length + 1) / 2], in fp16."""
+    below = torch.tril_indices(length, length, device=weights.device)
+    return weights[:, below[0], below[1]].half()
+
+
 def _inside(kind: str) -> Inside:
     where, _, layer = kind.partition(".")
     return int(layer) if where == "hidden" else kind
 
 
-def _parts(lm: LM, ordered: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts(
+    lm: LM, ordered: Sequence[tuple[Row, Encoded]]
+) -> Iterator[Sequence[tuple[Row, Encoded]]]:
     """The longest rows first, as many at once as the budget allows."""
     while ordered:
-        count = max(1, lm.budget.tokens // len(ordered[-1].for_reference.ids))
+        count = max(1, lm.budget.tokens // len(ordered[-1][1].ids))
         part, ordered = ordered[-count:], ordered[:-count]
         yield part
 

@@ -43,6 +43,7 @@ class Row:
         shortened: What was left out; None: nothing.
         asked: What the prompt says, turn by turn.
         tokenizer: What the row was tokenized with.
+        contexts: The same row behind other texts, by name, for the reference model.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Row:
     shortened: Shortened | None = None
     asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tokenizer: Any = field(default=None, compare=False, repr=False)
+    contexts: tuple[tuple[str, Encoded], ...] = ()
 
     @cached_property
     def names(self) -> tuple[bool, ...]:
@@ -66,6 +68,10 @@ class Row:
     def for_reference(self) -> Encoded:
         """The tokens that the reference model reads."""
         return self.taught or self.encoded
+
+    def behind(self, context: str) -> Encoded | None:
+        """The same behind a named text, if there is one; without a name as it is."""
+        return dict(self.contexts).get(context) if context else self.for_reference
 
     def units(self, unit: Unit) -> int:
         """How many units of the given kind the row has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,18 +26,24 @@ def make_row(
     record: RecordBase,
     instruction: str | None = None,
     *,
+    contexts: Mapping[str, str] | None = None,
     whole_answer: bool = False,
 ) -> Row:
     """A row that teaches (or forgets) ``answer`` after ``prompt``.
 
     Args:
         instruction: What the reference model is told before the question.
+        contexts: Other texts before it, by name, with each of which the reference reads it too.
         whole_answer: The answer may not be cut, however long the question is.
 
     Raises:
         DataError: The answer is empty, or the row cannot be made to fit.
     """
-    prompt, encoded, taught, lost = _fitted(template, prompt, answer, instruction, whole_answer)
+    named = contexts or {}
+    texts = [*named.values(), *([instruction] if instruction is not None else [])]
+    prompt, encoded, others, lost = _fitted(template, prompt, answer, texts, whole_answer)
+    read = dict(zip(named, others, strict=False))
+    taught = others[-1] if instruction is not None else None
     if not encoded.answer_tokens:
         raise DataError(
             f"the answer {answer!r} has no tokens.", hint="Give it a text, or drop the record."
@@ -48,25 +54,28 @@ def make_row(
     elif record.subject is not None:
         kind = "indirect"
     seen = taught or encoded
-    described = (encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()))
+    described = (
+        encoded.ids, encoded.start, *((seen.ids, seen.start) if taught else ()),
+        *((name, one.ids, one.start) for name, one in read.items()),
+    )  # fmt: skip
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:24]
     asked = tuple(turn.text for turn in prompt.messages) if prompt.text is None else (prompt.text,)
     return Row(
         index, encoded, key, record.subject, record.neighbour_of, kind, taught, lost,
-        asked, template.tokenizer,
+        asked, template.tokenizer, tuple(read.items()),
     )  # fmt: skip
 
 
 def _fitted(
-    template: Template, prompt: Prompt, answer: str, instruction: str | None, whole_answer: bool
-) -> tuple[Prompt, Encoded, Encoded | None, Shortened | None]:
-    """A row that fits, for the learner and for the teacher that reads an instruction too."""
-    if instruction is None:
+    template: Template, prompt: Prompt, answer: str, texts: Sequence[str], whole_answer: bool
+) -> tuple[Prompt, Encoded, list[Encoded], Shortened | None]:
+    """A row that fits, for the learner and for the reference that reads each of the texts first."""
+    if not texts:
         prompt, encoded, lost = fit(template, prompt, answer, whole_answer=whole_answer)
-        return prompt, encoded, None, lost
+        return prompt, encoded, [], lost
     question = prompt
-    more = template.prompt_ids(told(prompt, instruction))
-    apart = len(more) - len(template.prompt_ids(prompt))
+    more = max(len(template.prompt_ids(told(prompt, text))) for text in texts)
+    apart = more - len(template.prompt_ids(prompt))
     while True:
         try:
             prompt, encoded, lost = fit(
@@ -77,20 +86,23 @@ def _fitted(
                 f"with the teacher's instruction ({apart} tokens): {error.problem}",
                 hint="Raise training.max_length, or shorten the instruction.",
             ) from error
-        taught = template.whole(told(prompt, instruction), answer)
-        if encoded.cut:  # both are without the same end
-            end = taught.start + encoded.answer_tokens
-            taught = replace(taught, ids=taught.ids[:end], has_end=False, cut=True)
-        excess = len(taught.ids) - template.max_length
+        others = [template.whole(told(prompt, text), answer) for text in texts]
+        if encoded.cut:  # all are without the same end
+            ends = [other.start + encoded.answer_tokens for other in others]
+            others = [
+                replace(other, ids=other.ids[:end], has_end=False, cut=True)
+                for other, end in zip(others, ends, strict=True)
+            ]
+        excess = max(len(other.ids) for other in others) - template.max_length
         if excess <= 0:
             break
         apart += excess  # where texts meet, tokens can be others than apart
-    if taught.ids[taught.start :] != encoded.ids[encoded.start :]:
+    if any(other.ids[other.start :] != encoded.ids[encoded.start :] for other in others):
         raise DataError(
             "with the teacher's instruction the answer is read as other tokens.",
             hint="Change the instruction's end, or the answer.",
         )
-    return prompt, encoded, taught, lost
+    return prompt, encoded, others, lost
 
 
 def told(prompt: Prompt, instruction: str) -> Prompt:
@@ -115,11 +127,13 @@ def make_rows(
     *,
     role: str = "",
     whole_answer: bool = False,
+    contexts: Callable[[RecordBase], Mapping[str, str]] | None = None,
 ) -> list[Row]:
     """One row per record, in order (see :func:`make_row`).
 
     Args:
         role: Which records these are, for messages.
+        contexts: The texts before each record, by name.
 
     Raises:
         DataError: A record makes no row; says which.
@@ -134,7 +148,14 @@ def make_rows(
             answer = answer_of(record)
             rows.append(
                 make_row(
-                    template, prompt, answer, index, record, instruction, whole_answer=whole_answer
+                    template,
+                    prompt,
+                    answer,
+                    index,
+                    record,
+                    instruction,
+                    contexts=contexts(record) if contexts else None,
+                    whole_answer=whole_answer,
                 )
             )
     return rows

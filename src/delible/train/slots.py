@@ -189,8 +189,12 @@ class Balance(Component):
         """Context of the optimiser's update, which may bound the change of the weights."""
         return nullcontext()
 
-    def weights(self, state: State) -> tuple[float, float]:
-        """Weights of the forget and of the retain loss at this step."""
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
+        """Weights of the forget and of the retain loss at this step.
+
+        Args:
+            progress: Share of the run's planned steps that are done, in [0, 1).
+        """
         raise NotImplementedError
 
     def gradient(self, passes: Passes, harden: Harden) -> None:
@@ -210,6 +214,10 @@ class Harden(Component):
 
     #: Whether forget and retain gradients may come from one pass at the same point.
     single_pass: ClassVar[bool] = False
+
+    def repeats(self) -> int:
+        """How many optimiser steps in a row are made on the same rows."""
+        return 1
 
     def forget(self, passes: Passes) -> None:
         """Adds the hardened gradient of the forget loss to ``.grad``."""

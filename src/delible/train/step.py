@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from delible.lm.forward import (
@@ -108,12 +108,24 @@ class Group:
     Attributes:
         rows: The rows.
         reference: The same values of the reference model, from the cache.
+        totals: Units of this role in the whole optimiser step; None: these rows are all of it.
     """
 
     name: str
     rows: Sequence[Row]
     reference: ReferenceGroup
     _pass: _Pass = field(repr=False)
+    totals: Mapping[Unit, int] | None = None
+
+    def units(self, unit: Unit) -> int:
+        """Units that the rows of this role have in the whole optimiser step.
+
+        For a loss of several means: values times ``units(unit) / units(other)`` are averaged over
+        the latter when the engine divides by the former.
+        """
+        if self.totals is not None:
+            return self.totals[unit]
+        return sum(row.units(unit) for row in self.rows)
 
     @cached_property
     def _slice(self) -> slice:
@@ -182,39 +194,39 @@ class Group:
         function: _GroupFunction,
         *,
         with_reference: bool = False,
-        marks: Bool[Tensor, "batch answer"] | None = None,
+        contexts: Sequence[str] = (),
+        marks: Shaped[Tensor, "batch answer"] | None = None,
     ) -> Float[Tensor, "batch answer"]:
         """Per-token values from full logits, chunk by chunk (see :func:`forward.map_logits`).
 
         ``function`` gets (logits [tokens, vocab], targets [tokens]) and, ``with_reference``,
-        the reference model's logits [tokens, vocab] as a third argument. With ``marks``, theirs
-        [tokens] come last.
+        the reference model's logits [tokens, vocab] as a third argument, and then those behind
+        each of the ``contexts``. With ``marks``, theirs [tokens] come last.
         """
         targets = self.targets
-        if marks is not None:  # they go with the targets through the chunks
-            targets = torch.stack([targets, marks[self.mask].to(targets)], dim=1)
-            plain = function
+        if marks is not None:  # they go with the targets through the chunks, exact below 2^24
+            targets = torch.stack([targets.float(), marks[self.mask].float()], dim=1)
+            plain, kind = function, marks.dtype
 
             def function(logits: Tensor, pairs: Tensor, *reference: Tensor) -> Tensor:
-                return plain(logits, pairs[:, 0], *reference, pairs[:, 1].bool())
+                return plain(logits, pairs[:, 0].long(), *reference, pairs[:, 1].to(kind))
 
         if not with_reference:
             return scatter(self._map(function, targets), self.mask)
-        frozen = self.reference.answer_states
-        width = self.answer_states.shape[1]
+        frozen = [self.reference.answer_states_in(context) for context in ("", *contexts)]
+        count, width = 1 + len(frozen), self.answer_states.shape[1]
 
-        def both(states: Tensor) -> Tensor:
-            return torch.cat(
-                [self._pass.lm.head(states[:, :width]), self.reference.head(states[:, width:])], 1
-            )
+        def heads(states: Tensor) -> Tensor:
+            own, *others = states.split(width, dim=1)
+            return torch.cat([self._pass.lm.head(own), *map(self.reference.head, others)], dim=1)
 
         def split(logits: Tensor, targets: Tensor) -> Tensor:
-            own, other = logits.chunk(2, dim=1)
-            return function(own, targets, other)
+            own, *others = logits.chunk(count, dim=1)
+            return function(own, targets, *others)
 
-        joined = torch.cat([self.answer_states, frozen.to(self.answer_states)], dim=1)
+        joined = torch.cat([self.answer_states, *(f.to(self.answer_states) for f in frozen)], dim=1)
         with self._pass.lm.computing():
-            values = map_logits(both, joined, targets, split, 2 * self._pass.lm.vocabulary)
+            values = map_logits(heads, joined, targets, split, count * self._pass.lm.vocabulary)
         return scatter(values, self.mask)
 
     def hidden(self, layer: int) -> Float[Tensor, "batch sequence hidden"]:
@@ -260,7 +272,12 @@ class ReferenceGroup:
     @property
     def answer_states(self) -> Float[Tensor, "tokens hidden"]:
         """As :attr:`Group.answer_states`, without gradient."""
-        return torch.cat([self.cache.get("answers", row.key) for row in self.rows]).to(self.device)
+        return self.answer_states_in("")
+
+    def answer_states_in(self, context: str) -> Float[Tensor, "tokens hidden"]:
+        """The same of rows that were read behind a named text."""
+        what = f"answers@{context}" if context else "answers"
+        return torch.cat([self.cache.get(what, row.key) for row in self.rows]).to(self.device)
 
     def head(self, states: Tensor) -> Tensor:
         """The reference model's head (a frozen copy)."""
@@ -308,22 +325,13 @@ class Step:
     questions with a refusal as answer) and what a generator makes (:data:`slots.Role`). All but
     ``retain`` are aligned row by row with ``forget``.
 
-    Attributes:
-        totals: Units of the whole optimiser step by role; empty: this micro-batch is all of it.
     """
 
     groups: Mapping[str, Group]
-    totals: Mapping[str, Mapping[Unit, int]] = field(default_factory=dict)
 
     def units(self, role: str, unit: Unit) -> int:
-        """Units that the rows of a role have in the whole optimiser step.
-
-        For a loss of several means: values times ``units(role, unit) / units(other, other_unit)``
-        are averaged over the latter when the engine divides by the former.
-        """
-        if role in self.totals:
-            return self.totals[role][unit]
-        return sum(row.units(unit) for row in self.groups[role].rows)
+        """Units that the rows of a role have in the whole optimiser step (:meth:`Group.units`)."""
+        return self.groups[role].units(unit)
 
     @property
     def forget(self) -> Group:
@@ -382,8 +390,10 @@ def make_step(
     )
     return Step(
         {
-            role: Group(role, part, ReferenceGroup(reference, part, lm.device), shared)
+            role: Group(
+                role, part, ReferenceGroup(reference, part, lm.device), shared,
+                (totals or {}).get(role),
+            )
             for role, part in rows.items()
-        },
-        totals or {},
-    )
+        }
+    )  # fmt: skip

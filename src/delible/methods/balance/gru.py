@@ -109,7 +109,7 @@ class GRU(Balance):
     )
     forget_weight: float = Field(1.0, gt=0, description="Weight of the forget loss.")
 
-    def weights(self, state: State) -> tuple[float, float]:
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
         return self.forget_weight, 1.0
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class LossShare(Balance):
     def start(self) -> State:
         return {"alpha": (self.low + self.high) / 2}
 
-    def weights(self, state: State) -> tuple[float, float]:
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
         return state["alpha"], 1 - state["alpha"]
 
     def observe(self, forget: float, keep: float | None, epoch: float, state: State) -> None:

@@ -68,7 +68,7 @@ class PrimalDual(Balance):
             state["epsilon"] = self.epsilon
         return state
 
-    def weights(self, state: State) -> tuple[float, float]:
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
         return self.forget_weight, state["lambda"]
 
     def gradient(self, passes: Passes, harden: Harden) -> None:

@@ -44,7 +44,7 @@ class TwoSteps(Balance):
     relative: bool = Field(True, description="It is in lengths of the weights that move.")
     retain_rate: float = Field(3e-4, ge=0, description="Rate of the retain step.")
 
-    def weights(self, state: State) -> tuple[float, float]:
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
         return 1.0, 1.0
 
     @torch.no_grad()

@@ -21,5 +21,5 @@ class WeightedSum(Balance):
     forget_weight: float = Field(1.0, ge=0, description="Weight of the forget loss.")
     retain_weight: float = Field(1.0, ge=0, description="Weight of the retain loss.")
 
-    def weights(self, state: State) -> tuple[float, float]:
+    def weights(self, state: State, progress: float) -> tuple[float, float]:
         return self.forget_weight, self.retain_weight

@@ -25,7 +25,7 @@ every step and position, and its four backward passes on the same weights are on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,19 +34,27 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from delible.errors import ModelError, RecipeError
-from delible.lm.forward import Batch, block_of, map_logits, target_logprobs
-from delible.lm.hooks import capture, steer
+from delible.errors import ModelError
+from delible.lm.forward import Batch
+from delible.lm.hooks import capture
 from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.passes import Passes
+from delible.train.perturbation import (
+    States,
+    adding,
+    answer_sum,
+    attacked_role,
+    check_seen,
+    rows_apart,
+    rows_around,
+)
 from delible.train.randomness import generator
 from delible.train.slots import Harden
 from delible.train.step import Group, Step
 
 Norm = Literal["row", "token"]
 Target = Literal["residual", "query", "key", "value"]
-States = Float[Tensor, "rows sequence hidden"]
 
 #: Position of a projection among the matrices that read the hidden state.
 PROJECTIONS = {"query": 0, "key": 1, "value": 2}
@@ -117,31 +125,6 @@ def ball(
     return Ball(norm, real, radius, (low - states) / bound, (high - states) / bound, scale)
 
 
-def nll(passes: Passes, batch: Batch) -> Tensor:
-    """-log p of all answers of a batch, the sum; rows do not see each other."""
-    lm = passes.lm
-    with lm.computing():
-        states, _ = passes.forward(batch, (), True)
-        values = map_logits(lm.head, states, batch.targets, target_logprobs, lm.vocabulary)
-    return -values.sum()
-
-
-def attacked_role(passes: Passes) -> str:
-    """The rows that are perturbed: the forget rows, or the first ones the objective reads."""
-    roles = passes.objective.roles if passes.objective is not None else ()
-    return "forget" if "forget" in roles or not roles else roles[0]
-
-
-@contextmanager
-def rows_apart(lm: LM) -> Iterator[None]:
-    """Every row has states of its own: a prefix that is computed once cannot differ by row."""
-    shares, lm.shares_prefix = lm.shares_prefix, False
-    try:
-        yield
-    finally:
-        lm.shares_prefix = shares
-
-
 @register(
     kind="harden",
     name="lau",
@@ -182,16 +165,15 @@ class LAU(Harden):
         if passes.objective is None or unperturbed:
             passes.forget()
             return
-        self._check_reach(passes)
+        check_seen(passes, passes.lm.anatomy.layer_at(self.depth), "lau", "enters", "depth")
 
         @contextmanager
         def perturbed(step: Step) -> Iterator[None]:
             name = attacked_role(passes)
-            names = list(step.groups)
-            before = sum(len(step.groups[one].rows) for one in names[: names.index(name)])
+            path, which = self._place(passes.lm)
             with rows_apart(passes.lm):
                 delta = self.perturbation(passes, step.groups[name])
-                with self._adding(passes.lm, delta, before):
+                with adding(passes.lm, path, which, delta, rows_around(step, name)):
                     yield
 
         passes.forget(around=perturbed)
@@ -208,7 +190,7 @@ class LAU(Harden):
         # processes exchange no gradients of these passes
         with passes.accumulating(True) if passes.accumulating else nullcontext():
             with torch.no_grad(), capture(passes.lm.core, [path], which) as seen:
-                nll(passes, batch)
+                answer_sum(passes, batch)
             space = ball(
                 seen[path].detach(), batch.position_mask, self.epsilon,
                 relative=self.radius == "relative", norm=self.norm,
@@ -217,8 +199,9 @@ class LAU(Harden):
             u = space.project(self._start(passes, group, space))
             for _ in range(self.inner_steps):
                 u.requires_grad_(True)
-                with self._adding(passes.lm, u * space.scale, blocks_below=False):
-                    (gradient,) = torch.autograd.grad(sign * nll(passes, batch), u)
+                delta = u * space.scale
+                with adding(passes.lm, path, which, delta, blocks_below=False):
+                    (gradient,) = torch.autograd.grad(-sign * answer_sum(passes, batch), u)
                 direction = gradient / (lengths(gradient, self.norm) + TINY)
                 u = space.project(u.detach() - space.radius / self.inner_steps * direction)
         return u * space.scale
@@ -234,22 +217,6 @@ class LAU(Harden):
             u[place, :tokens] = (drawn / lengths(drawn, self.norm))[0].mul(share).to(u)
         return u * space.radius
 
-    def _adding(
-        self, lm: LM, delta: States, before: int = 0, *, blocks_below: bool = True
-    ) -> AbstractContextManager[None]:
-        """Adds a perturbation to some rows of what passes; ``before`` is the first one's index.
-
-        Without gradients of ``blocks_below`` their graph is dropped as soon as it is made.
-        """
-        path, which = self._place(lm)
-
-        def add(states: Tensor) -> Tensor:
-            after = len(states) - before - len(delta)
-            wide = torch.nn.functional.pad(delta, (0, 0, 0, 0, before, after))
-            return (states if blocks_below else states.detach()) + wide.to(states.dtype)
-
-        return steer(lm.core, path, add, which)
-
     def _place(self, lm: LM) -> tuple[str, Literal["input", "output"]]:
         """The module whose input or output is perturbed."""
         anatomy, layer = lm.anatomy, lm.anatomy.layer_at(self.depth)
@@ -263,17 +230,3 @@ class LAU(Harden):
                 hint="Perturb the residual stream: target residual.",
             )
         return anatomy.path(layer, anatomy.attention_in[PROJECTIONS[self.target]]), "output"
-
-    def _check_reach(self, passes: Passes) -> None:
-        """Refuses a perturbation that the forget loss cannot see."""
-        assert passes.objective is not None
-        reads = passes.objective.reads(passes.lm)
-        layers = [block_of(what) for what in reads if what != "answers"]
-        layer = passes.lm.anatomy.layer_at(self.depth)
-        if len(layers) == len(reads) and layers and max(layers) < layer:
-            raise RecipeError(
-                f"it perturbs what enters block {layer}, and the forget loss reads block "
-                f"{max(layers)}.",
-                where="harden 'lau'",
-                hint="Set a smaller harden.depth, or a larger objective.depth.",
-            )

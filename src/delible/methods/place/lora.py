@@ -3,9 +3,9 @@
     W x  becomes  W x + (alpha / rank) B A x
 
 with A random and B zero at the start, so that training starts from the model as it is. Every
-linear layer of the blocks gets one, or only some of attention; the head and the embedding do not.
-The model wears the adapter (PEFT) and is saved as an adapter; ``finish: merge_adapter`` adds it to
-the weights.
+linear layer of the blocks gets one, or those between two depths, or only some of attention; the
+head and the embedding do not. The model wears the adapter (PEFT) and is saved as an adapter;
+``finish: merge_adapter`` adds it to the weights.
 
 Paper: arXiv 2106.09685. Reference code: github.com/huggingface/peft, which does the work.
 Deviations: A is drawn from the run's seed; adapter weights are fp32 whatever the model's are; and
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,11 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
 from delible.lm.anatomy import Anatomy
+from delible.lm.lm import LM
 from delible.registry import register
 from delible.train.slots import Place, Placement, SlotContext
-
-if TYPE_CHECKING:
-    from delible.lm.lm import LM
 
 logger = logging.getLogger(__name__)
 

@@ -255,7 +255,7 @@ def weights_of_losses_are_finite(trial: Trial) -> None:
     balance = cast(Balance, trial.component)
     state: State = balance.start()
     for step, (forget, keep) in enumerate(((1.0, 2.0), (0.5, 9.0), (-3.0, None))):
-        both = balance.weights(state)
+        both = balance.weights(state, step / 3)
         require(len(both) == 2 and all(map(math.isfinite, both)), f"weights are {both}")
         require(min(both) >= 0, f"a loss is climbed: weights are {both}")
         balance.observe(forget, keep, float(step), state)
@@ -270,7 +270,7 @@ def hardening_adds_and_puts_back(trial: Trial) -> None:
     class Watching(Balance):
         card = registry.card("balance", "weighted_sum")
 
-        def weights(self, state: State) -> tuple[float, float]:
+        def weights(self, state: State, progress: float) -> tuple[float, float]:
             return 1.0, 1.0
 
         def gradient(self, passes: Passes, harden: Harden) -> None:
