@@ -58,6 +58,9 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
+    # a random model declines nothing, and has no room for long conversations
+    ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
+    ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }

@@ -30,6 +30,7 @@ class Patch:
         before: The parameters' values before the edit, so that undoing is exact; empty while the
             patch is on no model.
         hashes: SHA-256 of the values before, so that it is put on the same ones only.
+        kept: What a later edit of the same model needs to know, by name; saved with the patch.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -37,10 +38,11 @@ class Patch:
     notes: dict[str, object] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     title: str = "patch"
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes factors and hashes as safetensors, atomically."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"kept/{name}": value for name, value in self.kept.items()}
         hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
             tensors |= {f"left/{name}": left, f"right/{name}": right}
@@ -68,9 +70,11 @@ class Patch:
                     name: (kept.get_tensor(f"left/{name}"), kept.get_tensor(f"right/{name}"))
                     for name in hashes
                 }
+                names = [name for name in kept.keys() if name.startswith("kept/")]  # noqa: SIM118
+                known = {name.removeprefix("kept/"): kept.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
-        return cls(factors, {}, hashes=hashes)
+        return cls(factors, {}, hashes=hashes, kept=known)
 
     @torch.no_grad()
     def apply(self, lm: LM) -> None:
