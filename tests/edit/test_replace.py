@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from delible.edit.refusing_states import moved_to_state, moved_to_value
 from delible.edit.replace import key_readers, missing_share, penalty
-from delible.edit.to_refusal import moved_to_state, moved_to_value
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -22,7 +22,8 @@ from delible.edit.refusal import (
     unanswerable,
     wordings,
 )
-from delible.edit.to_refusal import RolledBackError, ToRefusal, farthest_layer
+from delible.edit.refusing_states import farthest_layer
+from delible.edit.to_refusal import RolledBackError, ToRefusal
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.methods.editor.stamp import full_change

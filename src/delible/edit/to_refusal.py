@@ -28,7 +28,8 @@ from delible.edit.base import Editor, Patch
 from delible.edit.kept_and_forgotten import Material, Seen, gather, seen
 from delible.edit.keys import DownProjection, down_projection, last_states
 from delible.edit.refusal import check_contexts
-from delible.errors import RecipeError, RunError
+from delible.edit.refusing_states import farthest_layer, moved_to_state, moved_to_value
+from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.ranges import Range
 from delible.records import ForgetRequest
@@ -49,39 +50,12 @@ class RolledBackError(RunError):
 
     Attributes:
         reason: ``"weak"``: the questions are not declined; ``"harm"``: others suffer.
-        seen: What was measured.
+        seen: What was measured, if it was.
     """
 
-    def __init__(self, problem: str, reason: Reason, found: Seen, hint: str) -> None:
+    def __init__(self, problem: str, reason: Reason, found: Seen | None, hint: str) -> None:
         super().__init__(f"the edit was taken back: {problem}", hint=hint)
         self.reason, self.seen = reason, found
-
-
-# ---- what is wanted
-
-
-def moved_to_state(
-    outputs: Float[Tensor, "forget hidden"], references: Float[Tensor, "references hidden"]
-) -> Float[Tensor, "hidden forget"]:
-    """What to add so that the block's output is the mean of the refusing states."""
-    return (references.mean(dim=0) - outputs).T
-
-
-def moved_to_value(
-    values: Float[Tensor, "hidden forget"],
-    references: Float[Tensor, "hidden references"],
-    directions: int,
-) -> Float[Tensor, "hidden forget"]:
-    """What to add so that the matrix writes the mean refusing value.
-
-    Args:
-        values: M K_f.
-        references: M K_ref.
-        directions: q: in so many leading directions of the refusing values the own one stays.
-    """
-    centre = references.mean(dim=1, keepdim=True)
-    basis = torch.linalg.svd(references - centre, full_matrices=False).U[:, :directions]
-    return centre + basis @ (basis.T @ (values - centre)) - values
 
 
 # ---- the edit
@@ -380,30 +354,4 @@ def earlier_keys(patches: Sequence[object], layer: int, name: str) -> list[Tenso
     return found
 
 
-@torch.no_grad()
-def farthest_layer(lm: LM, material: Material) -> int:
-    """Where the mean keys of forgotten and of refused questions differ most in direction.
-
-    Raises:
-        RecipeError: No layer has a single down-projection.
-    """
-    layers = [
-        layer
-        for layer in range(lm.anatomy.layers)
-        if len(lm.anatomy.mlp_out_parameters(layer)) == 1
-    ]
-    if not layers:
-        raise RecipeError("no layer has a single down-projection.", where=lm.anatomy.class_name)
-    forgotten = last_states(lm, material.forget, layers)[0]
-    refused = last_states(lm, material.references, layers)[0]
-    distances = {
-        layer: 1
-        - float(
-            torch.cosine_similarity(forgotten[layer].mean(dim=0), refused[layer].mean(dim=0), dim=0)
-        )
-        for layer in layers
-    }
-    return max(distances, key=distances.__getitem__)
-
-
-__all__ = ["RolledBackError", "ToRefusal", "moved_to_state", "moved_to_value"]
+__all__ = ["RolledBackError", "ToRefusal"]
