@@ -53,8 +53,8 @@ RETAIN = tuple(
 REQUEST = ForgetRequest(forget=FORGET, retain=RETAIN)
 #: So that few keys stand against the 48 directions of a tiny model.
 SMALL: dict[str, Any] = {
-    "refusal": "No.", "check_edit": False, "generic": 4, "wordings": 3, "references": 3,
-    "layers": (1,),
+    "refusal": "No.", "check_edit": False, "generic": 4, "contrast": 2, "wordings": 3,
+    "references": 3, "layers": (1,),
 }  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def editor(name: str = "stamp", **options: Any) -> ToRefusal:
 def material(lm: LM, chosen: ToRefusal, request: ForgetRequest = REQUEST) -> Material:
     return gather(
         lm, request, refusal=chosen.refusal, references=chosen.references,
-        wordings=chosen.wordings, buffer=chosen.buffer, generic=chosen.generic, seed=0,
+        wordings=chosen.wordings, buffer=chosen.buffer, generic=chosen.generic,
+        contrast=chosen.contrast, seed=0,
     )  # fmt: skip
 
 
@@ -344,6 +345,26 @@ def test_nothing_is_moved_and_kept_at_once() -> None:
     found = material(lm, editor(), held)
     moved = {tuple(row) for row in found.kept}
     assert not any(tuple(lm.template.prompt_ids(prompt)) in moved for prompt in found.others)
+
+
+def test_the_same_questions_about_other_names_are_kept() -> None:
+    lm = make_lm()
+    without = {tuple(row) for row in material(lm, editor(contrast=0)).kept}
+    added = [
+        lm.tokenizer.decode(row)
+        for row in material(lm, editor(contrast=9)).kept
+        if tuple(row) not in without
+    ]
+    assert len(added) == 3  # as many as there are questions and paraphrases
+    assert any("Where was Marie Curie born?" in text for text in added)
+    assert any("What is the birthplace of Isaac Newton?" in text for text in added)
+    assert not any("Ada Quill" in text for text in added)
+    famous = ForgetRequest(
+        forget=(QA(question="Who is Curie?", answer="A chemist", subject="Curie"),), retain=RETAIN
+    )
+    kept = [lm.tokenizer.decode(row) for row in material(lm, editor(contrast=9), famous).kept]
+    assert any("Who is Isaac Newton?" in text for text in kept)
+    assert not any("Curie" in text for text in kept), "forgotten and kept at once"
 
 
 def test_contexts_hold_three_declined_questions() -> None:

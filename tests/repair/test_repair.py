@@ -33,7 +33,8 @@ from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 #: A random model declines nothing, so nothing is looked at unless a test says what is seen.
 LOOSE: dict[str, object] = {
-    "check_edit": False, "refusal": "No.", "generic": 4, "references": 3, "ridge": 1e-9,
+    "check_edit": False, "refusal": "No.", "generic": 4, "contrast": 2, "references": 3,
+    "ridge": 1e-9,
 }  # fmt: skip
 ASK_ADA, ASK_BEN = "Where was Ada Quill born?", "Where was Ben Orr born?"
 

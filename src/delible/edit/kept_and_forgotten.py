@@ -1,11 +1,13 @@
 """What an edit to a refusal works with: prompts to move, to keep, and to look at afterwards.
 
-General questions are kept in the same frames in which forgotten ones are moved: prompts that end
-alike have much of their key in common, and an edit would fire on all of them otherwise.
+General questions are kept in the same frames in which forgotten ones are moved, and so are the
+forgotten questions about other names: prompts that are alike have much of their key in common, and
+an edit would fire on all of them otherwise.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -100,6 +102,7 @@ def gather(
     wordings: int,
     buffer: int,
     generic: int,
+    contrast: int,
     seed: int,
 ) -> Material:
     """The prompts of an edit.
@@ -130,7 +133,8 @@ def gather(
     held = asked[::4] if len(asked) >= 8 else []
     buffered = [record for record in asked if record not in held]
     kept = [prompt for record in _spread(buffered, buffer) if (prompt := ask(record))]
-    kept += _framed(_spread(common[::2], generic))
+    kept += _framed(_in_all_forms(common[::2])[:generic])
+    kept += _spread(_about_other_names(request), contrast)
     probed = [*_spread(held or asked, PROBES), *_spread(common[1::2], PROBES)]
     return Material(
         forget=moved,
@@ -184,17 +188,42 @@ def _about_others(records: Sequence[QA], request: ForgetRequest) -> list[QA]:
     ]
 
 
-def _framed(records: Sequence[QA]) -> list[Prompt]:
+def _in_all_forms(records: Sequence[QA]) -> list[str]:
+    """Questions and their paraphrases: first one form of each, then the next of each."""
+    forms = [(record.question, *record.paraphrases) for record in records]
+    longest = max(map(len, forms), default=0)
+    return [one[place] for place in range(longest) for one in forms if place < len(one)]
+
+
+def _framed(questions: Sequence[str]) -> list[Prompt]:
     """Questions, every other one in a frame."""
     frames = read_lines("edit_frames.txt")
     return [
         Prompt.ask(
-            frames[place // 2 % len(frames)].replace("{question}", record.question)
+            frames[place // 2 % len(frames)].replace("{question}", question)
             if place % 2
-            else record.question
+            else question
         )
-        for place, record in enumerate(records)
+        for place, question in enumerate(questions)
     ]
+
+
+def _about_other_names(request: ForgetRequest) -> list[Prompt]:
+    """The forgotten questions, about well-known names instead of their own; each name in turn."""
+    names = [*request.subjects, *(one.subject for one in request.forget if one.subject)]
+    others = [
+        other
+        for other in read_lines("edit_contrasts.txt")
+        if not any(says(other, name) or says(name, other) for name in names)
+    ]
+    texts = []
+    for record in request.forget:
+        if isinstance(record, QA) and record.subject and others:
+            for question in (record.question, *record.paraphrases):
+                other = others[len(texts) % len(others)]
+                changed, count = re.subn(re.escape(record.subject), other, question, flags=re.I)
+                texts += [changed] * bool(count)
+    return _framed(texts)
 
 
 def _rows(lm: LM, prompts: Sequence[Prompt]) -> Rows:

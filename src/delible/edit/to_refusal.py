@@ -105,7 +105,10 @@ class ToRefusal(Editor):
         8, ge=1, description="Forms of each question: its own, its paraphrases, then templates."
     )
     buffer: int = Field(128, ge=0, description="Kept questions of the request, at most.")
-    generic: int = Field(64, ge=0, description="Built-in general questions that are kept, too.")
+    generic: int = Field(128, ge=0, description="Built-in general questions that are kept, too.")
+    contrast: int = Field(
+        64, ge=0, description="Forgotten questions about other, well-known names that are kept."
+    )
     forget_weight: float = Field(
         1.0, gt=0, description="Weight of a forgotten key; a kept one has 1."
     )
@@ -162,7 +165,8 @@ class ToRefusal(Editor):
             lm.anatomy.block_path(layer)
         material = gather(
             lm, request, refusal=self.refusal, references=self.references,
-            wordings=self.wordings, buffer=self.buffer, generic=self.generic, seed=seed,
+            wordings=self.wordings, buffer=self.buffer, generic=self.generic,
+            contrast=self.contrast, seed=seed,
         )  # fmt: skip
         candidates = self._candidates(lm, material)
         for layer in {layer for layers in candidates for layer in layers}:

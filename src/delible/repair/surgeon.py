@@ -41,7 +41,7 @@ class Plan(Config):
         1.0, gt=0, le=1e4, description="Weight of a forgotten key; a kept one has 1."
     )
     ridge: float = Field(1e-4, ge=0, le=10, description="Damping, as a share of the mean square.")
-    wordings: int = Field(6, ge=1, le=16, description="Forms in which each question is edited.")
+    wordings: int = Field(4, ge=1, le=16, description="Forms in which each question is edited.")
 
 
 def planned(questions: Sequence[str], role: Role | None) -> Plan:
