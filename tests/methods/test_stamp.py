@@ -30,7 +30,7 @@ from delible.methods.editor.stamp import full_change
 from delible.methods.editor.stamp_lr import key_basis, low_rank_change
 from delible.records import QA, Dialogue, ForgetRequest, Message, Passage
 from delible.resolving import resolve_method
-from delible.system.asks import Prompt
+from delible.system.asks import Decoding, Prompt
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 #: Layouts: [hidden, width] and GPT-2's [width, hidden]; with the head tied to the embedding or not.
@@ -71,7 +71,7 @@ def material(lm: LM, chosen: ToRefusal, request: ForgetRequest = REQUEST) -> Mat
     return gather(
         lm, request, refusal=chosen.refusal, references=chosen.references,
         wordings=chosen.wordings, buffer=chosen.buffer, generic=chosen.generic,
-        contrast=chosen.contrast, seed=0,
+        contrast=chosen.contrast, seed=0, answered=chosen.check_edit,
     )  # fmt: skip
 
 
@@ -482,6 +482,14 @@ def test_the_probes_are_measured_before_and_after() -> None:
     assert patch.notes["before"] == before.as_json()
     assert patch.notes["after"] == after.as_json()
     assert before != after
+    said = lm.copy()
+    patch.undo(said)
+    for row in found.retained:
+        assert isinstance(row, Dialogue)
+        (reply,) = said.generate([Prompt(row.messages[:-1])], Decoding(12))
+        assert row.messages[-1].text == str(reply)
+    assert 8 < len(found.retained) <= 16
+    assert not material(lm, editor()).retained
 
 
 def test_a_model_that_does_not_refuse_is_refused() -> None:

@@ -125,9 +125,20 @@ def test_anything_but_yes_changes_nothing(base: Path, reply: str) -> None:
 
 
 def test_only_who_is_allowed_is_heard(base: Path) -> None:
-    talking = talk(str(base), allowed=lambda wish: wish.subject != "Ada Quill")
+    talking = talk(str(base), allowed=lambda wish: wish.intent and wish.subject != "Ada Quill")
     assert "You may not" in talking.say("Please forget what you know about Ada Quill.")
-    assert "Reply 'yes'" in talking.say("Please forget what you know about Ben Orr.")
+    forget(talking, "Ben Orr")
+    after = weights(talking.lm)
+    assert "You may not" in talking.say("undo that")
+    assert same(after, weights(talking.lm))
+
+
+def test_the_model_itself_may_watch(base: Path) -> None:
+    talking = talk(str(base), roles={"guard": "self"})
+    talking.say("Hello")
+    watching = talking.repairing.context.role("guard")
+    assert watching.system is talking.lm
+    assert watching.spent.calls >= 1
 
 
 def test_what_others_say_triggers_nothing(base: Path) -> None:
@@ -210,6 +221,40 @@ def test_an_earlier_request_is_undone_as_if_it_had_never_been(base: Path) -> Non
     assert [entry.enabled for entry in talking.requests] == [False, True]
     assert "request 2 (Ben Orr)" in talking.say("undo that")
     assert same(weights(talking.lm), weights(talk(str(base)).lm))
+
+
+def test_an_undoing_that_is_broken_off_changes_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "chain"
+    talking = talk(str(base), out)
+    for name in ("Ada Quill", "Ben Orr", "Cy Dale"):
+        forget(talking, name)
+    before, entries = weights(talking.lm), talking.requests
+    chain, calls = talking.repairing.chain, []
+    whole = chain.edit
+
+    def interrupted(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(chain, "edit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talking.say("remember Ada Quill again")
+    assert len(calls) == 2
+    assert same(before, weights(talking.lm))
+    assert talking.requests == entries
+    talking.close()
+    again = talk(str(out))
+    assert same(before, weights(again.lm)), "nor on the disk"
+    again.say("remember Ada Quill again")
+    names = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert names == ["001-ada-quill", "002-ben-orr.2", "003-cy-dale.2"]
+    after = weights(again.lm)
+    again.close()
+    assert same(after, weights(talk(str(out)).lm))
 
 
 def test_the_second_request_keeps_the_first(base: Path) -> None:

@@ -118,8 +118,9 @@ def _repairing(
     target: str, out: Path | None, seed: int, context: Context, reporter: output.Reporter
 ) -> Repairing:
     """Hears what is to be forgotten, and keeps the edits in a folder."""
-    from delible.repair.chain import Chain, is_chain
+    from delible.repair.chain import Chain
     from delible.repair.conversation import SETTINGS, Repairing
+    from delible.repair.entries import is_chain
 
     if out is None and not is_chain(Path(target).expanduser()):
         out = Path("runs") / f"repair-{hashlib.sha256(target.encode()).hexdigest()[:8]}"

@@ -16,15 +16,18 @@ from typing import TypeVar
 from delible.edit.refusal import continued, refusal_probabilities, refusing_contexts, wordings
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
+from delible.messages import Message
 from delible.prompts import read_lines
-from delible.records import QA, ForgetRequest, RecordBase
-from delible.system.asks import Prompt
+from delible.records import QA, Dialogue, ForgetRequest, RecordBase
+from delible.system.asks import Decoding, Prompt
 from delible.system.questions import ask
 from delible.world import general
 from delible.world.filters import says, words
 
 #: Records and general questions that are looked at before and after, at most, of each kind.
 PROBES = 16
+#: Tokens of an answer that is to stay, at most.
+ANSWER_TOKENS = 12
 
 Rows = list[list[int]]
 T = TypeVar("T")
@@ -40,7 +43,8 @@ class Material:
         questions: Forgotten questions as they are, to be asked before and after.
         reworded: Forgotten questions in a form that is not edited.
         others: Questions that should not be declined, and are not in the buffer where possible.
-        forgotten, retained: Records whose answers are scored.
+        forgotten: Records whose answers are scored.
+        retained: Other questions with the answers that the model gives now; empty if not wanted.
     """
 
     forget: Rows
@@ -62,7 +66,8 @@ class Seen:
         refused: Of the forgotten questions.
         reworded: Of the same in another wording.
         falsely: Of other questions.
-        kept: Probability of a token of the other questions' answers, the tokens before it given.
+        kept: Probability of a token of the answers that the model gave to other questions before,
+            the tokens before it given.
         forced: The same of the forgotten answers behind their first token: what is left when an
             answer is begun for the model. None where no answer is that long.
     """
@@ -104,8 +109,12 @@ def gather(
     generic: int,
     contrast: int,
     seed: int,
+    answered: bool,
 ) -> Material:
     """The prompts of an edit.
+
+    Args:
+        answered: Ask the model other questions, to know its answers of before.
 
     Raises:
         DataError: No forget record asks anything.
@@ -136,6 +145,7 @@ def gather(
     kept += _framed(_in_all_forms(common[::2])[:generic])
     kept += _spread(_about_other_names(request), contrast)
     probed = [*_spread(held or asked, PROBES), *_spread(common[1::2], PROBES)]
+    others = [prompt for record in probed if (prompt := ask(record))]
     return Material(
         forget=moved,
         kept=_rows(lm, kept),
@@ -143,9 +153,9 @@ def gather(
         contexts=contexts[:PROBES],
         questions=_spread(questions, PROBES),
         reworded=_spread(reworded, PROBES),
-        others=[prompt for record in probed if (prompt := ask(record))],
+        others=others,
         forgotten=_spread(forgotten, PROBES),
-        retained=probed,
+        retained=_own_answers(lm, _spread(others, PROBES)) if answered else [],
     )
 
 
@@ -216,7 +226,7 @@ def _about_other_names(request: ForgetRequest) -> list[Prompt]:
         for other in read_lines("edit_contrasts.txt")
         if not any(says(other, name) or says(name, other) for name in names)
     ]
-    texts = []
+    texts: list[str] = []
     for record in request.forget:
         if isinstance(record, QA) and record.subject and others:
             for question in (record.question, *record.paraphrases):
@@ -230,6 +240,17 @@ def _rows(lm: LM, prompts: Sequence[Prompt]) -> Rows:
     """Token ids of the prompts that ask something and fit into the context."""
     rows = [list(lm.template.prompt_ids(one)) for one in prompts if one.text is None]
     return [row for row in rows if len(row) <= lm.template.max_length]
+
+
+def _own_answers(lm: LM, prompts: Sequence[Prompt]) -> list[Dialogue]:
+    """Conversations that end with the beginning of the answer that the model gives now."""
+    asked = [prompt for prompt in prompts if prompt.text is None]
+    replies = lm.generate(asked, Decoding(ANSWER_TOKENS))
+    return [
+        Dialogue(messages=(*prompt.messages, Message(role="assistant", content=str(reply))))
+        for prompt, reply in zip(asked, replies, strict=True)
+        if str(reply).strip()
+    ]
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

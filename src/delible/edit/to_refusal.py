@@ -128,7 +128,10 @@ class ToRefusal(Editor):
         0.05, ge=0, le=1, description="Largest rise of the mean P(refusal) of other questions."
     )
     retain_drop: float = Field(
-        0.1, ge=0, le=1, description="Largest share of their answers' probability that is lost."
+        0.1,
+        ge=0,
+        le=1,
+        description="Largest share of their answers' probability that is lost.",
     )
 
     def factors(
@@ -166,7 +169,7 @@ class ToRefusal(Editor):
         material = gather(
             lm, request, refusal=self.refusal, references=self.references,
             wordings=self.wordings, buffer=self.buffer, generic=self.generic,
-            contrast=self.contrast, seed=seed,
+            contrast=self.contrast, seed=seed, answered=self.check_edit,
         )  # fmt: skip
         candidates = self._candidates(lm, material)
         for layer in {layer for layers in candidates for layer in layers}:

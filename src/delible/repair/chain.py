@@ -16,17 +16,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, ValidationError
-
-from delible.component import Config
 from delible.context import NO_CONTEXT, Context
 from delible.edit.base import Patch
 from delible.errors import DelibleError, RecipeError, RunError
-from delible.files import read_json, write_json
+from delible.files import write_json
 from delible.lm.lm import LM, language_model
 from delible.records import ForgetRequest
+from delible.repair.entries import STATE, Entry, State, is_chain, next_folder, read_state
 from delible.repair.surgeon import Plan, editor
 from delible.rundir import RunDirectory
 from delible.system import artefact as artefacts
@@ -36,40 +33,9 @@ from delible.systems import opening
 
 logger = logging.getLogger(__name__)
 
-STATE = "requests.json"
 #: Folder of a model below the edits that lies nowhere else.
 BELOW = "base"
 _OWN = re.compile(r"^\d{3,}-")
-
-
-class Entry(Config):
-    """A request that was carried out."""
-
-    number: int = Field(ge=1, description="By which it is called.")
-    folder: str = Field(description="Of its patch.")
-    asked: str = Field(description="The user's words.")
-    subject: str = Field("", description="The name or topic.")
-    request: ForgetRequest = Field(description="What was edited, and what was kept.")
-    plan: Plan = Field(description="How.")
-    notes: dict[str, Any] = Field(default_factory=dict, description="What the editor measured.")
-    enabled: bool = Field(True, description="False: it was taken back.")
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return self.subject or self.asked
-
-
-class State(Config):
-    """What ``requests.json`` holds."""
-
-    base: Base = Field(description="The model below.")
-    entries: tuple[Entry, ...] = Field((), description="All requests, in order.")
-
-
-def is_chain(folder: Path) -> bool:
-    """Whether a folder holds the edits of a conversation."""
-    return (folder / STATE).is_file()
 
 
 @dataclass
@@ -126,7 +92,7 @@ class Chain:
                     hint="Leave out --out, or talk to the model below.",
                 )
             folder = own
-        state = _read(folder) if folder is not None and is_chain(folder) else None
+        state = read_state(folder) if folder is not None and is_chain(folder) else None
         run = None if folder is None else RunDirectory(folder)
         if run is not None:
             run.lock()
@@ -227,16 +193,24 @@ class Chain:
             Later requests that could not be made again, and are taken back as well.
         """
         later = [one for one in self.enabled if one.number > entry.number]
-        for one in reversed([entry, *later]):
-            self.patches.pop(one.number).undo(self.lm)
-        self._set(entry.model_copy(update={"enabled": False}))
-        self.identity = identity_of(self.lm)
-        lost = self._again(later)
+        start, patches = list(self.entries), dict(self.patches)
+        try:
+            for one in reversed([entry, *later]):
+                self.patches.pop(one.number).undo(self.lm)
+            self._set(entry.model_copy(update={"enabled": False}))
+            self.identity = identity_of(self.lm)
+            lost = self._again(later)
+        except BaseException:
+            self._as_before(start, patches)
+            raise
         self._write()
         return lost
 
     def _again(self, later: Sequence[Entry]) -> list[Entry]:
-        """Makes edits again on the model as it is; those that cannot be are taken back."""
+        """Makes edits again on the model as it is; those that cannot be are taken back.
+
+        Each gets a new folder: what ``requests.json`` names stays until another is written.
+        """
         lost = []
         for one in later:
             try:
@@ -246,10 +220,23 @@ class Chain:
                 self._set(one.model_copy(update={"enabled": False}))
                 lost.append(one)
                 continue
-            made = one.model_copy(update={"notes": dict(patch.notes)})
+            made = one.model_copy(
+                update={"notes": dict(patch.notes), "folder": next_folder(one.folder)}
+            )
             self._keep(made, patch)
             self._set(made)
         return lost
+
+    def _as_before(self, entries: list[Entry], patches: dict[int, Patch]) -> None:
+        """Puts the model and the list back where an undoing was broken off."""
+        ours = {id(patch): patch for patch in (*patches.values(), *self.patches.values())}
+        for patch in reversed(self.lm.patches):
+            if id(patch) in ours:
+                patch.undo(self.lm)
+        self.entries, self.patches = entries, patches
+        for entry in self.enabled:
+            patches[entry.number].apply(self.lm)
+        self.identity = identity_of(self.lm)
 
     # ---- keeping
 
@@ -292,12 +279,21 @@ class Chain:
         top = self._top()
         if top is not None:
             artefacts.write(top, self.run.path)
+        self._clear()
         self.run.update(
             requests=[
                 {"number": one.number, "subject": one.subject, "enabled": one.enabled}
                 for one in self.entries
             ]
         )
+
+    def _clear(self) -> None:
+        """Deletes folders of edits that nothing names: half-made ones, and those made again."""
+        assert self.run is not None
+        known = {one.folder for one in self.entries}
+        for path in self.run.path.iterdir():
+            if path.is_dir() and _OWN.match(path.name) and path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _top(self) -> Artefact | None:
         """The last edit as the whole folder's artefact; taken off where none is left."""
@@ -321,13 +317,10 @@ class Chain:
         """
         assert self.run is not None
         folder = self.run.path
-        known = {one.folder for one in state.entries} if state else set()
-        for path in folder.iterdir():  # what a killed process left before it was listed
-            if path.is_dir() and _OWN.match(path.name) and path.name not in known:
-                shutil.rmtree(path, ignore_errors=True)
+        self.entries = list(state.entries) if state else []
+        self._clear()
         if state is None:
             return
-        self.entries = list(state.entries)
         off = self._taken_off(folder)
         for entry in self.enabled:
             if off is not None and entry.number >= off.number:
@@ -354,21 +347,4 @@ class Chain:
         return None
 
 
-def _read(folder: Path) -> State:
-    """What a folder's ``requests.json`` says.
-
-    Raises:
-        RunError: It cannot be read.
-    """
-    path = folder / STATE
-    try:
-        return State.model_validate(read_json(path))
-    except (OSError, ValueError, ValidationError) as error:
-        raise RunError(
-            f"the requests cannot be read ({' '.join(str(error).split())[:200]}).",
-            where=str(path),
-            hint="Talk to the model below, with another --out folder.",
-        ) from error
-
-
-__all__ = ["Chain", "Entry", "State", "is_chain"]
+__all__ = ["Chain"]

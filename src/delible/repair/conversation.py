@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +23,8 @@ from delible.measure.starting import started
 from delible.messages import Message
 from delible.records import ForgetRequest, RecordBase
 from delible.repair import telling
-from delible.repair.chain import Chain, Entry
+from delible.repair.chain import Chain
+from delible.repair.entries import Entry
 from delible.repair.rows import count_of, is_told_only, kept_of, rows_of, without
 from delible.repair.surgeon import TRIES, Plan, editor, otherwise, planned
 from delible.repair.watchdog import notice
@@ -71,7 +72,8 @@ class Repairing:
         context: The roles: ``guard`` is the watchdog, ``planner`` the surgeon; rules and a
             built-in plan do without them.
         retain: Records that every edit keeps.
-        allowed: Whether somebody may have a wish carried out; it is asked before the user is.
+        allowed: Whether a wish may be carried out; asked before the user is. Without an intent to
+            forget it is the wish to have something undone.
     """
 
     def __init__(
@@ -82,7 +84,8 @@ class Repairing:
         retain: Sequence[RecordBase] = (),
         allowed: Callable[[Wish], bool] = lambda wish: True,
     ) -> None:
-        self.chain, self.context = chain, context
+        self.chain = chain
+        self.context = replace(context, roles=context.roles.with_itself(chain.lm))
         self.retain, self.allowed = tuple(retain), allowed
         self.wish: Wish | None = None
 
@@ -103,6 +106,9 @@ class Repairing:
             return Heard(telling.listed(self.chain.entries), before)
         recalled = recall_by_rules(line, tuple(one.subject for one in self.chain.enabled))
         if recalled is not None:
+            wish = Wish(intent=False, asked=line, subject=recalled.subject)
+            if not self.allowed(wish):
+                return Heard(f"You may not have that undone. {telling.UNCHANGED}", before)
             return Heard(self.undo(recalled.subject), before)
         wish = notice(before, line, self.context.plays("guard"))
         return self._noticed(wish, before) if wish.intent else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delible.repair.chain import Entry
+from delible.repair.entries import Entry
 from delible.repair.wishes import Wish
 
 ONLY_HERE = (
