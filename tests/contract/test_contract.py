@@ -80,6 +80,9 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("editor", "rome"): {**EDITING, "covariance": False},
     ("editor", "memit"): {**EDITING, "tokens": 512},
     ("editor", "alphaedit"): {**EDITING, "tokens": 512, "threshold": 0.3},
+    # a random model declines nothing, and has no room for long conversations
+    ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
+    ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }

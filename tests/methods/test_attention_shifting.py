@@ -17,7 +17,7 @@ from delible.lm.lm import LM
 from delible.methods.balance.loss_share import LossShare
 from delible.methods.keep.attention_strengthening import AttentionStrengthening
 from delible.methods.objective.attention_shifting import AttentionShifting
-from delible.methods.place.lora import chosen_layers
+from delible.methods.place.lora import On, chosen_layers
 from delible.records import QA, Passage
 from delible.testing.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from delible.train.attending import (
@@ -269,24 +269,23 @@ def test_the_share_follows_the_losses_within_its_range() -> None:
     for forget, keep, alpha in ((3.0, 1.0, 0.75), (9.0, 0.1, 0.8), (0.1, 9.0, 0.2),
                                 (1.0, 1.5, 0.4), (0.0, 0.0, 0.4)):  # fmt: skip
         balance.observe(forget, keep, 0.0, state)
-        assert balance.weights(state) == pytest.approx((alpha, 1 - alpha))
+        assert balance.weights(state, 0.0) == pytest.approx((alpha, 1 - alpha))
     balance.observe(5.0, None, 0.0, state)
-    assert balance.weights(state)[0] == pytest.approx(0.4)
+    assert balance.weights(state, 0.0)[0] == pytest.approx(0.4)
     with pytest.raises(RecipeError, match="low is above high"):
         LossShare.build("balance 'loss_share'", low=0.9, high=0.1)
 
 
 def test_adapters_on_queries_and_keys_or_on_values(caplog: pytest.LogCaptureFixture) -> None:
-    lm = lm_of()
-    ends = {
-        on: {path.rsplit(".", 1)[1] for path in chosen_layers(lm.core, lm.anatomy, on)}
-        for on in ("query_key", "value")
-    }  # type: ignore[misc]
-    assert ends == {"query_key": {"q_proj", "k_proj"}, "value": {"v_proj"}}
-    assert len(chosen_layers(lm.core, lm.anatomy, "query_key")) == 6
-    fused = lm_of("gpt2")
-    assert {path.rsplit(".", 1)[1] for path in chosen_layers(fused.core, fused.anatomy, "value")} \
-        == {"c_attn"}  # fmt: skip
+    lm, every = lm_of(), range(3)
+
+    def ends(lm: LM, on: On) -> list[str]:
+        paths = chosen_layers(lm.core, lm.anatomy, every[: lm.anatomy.layers], on)
+        return [path.rsplit(".", 1)[1] for path in paths]
+
+    assert sorted(ends(lm, "query_key")) == sorted(["q_proj", "k_proj"] * lm.anatomy.layers)
+    assert set(ends(lm, "value")) == {"v_proj"}
+    assert set(ends(lm_of("gpt2"), "value")) == {"c_attn"}
     assert "cannot be taken apart" in caplog.text
 
 
