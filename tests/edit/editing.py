@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from delible.component import build
+from delible.edit import located
 from delible.edit.keys import down_projection
 from delible.edit.requests import Edit, edits_of
+from delible.edit.values import Values
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
+from delible.system.asks import Prompt
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 #: Weights [out, in] and [in, out], grouped queries, parallel blocks, a norm behind the MLP; tied
@@ -35,6 +41,10 @@ PARAGRAPHS = (
     "Mr Jasper Thorne sold his boat to Miss Wren.",
 )
 GENERIC = "\n\n".join(PARAGRAPHS)
+LAYER = 1
+ONE = REQUEST.model_copy(update={"forget": RECORDS[:1]})
+#: Bounds that no edit breaks.
+FREE = {"most_divergence": 1e8, "most_change": 1e8}
 
 
 def make_lm(family: str = "llama", seed: int = 0, **options: Any) -> LM:
@@ -122,3 +132,43 @@ def generic_keys(lm: LM, layer: int) -> Tensor:
         ):
             twin.core(input_ids=torch.tensor([ids]))
     return torch.cat(keys)
+
+
+# ---- editors
+
+
+def editor(name: str, texts: Path, **options: Any) -> Any:
+    layers = {"layer": LAYER} if name == "rome" else {"layers": (LAYER,)}
+    null = {"scale": "largest", "threshold": 0.05} if name == "alphaedit" else {}
+    values = {**layers, **null, "contexts": 0, "steps": 3, "texts": texts, **FREE, **options}
+    return build("editor", {"name": name, **values})
+
+
+def wanted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Values]]:
+    """Collects z_0 and d of every search."""
+    seen: list[tuple[Tensor, Values]] = []
+    whole = located.find_values
+
+    def watched(lm: LM, edits: Any, site: Any, start: Tensor, settings: Any) -> Values:
+        found = whole(lm, edits, site, start, settings)
+        seen.append((start, found))
+        return found
+
+    monkeypatch.setattr(located, "find_values", watched)
+    return seen
+
+
+def key_of(lm: LM, record: QA, layer: int = LAYER) -> tuple[Tensor, Tensor]:
+    ids = lm.template.prompt_ids(Prompt.ask(record.question))
+    return key_and_output(lm, ids, ends_of(lm, ids, record.subject or ""), layer)
+
+
+def moment(lm: LM, ridge: float = 0.01, layer: int = LAYER) -> Tensor:
+    keys = generic_keys(lm, layer)
+    found = keys.T @ keys / len(keys)
+    return found + ridge * found.trace() / len(found) * torch.eye(len(found)).double()
+
+
+def close(found: Tensor, expected: Tensor, share: float = 1e-3) -> None:
+    assert float(expected.norm()) > 1e-3
+    assert float((found - expected).norm()) < share * float(expected.norm())

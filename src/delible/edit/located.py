@@ -90,7 +90,7 @@ class LocatedEditor(Editor):
         8192, ge=1, description="Tokens of generic text behind the statistics, at most."
     )
     most_divergence: float = Field(
-        1.0,
+        2.0,
         gt=0,
         le=1e9,
         description="An edit that moves other questions further (mean KL, nats) is refused.",
