@@ -312,7 +312,13 @@ def test_the_autoencoder_and_what_lies_behind_it_stay_bit_by_bit(folder: Path) -
         lm = fresh()
         finish = "merge_adapter" if place["name"] == "lora" else "none"
         start = {name: value.clone() for name, value in lm.core.state_dict().items()}
-        trained = Trainer(lm, recipe(folder, place=place, finish=finish), RECORDS).train().lm
+        chosen = recipe(folder, place=place, finish=finish)
+        assert chosen.place.moving_blocks(lm) == [0, 1]
+        result = Trainer(lm, chosen, RECORDS).train()
+        if finish != "none":  # rank 4 beside the seven matrices of each of two blocks, not of three
+            widths = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+            assert result.notes["parameters"] == 2 * 4 * widths
+        trained = result.lm
         moved = {
             name for name, value in trained.core.state_dict().items()
             if not torch.equal(value, start[name])

@@ -37,6 +37,7 @@ from delible.intervene.rows import behind_shared, rows_of
 from delible.intervene.sites import Site
 from delible.intervene.taps import Where
 from delible.lm.lm import LM
+from delible.ranges import Range
 from delible.records import ForgetRequest
 from delible.registry import register
 
@@ -125,6 +126,9 @@ class NeuronAdjust(Intervention):
         False, description="As the released code: variances for deviations, the forget mean for "
         "the forget deviation.",
     )  # fmt: skip
+
+    def ranges(self) -> dict[str, Range]:
+        return {"percent": Range(low=0.1, high=20.0, log=True)}
 
     @property
     def sites(self) -> Sequence[Site]:
