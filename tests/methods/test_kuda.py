@@ -15,11 +15,12 @@ from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.methods.balance.null_space import NullSpace, projected, used_directions
 from delible.methods.keep.hidden_mse import HiddenMSE
-from delible.methods.objective.kuda import KUDA, deviation_loss, shifted
+from delible.methods.objective.kuda import KUDA, deviation_loss
 from delible.records import QA, Passage
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train.activations import input_moments
 from delible.train.engine import Trainer
+from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.rows import make_rows
 from delible.train.tracing import Fact, best_window, causal_effects, effects_of, fact_of
@@ -51,8 +52,8 @@ def test_values_equal_loops_over_rows_alone() -> None:
         for layer in (0, 1):
             own, was = (torch.tensor(by_hand.block_output(one, row, layer), dtype=torch.float64)
                         for one in (lm, frozen))  # fmt: skip
-            direction = shifted(torch.ones(1, 1, 32), 1.0, 0, layer)[0, 0] - 1
-            unit = (direction / direction.norm()).double()
+            direction = torch.randn(32, generator=generator(0, "kuda", layer)).double()
+            unit = direction / direction.norm()
             for h, h0 in list(zip(own, was, strict=True))[1:]:
                 there = h0 + 0.1 * h0.norm() * unit
                 d = 1 - float(h @ there / (h.norm() * there.norm()))
@@ -149,8 +150,6 @@ def test_effects_equal_runs_by_hand(family: str) -> None:
             hook.remove()
         terms = [float(logits[at - 1, fact.ids[at]]) for at in range(fact.start, len(fact.ids))]
         return math.exp(sum(terms) / len(terms))
-
-    from delible.train.randomness import generator
 
     drawn = torch.randn(2, fact.end - fact.first, embedding.weight.shape[1],
                         generator=generator(7, "tracing", fact.key))  # fmt: skip
