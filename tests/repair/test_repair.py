@@ -258,7 +258,8 @@ def test_an_undoing_that_is_broken_off_changes_nothing(
 
 
 def test_the_second_request_keeps_the_first(base: Path) -> None:
-    talking = talk(str(base))
+    exact = Scripted(['{"ridge": 1e-9}'] * 2)  # damped, they are kept less strictly
+    talking = talk(str(base), roles={"planner": exact})
     forget(talking, "Ada Quill")
     first = declined(talking.lm, ASK_ADA)
     forget(talking, "Ben Orr")

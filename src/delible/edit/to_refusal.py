@@ -111,7 +111,7 @@ class ToRefusal(Editor):
         1.0, gt=0, description="Weight of a forgotten key; a kept one has 1."
     )
     ridge: float = Field(
-        1e-4, ge=0, description="Damping, as a share of the keys' mean square; 0: none."
+        1.0, ge=0, description="Damping, in mean squares of a key's entry; 0: none."
     )
     check_edit: bool = Field(
         True, description="Look whether it refuses, and takes back what does not do as it should."

@@ -40,7 +40,9 @@ class Plan(Config):
     forget_weight: float = Field(
         1.0, gt=0, le=1e4, description="Weight of a forgotten key; a kept one has 1."
     )
-    ridge: float = Field(1e-4, ge=0, le=10, description="Damping, as a share of the mean square.")
+    ridge: float = Field(
+        1.0, ge=0, le=100, description="Damping: the larger, the less other answers move."
+    )
     wordings: int = Field(4, ge=1, le=16, description="Forms in which each question is edited.")
 
 
@@ -98,8 +100,8 @@ def otherwise(plan: Plan, reason: Reason) -> Plan:
         }
     else:
         changed = {
-            "forget_weight": max(plan.forget_weight / 10, 1e-3),
-            "ridge": min(max(plan.ridge, 1e-4) * 10, 10.0),
+            "forget_weight": max(plan.forget_weight / 2, 1e-3),
+            "ridge": min(max(plan.ridge, 0.1) * 4, 100.0),
             "rank": min(plan.rank * 2, 4096),
         }
     return plan.model_copy(update=changed)
