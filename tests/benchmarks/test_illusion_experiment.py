@@ -146,6 +146,11 @@ def test_taken_texts_go_farther_and_the_final_set_keeps_to_every_limit() -> None
         assert all(after > before for before, after in pairwise(one.distances))
         near = 1 - Letters().encode([one.text]) @ Letters().encode(FORGET_TEXTS).T
         assert one.distances[-1] == pytest.approx(float(near.min()), abs=1e-9)
+    refused = surrogate(
+        judge(), FORGET_TEXTS[0], "", lambda *_: ["maps maps maps"], least_gain=100.0,
+        effort=Effort(1, 1, 0, 1, 1), random=generator(0, "test"),
+    )  # fmt: skip
+    assert (refused.text, len(refused.distances)) == (FORGET_TEXTS[0], 1)
     told = ["Ben Ben Ben Ek Ek.", "Lin Lin Lin lives", "ben ben, BEN ek ek!"]
     texts = [*(one.text for one in made), *told, FORGET_TEXTS[0], KEPT[0]]
     found = sets(judge(), TEXTS, texts, most_loss=9.0)

@@ -103,6 +103,7 @@ def test_what_was_tuned_on_gains_most() -> None:
     own, other = judge()(FORGET), judge()(OTHER)
     assert own.gain.min() > other.gain.max() + 0.1
     assert own.gain == pytest.approx(losses(tiny(), FORGET) - losses(tuned(), FORGET))
+    assert own.loss == pytest.approx(losses(tiny(), FORGET))
     assert own.least_distance == pytest.approx([0, 0], abs=1e-9)
     vectors = Letters().encode([*FORGET, *OTHER])
     for place, text in enumerate(OTHER):
