@@ -72,7 +72,9 @@ def reads(memory: Memory, *, whole: bool = True) -> dict[str, Any]:
         "cases": {query: memory.search(query, 2, kind="case") for query in QUERIES},
     }
     if whole:
-        assert memory.counted_state() == found["state"]
+        certificate = memory.certify()
+        assert certificate.counted == found["state"]
+        assert certificate.returned == 0
         assert_whole(memory)
     return found
 

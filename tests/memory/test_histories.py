@@ -105,7 +105,7 @@ def test_a_history_leaves_what_never_having_had_it_would(history: Sequence[Any])
             work, after, refused = happen
             before = model
             if refused:
-                with pytest.raises(DataError, match="deleted|rebuilt"):
+                with pytest.raises(DataError, match=r"deleted|rebuilt"):
                     work(memory)
                 continue
             try:

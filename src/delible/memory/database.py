@@ -41,7 +41,8 @@ CREATE INDEX items_by_text ON items(text_form);
 CREATE TABLE derived(child INTEGER NOT NULL, parent INTEGER NOT NULL, PRIMARY KEY(child, parent))
   WITHOUT ROWID;
 CREATE INDEX derived_by_parent ON derived(parent);
-CREATE TABLE tombstones(form BLOB PRIMARY KEY, alike INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE tombstones(alike BLOB NOT NULL, same BLOB NOT NULL, PRIMARY KEY(alike, same))
+  WITHOUT ROWID;
 CREATE TABLE learned(name TEXT PRIMARY KEY, file TEXT NOT NULL, stale INTEGER NOT NULL)
   WITHOUT ROWID;
 CREATE TABLE learned_from(seq INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY(seq, name))
@@ -64,6 +65,13 @@ def connect(path: Path) -> sqlite3.Connection:
         mode = database.execute("PRAGMA journal_mode").fetchone()[0]
         if mode != "delete":  # a write-ahead log would keep what was deleted
             database.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.OperationalError as error:
+        database.close()
+        raise RunError(
+            f"another program has it open, with a log that would keep what is deleted ({error}).",
+            where=str(path),
+            hint="Close that program and run the same command again.",
+        ) from error
     except sqlite3.DatabaseError as error:
         database.close()
         raise RunError(
@@ -161,6 +169,11 @@ class Tables:
         """How many vectors there are."""
         return int(self.database.execute("SELECT count(slot) FROM items").fetchone()[0])
 
+    @property
+    def name(self) -> str:
+        """Tells this memory from others."""
+        return self.hashed("this memory").hex()[:16]
+
     def pending(self) -> bool:
         """Whether a deletion was begun and not ended."""
         return self.database.execute("SELECT 1 FROM intents").fetchone() is not None
@@ -233,6 +246,21 @@ class Tables:
         )
         self.index(seq, item.found_by)
         return seq
+
+    def release(self, seq: int, item: Item, slot: int | None, vector: bytes) -> None:
+        """Makes a quarantined item active."""
+        self.database.execute(
+            "UPDATE items SET state = 'active', slot = ? WHERE seq = ?", (slot, seq)
+        )
+        self.index(seq, item.found_by)
+        self.shift(self.weight(item, "active", vector) - self.weight(item, "quarantined", b""))
+
+    def returned(self) -> int:
+        """Items that say what was deleted."""
+        query = "SELECT alike FROM tombstones"
+        return int(self.database.execute(
+            f"SELECT count(*) FROM items WHERE key_form IN ({query}) OR text_form IN ({query})"
+        ).fetchone()[0])  # fmt: skip
 
     def change(self, seq: int, item: Item) -> None:
         """Gives a place another item, without its words."""

@@ -311,9 +311,9 @@ def _bury(tables: Tables, item: Item, but: Item | None = None) -> None:
     kept = set() if but is None else {near(but.text), near(but.found_by)}
     for text in dict.fromkeys((item.found_by, item.text)):
         if near(text) not in kept:
-            tables.database.executemany(
+            tables.database.execute(
                 "INSERT OR IGNORE INTO tombstones VALUES(?, ?)",
-                ((tables.same(text), 0), (tables.alike(text), 1)),
+                (tables.alike(text), tables.same(text)),
             )
 
 

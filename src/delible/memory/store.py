@@ -20,11 +20,12 @@ import numpy as np
 from delible.errors import DataError, RunError
 from delible.lm.encoder import Encoder, unit
 from delible.memory import forgetting, learned, steps
+from delible.memory.certificate import Certificate, of_deletion, of_memory
 from delible.memory.closure import Closure, Descendants, closure, named
 from delible.memory.database import Tables, exclusive, snapshot
 from delible.memory.items import Found, Item, State
 from delible.memory.place import Place
-from delible.memory.scan import Scanned, scan, sentinels
+from delible.memory.scan import scan, sentinels
 
 NO_ENCODER = "none"
 #: Characters of a text in a message.
@@ -106,12 +107,12 @@ class Memory:
             DataError: It was, in these words or nearly.
         """
         for text in dict.fromkeys((item.found_by, item.text)):
-            alike = tables.database.execute(
-                "SELECT min(alike) FROM tombstones WHERE form IN (?, ?)",
+            same = tables.database.execute(
+                "SELECT max(same = ?) FROM tombstones WHERE alike = ?",
                 (tables.same(text), tables.alike(text)),
             ).fetchone()[0]
-            if alike is not None:
-                how = ", in other case or spacing," if alike else ""
+            if same is not None:
+                how = "" if same else ", in other case or spacing,"
                 raise DataError(
                     f"'{text[:SHOWN]}'{how} was deleted from this memory.",
                     where="memory",
@@ -126,8 +127,7 @@ class Memory:
         """
         with self._writing() as tables, exclusive(tables.database):
             gone = tables.database.execute(
-                "DELETE FROM tombstones WHERE form IN (?, ?)",
-                (tables.same(text), tables.alike(text)),
+                "DELETE FROM tombstones WHERE alike = ?", (tables.alike(text),)
             )
             if gone.rowcount == 0:
                 raise DataError("this text was not deleted here.", where="memory")
@@ -204,17 +204,11 @@ class Memory:
         with self._reading() as tables:
             return tables.state
 
-    def counted_state(self) -> str:
-        """The state, summed up again over all items."""
-        with self._reading() as tables:
-            return forgetting.counted_state(tables, self._place.vectors(tables))
-
     def knows_deleted(self, text: str) -> bool:
         """Whether a text is one that is not added again."""
         with self._reading() as tables:
             return tables.database.execute(
-                "SELECT 1 FROM tombstones WHERE form IN (?, ?)",
-                (tables.same(text), tables.alike(text)),
+                "SELECT 1 FROM tombstones WHERE alike = ?", (tables.alike(text),)
             ).fetchone() is not None  # fmt: skip
 
     # ---- forgetting
@@ -247,8 +241,8 @@ class Memory:
             subject: A name: items about it, and items that hold it.
             text: Items that hold it.
             descendants: delete them; quarantine them (kept, but found by nobody); or rebuild them.
-            rebuild: Is given a descendant and its parents that are left; makes it anew, or None. It may read
-                this memory, not change it.
+            rebuild: Is given a descendant and its parents that are left; makes it anew, or None.
+                It may read this memory, not change it.
             scanned: Look for what goes in the bytes of every file, before and afterwards.
 
         Raises:
@@ -276,16 +270,57 @@ class Memory:
             after = scan(self.folder, tables, pieces) if scanned else None
         return replace(deletion, before=before, after=after)
 
-    def look_for(self, texts: Sequence[str]) -> Scanned:
-        """Scans every file for texts, after it has found one that was planted."""
+    def certificate(self, deletion: forgetting.Deletion) -> Certificate:
+        """What may be said of a deletion, and what may not."""
+        with self._reading() as tables:
+            return of_deletion(deletion, tables.name, learned.stale(tables), tables.indexed)
+
+    def certify(self, texts: Sequence[str] = ()) -> Certificate:
+        """Counts the state anew, looks for what came back, and scans every file.
+
+        Args:
+            texts: What should be in no file; what was deleted is not kept, so it cannot be known
+                from here.
+        """
+        told = self.deletions()
         with self._writing() as tables:
-            return scan(self.folder, tables, sentinels([Item(text=text) for text in texts]))
+            scanned = scan(self.folder, tables, sentinels([Item(text=text) for text in texts]))
+            counted = forgetting.counted_state(tables, self._place.vectors(tables))
+            returned = tables.returned()
+            stale = learned.stale(tables)
+            return of_memory(scanned, tables.name, tables.state, counted, returned, told, stale)
 
     def deletions(self) -> list[dict[str, Any]]:
         """What was deleted so far, without what it said."""
         with self._reading() as tables:
             rows = tables.database.execute("SELECT record FROM deletions ORDER BY number")
             return [json.loads(record) for (record,) in rows]
+
+    def release(self, ids: Sequence[str]) -> None:
+        """Lets quarantined items be found again.
+
+        Raises:
+            DataError: One of them is not quarantined.
+        """
+        with self._writing() as tables:
+            held = tables.places(ids, active=False)
+            items = tables.items(
+                [seq for id_, seq in held.items() if id_ not in tables.places(ids)]
+            )
+            lost = set(ids) - {one.id for one in items.values()}
+            if lost:
+                raise DataError(f"'{min(lost)}' is not quarantined.", where="memory")
+            vectors = self._encoded([one.found_by for one in items.values()])
+            with exclusive(tables.database):
+                self._remember_encoder(tables, vectors)
+                first, rows = tables.rows, dict[int, bytes]()
+                for number, (seq, item) in enumerate(items.items()):
+                    slot = None if vectors is None else first + number
+                    vector = b"" if vectors is None else vectors[number].tobytes()
+                    if slot is not None:
+                        rows[slot] = vector
+                    tables.release(seq, item, slot, vector)
+                self._place.vectors(tables).write(rows)
 
     # ---- what was learned from items
 
