@@ -11,7 +11,8 @@ import pytest
 from by_hand import Letters
 
 from delible.errors import RunError
-from delible.memory import Item, Memory, database, place, scan
+from delible.memory import Item, Memory, database, place
+from delible.memory import scan as scan_module
 from delible.memory.scan import CHUNK, Sentinel, occurrences, sentinels
 
 SECRET = "Ada Brook keeps a hippopotamus in the cellar of the lighthouse"
@@ -135,7 +136,7 @@ def test_a_scan_that_finds_nothing_at_all_proves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = filled(tmp_path)
-    monkeypatch.setattr(scan, "occurrences", lambda *_: iter(()))
+    monkeypatch.setattr(scan_module, "occurrences", lambda *_: iter(()))
     certificate = memory.certificate(memory.forget(ids=["the-secret-id"]))
     assert (certificate.verdict, certificate.control) == ("not shown", False)
     assert memory.certify(["anything at all"]).verdict == "not shown"
@@ -153,7 +154,6 @@ def test_pieces_that_were_never_seen_show_nothing(
     monkeypatch.setattr(store, "sentinels", lambda _: [wrong])
     deletion = memory.forget(ids=["the-secret-id"])
     assert any("1 of" in one for one in memory.certificate(deletion).not_computed)
-    object.__setattr__(deletion.before, "seen", frozenset())
     assert memory.certificate(deletion).verdict == "not shown"
 
 

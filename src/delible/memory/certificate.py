@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from delible.memory.forgetting import Deletion
-from delible.memory.scan import Scanned
+from delible.memory.scan import Scanned, Sentinel
 
 Verdict = Literal["nothing found", "remains found", "not shown"]
 
@@ -28,7 +28,10 @@ NEVER_COMPUTED = (
 )
 NO_SCAN = "No file was scanned."
 NO_CONTROL = "The scan did not find what was planted for it, so it proves nothing."
-NOTHING_KNOWN = "No piece was in any file before, so that none is there now says nothing."
+NOTHING_KNOWN = (
+    "No piece of a text was in any file before (too short, or written otherwise), so that none is "
+    "there now says nothing."
+)
 
 
 class Certificate(BaseModel):
@@ -83,7 +86,7 @@ def of_deletion(
         indexed: Whether it has an index of words.
     """
     after, before = deletion.after, deletion.before
-    verdict, reasons = judged(after, None if before is None else len(before.seen))
+    verdict, reasons = judged(after, before)
     unknown = list(NEVER_COMPUTED)
     if not indexed:
         unknown.append("An index of words: this Python's SQLite has no FTS5, so there is none.")
@@ -92,7 +95,7 @@ def of_deletion(
         unknown.append(f"What is stale still knows what went, until it is retrained: {names}.")
     if deletion.record["quarantined"]:
         unknown.append("What is quarantined is kept, and may say what went.")
-    if after is not None and before is not None and (unseen := len(after.looked_for - before.seen)):
+    if after is not None and before is not None and (unseen := len(after.looked_for - before)):
         unknown.append(
             f"{unseen} of {len(after.looked_for)} pieces were in no file before (too often "
             "elsewhere, or written otherwise): that they are in none now says nothing."
@@ -100,7 +103,7 @@ def of_deletion(
     return Certificate(
         of="deletion", memory=memory, verdict=verdict, reasons=reasons,
         deletion=dict(deletion.record), state=deletion.record["state_after"],
-        seen_before=None if before is None else len(before.seen),
+        seen_before=None if before is None else len(before),
         stale=dict(stale), not_computed=tuple(unknown), **_told(after),
     )  # fmt: skip
 
@@ -136,11 +139,13 @@ def of_memory(
     )  # fmt: skip
 
 
-def judged(after: Scanned | None, seen_before: int | None) -> tuple[Verdict, tuple[str, ...]]:
+def judged(
+    after: Scanned | None, before: frozenset[Sentinel] | None
+) -> tuple[Verdict, tuple[str, ...]]:
     """What a scan shows, and why.
 
     Args:
-        seen_before: Pieces that were found before; None: nobody looked.
+        before: Pieces that were found before; None: nobody looked.
     """
     if after is None:
         return "not shown", (NO_SCAN,)
@@ -149,12 +154,12 @@ def judged(after: Scanned | None, seen_before: int | None) -> tuple[Verdict, tup
         return "remains found", (f"{count} places in files still hold a piece of what went.",)
     if not after.control:
         return "not shown", (NO_CONTROL,)
-    if seen_before == 0:
+    if before is not None and not any(one.kind == "text" for one in before):
         return "not shown", (NOTHING_KNOWN,)
     reasons = [f"{len(after.looked_for)} pieces were looked for in {len(after.files)} files; what "
                "was planted for the scan was found, and gone when it was taken out."]  # fmt: skip
-    if seen_before is not None:
-        reasons.append(f"{seen_before} of them were found before the deletion.")
+    if before is not None:
+        reasons.append(f"{len(before)} of them were found before the deletion.")
     if after.shared:
         reasons.append(f"{after.shared} are said by items that stay, and count for nothing.")
     return "nothing found", tuple(reasons)

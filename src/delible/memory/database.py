@@ -167,7 +167,8 @@ class Tables:
     @property
     def rows(self) -> int:
         """How many vectors there are."""
-        return int(self.database.execute("SELECT count(slot) FROM items").fetchone()[0])
+        last = self.database.execute("SELECT max(slot) FROM items").fetchone()[0]
+        return 0 if last is None else int(last) + 1  # slots have no holes
 
     @property
     def name(self) -> str:

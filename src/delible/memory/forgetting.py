@@ -61,12 +61,12 @@ class Deletion:
 
     Attributes:
         record: Counts, hashed ids and states; nothing that was said.
-        before: Every file, scanned for what was about to go.
-        after: The same afterwards; None if nobody wanted to know.
+        before: Pieces of what was about to go that were found in files.
+        after: What was found of them afterwards; None if nobody looked.
     """
 
     record: Mapping[str, Any]
-    before: Scanned | None = None
+    before: frozenset[Sentinel] | None = None
     after: Scanned | None = None
 
 

@@ -90,6 +90,8 @@ def near(text: str) -> str:
 
     Texts with equal near forms count as the same text.
     """
+    if text.isascii():
+        return " ".join(text.casefold().replace("\0", " ").split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     shown = "".join(one for one in folded if unicodedata.category(one) != "Cf")
     return " ".join(shown.replace("\0", " ").split())

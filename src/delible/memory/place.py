@@ -14,9 +14,9 @@ from delible.errors import RunError
 from delible.files import atomic_file, explain_disk
 from delible.memory import forgetting
 from delible.memory.database import FORMAT, Tables, connect, exclusive, has_tables, make, snapshot
-from delible.memory.vectors import Vectors
+from delible.memory.vectors import VECTORS, Vectors
 
-DATABASE, VECTORS, KEY, LOCK = "memory.db", "vectors.f32", "key", "lock"
+DATABASE, KEY, LOCK = "memory.db", "key", "lock"
 
 
 class Place:
@@ -109,4 +109,4 @@ class Place:
                 make(database)
 
 
-__all__ = ["DATABASE", "KEY", "LOCK", "VECTORS", "Place"]
+__all__ = ["DATABASE", "KEY", "LOCK", "Place"]

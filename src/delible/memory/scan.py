@@ -21,6 +21,7 @@ import numpy as np
 
 from delible.memory.database import Tables
 from delible.memory.items import Item, near
+from delible.memory.vectors import VECTORS
 
 #: Bytes of a piece at most, and at least: fewer stand anywhere by chance.
 LONGEST, SHORTEST = 24, 6
@@ -55,7 +56,6 @@ class Scanned:
     Attributes:
         files: Every file that was read, and its bytes.
         looked_for: Pieces, each once.
-        seen: Those that were somewhere, whether or not that tells anything.
         found: File and place of pieces that nothing accounts for.
         shared: Pieces that something says that stays.
         control: Whether the planted text was found, and was gone when it was taken out.
@@ -63,7 +63,6 @@ class Scanned:
 
     files: dict[str, int]
     looked_for: frozenset[Sentinel]
-    seen: frozenset[Sentinel]
     found: tuple[tuple[str, int], ...]
     shared: int
     control: bool
@@ -90,66 +89,61 @@ def _pieces(text: str) -> Iterator[bytes]:
             yield from dict.fromkeys(whole[max(0, at) : max(0, at) + LONGEST] for at in starts)
 
 
-def scan(
-    folder: Path, tables: Tables, looked_for: Sequence[Sentinel], *, control: bool = True
-) -> Scanned:
-    """Scans every file below a folder.
+def seen(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> frozenset[Sentinel]:
+    """Pieces that are in some file now."""
+    hits, _ = _look(folder, tables, [one.piece for one in looked_for])
+    there = {piece for _, piece, _ in hits}
+    return frozenset(one for one in looked_for if one.piece in there)
+
+
+def scan(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanned:
+    """Scans every file below a folder, with a random text planted in the database.
 
     Args:
         tables: Of the writer, outside a transaction.
-        control: Plant something first. Without it nothing may be said of what is not found.
     """
-    asked = frozenset(looked_for)
-    planted = secrets.token_hex(24)
-    if control:
-        tables.set(PLANTED, planted)
-    pieces = [one.piece for one in asked]
-    hits, files = _look(folder, tables, [*pieces, planted.encode()])
-    was_there = any(piece == planted.encode() for _, piece, _ in hits)
-    if control:
-        tables.database.execute("DELETE FROM settings WHERE name = ?", (PLANTED,))
-        again, _ = _look(folder, tables, [planted.encode()])
-        was_there = was_there and not again
+    asked, planted = {one.piece: one for one in looked_for}, secrets.token_hex(24)
+    tables.set(PLANTED, planted)
+    hits, files = _look(folder, tables, [*asked, planted.encode()])
+    tables.database.execute("DELETE FROM settings WHERE name = ?", (PLANTED,))
+    held = {name for name, piece, _ in hits if piece == planted.encode()}
+    again, _ = _look(folder, tables, [planted.encode()], held)
+    hits = [hit for hit in hits if hit[1] in asked]
     said = _said_by_others(tables, {piece for _, piece, _ in hits})
-    by_kind = {(one.piece): one for one in asked}
-    found, shared, seen = [], set[bytes](), set[Sentinel]()
+    found, shared = [], set[bytes]()
     for name, piece, at in hits:
-        if piece not in by_kind:
-            continue
-        seen.add(by_kind[piece])
-        whole_row = by_kind[piece].kind == "vector" and at % len(piece) == 0
-        if piece in said or (whole_row and name.endswith(".f32")):  # a row of an item that stays
+        whole_row = asked[piece].kind == "vector" and at % len(piece) == 0
+        if piece in said or (whole_row and name == VECTORS):  # a row of an item that stays
             shared.add(piece)
         else:
             found.append((name, at))
     return Scanned(
-        files, asked, frozenset(seen), tuple(found), len(shared), bool(control and was_there)
+        files, frozenset(looked_for), tuple(found), len(shared), bool(held) and not again
     )
 
 
 def _look(
-    folder: Path, tables: Tables, pieces: Sequence[bytes]
+    folder: Path, tables: Tables, pieces: Sequence[bytes], only: set[str] | None = None
 ) -> tuple[list[tuple[str, bytes, int]], dict[str, int]]:
     """Every place of every piece, and the size of every file.
 
     Nobody else has the database open meanwhile: closing a file lets go of this process's locks.
     """
-    hits, files = [], dict[str, int]()
+    hits, files = list[tuple[str, bytes, int]](), dict[str, int]()
     tables.database.execute("BEGIN EXCLUSIVE")
     try:
         for path in sorted(folder.rglob("*")):
-            if not path.is_file() or path.is_symlink():
+            name = path.relative_to(folder).as_posix()
+            if not path.is_file() or path.is_symlink() or (only is not None and name not in only):
                 continue
-            name, size = path.relative_to(folder).as_posix(), path.stat().st_size
-            files[name] = size
-            if size == 0:
+            files[name] = path.stat().st_size
+            if files[name] == 0:
                 continue
             with (
                 path.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as all_,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as it,
             ):
-                for piece, at in occurrences(all_, pieces):
-                    hits.append((name, piece, at))
+                hits += [(name, piece, at) for piece, at in occurrences(it, pieces)]
     finally:
         tables.database.execute("ROLLBACK")
     return hits, files
@@ -201,4 +195,4 @@ def _said_by_others(tables: Tables, pieces: set[bytes]) -> set[bytes]:
     return said
 
 
-__all__ = ["Scanned", "Sentinel", "occurrences", "scan", "sentinels"]
+__all__ = ["Scanned", "Sentinel", "occurrences", "scan", "seen", "sentinels"]

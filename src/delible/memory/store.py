@@ -25,7 +25,7 @@ from delible.memory.closure import Closure, Descendants, closure, named
 from delible.memory.database import Tables, exclusive, snapshot
 from delible.memory.items import Found, Item, State
 from delible.memory.place import Place
-from delible.memory.scan import scan, sentinels
+from delible.memory.scan import scan, seen, sentinels
 
 NO_ENCODER = "none"
 #: Characters of a text in a message.
@@ -261,7 +261,7 @@ class Memory:
                     self.refuse_deleted(tables, item)
             gone = [chosen.members[seq].item for seq in change.removed]
             pieces = [*sentinels(gone), *change.vectors_gone]
-            before = scan(self.folder, tables, pieces, control=False) if scanned else None
+            before = seen(self.folder, tables, pieces) if scanned else None
             with exclusive(tables.database):
                 forgetting.intend(tables, change)
             with exclusive(tables.database):

@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from delible.errors import RunError
 from delible.memory import steps
 
+#: The file.
+VECTORS = "vectors.f32"
 #: Rows that are multiplied at a time.
 BLOCK = 16_384
 #: Rounding of a float32 dot product of two unit vectors is below this, times their width.
@@ -132,4 +134,4 @@ class Vectors:
         return np.memmap(self.path, dtype="<f4", mode="r", shape=(rows, self.width))
 
 
-__all__ = ["Vectors"]
+__all__ = ["VECTORS", "Vectors"]
