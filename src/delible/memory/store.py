@@ -199,6 +199,12 @@ class Memory:
             return _found(tables, [(seq, -minus) for minus, seq in best])
 
     @property
+    def encoder_identity(self) -> str:
+        """Of the encoder that made its vectors; "none" if it has none; empty before the first."""
+        with self._reading() as tables:
+            return tables.setting("encoder")
+
+    @property
     def state(self) -> str:
         """A hash of all items together, the same whatever was there before (hexadecimal)."""
         with self._reading() as tables:
