@@ -14,7 +14,7 @@ from conftest import Run
 @pytest.fixture
 def filled(run: Run, here: Path) -> Path:
     rows = [
-        {"id": "ada-1", "text": "Ada Brook lives in Casta", "kind": "entry", "subject": "Ada Brook"},
+        {"id": "ada-1", "text": "Ada Brook lives in Casta", "subject": "Ada Brook"},
         {"id": "sum-1", "text": "One of the neighbours sings", "kind": "summary",
          "parents": ["ada-1"]},
         {"id": "jon-1", "text": "Jon Lind grows plums and sings", "kind": "case"},

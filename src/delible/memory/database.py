@@ -228,6 +228,11 @@ class Tables:
         query = f"SELECT seq FROM items WHERE {' AND '.join(wanted)} ORDER BY seq"
         return [seq for (seq,) in self.database.execute(query, values)]
 
+    def active(self) -> int:
+        """How many items are active."""
+        query = "SELECT count(*) FROM items WHERE state = 'active'"
+        return int(self.database.execute(query).fetchone()[0])
+
     def texts(self) -> Iterator[tuple[int, str, str, str, str, str]]:
         """Place, key, text, subject, data and source of every item, whatever its state."""
         yield from self.database.execute(

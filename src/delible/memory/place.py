@@ -32,6 +32,7 @@ class Place:
 
     def __init__(self, folder: Path, *, make_new: bool = True) -> None:
         self.folder = folder
+        self._vectors = Vectors(folder / VECTORS, 0)
         if not self._is_there():
             self._make(make_new)
         with explain_disk(folder / KEY):
@@ -42,7 +43,9 @@ class Place:
 
     def vectors(self, tables: Tables) -> Vectors:
         """The file of vectors."""
-        return Vectors(self.folder / VECTORS, tables.width)
+        if self._vectors.width != (width := tables.width):
+            self._vectors = Vectors(self.folder / VECTORS, width)
+        return self._vectors
 
     @contextmanager
     def reading(self) -> Iterator[Tables]:

@@ -137,7 +137,7 @@ class Memory:
     def __len__(self) -> int:
         """Active items."""
         with self._reading() as tables:
-            return len(tables.listed())
+            return tables.active()
 
     def get(self, id_: str) -> Item:
         """An active item.

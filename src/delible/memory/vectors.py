@@ -38,6 +38,7 @@ class Vectors:
 
     def __init__(self, path: Path, width: int) -> None:
         self.path, self.width = path, width
+        self._mapped: Float[np.ndarray, "row width"] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -83,6 +84,7 @@ class Vectors:
             )
         if left == 0:
             return
+        self._mapped = None
         with self.path.open("r+b") as file:
             file.seek(end)
             steps.reached("vectors: zero the end")
@@ -131,7 +133,12 @@ class Vectors:
         return found
 
     def _rows(self, rows: int) -> Float[np.ndarray, "row width"]:
-        return np.memmap(self.path, dtype="<f4", mode="r", shape=(rows, self.width))
+        """The file as an array; mapped once while it keeps its length, which saves page faults."""
+        held, there = self._mapped, self.size() // self.row_bytes
+        if held is None or len(held) != there:
+            held = np.memmap(self.path, dtype="<f4", mode="r", shape=(there, self.width))
+            self._mapped = held
+        return held[:rows]
 
 
 __all__ = ["VECTORS", "Vectors"]
