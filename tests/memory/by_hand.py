@@ -118,16 +118,18 @@ def folded(text: str) -> str:
 def closed(items: Sequence[Item], ids: set[str]) -> tuple[set[str], set[str]]:
     """Ids that go themselves, and ids of what was made from them, by going round until it ends."""
 
-    def twins(chosen: set[str]) -> set[str]:
-        forms = {folded(t) for one in items if one.id in chosen for t in (one.text, one.found_by)}
+    def twins(chosen: set[str], roots: set[str]) -> set[str]:
+        there = [one for one in items if one.id in chosen]
+        forms = {folded(one.text) for one in there}
+        forms |= {folded(one.found_by) for one in there if one.id in roots}
         return {one.id for one in items if {folded(one.text), folded(one.found_by)} & forms}
 
     roots = set(ids)
-    while (more := roots | twins(roots)) != roots:
+    while (more := roots | twins(roots, roots)) != roots:
         roots = more
     every = set(roots)
     while True:
-        more = every | twins(every) | {one.id for one in items if set(one.parents) & every}
+        more = every | twins(every, roots) | {one.id for one in items if set(one.parents) & every}
         if more == every:
             return roots, every - roots
         every = more

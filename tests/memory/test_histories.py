@@ -67,10 +67,12 @@ class Model:
                 removed.add(item.id)
             else:
                 new[item.id] = made.model_copy(update={"parents": left})
-                self.gone |= {folded(item.text), folded(item.found_by)}
+                self.gone |= {folded(item.text)} - {folded(made.text)}
         for item in self.all:
             if item.id in removed:
-                self.gone |= {folded(item.text), folded(item.found_by)}
+                self.gone |= {folded(item.text)}
+            if item.id in roots:
+                self.gone |= {folded(item.found_by)}
         if policy == "quarantine":
             self.quarantined += [one for one in self.items if one.id in rest]
             self.items = [one for one in self.items if one.id not in rest]

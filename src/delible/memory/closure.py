@@ -125,13 +125,14 @@ def closure(tables: Tables, start: Mapping[int, str]) -> Closure:
 
 
 def _spread(tables: Tables, found: dict[int, str], *, descend: bool) -> dict[int, str]:
-    waiting = list(found)
+    waiting, roots = list(found), set(found) if descend else None
     while waiting:
         seq = waiting.pop()
-        row = tables.database.execute(
+        id_, key, text = tables.database.execute(
             "SELECT id, key_form, text_form FROM items WHERE seq = ?", (seq,)
         ).fetchone()
-        id_, forms = row[0], (row[1], row[2])
+        whole = roots is None or seq in roots  # what was made from it shares no more than its text
+        forms = (key, text) if whole else (text, text)
         new = {
             other: f"says the same as {id_}"
             for (other,) in tables.database.execute(

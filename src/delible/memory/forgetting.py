@@ -36,6 +36,7 @@ class Change:
     """What a deletion does, by place.
 
     Attributes:
+        roots: Of those that are removed: what was named, or says the same.
         rewritten: Rebuilt items; one that is as before only loses parents.
         slots: Where vectors of items that stay are afterwards, if they move.
         filled: What is written into slots.
@@ -45,6 +46,7 @@ class Change:
     """
 
     removed: list[int] = field(default_factory=list)
+    roots: list[int] = field(default_factory=list)
     quarantined: dict[int, Item] = field(default_factory=dict)
     rewritten: dict[int, Item] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)
@@ -83,7 +85,7 @@ def planned(
     Raises:
         DataError: A rebuilt item holds what is removed.
     """
-    change = Change(removed=chosen.roots())
+    change = Change(removed=chosen.roots(), roots=chosen.roots())
     gone = set(change.removed)
     others = [seq for seq in chosen.members if seq not in gone]
     if descendants == "delete":
@@ -246,6 +248,7 @@ def intend(tables: Tables, change: Change) -> None:
     """Writes the intent, in a transaction of its own: from here on the deletion will happen."""
     plan = {
         "removed": change.removed,
+        "roots": change.roots,
         "quarantined": list(change.quarantined),
         "rewritten": {seq: one.model_dump(mode="json") for seq, one in change.rewritten.items()},
         "slots": change.slots,
@@ -265,7 +268,7 @@ def carry_out(tables: Tables, vectors: Vectors) -> None:
     if vectors.size():
         vectors.write(dict(database.execute("SELECT slot, vector FROM intended")))
         vectors.shorten(plan["rows"])
-    removed, quarantined = plan["removed"], plan["quarantined"]
+    removed, quarantined, roots = plan["removed"], plan["quarantined"], set(plan["roots"])
     rewritten = {int(seq): Item.model_construct(**one) for seq, one in plan["rewritten"].items()}
     changed = [*removed, *quarantined, *rewritten]
     before = tables.items(changed)
@@ -281,7 +284,7 @@ def carry_out(tables: Tables, vectors: Vectors) -> None:
             tables.unindex(seq, before[seq].found_by)
     steps.reached("database: the index has let go")
     for seq in removed:
-        _bury(tables, before[seq])
+        _bury(tables, before[seq], seq in roots)
         database.execute("DELETE FROM derived WHERE child = ? OR parent = ?", (seq, seq))
         database.execute("DELETE FROM items WHERE seq = ?", (seq,))
         steps.reached("database: an item is deleted")
@@ -290,7 +293,7 @@ def carry_out(tables: Tables, vectors: Vectors) -> None:
             "UPDATE items SET state = 'quarantined', slot = NULL WHERE seq = ?", (seq,)
         )
     for seq, item in rewritten.items():
-        _bury(tables, before[seq], but=item)
+        _bury(tables, before[seq], root=False, but=item)
         tables.change(seq, item)
         if states[seq] == "active":
             tables.index(seq, item.found_by)
@@ -306,10 +309,13 @@ def carry_out(tables: Tables, vectors: Vectors) -> None:
     database.execute("DELETE FROM intended")
 
 
-def _bury(tables: Tables, item: Item, but: Item | None = None) -> None:
-    """Later items that say this are refused, except what the item says from now on."""
+def _bury(tables: Tables, item: Item, root: bool, but: Item | None = None) -> None:
+    """Later items that say this are refused, except what the item says from now on.
+
+    What was made from something may be made again, from other things: only its text is refused.
+    """
     kept = set() if but is None else {near(but.text), near(but.found_by)}
-    for text in dict.fromkeys((item.found_by, item.text)):
+    for text in dict.fromkeys((item.found_by, item.text) if root else (item.text,)):
         if near(text) not in kept:
             tables.database.execute(
                 "INSERT OR IGNORE INTO tombstones VALUES(?, ?)",

@@ -74,6 +74,8 @@ class Place:
                         forgetting.carry_out(tables, self.vectors(tables))
                     else:
                         self.vectors(tables).shorten(tables.rows)
+                if not self._whole(tables):
+                    raise RunError("cannot be mended.", where=str(self.folder))
             yield tables
 
     def _whole(self, tables: Tables) -> bool:
