@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_hand import Letters
+from memory_by_hand import Letters
 
 from delible.errors import RunError
 from delible.memory import Item, Memory, database, place

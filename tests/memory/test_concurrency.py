@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from by_hand import Letters, reads, unit
+from memory_by_hand import Letters, killed, reads, unit
 
 from delible.memory import Item, Memory
 
@@ -105,8 +105,6 @@ def test_processes_write_one_after_the_other(tmp_path: Path) -> None:
 
 def test_readers_wait_for_whoever_mends(tmp_path: Path) -> None:
     """An intent that a killed process left is carried out before anybody reads."""
-    from by_hand import killed
-
     memory = filled(tmp_path)
     for at in range(1, 40):
         n = at % ITEMS

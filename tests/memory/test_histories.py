@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_hand import QUERIES, Died, Letters, bm25, closed, cosine, dying, folded, killed, reads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_by_hand import (
+    QUERIES,
+    Died,
+    Letters,
+    bm25,
+    closed,
+    cosine,
+    dying,
+    folded,
+    killed,
+    reads,
+)
 
 from delible.errors import DataError
 from delible.memory import Item, Memory, steps

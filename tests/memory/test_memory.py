@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from by_hand import Letters, cosine
+from memory_by_hand import Letters, cosine
 
 from delible.errors import DataError, RunError
 from delible.memory import Item, Memory, near
