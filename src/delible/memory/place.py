@@ -112,6 +112,7 @@ class Place:
                 os.chmod(key, 0o600)
             with closing(connect(path)) as database:
                 make(database)
+            os.chmod(path, 0o600)
 
 
 __all__ = ["DATABASE", "KEY", "LOCK", "Place"]
