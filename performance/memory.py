@@ -71,9 +71,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         memory = Memory(Path(home) / "memory", encoder)
         seconds = took(lambda: memory.add(everything))
-        print(
-            f"{len(everything):,} items of {options.width} numbers: added in {seconds:.1f} s of CPU time"
-        )
+        print(f"{len(everything):,} items of {options.width} numbers; seconds of CPU time:")
+        print(f"added in {seconds:.1f} s")
         rows = np.fromfile(memory.folder / "vectors.f32", dtype=np.float32)
         rows = rows.reshape(-1, options.width)
         query = rows[7].copy()

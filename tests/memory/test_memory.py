@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from memory_by_hand import Letters, cosine
+from pydantic import ValidationError
 
 from delible.errors import DataError, RunError
-from delible.memory import Item, Memory, near
+from delible.memory import Item, Memory, database, near
 from delible.memory.vectors import Vectors
 
 
@@ -255,10 +256,11 @@ def test_exact_search_finds_what_comparing_all_finds(tmp_path: Path) -> None:
     """Also where float32 cannot tell the best apart, and with many that are equal."""
     draw = np.random.default_rng(0)
     base = draw.normal(size=64)
-    rows = base + 1e-6 * draw.normal(size=(400, 64))
+    rows = base + 3e-8 * draw.normal(size=(400, 64))
     rows[100:140] = rows[7]
     unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    query = (base / np.linalg.norm(base)).astype(np.float32)
+    query = base + 2 * draw.normal(size=64)
+    query = (query / np.linalg.norm(query)).astype(np.float32)
     vectors = Vectors(tmp_path / "v", 64)
     vectors.write({slot: row.tobytes() for slot, row in enumerate(unit)})
     wanted = [Fraction(float(number)) for number in query]
@@ -275,3 +277,36 @@ def test_exact_search_finds_what_comparing_all_finds(tmp_path: Path) -> None:
     assert set(vectors.closest(query, 400, 2, among)) <= set(among.tolist())
     assert vectors.closest(query, 400, 0) == {}
     assert near("  ＡB\u200bc ß ") == "abc ss"
+
+
+def test_a_memory_that_is_read_for_too_long_is_told(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "PATIENCE", 0.01)
+    other = sqlite3.connect(memory.folder / "memory.db", isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM items").fetchone()
+    with pytest.raises(RunError, match="in use"):
+        memory.add([Item(text="New")])
+    other.close()
+    memory.add([Item(text="New")])
+
+
+def test_odd_texts_are_kept_as_they_are(memory: Memory) -> None:
+    odd = [
+        'He said "so"\\ and\nleft',
+        "nul\0inside",
+        "ＷＩＤＥ ß İ",
+        "🦛" * 3,
+        "x" * 30_000,
+        "OR NOT*",
+    ]
+    memory.add([Item(id=f"odd{n}", text=text, data={"again": text}) for n, text in enumerate(odd)])
+    for n, text in enumerate(odd):
+        assert memory.get(f"odd{n}").text == memory.get(f"odd{n}").data["again"] == text
+    assert [one.item.id for one in memory.search_words('"OR NOT* (')] == ["odd5"]
+    deletion = memory.forget(ids=[f"odd{n}" for n in range(len(odd))])
+    assert memory.certificate(deletion).verdict == "nothing found"
+    for text in ("", "  \n\u200b", "\ud800"):
+        with pytest.raises(ValidationError):
+            Item(text=text)

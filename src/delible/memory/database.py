@@ -67,10 +67,11 @@ def connect(path: Path) -> sqlite3.Connection:
             database.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.OperationalError as error:
         database.close()
+        locked = "another program has it open, with a log that would keep what is deleted"
         raise RunError(
-            f"another program has it open, with a log that would keep what is deleted ({error}).",
+            f"{locked if 'locked' in str(error) else 'cannot be used'} ({error}).",
             where=str(path),
-            hint="Close that program and run the same command again.",
+            hint="Close what else uses it and run the same command again.",
         ) from error
     except sqlite3.DatabaseError as error:
         database.close()
@@ -124,8 +125,17 @@ def snapshot(database: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def exclusive(database: sqlite3.Connection) -> Iterator[None]:
-    """Changing, all or nothing, without anybody who reads."""
-    database.execute("BEGIN EXCLUSIVE")
+    """Changing, all or nothing, without anybody who reads.
+
+    Raises:
+        RunError: Somebody read for too long.
+    """
+    try:
+        database.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        raise RunError(
+            f"the memory is in use ({error}).", hint="Run the same command again."
+        ) from error
     try:
         yield
         steps.reached("database: commit")
