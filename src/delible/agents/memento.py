@@ -36,13 +36,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from delible.acting.loop import Budget, Episode, Tool, act
 from delible.acting.scorer import Scorer, ScorerOptions, trained
-from delible.component import Config
+from delible.component import Component
 from delible.errors import RunError
 from delible.lm.encoder import unit
 from delible.memory import CASE, Deletion, Item, Memory
 from delible.messages import Message
 from delible.names import Names
 from delible.prompts import read_text
+from delible.registry import register
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.role import Role
 
@@ -51,7 +52,25 @@ ROW, TRACE = "scorer_row", "trace"
 SCORER = "memento_scorer"
 
 
-class MementoOptions(Config):
+@register(
+    kind="agent",
+    name="memento",
+    title="Memento",
+    summary="Shows a planner cases of plans that worked or did not; cases can be forgotten.",
+    paper="2508.16153",
+    year=2025,
+    family="Memory-augmented agent",
+    intention="as host",
+    mechanism="agent-memory",
+    needs=("encoder",),
+    changes="Nothing in the models; a memory of cases, rows of a scorer and traces.",
+    reversible=True,
+    weakest="What the models know by themselves; plans that were copied without a name.",
+    badges=("variant",),
+    variant="The encoder stays as it is and the scorer on it is trained; ids of cases stay; a "
+    "plan that could not be read is no case; forgetting is this project's.",
+)
+class MementoOptions(Component):
     """How it retrieves and plans."""
 
     cases: int = Field(4, ge=0, description="Cases that a question retrieves (K).")
@@ -64,6 +83,12 @@ class MementoOptions(Config):
     traces: bool = Field(True, description="Keep what was done, to be forgotten with its case.")
     budget: Budget = Field(Budget(), description="Of each task of a plan.")
     scorer: ScorerOptions = Field(ScorerOptions(), description="How the learned one is trained.")
+
+    def agent(
+        self, memory: Memory, planner: Role, executor: Role, tools: Sequence[Tool]
+    ) -> Memento:
+        """The agent, on a memory of cases."""
+        return Memento(memory, planner, executor, tools, self)
 
 
 class Task(BaseModel):
