@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal[
     "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
-    "finish", "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark",
+    "finish", "recipe", "editor", "intervention", "guard", "agent", "attack", "metric", "benchmark",
     "artefact",
 ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from delible.errors import RecipeError, nearest
 PACKAGE = Path(__file__).parent
 #: Folders whose files are ideas, one each.
 IDEA_FOLDERS = (
-    "methods", "guards", "attacks", "metrics", "benchmarks", "experiments", "artefacts",
+    "methods", "guards", "agents", "attacks", "metrics", "benchmarks", "experiments", "artefacts",
 )  # fmt: skip
 ENTRY_POINT_GROUP = "delible.components"
 

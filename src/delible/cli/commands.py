@@ -83,6 +83,14 @@ COMMANDS = {
         "See what is kept between runs, how large it is, and clear it.",
         "Example: delible cache clear --collection answers --older-than 30",
     ),
+    "memory": (
+        "delible.cli.memory:memory",
+        "ACTION FOLDER [WORDS…] [OPTIONS]",
+        "Fill a memory (cases, demonstrations, entries), search it, and make it forget.",
+        "Examples:\n"
+        "  delible memory add notes items.jsonl\n"
+        "  delible memory forget notes --subject 'Ada Brook' --dry-run",
+    ),
     "targets": (
         "delible.cli.targets:targets",
         "ACTION [FILE] [OPTIONS]",

@@ -27,6 +27,7 @@ TABLES = (
     ("Methods", ("recipe", "editor")),
     ("Interventions: what changes activations while a model is asked", ("intervention",)),
     ("Guards", ("guard",)),
+    ("Agents", ("agent",)),
     ("Attacks", ("attack",)),
     ("Generate: which rows are made before training", ("generate",)),
     ("Objectives: the forget loss", ("objective",)),

@@ -140,6 +140,20 @@ class SentenceEncoder:
         return settings
 
 
+def unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:
+    """Vectors of length 1, float32; one of length 0 stays as it is.
+
+    Raises:
+        ModelError: A value is not finite.
+    """
+    vectors = np.asarray(vectors, dtype=np.float32)
+    if not np.isfinite(vectors).all():  # NaN is below every threshold: that would be a pass
+        raise ModelError("the sentence encoder gave a value that is not finite.")
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    found: Float[np.ndarray, "text hidden"] = vectors / np.maximum(lengths, np.float32(1e-12))
+    return found
+
+
 @lru_cache(maxsize=4)
 def _cached(folder: Path) -> SentenceEncoder:
     return SentenceEncoder(folder)

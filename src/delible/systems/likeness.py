@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from delible.errors import ModelError
-from delible.lm.encoder import Encoder
+from delible.lm.encoder import Encoder, unit
 from delible.loaders import read_records
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Prompt
@@ -73,9 +73,9 @@ class Likeness:
                 known.update(zip(other.texts, other.vectors, strict=True))
         new = [text for text in self.texts if text not in known]
         if len(new) == len(self.texts):
-            return _unit(self.encoder.encode(new))
+            return unit(self.encoder.encode(new))
         if new:
-            known.update(zip(new, _unit(self.encoder.encode(new)), strict=True))
+            known.update(zip(new, unit(self.encoder.encode(new)), strict=True))
         return np.stack([known[text] for text in self.texts])
 
     @cached_property
@@ -94,7 +94,7 @@ class Likeness:
         """For each text the largest cosine, [-1, 1], and which of the index's texts has it."""
         if not texts:
             return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.intp)
-        return self.closest_to(_unit(self.encoder.encode(list(texts))))
+        return self.closest_to(unit(self.encoder.encode(list(texts))))
 
     def closest_to(
         self, vectors: Float[np.ndarray, "text hidden"]
@@ -115,7 +115,7 @@ class Likeness:
 
     def cosines(self, vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text index"]:
         """All cosines of some vectors, of any length, to those of the index."""
-        return _unit(vectors) @ self.vectors.T
+        return unit(vectors) @ self.vectors.T
 
     def of(self, texts: Sequence[str]) -> float:
         """Largest cosine of a text, or of any sentence in it, [-1, 1]; -1 of nothing."""
@@ -139,7 +139,7 @@ class Likeness:
         if len(pieces) > MOST_PIECES:
             raise ModelError(f"more than {MOST_PIECES:,} sentences are not compared.")
         for start in range(0, len(pieces), _AT_ONCE):
-            vectors = _unit(self.encoder.encode(pieces[start : start + _AT_ONCE]))
+            vectors = unit(self.encoder.encode(pieces[start : start + _AT_ONCE]))
             if self.reach(vectors, threshold).any():
                 return True
         return False
@@ -177,16 +177,6 @@ def pieces_of(prompt: Prompt) -> list[str]:
     """Each text of a conversation, and each sentence of it; none without a letter."""
     parts = [part for text in texts_of(prompt) for part in (text, *SENTENCES.findall(text))]
     return list(dict.fromkeys(part.strip() for part in parts if any(map(str.isalnum, part))))
-
-
-def _unit(vectors: Float[np.ndarray, "text hidden"]) -> Float[np.ndarray, "text hidden"]:
-    vectors = np.asarray(vectors, dtype=np.float32)
-    if not np.isfinite(vectors).all():  # NaN is below every threshold: that would be a pass
-        raise ModelError("the sentence encoder gave a value that is not finite.")
-    unit: Float[np.ndarray, "text hidden"] = vectors / np.maximum(
-        np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12)
-    )
-    return unit
 
 
 @dataclass(frozen=True)
@@ -293,7 +283,7 @@ _GENERAL: dict[str, Float[np.ndarray, "text hidden"]] = {}
 def _general_vectors(encoder: Encoder) -> Float[np.ndarray, "text hidden"]:
     """Of :func:`general_questions`; computed once per encoder."""
     if encoder.identity not in _GENERAL:
-        _GENERAL[encoder.identity] = _unit(encoder.encode(general_questions()))
+        _GENERAL[encoder.identity] = unit(encoder.encode(general_questions()))
     return _GENERAL[encoder.identity]
 
 
