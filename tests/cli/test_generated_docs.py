@@ -12,11 +12,12 @@ from delible.cli.commands import COMMANDS, GROUPS, PAGE_WIDTH
 from delible.cli.docs import help_page, main, pages
 
 DOCS = Path(__file__).parents[2] / "docs"
+MADE = pages(DOCS)
 
 
-@pytest.mark.parametrize("path", pages(DOCS), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_page_is_up_to_date(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == pages(DOCS)[path], "run `make docs`"
+    assert path.read_text(encoding="utf-8") == MADE[path], "run `make docs`"
 
 
 def test_every_component_is_in_the_tables(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from delible.ledger import Ledger
+    from delible.ledger.form import Wanted
     from delible.ledger.private import Erased
     from delible.ledger.requests import Request
 
@@ -95,47 +96,52 @@ def add(
     ledger
         The file of the ledger. Default: DELIBLE_LEDGER, or one in your user's data folder.
     """
-    reporter = output.Reporter()
+    given: dict[str, Any] = {
+        "id": name, "models": tuple(model or ()), "basis": basis, "asker": asked_by,
+        "date": day, "deadline": deadline, "keep_until": keep_until,
+        "guards": tuple(guard_file or ()), "memories": tuple(memory or ()),
+        "named": keep_name or None,
+    }  # fmt: skip
+    with output.Reporter() as reporter:
+        from delible.ledger.requests import add as enter
+
+        found = _entered(file, forget, subjects, given)
+        opened = ledger_at(ledger, reporter, create=True)
+        new, shared = enter(opened, found)
+        for one in new:
+            reporter.say(
+                f"Request {one.id}: {one.basis}, due {one.deadline}, "
+                f"{one.size} to forget at {', '.join(one.models)}."
+            )
+        for overlap in shared:
+            reporter.say(f"{overlap}.")
+        reporter.say(f"The ledger lies in {opened.path}.")
+        reporter.say(f"Next: delible request apply {new[0].models[0]}")
+        return 0
+
+
+def _entered(
+    file: str | None, forget: str | None, subjects: Sequence[str] | None, given: dict[str, Any]
+) -> list[Wanted]:
+    """The requests of a file, of flags, or of a dialogue."""
     from delible.ledger.form import dialogue, read_wanted, wanted
-    from delible.ledger.requests import add as enter
 
     today = date.today()
-    given: dict[str, Any] = {
-        "id": name, "models": tuple(model or ()), "basis": basis, "asker": asked_by, "date": day,
-        "deadline": deadline, "keep_until": keep_until, "guards": tuple(guard_file or ()),
-        "memories": tuple(memory or ()), "named": keep_name or None,
-    }  # fmt: skip
     if file is not None:
         if forget or subjects:
-            raise DataError("both a file of requests and flags of one are given.", hint="Give one.")
-        found = read_wanted(file, given, today=today)
-    elif forget or subjects:
-        found = [wanted({**given, **_from_flags(forget, subjects)}, "request", today=today)]
-    elif sys.stdin.isatty():
-        found = [dialogue(input, given, today=today)]
-    else:
-        raise DataError(
-            "there is no request.", hint="Give a FILE, --forget or --subjects, or use a terminal."
-        )
-    opened = ledger_at(ledger, reporter, create=True)
-    new, shared = enter(opened, found)
-    for one in new:
-        reporter.say(
-            f"Request {one.id}: {one.basis}, due {one.deadline}, "
-            f"{one.size} to forget at {', '.join(one.models)}."
-        )
-    for overlap in shared:
-        reporter.say(f"{overlap}.")
-    reporter.say(f"The ledger lies in {opened.path}.")
-    reporter.say(f"Next: delible request apply {new[0].models[0]}")
-    return 0
+            raise DataError("a file of requests and flags of one are given.", hint="Give one.")
+        return read_wanted(file, given, today=today)
+    if forget or subjects:
+        from delible.loaders import build_request
 
-
-def _from_flags(forget: str | None, subjects: Sequence[str] | None) -> dict[str, Any]:
-    from delible.loaders import build_request
-
-    request = build_request(forget=forget, subjects=names_in(subjects))
-    return {"records": request.forget, "subjects": request.subjects}
+        request = build_request(forget=forget, subjects=names_in(subjects))
+        texts = {"records": request.forget, "subjects": request.subjects}
+        return [wanted({**given, **texts}, "request", today=today)]
+    if sys.stdin.isatty():
+        return [dialogue(input, given, today=today)]
+    raise DataError(
+        "there is no request.", hint="Give a FILE, --forget or --subjects, or use a terminal."
+    )
 
 
 @flags.flowing
@@ -175,7 +181,7 @@ def list_(
                 "id": one.id, "model": name, "basis": one.basis, "date": str(one.date),
                 "deadline": str(one.deadline), "days_left": one.days_left(today),
                 "state": progress.state, "leaks": progress.leaks, "size": one.size,
-                "guard": progress.guard, "erased": one.erased,
+                "guards": list(progress.guards), "erased": one.erased,
             }
             for one, name, progress in found
         ]  # fmt: skip
@@ -185,7 +191,7 @@ def list_(
         columns = ("id", "deadline", "", "basis", "size", "model", "state")
         cells = [
             (one.id, str(one.deadline), one.urgency(today), one.basis, str(one.size), name,
-             progress.word + (", behind a guard" if progress.guard and progress.applied else ""))
+             progress.word + (", behind a guard" if progress.guards and progress.applied else ""))
             for one, name, progress in found
         ]  # fmt: skip
         reporter.console.print(output.table(columns, cells))

@@ -101,6 +101,9 @@ def _applied(
     if policy.guard.at_once:
         for name in due:
             write_guard(ledger, model, policy, name, texts[name])
+    for name, one in requests_of(ledger.events()).items():
+        if model in one.progress and one.progress[model].applied:  # killed, or was the last entry
+            take_guard_out(ledger, model, policy, name)
     stopped = ""
     for name in due:
         everyone = requests_of(ledger.events())

@@ -18,6 +18,10 @@ SCHEMA = 1
 APPLICATION = 0x646C626C
 #: How long another process is waited for, in milliseconds.
 PATIENCE = 5000
+#: Of every connection. What goes is overwritten, and no other file keeps it.
+SETTINGS = (
+    "secure_delete = ON", "journal_mode = DELETE", "synchronous = EXTRA", "temp_store = MEMORY",
+)  # fmt: skip
 
 _TABLES = """
 CREATE TABLE events (
@@ -65,10 +69,7 @@ def connected(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(
             sqlite3.connect(path, timeout=PATIENCE / 1000, isolation_level=None)
         ) as connection:
-            for setting in (
-                "secure_delete = ON", "journal_mode = DELETE", "synchronous = EXTRA",
-                "temp_store = MEMORY", f"busy_timeout = {PATIENCE}",
-            ):  # fmt: skip
+            for setting in (*SETTINGS, f"busy_timeout = {PATIENCE}"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             yield connection
     except sqlite3.Error as error:

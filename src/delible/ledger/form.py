@@ -7,7 +7,10 @@ fields of :class:`Wanted` a row holds a record in any form that delible reads (`
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,8 +20,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from delible.component import Config
 from delible.errors import DataError, nearest
 from delible.loaders import read_records
+from delible.loaders.formats import Row
+from delible.loaders.mapping import KNOWN_COLUMNS, to_record
 from delible.loaders.sources import read_rows
+from delible.loaders.values import Notes
 from delible.records import Record, RecordBase, Text
+
+logger = logging.getLogger(__name__)
 
 #: A day, under another name than the field.
 Day = date
@@ -132,18 +140,24 @@ def read_wanted(
     if not rows:
         raise DataError("holds no requests.", where=str(source))
     folder = Path(source).parent if isinstance(source, str | Path) else Path()
+    notes = Notes()
     parts: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
     for number, row in enumerate(rows):
-        content = row.content.model_dump() if isinstance(row.content, RecordBase) else row.content
-        values = _values(content, row.where, folder)
+        values = _values(row, folder, notes)
         parts.setdefault(values.get("id") or number, []).append((row.where, values))
+    for columns in notes.unused.values():
+        for column in columns:
+            close = difflib.get_close_matches(column, {*Wanted.model_fields, *OTHERS}, n=1)
+            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            logger.warning(f"{source}: the column '{column}' is not used{hint}.")
     return [_joined(found, defaults, today) for found in parts.values()]
 
 
-def _values(content: Mapping[str, Any], where: str, folder: Path) -> dict[str, Any]:
+def _values(row: Row, folder: Path, notes: Notes) -> dict[str, Any]:
     """The fields of one row, its record among them."""
     mine: dict[str, Any] = {}
-    record: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    content = row.content.model_dump() if isinstance(row.content, RecordBase) else row.content
     for key, value in content.items():
         name = OTHERS.get(str(key).strip().lower(), str(key).strip().lower())
         if value is None or (isinstance(value, str) and not value.strip()):
@@ -153,17 +167,18 @@ def _values(content: Mapping[str, Any], where: str, folder: Path) -> dict[str, A
         elif name in Wanted.model_fields:
             mine[name] = value.strip() if isinstance(value, str) else value
         else:
-            record[str(key)] = value
+            rest[str(key)] = value
     if isinstance(mine.get("id"), int):
         mine["id"] = str(mine["id"])
     given = mine.pop("records", None)
     source = folder / given if isinstance(given, str) else given
     records = read_records(source) if source is not None else []
-    if record and set(record) != {"subject"}:
-        records += read_records([record])
-        vars(records[-1])["where"] = where
-    elif record:
-        mine["subjects"] = (*mine.get("subjects", ()), str(record["subject"]))
+    if set(rest) == {"subject"}:
+        mine["subjects"] = (*mine.get("subjects", ()), str(rest["subject"]))
+    elif rest and (set(rest) & KNOWN_COLUMNS or not (records or mine.get("subjects"))):
+        records.append(to_record(replace(row, content=rest), {}, notes))
+    elif rest:
+        notes.unused.setdefault("requests", list(rest))
     return {**mine, "records": tuple(records)}
 
 

@@ -35,15 +35,19 @@ def write_guard(
 ) -> list[Path]:
     """Writes a request's entry into the files of targets: the policy's, and those of its scope."""
     request = requests_of(ledger.events())[name]
+    progress = request.progress[model]
     paths = [Path(one) for one in request.guards]
     paths = paths or ([policy.guard.targets] if policy.guard.targets else [])
     written = []
-    for path in paths:
-        if texts is None or not add_entry(path, name, texts):
-            continue
+    for path in paths if texts is not None and texts.names else ():
+        place = {"targets": str(path.absolute())}
+        if place["targets"] not in progress.entries:
+            ledger.append(Draft("guarding", name, model, place))
+        assert texts is not None
+        add_entry(path, name, texts)
         written.append(path)
-        if request.progress[model].guard != str(path.absolute()):
-            ledger.append(Draft("guarded", name, model, {"targets": str(path.absolute())}))
+        if place["targets"] not in progress.guards:
+            ledger.append(Draft("guarded", name, model, place))
     return written
 
 
@@ -66,20 +70,33 @@ def guard_instead(
 
 
 def take_guard_out(ledger: Ledger, model: str, policy: Policy, name: str) -> str:
-    """Takes the entry out where the policy says so and the weights have changed."""
+    """Takes the entries out where the policy says so and the weights have changed; in words."""
     request = requests_of(ledger.events())[name]
     progress = request.progress[model]
-    if progress.guard is None or not policy.guard.remove_when_done:
-        return ""
     applied = progress.applied
-    if applied is None or applied.body["artefact"]["kind"] not in CHANGES_WEIGHTS:
+    if not progress.entries or not policy.guard.remove_when_done or applied is None:
         return ""
-    if any(one.guard and not one.applied for one in request.progress.values()):
-        return "; its guard stays for other models"
-    if not drop_entry(Path(progress.guard), name):
-        return "; its guard's entry is the last of its file and stays"
-    ledger.append(Draft("unguarded", name, model, {"targets": progress.guard, "why": "applied"}))
-    return "; its guard's entry is out"
+    if applied.body["artefact"]["kind"] not in CHANGES_WEIGHTS:
+        return ""
+    told = []
+    for path in sorted(progress.entries):
+        if any(path in one.guards and not one.applied for one in request.progress.values()):
+            told.append(f"its guard in {path} stays for other models")
+        elif drop_guard(ledger, request, path, "applied"):
+            told.append(f"its guard in {path} is out")
+        else:
+            told.append(f"its entry in {path} is the last one there and stays")
+    return "".join(f"; {one}" for one in told)
+
+
+def drop_guard(ledger: Ledger, request: Request, path: str, why: str) -> bool:
+    """Takes a request's entry out of one file; False: it is the last one, and stays."""
+    if not drop_entry(Path(path), request.id):
+        return False
+    models = [name for name, one in request.progress.items() if path in one.entries]
+    body = {"targets": path, "why": why}
+    ledger.append(*(Draft("unguarded", request.id, name, body) for name in models))
+    return True
 
 
 def hold(

@@ -19,9 +19,9 @@ from pathlib import Path
 from delible.errors import DelibleError
 from delible.files import explain_disk, write_json
 from delible.ledger.chain import canonical
+from delible.ledger.guarding import drop_guard
 from delible.ledger.requests import Request, Texts, requests_of, texts_of
 from delible.ledger.store import Draft, Ledger, PrivateText
-from delible.ledger.targets_file import drop_entry
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.rundir import RunDirectory
 
@@ -164,18 +164,10 @@ def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     own = {piece for piece in own if piece not in said}  # words such as "models"
     before = _found(_beside(ledger), own)
     # outside first: if this is killed, the texts are still there to do it again
-    entries, kept = [], []
-    for model, progress in request.progress.items():
-        if progress.guard is None:
-            continue
-        path = Path(progress.guard)
-        if drop_entry(path, request.id):
-            ledger.append(
-                Draft("unguarded", request.id, model, {"targets": str(path), "why": draft.kind})
-            )
-            entries.append(path)
-        else:
-            kept.append(path)
+    entries: list[Path] = []
+    kept: list[Path] = []
+    for path in sorted({path for one in request.progress.values() for path in one.entries}):
+        (entries if drop_guard(ledger, request, path, draft.kind) else kept).append(Path(path))
     folders = [ledger.path.parent / event.body["run"] for event in request.history
                if event.kind == "started"]  # fmt: skip
     for folder in folders:
@@ -186,7 +178,7 @@ def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     found |= _found([*kept, *_files(folders)], rare)
     return Erased(
         request.id, len(mine), len({piece for pieces in before.values() for piece in pieces}),
-        tuple(found), shared, tuple(dict.fromkeys(entries)), tuple(dict.fromkeys(kept)),
+        tuple(found), shared, tuple(entries), tuple(kept),
     )  # fmt: skip
 
 

@@ -36,7 +36,8 @@ class Progress:
     Attributes:
         applied: The event of the run that carried it out.
         started: The event of the run that was begun last.
-        guard: The file of targets in which its entry stands now.
+        guards: Files of targets in which its entry stands now.
+        entries: Files in which it may stand: a kill can come before the event that says so.
         final: A guard is all that the policy wants.
         checked: The last event about what a system still says of it.
         certified: The last certificate.
@@ -45,7 +46,8 @@ class Progress:
     state: State = "open"
     applied: Event | None = None
     started: Event | None = None
-    guard: str | None = None
+    guards: tuple[str, ...] = ()
+    entries: frozenset[str] = frozenset()
     final: bool = False
     checked: Event | None = None
     certified: Event | None = None
@@ -153,13 +155,22 @@ def _moved(progress: Progress, event: Event) -> None:
         case "applied":
             progress.state, progress.applied = "applied", event
         case "failed" | "held":
-            progress.state = "guarded" if progress.guard else event.kind  # type: ignore[assignment]
+            progress.state = "guarded" if progress.guards else event.kind  # type: ignore[assignment]
+        case "guarding":
+            progress.entries |= {event.body["targets"]}
         case "guarded":
-            progress.guard, progress.final = event.body["targets"], bool(event.body.get("final"))
+            path = event.body["targets"]
+            progress.guards = tuple(dict.fromkeys((*progress.guards, path)))
+            progress.entries |= {path}
+            progress.final = bool(event.body.get("final"))
             progress.state = "applied" if progress.applied else "guarded"
         case "unguarded":
-            progress.guard, progress.final = None, False
-            progress.state = "applied" if progress.applied else "open"
+            path = event.body["targets"]
+            progress.guards = tuple(one for one in progress.guards if one != path)
+            progress.entries -= {path}
+            if not progress.guards:
+                progress.final = False
+                progress.state = "applied" if progress.applied else "open"
         case "checked":
             progress.checked = event
         case "certified":

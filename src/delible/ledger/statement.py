@@ -40,7 +40,7 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
     progress = request.progress.get(model)
     if progress is None:
         raise DataError(f"request {request.id} is not about {model}.")
-    if progress.applied is None and progress.guard is None:
+    if progress.applied is None and not progress.guards:
         raise DataError(
             f"request {request.id} was not carried out at {model} (it is {progress.state}).",
             hint=f"Run: delible request apply {model}",
@@ -85,7 +85,7 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
 
 def _done(progress: Progress, request: Request, model: str) -> dict[str, Any]:
     applied = progress.applied
-    guard = {"guarded": progress.guard is not None}
+    guard = {"guarded": bool(progress.guards)}
     if applied is None:
         return {"kind": "guard", "weights_changed": False, **guard}
     body = applied.body
@@ -144,7 +144,7 @@ def _not_tested(progress: Progress, request: Request, model: str) -> list[str]:
         )
     if request.memories:
         found.append(f"Memories of the request were not touched: {_list(request.memories)}.")
-    if progress.guard is None and request.guards:
+    if not progress.guards and request.guards:
         found.append(f"No guard goes by it now in: {_list(request.guards)}.")
     return [*found, *NEVER]
 

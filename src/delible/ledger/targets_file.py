@@ -35,13 +35,11 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def add_entry(path: Path, request: str, texts: Texts) -> bool:
-    """Writes a request's entry, unless it is there; False: it names nobody to look for.
+def add_entry(path: Path, request: str, texts: Texts) -> None:
+    """Writes a request's entry, which has names, unless it is there.
 
     The entry is known by the request's id, so that it can be taken out again.
     """
-    if not texts.names:
-        return False
     with _locked(path):
         here = read_targets(path).targets if path.exists() else ()
         if all(one.id != request for one in here):
@@ -51,7 +49,6 @@ def add_entry(path: Path, request: str, texts: Texts) -> bool:
                 asked_by=f"request {request}",
             )  # fmt: skip
             write_targets(Targets(targets=(*here, entry)), path)
-    return True
 
 
 def drop_entry(path: Path, request: str) -> bool:
