@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ledger_at_work import SENTINELS, TODAY, in_child, killed_at, rows
 
@@ -193,7 +193,12 @@ def kinds(ledger: Ledger) -> list[tuple[str, str | None]]:
     return [(one.kind, one.request) for one in ledger.events()]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 @given(steps=STEPS, seed=st.integers(0, 1000))
 def test_killed_at_any_write_it_is_as_before_a_step_or_after_it(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], seed: int

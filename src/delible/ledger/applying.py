@@ -120,6 +120,8 @@ def _applied(
             yield Done(name, "covered", f"all that it holds was done for {earlier.id}")
         elif rule is None:
             yield hold(ledger, model, name, "no rule of the policy fits it", everyone)
+        elif request.progress[model].final and not rule.guard and name not in only:
+            yield Done(name, "guarded", "its weights took too much; --only tries them again")
         elif rule.guard:
             yield guard_instead(ledger, model, policy, name, mine, "a rule says so")
         else:

@@ -185,16 +185,19 @@ def _verdict(progress: Progress) -> tuple[str, str]:
     if forget["texts_only"]:
         words = "Asked plainly"
     if said:
-        words += (
-            f"; {said['after']} of {said['rows']} answers are said, {said['before']} were before"
-        )
+        words += f"; {said['after']} of {said['rows']} answers are said ({said['before']} before)"
     state = progress.applied.body["achieved"]["state"]
     told = {
         "part": " Only a part was forgotten.",
         "unknown": " There was little to forget: the model hardly knew it.",
         "too much": " What was to be kept lost more than it should.",
     }
-    return "asked plainly only", f"{words}.{told.get(state, '')}"
+    again = {
+        "holds": " At the last look it was not said again.",
+        "as before": " At the last look as much of it was said.",
+    }
+    later = again.get(checked["outcome"], "") if checked is not None else ""
+    return "asked plainly only", f"{words}.{told.get(state, '')}{later}"
 
 
 def payload(content: Mapping[str, Any]) -> bytes:
