@@ -158,12 +158,15 @@ def check(
         output.quiet_libraries()
         import delible
         from delible.ledger.checking import check as look
+        from delible.ledger.checking import promised
 
+        chosen = names_in(only)
+        promised(opened, model, chosen)  # before a model is opened
         audit = None
         if depth is not None or attacks is not None:
             audit = _audit(before or model, depth, components(attacks) if attacks else None, seed)
         looked = look(
-            opened, model, delible.open(system, model=name), only=names_in(only), audit=audit,
+            opened, model, delible.open(system, model=name), only=chosen, audit=audit,
             show=show, say=reporter.say,
         )  # fmt: skip
         cells = [(one.request, one.outcome, one.told) for one in looked]

@@ -85,6 +85,29 @@ def _said(numbers: Mapping[str, Any]) -> tuple[int, int]:
     return (said["after"], said["rows"]) if said else (0, 0)
 
 
+def promised(ledger: Ledger, model: str, only: Sequence[str] = ()) -> list[Request]:
+    """Requests that were carried out, or guarded, at a model.
+
+    Raises:
+        DataError: There are none.
+    """
+    found = requests_of(ledger.events())
+    kept = [
+        one
+        for one in found.values()
+        if model in one.progress
+        and one.progress[model].state in ("applied", "guarded")
+        and (not only or one.id in only)
+    ]
+    if not kept:
+        raise DataError(
+            f"no request was carried out at {model}.",
+            where=str(ledger.path),
+            hint="'delible request list' tells which models the requests are about.",
+        )
+    return kept
+
+
 def check(
     ledger: Ledger,
     model: str,
@@ -108,22 +131,8 @@ def check(
     Raises:
         DataError: Nothing was carried out at such a model.
     """
-    found = requests_of(ledger.events())
-    promised = [
-        one
-        for one in found.values()
-        if model in one.progress
-        and one.progress[model].state in ("applied", "guarded")
-        and (not only or one.id in only)
-    ]
-    if not promised:
-        raise DataError(
-            f"no request was carried out at {model}.",
-            where=str(ledger.path),
-            hint="'delible request list' tells which models the requests are about.",
-        )
     looked = []
-    for request in promised:
+    for request in promised(ledger, model, only):
         say(f"Asking about request {request.id} …")
         one = _look(ledger, request, request.progress[model], system, audit, show)
         body = {
