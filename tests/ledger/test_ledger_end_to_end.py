@@ -11,7 +11,7 @@ import pytest
 import delible
 from delible.cli import main
 from delible.ledger.requests import requests_of
-from delible.ledger.store import Ledger
+from delible.ledger.store import Draft, Ledger
 from delible.lm.lm import LM
 from delible.systems.targets import read_targets
 from delible.testing.tiny import tiny_model, tiny_tokenizer
@@ -126,6 +126,33 @@ def test_the_walk(run: Any, tmp_path: Path) -> None:
     assert {one["id"]: one["state"] for one in rows} == {
         "a-1": "applied", "a-2": "guarded", "a-3": "applied",
     }  # fmt: skip
+
+
+def test_a_leak_is_exit_code_one_and_what_is_late_is_warned_about(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard was promised, and the system that is asked says it all the same."""
+    from delible.systems.scripted import Scripted
+
+    said = run("request", "add", "--model", "m", "--forget", "f.jsonl", "--id", "x",
+               "--date", "2020-01-01", "--deadline", "2020-01-02")  # fmt: skip
+    assert said.code == 2
+    (tmp_path / "f.jsonl").write_text('{"question": "Where?", "answer": "In Norrby"}\n')
+    assert run("request", "add", "--model", "m", "--forget", "f.jsonl", "--id", "x",
+               "--date", "2020-01-01", "--deadline", "2020-01-02").code == 0  # fmt: skip
+    listed = run("request", "list").out
+    assert "days late" in listed
+    assert "Past their deadline: x." in listed
+    Ledger(tmp_path / "l.sqlite").append(Draft("guarded", "x", "m", {"targets": "t"}))
+    for answer, code in (("In Norrby", 1), ("No idea", 0)):
+        monkeypatch.setattr(
+            delible, "open", lambda *_, answer=answer, **__: Scripted(lambda _: answer)
+        )
+        looked = run("request", "check", "m", "--system", "s")
+        assert looked.code == code, looked
+        assert "Norrby" not in looked.out + looked.err
+        assert ("leaks: x" in looked.out) == bool(code)
+    assert "guarded" in run("request", "list").out
 
 
 def test_mistakes_are_one_message(run: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ledger_at_work import SENTINELS, TODAY, rows
 
 from delible.errors import DataError
 from delible.ledger.form import dialogue, read_wanted
-from delible.ledger.requests import add, requests_of, texts_of
+from delible.ledger.requests import add, extend, requests_of, texts_of
 from delible.ledger.store import Draft, Ledger
 
 CSV = """id,date,deadline,basis,asked_by,model,question,answer,subject
@@ -177,3 +177,17 @@ def test_no_event_holds_a_text(ledger: Ledger) -> None:
     add(ledger, rows(1))
     told = json.dumps([one.as_json() for one in ledger.events()])
     assert not [word for word in SENTINELS if word in told]
+
+
+def test_a_new_base_takes_over_the_requests_of_the_old_one(ledger: Ledger) -> None:
+    add(ledger, rows(1, 2, 3))
+    ledger.append(Draft("applied", "q-1", "m", {"run": "r"}))
+    ledger.append(Draft("withdrawn", "q-3", body={"reason": "asked"}, erase=True))
+    assert extend(ledger, "m", "new") == ["q-1", "q-2"]
+    assert extend(ledger, "m", "new") == []
+    found = requests_of(ledger.events())
+    assert found["q-1"].progress["new"].state == "open"
+    assert found["q-1"].progress["m"].state == "applied"
+    assert "new" not in found["q-3"].progress
+    with pytest.raises(DataError, match="no request is about other"):
+        extend(ledger, "other", "new")

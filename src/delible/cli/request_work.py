@@ -27,6 +27,7 @@ def apply(
     *,
     policy: Annotated[Path | None, Parameter(group=flags.METHOD)] = None,
     only: Several = None,
+    requests_of: Annotated[str | None, Parameter(group=flags.DATA)] = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
     verify: Annotated[bool, Parameter(group=flags.RUN)] = True,
@@ -50,6 +51,9 @@ def apply(
         no guard.
     only
         Ids of the only requests to carry out, separated by commas.
+    requests_of
+        Another model, such as the base before this one: its requests become requests about MODEL,
+        too.
     out
         The folder of the runs. Default: beside the ledger.
     seed
@@ -66,6 +70,11 @@ def apply(
     rules = read_policy(policy)
     with output.Reporter() as reporter:
         opened = ledger_at(ledger, reporter)
+        if requests_of is not None:
+            from delible.ledger.requests import extend
+
+            new = extend(opened, requests_of, model)
+            reporter.say(f"{output.plural(len(new), 'request')} more about {model}.")
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
         from delible import api
@@ -83,10 +92,10 @@ def apply(
         if not done:
             reporter.say(f"There is nothing to do at {model}.")
             return EXIT_DONE
-        from delible.ledger.requests import requests_of
+        from delible.ledger import requests
         from delible.ledger.results import chain_end
 
-        end = chain_end(opened, requests_of(opened.events()), model)
+        end = chain_end(opened, requests.requests_of(opened.events()), model)
         reporter.say(f"What answers now: {end}")
         left = [one.request for one in done if one.what in ("failed", "held")]
         if left:

@@ -281,6 +281,29 @@ def add(ledger: Ledger, wanted: Sequence[Wanted]) -> tuple[list[Request], list[O
     return new, shared
 
 
+def extend(ledger: Ledger, old: str, new: str) -> list[str]:
+    """Every request about one model that was not withdrawn becomes one about another, too.
+
+    Returns:
+        The ids of those that were not about it before.
+
+    Raises:
+        DataError: No request is about the first one.
+    """
+
+    def drafts(events: list[Event]) -> list[Draft]:
+        here = [one for one in requests_of(events).values() if old in one.models]
+        if not here:
+            raise DataError(f"no request is about {old}.", where=str(ledger.path))
+        return [
+            Draft("scoped", one.id, body={"models": [new]})
+            for one in here
+            if new not in one.models and not one.withdrawn
+        ]
+
+    return [str(event.request) for event in ledger.append_if(drafts)]
+
+
 def _marks(ledger: Ledger, one: Wanted) -> dict[str, Any]:
     facts = {ledger.keyed("fact", json.dumps(fact(record))) for record in one.records}
     names = {ledger.keyed("name", fold(name).letters) for name in one.names}
