@@ -73,7 +73,10 @@ class StandIn:
             write(Artefact(kind=self.kind, base=Base(name=start), parts={"w": "weights"}), out)
             with (out.parent / "finished").open("a") as handle:
                 handle.write(f"{name}\n")
-            write_json(done, {"status": "done", "examples": [request.forget[0].question]})
+            asked = request.forget[0]
+            notes = {"subjects": [{"name": asked.subject}], str(asked.subject): [asked.answer]}
+            content = {"status": "done", "examples": [asked.question], "notes": notes}
+            write_json(done, content)
             self.before("finished")
         self.starts.append((name, start))
         return Result(self.found(name))
@@ -304,6 +307,33 @@ def test_a_withdrawn_one_is_left_alone_and_its_run_keeps_no_text(
     work = StandIn()
     assert carry_out(ledger, policy(tmp_path), work) == [("q-3", "applied")]
     assert Path(work.starts[0][1]).name.startswith("q-1-"), "the chain still holds"
+
+
+def test_an_artefact_that_needs_the_text_is_named(ledger: Ledger, tmp_path: Path) -> None:
+    add(ledger, rows(1))
+
+    def work(*args: Any, out: Path, **options: Any) -> Result:
+        result = StandIn(kind="guard")(*args, out=out, **options)
+        (out / "request.json").write_text(json.dumps({"subject": f"{SENTINELS[0]} 1"}))
+        return result
+
+    carry_out(ledger, Policy.build("t"), work)
+    erased = withdraw(ledger, "q-1", requests_of(ledger.events())["q-1"])
+    assert [path.name for path in erased.left] == ["request.json"]
+
+
+def test_every_model_has_a_chain_of_its_own(ledger: Ledger, tmp_path: Path) -> None:
+    add(ledger, rows(1, models="m;n") + rows(2, models="n"))
+    work = StandIn(found=lambda name: achieved(0.8))
+    carry_out(ledger, policy(tmp_path), work)
+    apply(ledger, "n", policy(tmp_path), Ways(work))
+    starts = [Path(start).name.rpartition("-")[0] or start for _, start in work.starts]
+    assert starts == ["m", "n", "q-1"]
+    found = requests_of(ledger.events())
+    assert kept_so_far(found, "m") == pytest.approx(0.8)
+    assert kept_so_far(found, "n") == pytest.approx(0.64)
+    assert found["q-1"].progress["m"].guards == found["q-1"].progress["n"].guards == ()
+    assert entries(tmp_path) == ["q-2"]
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_a_certificate_shows_a_ledger_whose_past_was_changed(
     content = json.loads(path.read_text())
     forge(content)
     write_json(path, content)
-    with pytest.raises(RunError, match="is not the one of the certificate"):
+    with pytest.raises(RunError, match="event 3 of the ledger is not the one"):
         verify(made.envelope, against=path)
 
 

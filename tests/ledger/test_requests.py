@@ -130,6 +130,9 @@ def test_duplicates_and_overlaps_are_found_after_the_texts_have_gone(ledger: Led
     ]  # fmt: skip
     by_a = [[one.kind for one in some if one.earlier == "a"] for some in found]
     assert by_a == [["same"], ["part"], ["names"], []]
+    ledger.append(Draft("withdrawn", "a", body={"reason": "asked"}, erase=True))
+    (again,) = wanted(id="again", question="Where was Ada Brook?", answer="Rome")
+    assert "a" not in [one.earlier for one in add(ledger, [again])[1]]
     assert str(found[0][0]) == "same holds nothing that was not asked for in a"
 
 

@@ -156,6 +156,21 @@ def test_many_processes_leave_one_chain(tmp_path: Path) -> None:
     assert len(ledger.events()) == 16
 
 
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(ledger, rows(1))
+    before = ledger.events()
+    pages = ledger.path.stat().st_size // 4096
+    settings = (*database.SETTINGS, f"max_page_count = {pages}")
+    with monkeypatch.context() as full:
+        full.setattr(database, "SETTINGS", settings)
+        with pytest.raises(RunError, match="the disk is full: the ledger is as it was before"):
+            add(ledger, rows(*range(2, 200)))
+    assert ledger.events() == before
+    add(ledger, rows(2))
+
+
 def test_a_full_disk_is_one_message_and_changes_nothing(ledger: Ledger) -> None:
     add(ledger, rows(1))
     before, size = ledger.events(), ledger.path.stat().st_size

@@ -12,7 +12,7 @@ from delible.rundir import RunDirectory
 from delible.system import artefact as artefacts
 
 #: Parts of a manifest that may tell what was forgotten, or only where and how often it was begun.
-_LEFT_OUT = ("examples", "command", "resumed", "hardware")
+_LEFT_OUT = ("examples", "notes", "command", "resumed", "hardware")
 
 
 def sha256_of(path: Path) -> str:

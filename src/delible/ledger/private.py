@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from delible.errors import DelibleError
 from delible.files import explain_disk, write_json
@@ -171,10 +172,10 @@ def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     folders = [ledger.path.parent / event.body["run"] for event in request.history
                if event.kind == "started"]  # fmt: skip
     for folder in folders:
-        _scrub(folder)
+        _scrub(folder, secrets_of(texts_of(mine)))
     ledger.append(draft)
     found = _found(_beside(ledger), own)
-    rare = {piece for piece in own if len(piece) >= RARE}
+    rare = {piece for piece in pieces if len(piece) >= RARE and piece not in said}
     found |= _found([*kept, *_files(folders)], rare)
     return Erased(
         request.id, len(mine), len({piece for pieces in before.values() for piece in pieces}),
@@ -182,7 +183,7 @@ def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     )  # fmt: skip
 
 
-def _scrub(folder: Path) -> None:
+def _scrub(folder: Path, secrets: Sequence[str]) -> None:
     """Takes the texts out of a run; the artefact and its hashes stay."""
     run = RunDirectory(folder)
     if not run.manifest_path.exists():
@@ -196,9 +197,19 @@ def _scrub(folder: Path) -> None:
                 path.unlink(missing_ok=True)
         manifest = run.manifest
         manifest["examples"] = []
+        manifest["notes"] = _without(manifest.get("notes"), secrets)
         if isinstance(manifest.get("run"), dict):
             manifest["run"]["subjects"] = []
         write_json(run.manifest_path, manifest)
+
+
+def _without(content: Any, secrets: Sequence[str]) -> Any:
+    """Plain data, keys as well, without what is secret."""
+    if isinstance(content, Mapping):
+        return {redacted(str(key), secrets): _without(one, secrets) for key, one in content.items()}
+    if isinstance(content, list):
+        return [_without(one, secrets) for one in content]
+    return redacted(content, secrets) if isinstance(content, str) else content
 
 
 def _beside(ledger: Ledger) -> list[Path]:
