@@ -380,12 +380,93 @@ def test_rules_go_by_basis_and_size_and_paths_by_the_file(tmp_path: Path) -> Non
 # ---- killed
 
 
+RULES = [{"basis": ["safety"], "guard": True}, {"method": "npo"}]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process where a real one would take too long."""
+
+
+def dying_at(count: int) -> Callable[[str], None]:
+    left = [count]
+
+    def before(_: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    return before
+
+
+def prepared(folder: Path, plan: list[str]) -> None:
+    ledger = Ledger(folder / "l.sqlite", create=True)
+    add(ledger, rows(0, basis="safety"))  # its entry stays, so that the others can go
+    for number, what in enumerate(plan, start=1):
+        add(ledger, rows(number, basis="safety" if what == "safety" else "erasure"))
+
+
+def work(folder: Path, plan: list[str], before: Callable[[str], None]) -> None:
+    """Carries the plan out, and dies where it is told."""
+    names = {f"q-{number}": what for number, what in enumerate(plan, start=1)}
+
+    def writing(targets: Any, path: Path) -> None:
+        before("targets")
+        write_targets(targets, path)
+        before("written")
+
+    write_targets, targets_file.write_targets = targets_file.write_targets, writing
+    try:
+        mixed = policy(folder, budget=0.2, when_spent="guard")
+        mixed = mixed.model_copy(update={"rules": Policy.build("t", rules=RULES).rules})
+        carry_out(
+            Ledger(folder / "l.sqlite", before=before), mixed,
+            StandIn(
+                before, lambda name: achieved(0.5 if names[name] == "too much" else 0.99),
+                tuple(name for name, what in names.items() if what == "fails"),
+            ),
+        )  # fmt: skip
+    finally:
+        targets_file.write_targets = write_targets
+
+
+def ended_as(folder: Path) -> Any:
+    """States, runs that were taken, and how often each was finished; entries of the targets."""
+    ledger = Ledger(folder / "l.sqlite")
+    assert ledger.faults() == []
+    applied = [one.request for one in ledger.events() if one.kind == "applied"]
+    finished = folder / "l-runs" / "finished"
+    trained = sorted(finished.read_text().split()) if finished.exists() else []
+    runs = [json.loads((path / "manifest.json").read_text())["status"]
+            for path in folder.glob("l-runs/q-*")]  # fmt: skip
+    return states(ledger), applied, trained, runs, sorted(entries(folder))
+
+
+def test_it_dies_between_any_two_writes_and_ends_as_if_it_had_not(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    plan = ["fine", "too much"]
+    whole = tmp_path_factory.mktemp("whole")
+    prepared(whole, plan)
+    work(whole, plan, lambda word: None)
+    expected = ended_as(whole)
+    assert expected[0] == {"q-0": "guarded", "q-1": "applied", "q-2": "guarded"}
+    assert expected[1:] == (["q-1"], ["q-1", "q-2"], ["done", "done"], ["q-0", "q-2"])
+    for count in range(300):
+        folder = tmp_path_factory.mktemp("dies")
+        prepared(folder, plan)
+        try:
+            work(folder, plan, dying_at(count))
+            break
+        except Killed:
+            work(folder, plan, lambda word: None)
+        assert ended_as(folder) == expected, f"died at write {count}"
+    assert count > 30
+
+
 @settings(
-    max_examples=2,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=2, deadline=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+)  # fmt: skip
 @given(
     plan=st.lists(st.sampled_from(["fine", "fails", "too much", "safety"]), min_size=2, max_size=3),
     seed=st.integers(0, 100),
@@ -394,59 +475,18 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(
     tmp_path_factory: pytest.TempPathFactory, plan: list[str], seed: int
 ) -> None:
     """kill -9 at a write of ledger, targets or run; then the same command again."""
-    names = {f"q-{number}": what for number, what in enumerate(plan, start=1)}
-    rules = [{"basis": ["safety"], "guard": True}, {"method": "npo"}]
-
-    def prepared(folder: Path) -> Ledger:
-        ledger = Ledger(folder / "l.sqlite", create=True)
-        add(ledger, rows(0, basis="safety"))  # its entry stays, so that the others can go
-        for number, what in enumerate(plan, start=1):
-            add(ledger, rows(number, basis="safety" if what == "safety" else "erasure"))
-        return ledger
-
-    def work(folder: Path, before: Callable[[str], None]) -> None:
-        def writing(targets: Any, path: Path) -> None:
-            before("targets")
-            write_targets(targets, path)
-            before("written")
-
-        write_targets, targets_file.write_targets = targets_file.write_targets, writing
-        try:
-            mixed = policy(folder, budget=0.2, when_spent="guard")
-            mixed = mixed.model_copy(update={"rules": Policy.build("t", rules=rules).rules})
-            carry_out(
-                Ledger(folder / "l.sqlite", before=before), mixed,
-                StandIn(
-                    before, lambda name: achieved(0.5 if names[name] == "too much" else 0.99),
-                    tuple(name for name, what in names.items() if what == "fails"),
-                ),
-            )  # fmt: skip
-        finally:
-            targets_file.write_targets = write_targets
-
-    def outcome(folder: Path) -> Any:
-        ledger = Ledger(folder / "l.sqlite")
-        assert ledger.faults() == []
-        applied = [one.request for one in ledger.events() if one.kind == "applied"]
-        finished = folder / "l-runs" / "finished"
-        trained = sorted(finished.read_text().split()) if finished.exists() else []
-        runs = [json.loads((path / "manifest.json").read_text())["status"]
-                for path in folder.glob("l-runs/q-*")]  # fmt: skip
-        return states(ledger), applied, trained, runs, sorted(entries(folder))
-
     whole = tmp_path_factory.mktemp("whole")
-    prepared(whole)
-    work(whole, lambda word: None)
-    expected = outcome(whole)
-    assert len(set(expected[1])) == len(expected[1])
-    for count in range(seed % 8, 300, 8):
+    prepared(whole, plan)
+    work(whole, plan, lambda word: None)
+    expected = ended_as(whole)
+    for count in range(seed % 12, 300, 12):
         folder = tmp_path_factory.mktemp("killed")
-        prepared(folder)
-        ended = in_child(lambda folder=folder, count=count: work(folder, killed_at(count)))
+        prepared(folder, plan)
+        ended = in_child(lambda folder=folder, count=count: work(folder, plan, killed_at(count)))
         code = os.waitstatus_to_exitcode(ended)
         assert code in (0, -9)
-        work(folder, lambda word: None)
-        assert outcome(folder) == expected, f"killed at write {count}"
+        work(folder, plan, lambda word: None)
+        assert ended_as(folder) == expected, f"killed at write {count}"
         if code == 0:
             break
     else:
