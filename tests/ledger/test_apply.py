@@ -7,6 +7,7 @@ What changes weights is a stand-in here that writes a run as ``unlearn`` does;
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from delible.ledger import targets_file
 from delible.ledger.applying import Ways, apply
 from delible.ledger.form import read_wanted
 from delible.ledger.policy import Policy, read_policy
-from delible.ledger.private import withdraw
+from delible.ledger.private import discreet, withdraw
 from delible.ledger.requests import add, requests_of
 from delible.ledger.results import kept_so_far
 from delible.ledger.store import Ledger
@@ -132,6 +133,25 @@ def test_one_that_fails_does_not_stop_the_others_and_is_tried_again(
     assert SENTINELS[0] in shown.told
     work.fails = ()
     assert carry_out(ledger, policy(tmp_path), work) == [("q-1", "applied")]
+
+
+def test_neither_logs_nor_errors_tell_what_is_secret(caplog: pytest.LogCaptureFixture) -> None:
+    secret = [f"{SENTINELS[0]} 1"]
+    log = logging.getLogger("delible.generation.elicited")
+
+    def tell() -> None:
+        log.info("a row that nobody knew before")
+        log.warning("about %s", secret[0].upper())
+        raise DataError(f"no {secret[0]}", where=secret[0], hint=f"drop {secret[0]}")
+
+    with pytest.raises(DataError) as error, discreet(secret):
+        tell()
+    assert caplog.messages == ["about …"]
+    assert str(error.value) == "…: no … drop …"
+    assert error.value.problem == "no …"
+    with pytest.raises(DataError, match=secret[0]), discreet(secret, show=True):
+        tell()
+    assert "a row that nobody knew before" in caplog.messages
 
 
 def test_a_guard_is_live_before_weights_change_and_out_after(

@@ -103,6 +103,7 @@ def discreet(secrets: Sequence[str], *, show: bool = False) -> Iterator[None]:
     try:
         yield
     except DelibleError as error:
+        error.args = (redacted(str(error), secrets),)
         error.problem = redacted(error.problem, secrets)
         error.where = redacted(error.where, secrets) if error.where else None
         error.hint = redacted(error.hint, secrets) if error.hint else None
