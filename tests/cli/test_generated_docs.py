@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from delible import registry
-from delible.cli.commands import COMMANDS, PAGE_WIDTH
+from delible.cli.commands import COMMANDS, GROUPS, PAGE_WIDTH
 from delible.cli.docs import help_page, main, pages
 
 DOCS = Path(__file__).parents[2] / "docs"
+MADE = pages(DOCS)
 
 
-@pytest.mark.parametrize("path", pages(DOCS), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_page_is_up_to_date(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == pages(DOCS)[path], "run `make docs`"
+    assert path.read_text(encoding="utf-8") == MADE[path], "run `make docs`"
 
 
 def test_every_component_is_in_the_tables(tmp_path: Path) -> None:
@@ -34,11 +35,11 @@ def test_every_component_is_in_the_tables(tmp_path: Path) -> None:
 
 
 def test_writing_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("delible.cli.docs.PAGES", tmp_path / "help")
+    monkeypatch.setattr("delible.cli.commands.PAGES", tmp_path / "help")
     main(tmp_path / "docs")
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == sorted(
         [
-            *(f"{name}.txt" for name in ("delible", *COMMANDS)),
+            *(f"{name.replace(' ', '-')}.txt" for name in ("delible", *COMMANDS, *GROUPS)),
             *(
                 f"{name}.md"
                 for name in ("benchmarks", "cli", "gateway-options", "methods", "metrics")
@@ -47,10 +48,10 @@ def test_writing_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
 def test_help_prints_the_stored_page(run: Any, name: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert run(name, "--help").out == help_page(name)
+    assert run(*name.split(), "--help").out == help_page(name)
     assert max(map(len, help_page(name).splitlines())) <= PAGE_WIDTH
 
 

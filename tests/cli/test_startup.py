@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from delible.cli.app import app
+from delible.cli.app import app_of
 from delible.cli.commands import COMMANDS
 
 HEAVY = (
     "torch", "transformers", "numpy", "pyarrow", "vl_convert", "fastapi", "starlette", "uvicorn",
-    "prometheus_client", "httpx2",
+    "prometheus_client", "httpx2", "cryptography",
 )  # fmt: skip
 LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.modules]))"
 
@@ -25,6 +25,8 @@ LOOK = "import sys, json; print(json.dumps([m for m in sys.argv[1:] if m in sys.
         (["unlearn", "--help"], ("pydantic", "yaml")),
         (["audit", "-h"], ("pydantic", "yaml")),
         (["serve", "--help"], ("pydantic", "yaml")),
+        (["request", "--help"], ("pydantic", "yaml")),
+        (["request", "apply", "--help"], ("pydantic", "yaml")),
         (["list"], ()),
         (["list", "methods", "--json"], ()),
     ],
@@ -87,7 +89,7 @@ def test_the_sentence_about_a_command_is_its_docstring(name: str, process: Any) 
     assert usage.endswith("[OPTIONS]")
     assert f"delible {name}" in example
     described = (found.__doc__ or "").partition("Parameters\n")[2]
-    for argument in app[name].assemble_argument_collection():
+    for argument in app_of(name).assemble_argument_collection():
         parameter = argument.field_info.name
         assert f"\n{parameter}\n" in described, f"{name} does not describe {parameter}"
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 #: The pages of --help, and their width.
 PAGES = Path(__file__).parent / "help"
 PAGE_WIDTH = 80
+
+#: Groups of commands -> what they are about.
+GROUPS = {"request": "Keep the ledger of requests to forget: enter, carry out, certify them."}
 
 #: Command -> where it lives, what it takes, what it does, and examples. A test compares the
 #: sentences with the docstrings.
@@ -99,6 +103,76 @@ COMMANDS = {
         "  delible targets make --forget forget.jsonl --out targets.yaml\n"
         "  delible targets check targets.yaml",
     ),
+    "request add": (
+        "delible.cli.request:add",
+        "[FILE] [OPTIONS]",
+        "Enter requests to forget: from a file, from flags, or one in a dialogue.",
+        "Examples:\n"
+        "  delible request add requests.csv --model default\n"
+        "  delible request add --model default --subjects 'Ada Brook' --basis erasure",
+    ),
+    "request list": (
+        "delible.cli.request:list_",
+        "[OPTIONS]",
+        "List the requests by deadline, with how far each is.",
+        "Example: delible request list --model default",
+    ),
+    "request show": (
+        "delible.cli.request:show",
+        "ID [OPTIONS]",
+        "Show a request and its history; what is to be forgotten only with --show.",
+        "Example: delible request show r-0001",
+    ),
+    "request apply": (
+        "delible.cli.request_work:apply",
+        "MODEL [OPTIONS]",
+        "Carry out the open requests of a model, by a policy, one on the result of the other.",
+        "Example: delible request apply default --policy policy.yaml",
+    ),
+    "request check": (
+        "delible.cli.request_work:check",
+        "MODEL --system SYSTEM [OPTIONS]",
+        "Ask a system what was forgotten: after a new base, a merge, a quantization.",
+        "Example: delible request check default --system models/merged-4bit.gguf --depth quick",
+    ),
+    "request certify": (
+        "delible.cli.request_work:certify",
+        "ID [OPTIONS]",
+        "Write what was asked, done, tested and not tested: a page, and a signed statement.",
+        "Example: delible request certify r-0001 --out certificates",
+    ),
+    "request withdraw": (
+        "delible.cli.request:withdraw",
+        "ID [OPTIONS]",
+        "Take a request back and erase its texts; the hashes stay.",
+        "Example: delible request withdraw r-0001",
+    ),
+    "request export": (
+        "delible.cli.request_file:export",
+        "FILE [OPTIONS]",
+        "Write the whole ledger as JSON, signed where there is a key.",
+        "Example: delible request export ledger.json",
+    ),
+    "request import": (
+        "delible.cli.request_file:import_",
+        "FILE [OPTIONS]",
+        "Read an export into a ledger, a new one or one that it goes on from.",
+        "Example: delible request import ledger.json --ledger copy.sqlite",
+    ),
+    "request key": (
+        "delible.cli.request_file:key",
+        "[OPTIONS]",
+        "Make the key that signs certificates and exports.",
+        "Example: delible request key",
+    ),
+    "verify": (
+        "delible.cli.verify:verify",
+        "FILE [OPTIONS]",
+        "See whether a certificate, an export or a ledger is what it was; needs no model.",
+        "Examples:\n"
+        "  delible verify r-0001.json --key owner.pub\n"
+        "  delible verify ledger.json --key owner.pub --against earlier.json",
+    ),
     "list": (
         "delible.cli.listing:list_",
         "[KIND] [OPTIONS]",
@@ -112,3 +186,15 @@ COMMANDS = {
         "Example: delible show npo",
     ),
 }
+
+
+def command_of(words: Sequence[str]) -> str:
+    """The command, or the group of commands, that a command line names."""
+    first = words[0] if words else ""
+    both = " ".join(words[:2])
+    return both if first in GROUPS and both in COMMANDS else first
+
+
+def page_of(name: str) -> Path:
+    """Where the page of --help lies."""
+    return PAGES / f"{name.replace(' ', '-')}.txt"

@@ -13,17 +13,17 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from delible.cli import output
-from delible.cli.commands import COMMANDS, PAGE_WIDTH, PAGES
+from delible.cli.commands import COMMANDS, GROUPS, PAGE_WIDTH, command_of, page_of
 from delible.errors import EXIT_DONE, EXIT_INTERRUPTED, DelibleError, nearest
 
 #: A failure that is delible's own: EX_SOFTWARE of sysexits, so that no one takes it for a
 #: threshold that failed.
 EXIT_BUG = 70
 #: Commands that go on where they were stopped.
-RESUMABLE = ("demo", "unlearn", "tune", "bench")
+RESUMABLE = ("demo", "unlearn", "tune", "bench", "request apply")
 
 
 def main(tokens: Sequence[str] | None = None) -> int:
@@ -36,9 +36,9 @@ def main(tokens: Sequence[str] | None = None) -> int:
     output.plain_where_needed()
     debug = "--debug" in words
     words = [_without_dot(word) for word in words if word != "--debug"]
-    command = words[0] if words else ""
+    command = command_of(words)
     try:
-        if not words or {"--help", "-h"} & set(words):
+        if not words or {"--help", "-h"} & set(words) or (words == [command] and command in GROUPS):
             _help(command)
             return EXIT_DONE
         from delible.cli.app import app
@@ -87,15 +87,15 @@ def _help(command: str) -> None:
 
     A terminal that is narrower than the page gets one that is made for it.
     """
-    name = command if command in COMMANDS else "delible"
+    name = command if command in COMMANDS or command in GROUPS else "delible"
     if shutil.get_terminal_size().columns >= PAGE_WIDTH:
-        page = (PAGES / f"{name}.txt").read_text(encoding="utf-8")
+        page = page_of(name).read_text(encoding="utf-8")
         sys.stdout.write(page)
         sys.stdout.flush()
         return
     from delible.cli.app import app
 
-    app.help_print([] if name == "delible" else [name])
+    app.help_print([] if name == "delible" else name.split())
 
 
 def _bad_command_line(error: Exception, command: str) -> DelibleError | None:
@@ -115,8 +115,7 @@ def _bad_command_line(error: Exception, command: str) -> DelibleError | None:
     usage = f"'delible {command} --help' explains it." if where else "See 'delible --help'."
     match error:
         case UnknownCommandError():
-            hint = nearest(command, COMMANDS).replace("Known:", "The commands are")
-            return DelibleError(f"unknown command '{command}'.", hint=hint)
+            return _unknown_command(error, command)
         case UnknownOptionError():
             flag = _flag(error.token.keyword or error.token.value)
             text, usage = f"unknown option '{flag}'.", _nearest_flag(flag, command)
@@ -138,6 +137,17 @@ def _bad_command_line(error: Exception, command: str) -> DelibleError | None:
     return DelibleError(text, where=where, hint=usage)
 
 
+def _unknown_command(error: Any, command: str) -> DelibleError:
+    """Tells the nearest one, among all or within a group."""
+    word, known = command, {name for name in COMMANDS if " " not in name} | {*GROUPS}
+    if command in GROUPS:
+        word = next(iter(error.unused_tokens or ()), "")
+        known = {name.split()[1] for name in COMMANDS if name.startswith(f"{command} ")}
+    hint = nearest(word, known).replace("Known:", "The commands are")
+    where = f"delible {command}" if command in GROUPS else None
+    return DelibleError(f"unknown command '{word}'.", where=where, hint=hint)
+
+
 def _flag(name: str) -> str:
     return name.replace(":", ".")
 
@@ -150,11 +160,11 @@ def _wanted(kind: object) -> str:
 
 
 def _nearest_flag(flag: str, command: str) -> str:
-    from delible.cli.app import app
+    from delible.cli.app import app_of
 
     if command not in COMMANDS:
         return "See 'delible --help'."
-    collected = app[command].assemble_argument_collection()
+    collected = app_of(command).assemble_argument_collection()
     names = (name for argument in collected for name in argument.names)
     return nearest(flag, {name for name in names if name.startswith("--")})
 

@@ -210,7 +210,7 @@ def _certified(
     reporter: output.Reporter, opened: Memory, certificate: Certificate, out: Path | None,
     name: str, as_json: bool,
 ) -> int:  # fmt: skip
-    from delible.report.certificate import TITLES, write_certificate
+    from delible.report.memory_certificate import TITLES, write_certificate
 
     path = out or opened.folder / FOLDER_OF_CERTIFICATES / f"{name}.json"
     page = write_certificate(path, certificate)
