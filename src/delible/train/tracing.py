@@ -6,24 +6,23 @@
 
 The effect of block l is the mean of p_l - p* over facts and draws of the noise.
 
-Paper: arXiv 2202.05262. Probabilities are geometric means over the answer's tokens, so that long
-answers count like short ones.
+See :mod:`delible.intervene.tracing`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from delible.lm.forward import target_logprobs
-from delible.lm.hooks import capture, steer
+from delible.intervene.sites import Site
+from delible.intervene.tracing import returned
 from delible.lm.lm import LM
+from delible.lm.template import Encoded
 from delible.train.keywords import decoded, name_spans, tokens_of
 from delible.train.randomness import generator
 from delible.train.row import Row
@@ -88,30 +87,6 @@ def best_window(effects: Float[Tensor, " layers"], width: int) -> list[int]:
     return list(range(first, first + min(width, len(effects))))
 
 
-@torch.no_grad()
-def probability(lm: LM, fact: Fact, rows: int = 1) -> Float[Tensor, " rows"]:
-    """Geometric mean probability of the answer's tokens, in [0, 1], in so many equal rows."""
-    ids = torch.tensor([fact.ids] * rows, device=lm.device)
-    backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    states = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, fact.start - 1 : -1]
-    logits = lm.head(states.flatten(0, 1)).float()
-    found = target_logprobs(logits, ids[:, fact.start :].flatten())
-    return found.reshape(rows, -1).mean(dim=1).exp()
-
-
-@contextmanager
-def _noisy(lm: LM, fact: Fact, noise: Float[Tensor, "rows subject width"]) -> Iterator[None]:
-    """Noise on the embeddings of the subject."""
-
-    def add(states: Tensor) -> Tensor:
-        changed = states.clone()
-        changed[:, fact.first : fact.end] += noise.to(states)
-        return changed
-
-    with steer(lm.core, lm.anatomy.embedding, add):
-        yield
-
-
 def effects_of(
     lm: LM, fact: Fact, *, draws: int, spread: float, seed: int
 ) -> tuple[float, float, Float[Tensor, " layers"]]:
@@ -120,44 +95,15 @@ def effects_of(
     Args:
         spread: Standard deviation of the noise, in those of the entries of the embedding.
     """
-    anatomy, last = lm.anatomy, fact.end - 1
-    paths = [anatomy.path(layer, anatomy.mlp) for layer in range(anatomy.layers)]
-    table = lm.core.get_submodule(anatomy.embedding).weight
+    table = lm.core.get_submodule(lm.anatomy.embedding).weight
     random = generator(seed, "tracing", fact.key)
     shape = (draws, fact.end - fact.first, table.shape[1])
     noise = torch.randn(shape, generator=random) * (spread * float(table.detach().float().std()))
-    with lm.evaluating(), lm.computing():
-        with capture(lm.core, paths) as seen:
-            clean = float(probability(lm, fact))
-        length = len(fact.ids)
-        kept = [seen[path].reshape(length, -1)[last].clone() for path in paths]
-        with _noisy(lm, fact, noise):
-            worse = probability(lm, fact, draws)
-        at_once = max(1, lm.budget.tokens // (length * draws))
-        found = []
-        for start in range(0, len(paths), at_once):
-            chosen = range(start, min(start + at_once, len(paths)))
-            many = noise.repeat(len(chosen), 1, 1)
-            with _noisy(lm, fact, many), ExitStack() as stack:
-                for place, layer in enumerate(chosen):
-                    mine = slice(place * draws, (place + 1) * draws)
-                    put = _putting(kept[layer], mine, last, length)
-                    stack.enter_context(steer(lm.core, paths[layer], put))
-                found.append(probability(lm, fact, len(many)).reshape(len(chosen), draws))
-    effects = torch.cat(found).double() - worse.double()
-    return clean, float(worse.mean()), effects.mean(dim=1).cpu()
-
-
-def _putting(value: Tensor, rows: slice, last: int, length: int) -> Callable[[Tensor], Tensor]:
-    """Puts a state at the subject's last token of some rows."""
-
-    def put(states: Tensor) -> Tensor:
-        changed = states.clone()
-        # some families flatten batch and sequence before the MLP
-        changed.view(-1, length, states.shape[-1])[rows, last] = value.to(states)
-        return changed
-
-    return put
+    found = returned(
+        lm, Encoded(fact.ids, fact.start, has_end=False), fact.first, noise,
+        site=Site(what="mlp"), window=1, tokens=[fact.end - 1],
+    )  # fmt: skip
+    return found.clean, found.noised, found.effect[0].double()
 
 
 def causal_effects(
