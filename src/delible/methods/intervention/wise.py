@@ -197,8 +197,8 @@ class _Bank:
         if tensors is None:
             return cls(len(weight), [], [], weight.new_zeros(0, weight.shape[1]), [], 0)
         return cls(
-            len(weight), list(tensors["changes"].cpu()), tensors["born"].tolist(), tensors["keys"].cpu(),
-            tensors["owners"].tolist(), int(tensors["made"]),
+            len(weight), list(tensors["changes"].cpu()), tensors["born"].tolist(),
+            tensors["keys"].cpu(), tensors["owners"].tolist(), int(tensors["made"]),
         )  # fmt: skip
 
     def with_room(self, size: int) -> int:
