@@ -10,7 +10,8 @@ and a copy is used where its a is the largest of all and above share * epsilon, 
     loss = CE of the target with the copy in use
            + mean relu(a_out - alpha) + mean relu(beta - a_in) + mean relu(a_out - a_in + gamma)
 
-over tokens of edited questions (in) and of others (out), the last over all pairs. D moves at the
+over tokens of edited questions (in) and of others (out), the last over all pairs: half of it over
+the questions' ends, where an answer begins, half over the tokens behind them. D moves at the
 entries of a fixed random mask only. Full copies are merged by TIES: of each the largest entries
 stay, the sign with the larger sum is taken, and what agrees with it is averaged.
 
@@ -68,6 +69,28 @@ def margin_loss(
         + (margins.beta - inside).relu().mean()
         + apart.relu().mean()
     )
+
+
+def margins_of(
+    inside: Sequence[Float[Tensor, "token width"]],
+    outside: Sequence[Float[Tensor, "token width"]],
+    change: Float[Tensor, "hidden width"],
+    margins: Margins,
+) -> Float[Tensor, ""]:
+    """The margin loss of texts: half over their first tokens, half over all others.
+
+    Args:
+        inside, outside: What is read at each text's tokens, from the question's end on.
+    """
+    first, behind = (
+        margin_loss(
+            routing(torch.cat([one[part] for one in inside]), change),
+            routing(torch.cat([one[part] for one in outside]), change),
+            margins,
+        )
+        for part in (slice(1), slice(1, None))
+    )
+    return (first + behind) / 2
 
 
 def ties(
@@ -138,8 +161,8 @@ def trained(
     rows: Sequence[Encoded],
     site: Site,
     positions: Positions,
-    inside: Float[Tensor, "token width"],
-    outside: Float[Tensor, "other width"],
+    inside: Sequence[Float[Tensor, "token width"]],
+    outside: Sequence[Float[Tensor, "token width"]],
     weight: Float[Tensor, "hidden width"],
     start: Float[Tensor, "hidden width"],
     mask: Bool[Tensor, "hidden width"],
@@ -150,12 +173,14 @@ def trained(
     Args:
         rows: Edited questions with targets.
         site, positions: Where the copy is in use.
-        inside, outside: What the down-projection reads at tokens of edited questions and others.
+        inside, outside: What the down-projection reads at the tokens of each edited question and
+            each other one, from its end on.
         weight: W.
         start: D before.
         mask: Entries that may move.
     """
-    inside, outside, weight, mask = (one.to(lm.device) for one in (inside, outside, weight, mask))
+    weight, mask = weight.to(lm.device), mask.to(lm.device)
+    inside, outside = ([one.to(lm.device) for one in texts] for texts in (inside, outside))
     change = start.to(lm.device).clone().requires_grad_()
     targets = Targets(lm, rows, site, positions)
     before, loss = float("inf"), float("inf")
@@ -166,10 +191,7 @@ def trained(
 
     with frozen(lm):
         for step in range(settings.steps + 1):
-            margin = (
-                margin_loss(routing(inside, change), routing(outside, change), settings.margins)
-                / settings.unit
-            )
+            margin = margins_of(inside, outside, change, settings.margins) / settings.unit
             (gradient,) = torch.autograd.grad(margin, [change])
             loss = float(margin.detach())
             for _, nll in targets.nll(using):

@@ -10,7 +10,8 @@ with the largest a counts. No weight changes.
 Paper: arXiv 2405.14768; as unlearning 2505.19855. Reference code: zjunlp/EasyEdit. Deviations:
 
 - Margins and steps are shares of what the down-projection gives and reads, so that no number hangs
-  on a model's size; margins are means over tokens, the last one over all pairs of tokens.
+  on a model's size; margins are means over tokens, the last one over all pairs, and the tokens at
+  which questions end weigh as much as all others.
 - Each token from the prompt's end on is judged by itself, in training too. The authors' code takes
   the mean over all tokens that go through the model at once (the largest, if they are many): the
   prompt, then with a key-value cache each token alone, so that a threshold means two things.
@@ -115,9 +116,9 @@ class Wise(Memory):
         weight = _weight(lm, self.inner.places(lm)[0].layer or 0)
         rows = asked.rows(lm, sampled_beginnings(lm, self.contexts, LENGTHS, seed))
         inside = states_at(lm, rows, self.inner, self.positions)
-        outside = torch.cat(states_at(lm, asked.unrelated, self.inner, self.positions)).cpu()
+        outside = states_at(lm, asked.unrelated, self.inner, self.positions)
         given = torch.cat(states_at(lm, asked.unrelated, self.sites[0], self.positions))
-        settings = self._settings(outside, given, weight)
+        settings = self._settings(torch.cat(outside), given, weight)
         bank = _Bank.of(earlier, weight)
         count, start = len(asked.records), 0
         bank.keys = torch.cat([bank.keys, torch.stack([one[0] for one in inside[:count]]).cpu()])
@@ -130,7 +131,7 @@ class Wise(Memory):
             mask = fixed_mask(weight.shape, self.mask, bank.born[copy])
             bank.changes[copy], loss = trained(
                 lm, [rows[place] for place in mine], self.sites[0], self.positions,
-                torch.cat([inside[place] for place in mine]).cpu(), outside, weight,
+                [inside[place] for place in mine], outside, weight,
                 bank.changes[copy], mask, settings,
             )  # fmt: skip
             bank.owners += [copy] * taken
@@ -140,8 +141,8 @@ class Wise(Memory):
         tensors = bank.tensors()
         thresholds = self.ratio * tensors["epsilons"]
         changes = tensors["changes"]
-        _, hit = chosen(torch.cat(inside[:count]).cpu(), changes, thresholds)
-        _, astray = chosen(outside, changes, thresholds)
+        _, hit = chosen(torch.cat([one[:1] for one in inside[:count]]).cpu(), changes, thresholds)
+        _, astray = chosen(torch.cat([one[:1] for one in outside]).cpu(), changes, thresholds)
         return tensors, {
             "copies": len(changes), "loss": float(f"{max(losses):.4g}"),
             "epsilon": float(f"{float(tensors['epsilons'].min()):.4g}"),
