@@ -66,6 +66,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "passes": 1,
         "latents": 8,
     },
+    ("intervention", "grace"): {"steps": 3},
+    ("intervention", "wise"): {"steps": 3, "contexts": 0, "ratio": 0.1},
     ("intervention", "sae_steering"): {
         "expansion": 2,
         "active": 8,

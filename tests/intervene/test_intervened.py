@@ -433,3 +433,39 @@ def test_an_observer_sees_each_generated_token_once_and_changes_nothing() -> Non
     assert not any(one._forward_hooks for one in lm.model.modules())
     assert REQUEST.forget
     assert Moving().positions == Positions()
+
+
+@pytest.mark.parametrize("what", ["block", "mlp_inner", "mlp_out"])
+def test_a_depth_is_one_of_the_whole_model_when_states_are_read(what: Any) -> None:
+    model = tiny_model("llama", num_hidden_layers=5)
+    lm = LM(model, tiny_tokenizer(), precision="float32")
+    rows = [lm.template.encode(PROMPTS[0], ANSWERS[0])]
+    by_depth = dict(read(lm, rows, Site(what=what, layers=(0.5,))))[0]
+    by_index = dict(read(lm, rows, Site(what=what, layers=(2,))))[0]
+    assert list(by_depth) == list(by_index) == [2]
+    assert torch.equal(by_depth[2], by_index[2])
+
+
+def test_one_learned_on_what_stands_below_is_no_stranger(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    below = intervened(bare("llama"), [scaling()])
+    other = scaling(1.2)
+    intervened(below, [Fitted(other.intervention, other.tensors, below.identity)])
+    assert "another model" not in caplog.text
+    first = scaling(0.9)
+    intervened(below, [first, Fitted(other.intervention, other.tensors, below.identity)])
+    assert "another model" in caplog.text
+
+
+def test_one_that_extends_another_acts_in_its_place() -> None:
+    lm = bare("llama")
+    first, alone = scaling(1.5), scaling(0.5)
+    second = Fitted(alone.intervention, alone.tensors, extends=first.identity)
+    both = intervened(lm, [first, second])
+    assert far(both, intervened(lm, [alone])) == 0
+    assert both.fingerprint != intervened(lm, [alone]).fingerprint
+    assert far(both.taken_off()[1], intervened(lm, [first])) == 0
+    assert far(both, intervened(lm, [first, alone])) > 0
+    with pytest.raises(ModelError, match="extends another one that is not on this model"):
+        intervened(lm, [second, first])

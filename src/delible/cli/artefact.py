@@ -35,7 +35,7 @@ def merge(target: str, /, *, out: Annotated[Path, Parameter(group=flags.RUN)]) -
 
 
 @flags.flowing
-def undo(target: Path, /, *, back: bool = False) -> int:
+def undo(target: Path, /, *, back: bool = False, only: list[str] | None = None) -> int:
     """Take off what a run made: it answers as the model before, bit by bit.
 
     Nothing is deleted: --back puts it on again. A whole model cannot be taken off; the message
@@ -46,13 +46,21 @@ def undo(target: Path, /, *, back: bool = False) -> int:
     target
         The run directory of 'delible unlearn'.
     back
-        Put it on again.
+        Put it on again, with all that was taken out of it.
+    only
+        Take only this out: of a codebook a subject, or the id of an edit or a request.
     """
     with output.Reporter() as reporter:
         output.quiet_libraries()
         from delible.systems.opening import undo as taken_off
 
-        artefact = taken_off(target, back=back)
+        artefact = taken_off(target, back=back, only=only or ())
+        if only:
+            reporter.say(
+                f"Out of the {artefact.kind}: {', '.join(artefact.without or ())}. {target} "
+                "answers as if that had never been asked for. --back puts it in again."
+            )
+            return 0
         base = artefact.base.name if artefact.base else "its base"
         reporter.say(
             f"The {artefact.kind} is on again: {target} answers as when it was made."

@@ -105,17 +105,18 @@ def other_questions(request: ForgetRequest, names: Sequence[str]) -> list[Record
         names: Whoever is edited; questions that name them do not count.
     """
     named = naming(names)
-    near: list[RecordBase] = [one for one in request.neighbours if _usable(one, named)]
-    kept = [one for one in request.retain if _usable(one, named)]
+    near: list[RecordBase] = [one for one in request.neighbours if usable(one, named)]
+    kept = [one for one in request.retain if usable(one, named)]
     half = max(OTHERS // 2, OTHERS - len(kept))
     chosen = near[:half]
     chosen += kept[: OTHERS - len(chosen)]
     if not chosen:
-        chosen += islice((one for one in general() if _usable(one, named)), OTHERS)
+        chosen += islice((one for one in general() if usable(one, named)), OTHERS)
     return chosen
 
 
-def _usable(record: RecordBase, named: Callable[[str], bool]) -> bool:
+def usable(record: RecordBase, named: Callable[[str], bool]) -> bool:
+    """Whether a record asks something, knows the answer, and names nobody who is edited."""
     prompt = ask(record)
     if prompt is None or not prompt.messages or not has_answer(record):
         return False

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,8 @@ class Intervention(ComponentMethod):
     """
 
     needs_own_rows: ClassVar[bool] = False
+    #: The kind of artefact that it is kept as.
+    artefact: ClassVar[str] = "intervention"
 
     @property
     def sites(self) -> Sequence[Site]:
@@ -61,6 +63,10 @@ class Intervention(ComponentMethod):
         """
         return {}
 
+    def ready(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What :meth:`change` works with, made once from what was learned."""
+        return tensors
+
     def change(
         self, states: Float[Tensor, "token width"], where: Where, tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "token width"]:
@@ -70,7 +76,7 @@ class Intervention(ComponentMethod):
             states: At the tokens meant, of all texts that are computed now, in the data type in
                 which the model computes. With all positions, padding is among them.
             where: Site, layer, and on demand text and place of each token.
-            tensors: What :meth:`learn` gave, on the model's device.
+            tensors: What :meth:`ready` gave, on the model's device.
         """
         raise NotImplementedError
 
@@ -78,7 +84,7 @@ class Intervention(ComponentMethod):
         """Learns what it needs, and acts from then on."""
         lm = language_model(system, f"intervention '{self.name}'")
         fitted = self.fit(lm, request, seed=context.seed)
-        return Outcome(intervened(lm, [fitted]), "intervention", fitted)
+        return Outcome(intervened(lm, [fitted]), self.artefact, fitted, dict(fitted.notes))
 
     def fit(self, lm: LM, request: ForgetRequest, *, seed: int = 0) -> Fitted:
         """Learns what it needs; see :meth:`learn`."""
@@ -93,11 +99,16 @@ class Fitted:
         intervention: Its options.
         tensors: What it has learned; must not be written to.
         learned_on: Identity of the model that it has learned on, if there is one.
+        extends: Identity of an earlier one on the same model that it holds too, and that acts no
+            more beside it.
+        notes: What there is to be said of it, as plain data; no part of its identity.
     """
 
     intervention: Intervention
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     learned_on: str | None = None
+    extends: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> str:
@@ -115,6 +126,8 @@ class Fitted:
             "intervention": self.intervention.spec(),
             "identity": self.identity,
             "learned_on": self.learned_on,
+            "extends": self.extends,
+            "notes": dict(self.notes),
         }
         with atomic_folder(folder) as target:
             (target / _SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -139,7 +152,10 @@ class Fitted:
                 where=str(folder),
                 hint="Give the folder that an intervention was saved to.",
             ) from error
-        found = cls(build("intervention", spec), tensors, settings.get("learned_on"))
+        found = cls(
+            build("intervention", spec), tensors, settings.get("learned_on"),
+            settings.get("extends"), settings.get("notes", {}),
+        )  # fmt: skip
         if found.identity != identity:
             raise RunError(
                 "the intervention is not the one that was saved: its files were changed.",

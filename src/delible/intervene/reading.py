@@ -57,12 +57,14 @@ def read(
         def keep(states: Tensor, where: Where, seen: dict[int | None, Tensor] = seen) -> None:
             seen[where.layer] = states.float().clone()
 
+        # made before blocks are cut off: a depth is one of the whole model
+        taps = Taps(lm, [Tap(site, Positions(), keep)])
         with (
             lm.evaluating(),
             lm.computing(),
             told(lm, padded_rows(batch.ids, batch.lengths, batch.starts)),
             nullcontext() if whole else truncated(lm.core, lm.anatomy, (deepest or 0) + 1),
-            Taps(lm, [Tap(site, Positions(), keep)]).on(first=False),
+            taps.on(first=False),
         ):
             backbone(input_ids=batch.ids, use_cache=False)
             layout = current_layout(batch.ids.numel())

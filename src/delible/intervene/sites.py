@@ -21,8 +21,8 @@ from delible.lm.gates import gate_of
 from delible.lm.layout import Layout
 
 What = Literal[
-    "block_input", "block", "attention", "mlp_gate", "mlp_inner", "mlp", "embedding", "norm",
-    "vision",
+    "block_input", "block", "attention", "mlp_gate", "mlp_inner", "mlp_out", "mlp", "embedding",
+    "norm", "vision",
 ]  # fmt: skip
 #: What a model has once, whatever its layers.
 _ONCE = ("embedding", "norm")
@@ -34,7 +34,8 @@ class Site(Config):
     what: What = Field(
         "block",
         description="block_input, block (its output: the residual stream), attention and mlp "
-        "(what they add to it), mlp_inner (what the down projection reads), embedding, norm (the "
+        "(what they add to it), mlp_inner and mlp_out (what the down projection reads and "
+        "gives), embedding, norm (the "
         "final one's output), vision (a block of the tower for images).",
     )
     layers: tuple[StrictInt | StrictFloat, ...] = Field(
@@ -78,7 +79,7 @@ class Site(Config):
             return f"{block}.{lm.anatomy.attention}"
         if self.what == "mlp":
             return f"{block}.{lm.anatomy.mlp}"
-        if self.what == "mlp_inner":
+        if self.what in ("mlp_inner", "mlp_out"):
             matrices = lm.anatomy.parameter_names(layer, "mlp_out")
             owners = {re.sub(r"(\.base_layer)?\.weight$", "", name) for name in matrices}
             if len(owners) != 1 or not next(iter(owners)).startswith(f"{block}."):

@@ -42,6 +42,9 @@ class Acting(Protocol):
     @property
     def identity(self) -> str: ...
 
+    @property
+    def extends(self) -> str | None: ...
+
 
 class Intervened(LM):
     """A model with interventions, in order; see :func:`intervened`.
@@ -51,7 +54,8 @@ class Intervened(LM):
 
     Attributes:
         bare: The model without them; it shares its weights, and can be asked at the same time.
-        interventions: What acts, in this order.
+        interventions: What is on it, in this order.
+        acting: Those of them that act: one that a later one extends is in that already.
     """
 
     def __init__(self, bare: LM, interventions: Sequence[Acting]) -> None:
@@ -61,12 +65,16 @@ class Intervened(LM):
         self.name = f"{bare.name} + {names}"
         self.on_answers = None
         self.interveners = object()
-        if any(one.intervention.needs_own_rows for one in self.interventions):
+        self.acting = tuple(
+            one for place, one in enumerate(self.interventions)
+            if all(later.extends != one.identity for later in self.interventions[place + 1 :])
+        )  # fmt: skip
+        if any(one.intervention.needs_own_rows for one in self.acting):
             self.grows_trees = self.shares_prefix = False
             self.road = "plain" if bare.road == "plain" else "padded"
         taps = [
             Tap(site, one.intervention.positions, _bound(one, self.device))
-            for one in self.interventions
+            for one in self.acting
             for site in one.intervention.sites
         ]
         self._taps = Taps(self, taps, self.interveners)
@@ -84,14 +92,13 @@ class Intervened(LM):
     @property
     def identity(self) -> str:
         """The same in every precision."""
-        joined = "/".join([self.bare.identity, *(one.identity for one in self.interventions)])
-        return hashlib.sha256(joined.encode()).hexdigest()
+        return _stacked(self.bare, self.interventions)
 
     def taken_off(self) -> tuple[str, LM]:
         """The last intervention, and the model with the others."""
         *others, last = self.interventions
         left = Intervened(self.bare, others) if others else self.bare
-        return f"intervention '{last.intervention.card.name}'", left
+        return f"{last.intervention.artefact} '{last.intervention.card.name}'", left
 
     def merged(self) -> NoReturn:
         """An intervention is not in the weights.
@@ -177,13 +184,22 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
         interventions: First the one that acts first.
 
     Raises:
-        ModelError: The model lacks a site, or what is changed there reaches nothing.
+        ModelError: The model lacks a site, or what is changed there reaches nothing; or one
+            extends another that is not on the model.
     """
     if isinstance(lm, Intervened):
         interventions = [*lm.interventions, *interventions]
         lm = lm.bare
-    for one in interventions:
-        if one.learned_on is not None and one.learned_on != lm.identity:
+    for place, one in enumerate(interventions):
+        below = interventions[:place]
+        if one.extends is not None and one.extends not in {other.identity for other in below}:
+            raise ModelError(
+                f"'{one.intervention.card.name}' extends another one that is not on this model.",
+                where=lm.name,
+                hint="Open the run that it was made from first, or the folder that it is in.",
+            )
+        known = (lm.identity, _stacked(lm, below))
+        if one.learned_on is not None and one.learned_on not in known:
             logger.warning(
                 "The intervention '%s' was learned on another model than '%s', or with other "
                 "weights.",
@@ -197,8 +213,17 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
     return found
 
 
+def _stacked(bare: LM, interventions: Sequence[Acting]) -> str:
+    """The identity of a model with interventions."""
+    if not interventions:
+        return bare.identity
+    joined = "/".join([bare.identity, *(one.identity for one in interventions)])
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
 def _bound(fitted: Acting, device: torch.device) -> Callable[[Tensor, Where], Tensor]:
-    tensors = {name: one.to(device) for name, one in fitted.tensors.items()}
+    ready = fitted.intervention.ready(fitted.tensors)
+    tensors = {name: one.to(device) for name, one in ready.items()}
 
     def function(states: Tensor, where: Where) -> Tensor:
         return fitted.intervention.change(states, where, tensors)

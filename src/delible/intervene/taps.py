@@ -32,12 +32,14 @@ class Where:
     Attributes:
         what: Of the site.
         layer: Index of the layer; None for what a model has once.
+        received: What the module received at the same tokens, if the states are what it gives.
     """
 
     what: str
     layer: int | None
     _tokens: int
     _chosen: Int[Tensor, " token"] | None
+    received: Float[Tensor, "token inner"] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -151,15 +153,18 @@ class Taps:
         def hook(module: nn.Module, given: Any, named: Any, output: Any) -> Any:
             if self.owner is not None and not is_asked(self.owner):
                 return None
+            received = next(
+                (one for one in (*given, *named.values()) if torch.is_tensor(one)), None
+            )
             if torch.is_tensor(output):
-                return self._through(output, mine)
+                return self._through(output, mine, received)
             if isinstance(output, (tuple, list)) and output and torch.is_tensor(output[0]):
-                new = self._through(output[0], mine)
+                new = self._through(output[0], mine, received)
                 return type(output)((new, *output[1:]))
             if isinstance(output, Mapping) and output:
                 name = next(iter(output))
                 changed: Any = output
-                changed[name] = self._through(output[name], mine)
+                changed[name] = self._through(output[name], mine, received)
                 return changed
             raise ModelError(
                 f"the module gave no tensor but {type(output).__name__}.", where=mine[0][0].path
@@ -167,17 +172,21 @@ class Taps:
 
         return hook
 
-    def _through(self, states: Tensor, mine: Sequence[tuple[Place, Tap]]) -> Tensor:
+    def _through(
+        self, states: Tensor, mine: Sequence[tuple[Place, Tap]], received: Tensor | None = None
+    ) -> Tensor:
         for place, tap in mine:
-            states = self._one(states, place, tap)
+            states = self._one(states, place, tap, received)
         return states
 
-    def _one(self, states: Tensor, place: Place, tap: Tap) -> Tensor:
+    def _one(
+        self, states: Tensor, place: Place, tap: Tap, received: Tensor | None = None
+    ) -> Tensor:
         if place.columns is not None:
             first, width = place.columns
             if width < states.shape[-1]:
                 mine = states[..., first : first + width]
-                changed = self._one(mine, replace(place, columns=None), tap)
+                changed = self._one(mine, replace(place, columns=None), tap, received)
                 if changed is mine:
                     return states
                 behind = states[..., first + width :]
@@ -187,7 +196,10 @@ class Taps:
         if chosen is not None and not len(chosen):
             return states
         part = flat if chosen is None else flat[chosen]
-        new = tap.function(part, Where(place.what, place.layer, len(flat), chosen))
+        if received is not None:
+            received = received.reshape(-1, received.shape[-1])
+            received = received if chosen is None else received[chosen]
+        new = tap.function(part, Where(place.what, place.layer, len(flat), chosen, received))
         if new is None:
             return states
         if new.shape != part.shape:

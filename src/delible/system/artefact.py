@@ -6,6 +6,7 @@
     options: {}                   what else the kind needs
     identity: 9a…                 of the whole, as it answered when it was made
     enabled: true                 false: taken off (delible undo); it answers as its base
+    without: [ada quill]          parts of it that are taken out (delible undo --only)
 
 The file is written last, so that a folder with it holds everything that it names.
 """
@@ -46,6 +47,9 @@ class Artefact(Config):
     options: dict[str, Any] = Field(default_factory=dict, description="What the kind needs.")
     identity: str | None = Field(None, description="Of the whole when it was made.")
     enabled: bool = Field(True, description="False: taken off, it answers as its base.")
+    without: tuple[str, ...] | None = Field(
+        None, description="What is taken out of it alone, by the names that its kind knows."
+    )
 
 
 def is_artefact(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from delible.component import Component
 from delible.context import Context
+from delible.errors import RunError
 from delible.system.artefact import Artefact
 from delible.system.base import System
 
@@ -42,6 +43,18 @@ class ArtefactKind(Component):
             DelibleError: A part is missing or damaged, or does not fit the base.
         """
         raise NotImplementedError
+
+    def check_without(self, artefact: Artefact, folder: Path) -> None:
+        """Whether what an artefact names as taken out alone (``without``) can be.
+
+        Raises:
+            RunError: It holds no such part, or is of one piece; says what it holds.
+        """
+        raise RunError(
+            f"the {artefact.kind} is of one piece: nothing can be taken out of it alone.",
+            where=str(folder),
+            hint="Take it off as a whole (without --only).",
+        )
 
 
 __all__ = ["ArtefactKind"]

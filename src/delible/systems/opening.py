@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -213,15 +214,18 @@ def keep(kind: str, content: object, folder: Path, base: Base | None, system: Sy
     return artefact
 
 
-def undo(folder: Path | str, *, back: bool = False) -> Artefact:
+def undo(folder: Path | str, *, back: bool = False, only: Sequence[str] = ()) -> Artefact:
     """Takes an artefact off: it answers as its base, bit by bit. Nothing is deleted.
 
     Args:
         folder: Of the artefact.
-        back: Put it on again instead.
+        back: Put it on again instead, with all that was taken out of it.
+        only: Take only this out of it, bit by bit: of a codebook subjects, or ids of
+            edits or requests.
 
     Raises:
-        RunError: There is no artefact, or it is a whole model, of which nothing can be taken off.
+        RunError: There is no artefact, it is a whole model, of which nothing can be taken off, or
+            it holds nothing of the names in ``only``.
     """
     folder = Path(folder).expanduser()
     if not artefacts.is_artefact(folder):
@@ -238,7 +242,13 @@ def undo(folder: Path | str, *, back: bool = False) -> Artefact:
             where=str(folder),
             hint=f"Open the model before instead.{made_from}",
         )
-    changed = artefact.model_copy(update={"enabled": back})
+    if only:
+        named = tuple(dict.fromkeys((*(artefact.without or ()), *only)))
+        changed = artefact.model_copy(update={"without": named})
+        kind_of(artefact, folder).check_without(changed, folder)
+    else:
+        without = None if back else artefact.without
+        changed = artefact.model_copy(update={"enabled": back, "without": without})
     if changed != artefact:
         artefacts.write(changed, folder)
     return changed
