@@ -271,13 +271,13 @@ def _text(
         locate(lm, asked, record.subject or "", others=others, within=span)
         for record, span in zip(records, spans, strict=True)
     ]
-    ends = tuple(place.last for place in places)
-    same = row.ids[: max(ends) + 1] == places[0].ids[: max(ends) + 1]
-    if not same or max(ends) >= row.start:
+    lasts = tuple(place.last for place in places)
+    same = row.ids[: max(lasts) + 1] == places[0].ids[: max(lasts) + 1]
+    if not same or max(lasts) >= row.start:
         raise DataError(
             "the question's tokens change once an answer follows.", where=repr(asked[:60])
         )
-    return Text(row, ends), max(place.times for place in places)
+    return Text(row, lasts), max(place.times for place in places)
 
 
 # ---- keys
