@@ -82,6 +82,15 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("editor", "rome"): {**EDITING, "covariance": False},
     ("editor", "memit"): {**EDITING, "tokens": 512},
     ("editor", "alphaedit"): {**EDITING, "tokens": 512, "threshold": 0.3},
+    ("editor", "unierase"): {
+        **EDITING,
+        "tokens": 512,
+        "threshold": 0.3,
+        "row_steps": 2,
+        "plain_epochs": 1,
+        "chat_epochs": 1,
+        "noise_epochs": 1,
+    },
     # a random model declines nothing, and has no room for long conversations
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,54 @@ from delible.context import Context
 from delible.errors import ModelError, RunError
 from delible.files import atomic_folder
 from delible.lm.lm import LM, language_model
+from delible.lm.new_tokens import Vocabulary, add_tokens, put_back, tables, token_of, vocabulary_of
 from delible.method import ComponentMethod, Outcome
 from delible.records import ForgetRequest
 from delible.system.base import System
+
+#: Key, in a patch's file, of the texts of the tokens that it adds; no parameter is called so.
+ADDED = "added tokens"
+
+
+@dataclass(eq=False)
+class Added:
+    """Tokens that a patch brings along, with their rows.
+
+    Attributes:
+        texts: Of the tokens.
+        rows: [tokens, hidden] by table, see :func:`delible.lm.new_tokens.tables`.
+        before: What tokens the model had; None while the patch is on no model.
+    """
+
+    texts: tuple[str, ...]
+    rows: dict[str, Tensor]
+    before: Vocabulary | None = None
+
+    @classmethod
+    def of(cls, lm: LM, texts: tuple[str, ...], before: Vocabulary) -> Added:
+        """What a model has now for tokens that it did not have before."""
+        ids = [token_of(lm, text) for text in texts]
+        rows = {name: table.weight.detach()[ids].clone() for name, table in tables(lm).items()}
+        return cls(texts, rows, before)
+
+    @torch.no_grad()
+    def apply(self, lm: LM) -> None:
+        """Gives the tokens to a model.
+
+        Raises:
+            ModelError: It has them already, or other tables.
+        """
+        known = [text for text in self.texts if token_of(lm, text) is not None]
+        if known or set(tables(lm)) != set(self.rows):
+            raise ModelError(
+                "the patch does not belong to this model: "
+                + (f"it has the token '{known[0]}' already." if known else "it has other tables."),
+                hint="Put it on the model that it was made on.",
+            )
+        self.before = vocabulary_of(lm)
+        ids = list(add_tokens(lm, self.texts))
+        for name, table in tables(lm).items():
+            table.weight[ids] = self.rows[name].to(table.weight)
 
 
 @dataclass(eq=False)
@@ -34,6 +80,7 @@ class Patch:
         hashes: SHA-256 of the values before, so that it is put on the same ones only.
         keys: For each parameter the keys that were written to, [width, edits], fp32: what later
             edits leave alone. Empty where an editor does not say.
+        added: Tokens that it brings along, if any.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -42,9 +89,10 @@ class Patch:
     hashes: dict[str, str] = field(default_factory=dict)
     title: str = "patch"
     keys: dict[str, Tensor] = field(default_factory=dict)
+    added: Added | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes factors, keys and hashes as safetensors, atomically."""
+        """Writes factors, keys, rows of tokens and hashes as safetensors, atomically."""
         tensors: dict[str, Tensor] = {}
         hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
@@ -52,6 +100,9 @@ class Patch:
         tensors |= {f"keys/{name}": value for name, value in self.keys.items()}
         for name, value in self.before.items():
             hashes[name] = _digest(value)
+        if self.added is not None:
+            tensors |= {f"rows/{name}": value for name, value in self.added.rows.items()}
+            hashes[ADDED] = json.dumps(self.added.texts)
         with atomic_folder(folder) as target:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -70,6 +121,7 @@ class Patch:
         try:
             with safe_open(path, framework="pt") as kept:
                 hashes = dict(kept.metadata() or {})
+                texts = hashes.pop(ADDED, None)
                 factors = {
                     name: (kept.get_tensor(f"left/{name}"), kept.get_tensor(f"right/{name}"))
                     for name in hashes
@@ -80,16 +132,23 @@ class Patch:
                     for name in hashes
                     if f"keys/{name}" in known
                 }
+                rows = {
+                    name.removeprefix("rows/"): kept.get_tensor(name)
+                    for name in sorted(known)
+                    if name.startswith("rows/")
+                }
         except (OSError, SafetensorError) as error:
             raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
-        return cls(factors, {}, hashes=hashes, keys=keys)
+        added = None if texts is None else Added(tuple(json.loads(texts)), rows)
+        return cls(factors, {}, hashes=hashes, keys=keys, added=added)
 
     @torch.no_grad()
     def apply(self, lm: LM) -> None:
         """Adds the change to a model: the sum in float64, rounded to the weight's own type.
 
         Raises:
-            ModelError: A parameter is missing, or has other values than when the patch was made.
+            ModelError: A parameter is missing, or has other values than when the patch was made,
+                or the model has a token already that the patch brings along.
         """
         parameters = dict(lm.core.named_parameters())
         for name, known in self.hashes.items():
@@ -100,6 +159,8 @@ class Patch:
                     f"{'missing' if found is None else 'another one'}.",
                     hint="Put it on the model that it was made on.",
                 )
+        if self.added is not None:
+            self.added.apply(lm)
         self.before = {name: parameters[name].detach().clone() for name in self.factors}
         for name, (left, right) in self.factors.items():
             weight = parameters[name]
@@ -115,7 +176,7 @@ class Patch:
 
     @torch.no_grad()
     def undo(self, lm: LM) -> None:
-        """Puts the edited parameters back, bit by bit.
+        """Puts the edited parameters and the vocabulary back, bit by bit.
 
         Of several patches the last one is undone first: in that order every step is exact.
         Undoing an earlier one takes the later ones' changes of the same parameters with it.
@@ -123,6 +184,8 @@ class Patch:
         parameters = dict(lm.core.named_parameters())
         for name, value in self.before.items():
             parameters[name].copy_(value)
+        if self.added is not None and self.added.before is not None:
+            put_back(lm, self.added.before)
         patches = [patch for patch in lm.patches if patch is not self]
         lm.touch()
         lm.patches = patches

@@ -1,8 +1,8 @@
 """What editors that locate a fact and edit it share: from records to a patch that was checked.
 
 Each forget question becomes an edit: the subject's last token is found, a value is searched that
-makes the model answer with a refusal, and the down-projections of some layers are changed so that
-they write it there. What an editor adds is how: :meth:`LocatedEditor.write`.
+makes the model answer with a target (a refusal, mostly), and the down-projections of some layers
+are changed so that they write it there. What an editor adds is how: :meth:`LocatedEditor.write`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from delible.edit.requests import (
     other_subjects,
     read_edits,
     sampled_beginnings,
+    with_last_words,
 )
 from delible.edit.statistics import Statistics, built_in_rows, file_rows, second_moments
 from delible.edit.subjects import sharing_last_token
@@ -35,6 +36,7 @@ from delible.edit.tracing import strongest_layer
 from delible.edit.values import Settings, Values, find_values
 from delible.edit.verify import Before, Bounds, Checked, other_questions
 from delible.edit.writing import Writing, writing
+from delible.errors import DataError
 from delible.generation.refusals import built_in_refusals, written_refusals
 from delible.intervene.sites import Site
 from delible.lm.lm import LM
@@ -52,11 +54,6 @@ LONG_TARGET = 25
 class LocatedEditor(Editor):
     """Options that these editors share."""
 
-    targets: Literal["templates", "self"] = Field(
-        "templates",
-        description="What is to be answered: a built-in refusal for each subject, the likeliest of "
-        "some, or one that the model itself writes for each question.",
-    )
     merge: int = Field(1, ge=1, description="Questions of a subject that become one edit, at most.")
     merging: Merging = Field(
         "beside",
@@ -108,6 +105,10 @@ class LocatedEditor(Editor):
     site: ClassVar[Literal["block", "mlp"]] = "block"
     #: Whether what ordinary text reads has to be known.
     uses_statistics: ClassVar[bool] = True
+    #: Whether the turn is to end behind a target.
+    ends: ClassVar[bool] = True
+    #: Whether a question that names no subject is edited at its last content word.
+    any_question: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -127,6 +128,17 @@ class LocatedEditor(Editor):
     @abstractmethod
     def traces(self) -> bool:
         """Whether the layer is to be found by causal tracing."""
+
+    @abstractmethod
+    def targets_of(
+        self,
+        lm: LM,
+        records: list[QA],
+        layers: Sequence[int],
+        seed: int,
+        notes: dict[str, object],
+    ) -> list[str]:
+        """What is to be answered to each question; the model is not edited yet."""
 
     def prepare(
         self, lm: LM, layers: Sequence[int], statistics: Statistics | None, notes: dict[str, object]
@@ -158,7 +170,7 @@ class LocatedEditor(Editor):
         """
 
     def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
-        """Makes the model answer the forget questions with refusals.
+        """Makes the model answer the forget questions with targets.
 
         Args:
             lm: Changed in place; as it was if anything fails.
@@ -171,24 +183,32 @@ class LocatedEditor(Editor):
             ModelError: The model cannot be edited, or the edit costs more than it may.
         """
         where = f"editor '{self.name}'"
-        records, left = editable(request, where)
+        others = other_subjects(request)
+        records, left = editable(request, where, some=not self.any_question)
+        names = list(dict.fromkeys(record.subject or "" for record in records))
+        unnamed: list[QA] = []
+        if self.any_question:
+            unnamed, left = with_last_words(left, [*names, *others])
+            records += unnamed
+            if not records:
+                raise DataError("no forget question has a word to edit.", where=where)
         if left:
             logger.warning(
                 f"{self.name}: {len(left)} of {len(left) + len(records)} forget questions do not "
                 f"name their subject and are not edited, such as {left[0].question!r}"
             )
-        names = list(dict.fromkeys(record.subject or "" for record in records))
-        others = other_subjects(request)
         notes: dict[str, object] = {
             "questions": len(records), "left_out": len(left),
             "same_last_token": self._shared(lm, names, others),
         }  # fmt: skip
-        targets = self._targets(lm, records, seed, notes)
+        if self.any_question:
+            notes["without_subject"] = len(unnamed)
         traced = None
         if self.traces:
             traced, notes["tracing"] = strongest_layer(lm, records, self.site, seed=seed)
         layers = self.chosen_layers(lm, traced)
         notes["layers"] = layers
+        targets = self.targets_of(lm, records, layers, seed, notes)
         beginnings = sampled_beginnings(lm, self.contexts, self.lengths, seed)
         statistics = None
         if self.uses_statistics:
@@ -197,7 +217,7 @@ class LocatedEditor(Editor):
             notes["statistics"] = statistics.notes()
         prepared = self.prepare(lm, layers, statistics, notes)
         before = Before(lm, list(zip(records, targets, strict=True)),
-                        other_questions(request, names))  # fmt: skip
+                        other_questions(request, names), ends=self.ends)  # fmt: skip
         with writing(lm, layers) as (changes, patch):
             began = time.perf_counter()
             notes["edits"] = [
@@ -207,7 +227,7 @@ class LocatedEditor(Editor):
                     lm,
                     edits_of(
                         lm, mine, their, beginnings=beginnings, merge=self.merge,
-                        merging=self.merging, others=others,
+                        merging=self.merging, others=others, ends=self.ends,
                     ),
                     changes, prepared, notes,
                 )
@@ -235,24 +255,6 @@ class LocatedEditor(Editor):
                 f"may be hit: {', '.join(kept[:5])}{' …' if len(kept) > 5 else ''}"
             )
         return shared
-
-    def _targets(self, lm: LM, records: list[QA], seed: int, notes: dict[str, object]) -> list[str]:
-        if self.targets == "self":
-            texts, notes["targets"] = written_refusals(lm, records, seed)
-        else:
-            texts, notes["targets"] = (
-                built_in_refusals(lm, records, seed),
-                {"built in": len(records)},
-            )
-        longest = max(
-            len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
-        )
-        if longest >= LONG_TARGET:
-            logger.warning(
-                f"{self.name}: a target has {longest} tokens; one value can hardly encode more "
-                f"than {LONG_TARGET}"
-            )
-        return texts
 
     def _rows(self, lm: LM, names: Sequence[str]) -> Iterator[list[int]]:
         if self.texts is not None:
@@ -285,7 +287,7 @@ class LocatedEditor(Editor):
 
     def _tell(self, checked: Checked) -> None:
         logger.info(
-            f"{self.name}: {checked.said:.0%} of the questions now get their refusal (a token's "
+            f"{self.name}: {checked.said:.0%} of the questions now get their target (a token's "
             f"probability went from {checked.target_before:.2g} to {checked.target_after:.2g}); "
             f"{checked.others} other questions moved by {checked.divergence:.2g} nats"
         )
@@ -294,6 +296,41 @@ class LocatedEditor(Editor):
                 f"{self.name}: that is hardly an edit. Merge fewer questions, lower rho, or raise "
                 "clamp or steps."
             )
+
+
+class RefusalEditor(LocatedEditor):
+    """Editors whose targets are refusals."""
+
+    targets: Literal["templates", "self"] = Field(
+        "templates",
+        description="What is to be answered: a built-in refusal for each subject, the likeliest of "
+        "some, or one that the model itself writes for each question.",
+    )
+
+    def targets_of(
+        self,
+        lm: LM,
+        records: list[QA],
+        layers: Sequence[int],
+        seed: int,
+        notes: dict[str, object],
+    ) -> list[str]:
+        if self.targets == "self":
+            texts, notes["targets"] = written_refusals(lm, records, seed)
+        else:
+            texts, notes["targets"] = (
+                built_in_refusals(lm, records, seed),
+                {"built in": len(records)},
+            )
+        longest = max(
+            len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+        )
+        if longest >= LONG_TARGET:
+            logger.warning(
+                f"{self.name}: a target has {longest} tokens; one value can hardly encode more "
+                f"than {LONG_TARGET}"
+            )
+        return texts
 
 
 def _notes(edits: Sequence[Edit], start: Tensor, values: Values) -> list[dict[str, object]]:

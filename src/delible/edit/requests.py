@@ -7,6 +7,7 @@ subject may become one edit: in one text, or beside each other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ from delible.errors import DataError
 from delible.lm.template import Encoded
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt
+from delible.world.filters import is_function_word
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -94,7 +96,7 @@ class Edit:
 # ---- records
 
 
-def editable(request: ForgetRequest, where: str) -> tuple[list[QA], list[QA]]:
+def editable(request: ForgetRequest, where: str, *, some: bool = True) -> tuple[list[QA], list[QA]]:
     """The forget records whose question names their subject, each once, and those that do not.
 
     A record without a subject gets the first of the request's subjects that its question names.
@@ -102,6 +104,7 @@ def editable(request: ForgetRequest, where: str) -> tuple[list[QA], list[QA]]:
     Args:
         request: What is to be forgotten.
         where: Who asks, for messages.
+        some: That no question names its subject is an error.
 
     Raises:
         DataError: No question names its subject.
@@ -118,12 +121,35 @@ def editable(request: ForgetRequest, where: str) -> tuple[list[QA], list[QA]]:
             continue
         chosen = record.model_copy(update={"subject": named})
         found.setdefault((record.question, named.casefold()), chosen)
-    if not found:
+    if some and not found:
         raise DataError(
             "no forget question names its subject, so there is no place to edit.",
             where=where,
             hint="Give questions with a 'subject' field, written as in the question.",
         )
+    return list(found.values()), left
+
+
+def with_last_words(records: Sequence[QA], others: Sequence[str]) -> tuple[list[QA], list[QA]]:
+    """Questions that name no subject, with their last content word in its place.
+
+    Args:
+        others: Names; a word in one of them is none.
+
+    Returns:
+        Those with such a word, each question once, and those without.
+    """
+    found: dict[str, QA] = {}
+    left: list[QA] = []
+    for record in records:
+        words = [word for word in re.findall(r"\w+", record.question) if not is_function_word(word)]
+        last = next(
+            (word for word in reversed(words) if occurrences(record.question, word, others)), None
+        )
+        if last is None:
+            left.append(record)
+        else:
+            found.setdefault(record.question, record.model_copy(update={"subject": last}))
     return list(found.values()), left
 
 
@@ -179,6 +205,7 @@ def edits_of(
     merge: int = 1,
     merging: Merging = "beside",
     others: Iterable[str] = (),
+    ends: bool = True,
 ) -> list[Edit]:
     """The edits that make a model answer questions with targets.
 
@@ -189,6 +216,7 @@ def edits_of(
         merge: Questions of a subject that become one edit, at most.
         merging: How.
         others: Names of others, see :func:`delible.edit.subjects.occurrences`.
+        ends: Whether the turn is to end behind a target.
 
     Raises:
         DataError: A subject is not found, or a text is too long for the model.
@@ -201,7 +229,7 @@ def edits_of(
         target = targets[group[0]]
         asked = [mine] if merging == "joined" else [(record,) for record in mine]
         built = [
-            _text(lm, beginning, questions, target, others)
+            _text(lm, beginning, questions, target, others, ends)
             for beginning in (None, *beginnings)
             for questions in asked
         ]
@@ -216,7 +244,12 @@ def edits_of(
 
 
 def _text(
-    lm: LM, beginning: str | None, records: Sequence[QA], target: str, others: Sequence[str]
+    lm: LM,
+    beginning: str | None,
+    records: Sequence[QA],
+    target: str,
+    others: Sequence[str],
+    ends: bool,
 ) -> tuple[Text, int]:
     """Questions in one text after a beginning, and how often one names its subject at most."""
     asked = f"{beginning}." if beginning else ""
@@ -232,17 +265,19 @@ def _text(
             where=records[0].where or repr(asked[:60]),
             hint="Merge fewer questions.",
         )
+    if row.has_end and not ends:
+        row = Encoded(row.ids[:-1], row.start, False)
     places: list[Located] = [
         locate(lm, asked, record.subject or "", others=others, within=span)
         for record, span in zip(records, spans, strict=True)
     ]
-    ends = tuple(place.last for place in places)
-    same = row.ids[: max(ends) + 1] == places[0].ids[: max(ends) + 1]
-    if not same or max(ends) >= row.start:
+    lasts = tuple(place.last for place in places)
+    same = row.ids[: max(lasts) + 1] == places[0].ids[: max(lasts) + 1]
+    if not same or max(lasts) >= row.start:
         raise DataError(
             "the question's tokens change once an answer follows.", where=repr(asked[:60])
         )
-    return Text(row, ends), max(place.times for place in places)
+    return Text(row, lasts), max(place.times for place in places)
 
 
 # ---- keys

@@ -130,20 +130,27 @@ class Before:
         lm: The model.
         edited: Questions with their targets.
         others: Questions that should be left alone.
+        ends: Whether the turn is to end behind a target.
     """
 
     def __init__(
-        self, lm: LM, edited: Sequence[tuple[QA, str]], others: Sequence[RecordBase]
+        self,
+        lm: LM,
+        edited: Sequence[tuple[QA, str]],
+        others: Sequence[RecordBase],
+        *,
+        ends: bool = True,
     ) -> None:
+        self._ends = ends
         self._targets = [Score(Prompt.ask(record.question), target) for record, target in edited]
         asked = [(ask(record), answer_of(record)) for record in others]
         self._others = [Distribution(prompt, answer) for prompt, answer in asked if prompt]
-        self._target = _probabilities(lm, self._targets)[0]
+        self._target = probabilities(lm, self._targets, ends=ends)[0]
         self._said = _distributions(lm, self._others)
 
     def after(self, lm: LM, changes: Mapping[int, float]) -> Checked:
         """What the model says now, and what it has cost."""
-        target, said = _probabilities(lm, self._targets)
+        target, said = probabilities(lm, self._targets, ends=self._ends)
         now = _distributions(lm, self._others)
         pairs = [
             (one, other)
@@ -174,13 +181,22 @@ def _mean(parts: Sequence[npt.NDArray[np.generic]]) -> float:
     return float(np.concatenate(parts).mean()) if parts else 0.0
 
 
-def _probabilities(lm: LM, asked: Sequence[Score]) -> tuple[float, float]:
-    """Mean probability of the answers, and the share whose every token is the likeliest."""
+def probabilities(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> tuple[float, float]:
+    """Mean probability of the answers, and the share whose every token is the likeliest.
+
+    Args:
+        ends: With the end of the turn behind them.
+    """
     scores = [one for one in lm.score(asked) if not isinstance(one, NoAnswer)]
     if not scores:
         return 0.0, 0.0
-    means = [float(np.exp(one.logprobs.mean())) for one in scores]
-    return float(np.mean(means)), float(np.mean([bool(one.hits.all()) for one in scores]))
+    counts = [len(one.logprobs) - (one.has_end and not ends) for one in scores]
+    means = [
+        float(np.exp(one.logprobs[:count].mean()))
+        for one, count in zip(scores, counts, strict=True)
+    ]
+    hits = [bool(one.hits[:count].all()) for one, count in zip(scores, counts, strict=True)]
+    return float(np.mean(means)), float(np.mean(hits))
 
 
 def _distributions(lm: LM, asked: Sequence[Distribution]) -> list[npt.NDArray[np.float32] | None]:

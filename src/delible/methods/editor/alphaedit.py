@@ -22,24 +22,9 @@ zjunlp/EasyEdit. Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
-
-from delible.edit.closed_form import Map, factors, projector, squares
-from delible.edit.keys import consecutive_layers
-from delible.edit.located import Layers, LocatedEditor
-from delible.edit.requests import Edit
-from delible.edit.spread import spread
-from delible.edit.statistics import Scale, Statistics, null_shares, null_spaces
-from delible.edit.values import Settings
-from delible.edit.writing import Writing
-from delible.lm.lm import LM
+from delible.edit.located import RefusalEditor
+from delible.edit.null_space import NullSpaceEditor
 from delible.registry import register
-
-WHERE = "editor 'alphaedit'"
 
 
 @register(
@@ -61,76 +46,5 @@ WHERE = "editor 'alphaedit'"
     badges=("parity", "variant"),
     variant="Refusals as targets, a scale-free L2 and null space.",
 )
-class AlphaEdit(LocatedEditor):
+class AlphaEdit(NullSpaceEditor, RefusalEditor):
     """Options of AlphaEdit."""
-
-    first_depth: float = Field(
-        0.14, ge=0, le=1, description="Relative depth of the first edited layer."
-    )
-    last_depth: float = Field(
-        0.27, ge=0, le=1, description="Relative depth of the last edited layer."
-    )
-    layers: Layers = Field(
-        None,
-        description="Consecutive layer indices, instead of depths; negative: from the end; traced: "
-        "as many layers, around the one that causal tracing finds.",
-    )
-    scale: Scale = Field(
-        "energy",
-        description="What the threshold is a share of: the sum of all singular values (energy), "
-        "the largest one, or nothing (absolute, as in the paper with 0.02).",
-    )
-    threshold: float = Field(
-        0.03,
-        gt=0,
-        description="Directions with smaller singular values may be written to; with energy: the "
-        "smallest ones that together hold this share.",
-    )
-    rho: float = Field(
-        0.05, gt=0, description="L2 as a share of k^T P k: the larger, the weaker the change."
-    )
-    l2: float | None = Field(
-        None, gt=0, le=1e9, description="L2 as a number (1 in the paper), instead of rho."
-    )
-    learning_rate: float = Field(0.5, gt=0, description="Of the search for a value.")
-    clamp: float = Field(3.0, gt=0, description="Longest change of a value, as a share of it.")
-    weight_decay: float = Field(0.01, ge=0, description="Weight of the value's change.")
-
-    @property
-    def traces(self) -> bool:
-        return self.layers == "traced"
-
-    @property
-    def search(self) -> Settings:
-        return Settings(
-            self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl, self.enough
-        )
-
-    def chosen_layers(self, lm: LM, traced: int | None) -> list[int]:
-        given = None if isinstance(self.layers, str) else self.layers
-        found = consecutive_layers(lm.anatomy, self.first_depth, self.last_depth, given, WHERE)
-        return found if traced is None else lm.anatomy.around(traced, len(found))
-
-    def prepare(
-        self, lm: LM, layers: Sequence[int], statistics: Statistics | None, notes: dict[str, object]
-    ) -> dict[int, Map]:
-        assert statistics is not None
-        nulls = null_spaces(statistics, self.threshold, self.scale, WHERE)
-        notes["null_space_share"] = null_shares(nulls)
-        return {layer: projector(null.to(lm.device)) for layer, null in nulls.items()}
-
-    def write(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        wanted: Float[Tensor, "edits hidden"],
-        changes: Mapping[int, Writing],
-        prepared: dict[int, Map],
-    ) -> dict[str, object]:
-        def factors_of(layer: int, keys: Tensor) -> Tensor:
-            within = prepared[layer]
-            l2 = self.l2 or self.rho * float(squares(keys, within).mean())
-            return factors(keys, within, l2, changes[layer].protected)
-
-        protected = {str(layer): len(change.earlier) for layer, change in changes.items()}
-        return {"earlier_edits": protected, **spread(lm, edits, wanted, changes, factors_of)}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from delible.edit.closed_form import Map, factors, inverse, squares
 from delible.edit.keys import consecutive_layers
-from delible.edit.located import Layers, LocatedEditor
+from delible.edit.located import Layers, RefusalEditor
 from delible.edit.requests import Edit
 from delible.edit.spread import spread
 from delible.edit.statistics import Statistics
@@ -56,7 +56,7 @@ from delible.registry import register
     badges=("parity", "variant"),
     variant="Refusals as targets, a scale-free lambda, a ridge on C.",
 )
-class MEMIT(LocatedEditor):
+class MEMIT(RefusalEditor):
     """Options of MEMIT."""
 
     first_depth: float = Field(

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.edit.closed_form import Map, identity, inverse, rank_one
-from delible.edit.located import LocatedEditor
+from delible.edit.located import RefusalEditor
 from delible.edit.requests import Edit, read_edits
 from delible.edit.statistics import Statistics
 from delible.edit.values import Settings
@@ -56,7 +56,7 @@ from delible.registry import register
     badges=("parity", "variant"),
     variant="Refusals as targets, values of all questions searched at once, a ridge on C.",
 )
-class ROME(LocatedEditor):
+class ROME(RefusalEditor):
     """Options of ROME."""
 
     lengths: ClassVar[tuple[int, ...]] = (5, 10)
