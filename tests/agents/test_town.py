@@ -33,7 +33,8 @@ def by_hand(town: Town) -> dict[tuple[tuple[int, int], tuple[int, int]], float]:
 def goals(town: Town) -> list[Goal]:
     names = [one.name for one in town.places]
     return [*(Goal(place=one) for one in names), *(Goal(one) for one in SOLD.values()),
-            *(Goal(one, two) for one, two in zip(SOLD.values(), names, strict=False))]  # fmt: skip
+            *(Goal(one, two) for one, two in zip(SOLD.values(), names, strict=False)),
+            *(Goal(one.sells, one.name) for one in town.places[:6])]  # fmt: skip
 
 
 def fewest(town: Town, goal: Goal) -> float:

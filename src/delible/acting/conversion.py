@@ -16,8 +16,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from delible.acting.loop import Action
-from delible.acting.mask import WORD, canonical, folded
+from delible.acting.loop import Action, canonical
+from delible.acting.mask import WORD, folded
 from delible.component import Config
 from delible.errors import DataError
 from delible.memory.items import strings

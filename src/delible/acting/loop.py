@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from delible.component import Config
 from delible.errors import nearest
+from delible.memory.items import near
 from delible.messages import Message
 from delible.prompts import read_text
 from delible.system.asks import Decoding, NoAnswer, Prompt
@@ -155,9 +156,11 @@ def act(
     return episode(choose, task, tools, limits)
 
 
-def opened(task: str, tools: Sequence[Tool], told: str = "", rules: str = "") -> list[Message]:
-    """The two turns with which a conversation about a task begins."""
-    system = read_text("agent_act.txt").format(tools="\n".join(one.told() for one in tools))
+def opened(
+    task: str, tools: Sequence[Tool], told: str = "", rules: str = "", words: str = "agent_act.txt"
+) -> list[Message]:
+    """The two turns with which a conversation about a task begins; ``words``: a prompt file."""
+    system = read_text(words).format(tools="\n".join(one.told() for one in tools))
     return [
         Message(role="system", content=f"{system}\n\n{RULES}\n{rules}" if rules else system),
         Message(role="user", content=f"{told}\n\n{task}" if told else task),
@@ -186,6 +189,18 @@ def used(tools: Mapping[str, Tool], action: Action) -> str:
     return tool.use(arguments)
 
 
+def canonical(action: Action) -> str:
+    """An action as one text: its tool and arguments, alike for case, spaces and their order."""
+    if action.answer:
+        return near(action.answer)
+    parts = [f"{key}={_plain(action.arguments[key])}" for key in sorted(action.arguments)]
+    return f"{near(action.tool)}({', '.join(parts)})"
+
+
+def _plain(value: Any) -> str:
+    return near(value) if isinstance(value, str) else near(repr(value))
+
+
 def trimmed(messages: Sequence[Message], letters: int) -> tuple[Message, ...]:
     """A conversation of at most so many letters: the first two turns and the newest pairs."""
     head, pairs = list(messages[:2]), list(messages[2:])
@@ -202,6 +217,6 @@ def write_trace(path: Path, episode: Episode) -> None:
 
 
 __all__ = [
-    "RULES", "Action", "Budget", "Choose", "Episode", "Step", "Tool", "act", "episode", "opened",
-    "trimmed", "turns", "used", "write_trace",
+    "RULES", "Action", "Budget", "Choose", "Episode", "Step", "Tool", "act", "canonical", "episode",
+    "opened", "trimmed", "turns", "used", "write_trace",
 ]  # fmt: skip

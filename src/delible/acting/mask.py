@@ -14,8 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from delible.acting.loop import Action, Tool
-from delible.memory.items import near
+from delible.acting.loop import Action, Tool, canonical
 from delible.names import fold
 
 #: A name that nobody has.
@@ -125,18 +124,6 @@ def of_actions(hashed: Callable[[str], str], actions: Sequence[Action]) -> list[
     return [hashed(canonical(one)) for one in actions]
 
 
-def canonical(action: Action) -> str:
-    """An action as one text: its tool and arguments, alike for case, spaces and their order."""
-    if action.answer:
-        return near(action.answer)
-    parts = [f"{key}={_plain(action.arguments[key])}" for key in sorted(action.arguments)]
-    return f"{near(action.tool)}({', '.join(parts)})"
-
-
-def _plain(value: Any) -> str:
-    return near(value) if isinstance(value, str) else near(repr(value))
-
-
 def holds(done: Sequence[Action], sequence: Sequence[Action]) -> bool:
     """Whether some actions stand one right after the other in what was done."""
     all_, part = [canonical(one) for one in done], [canonical(one) for one in sequence]
@@ -146,5 +133,5 @@ def holds(done: Sequence[Action], sequence: Sequence[Action]) -> bool:
 
 
 __all__ = [
-    "NOBODY", "NOT_NOW", "WORD", "Mask", "canonical", "folded", "holds", "of_actions", "of_names",
+    "NOBODY", "NOT_NOW", "WORD", "Mask", "folded", "holds", "of_actions", "of_names",
 ]  # fmt: skip

@@ -55,7 +55,7 @@ class Walker:
     def _next(
         self, task: str, texts: list[str], streets: Town, places: list[Place]
     ) -> dict[str, object]:
-        last = texts[-1]
+        last = texts[-1].rpartition("The town is")[2]
         thing = (re.findall(r"(?:Get|Bring) (\w+)", task) or [""])[0]
         to = (re.findall(r"^(?:Go|Bring \w+) to ([\w ]+)\.$", task) or [""])[0]
         has = any(f"You have the {thing} now." in one for one in texts[1:])
@@ -73,8 +73,9 @@ class Walker:
         shops = [one for one in places if one.sells == thing]
         if thing and not has:
             after = streets.distances(end.cell) if end else {}
-            aims = sorted(shops, key=lambda one: (near[one.cell] + after.get(one.cell, 0),
-                                                  one.name))  # fmt: skip
+            aims = sorted(shops, key=lambda one: (
+                near[one.cell] + after.get(one.cell, 0) + (one != end), one.name
+            ))  # fmt: skip
         else:
             aims = [end] if end else []
         if not aims:

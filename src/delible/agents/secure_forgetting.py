@@ -28,8 +28,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from delible.acting.conversion import Request, Type, Unlearning, Wording, composed, converted
-from delible.acting.loop import Action, Budget, Episode, act
-from delible.acting.mask import Mask, canonical, holds, of_actions, of_names
+from delible.acting.loop import Action, Budget, Episode, act, canonical
+from delible.acting.mask import Mask, holds, of_actions, of_names
 from delible.acting.surroundings import Surroundings
 from delible.component import Component
 from delible.errors import DataError

@@ -23,8 +23,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from delible.acting.loop import Episode
-from delible.acting.mask import canonical
+from delible.acting.loop import Episode, canonical
 from delible.component import Component
 from delible.errors import DataError
 from delible.messages import Message
