@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from words_encoder import Words
 
 from delible.acting.scorer import Scorer, ScorerOptions, positive_weight, trained
 from delible.acting.world_tasks import Question, passages, questions, search_tool
@@ -39,23 +38,6 @@ from delible.system.asks import Prompt
 from delible.system.role import Role
 from delible.systems.scripted import Scripted
 from delible.world import World
-
-WIDTH = 48
-
-
-class Words:
-    """Each word has a direction of its own."""
-
-    identity = "words"
-
-    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        found = np.zeros((len(texts), WIDTH), dtype=np.float32)
-        for row, text in enumerate(texts):
-            for word in re.findall(r"\w+", text.lower()):
-                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
-                found[row] += np.random.default_rng(seed).normal(size=WIDTH).astype(np.float32)
-        return found
-
 
 # ---- the formulas
 

@@ -18,12 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from delible.component import Config
 from delible.errors import nearest
+from delible.memory.items import near
 from delible.messages import Message
 from delible.prompts import read_text
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.role import Role
 
 Ended = Literal["answered", "steps", "tokens", "unreadable"]
+#: What stands above rules in a system turn.
+RULES = "Rules:"
 
 
 @dataclass(frozen=True)
@@ -112,38 +115,64 @@ class Episode:
         return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
-def act(
-    role: Role, task: str, tools: Sequence[Tool], budget: Budget | None = None, told: str = ""
-) -> Episode:
-    """Lets a role work on a task.
+#: Says what is done next, from what was done so far.
+Choose = Callable[[Sequence[Step]], Action | NoAnswer]
 
-    Args:
-        told: What it is told besides, before the task.
-    """
-    limits, by_name = budget or Budget(), {one.name: one for one in tools}
-    listed = "\n".join(one.told() for one in tools)
-    messages = [
-        Message(role="system", content=read_text("agent_act.txt").format(tools=listed)),
-        Message(role="user", content=f"{told}\n\n{task}" if told else task),
-    ]
+
+def episode(choose: Choose, task: str, tools: Sequence[Tool], limits: Budget) -> Episode:
+    """Does what is chosen, one action after the other, until there is an answer or no budget."""
+    by_name = {one.name: one for one in tools}
     steps: list[Step] = []
     for number in range(limits.steps):
         if (number + 1) * limits.step_tokens > limits.tokens:
             return Episode(task, tuple(steps), "", "tokens")
-        prompt = Prompt(trimmed(messages, limits.context_letters))
-        action = role.ask(prompt, Action, Decoding(max_new_tokens=limits.step_tokens))
+        action = choose(steps)
         if isinstance(action, NoAnswer):
             return Episode(task, tuple(steps), "", "unreadable", action.reason)
+        steps.append(Step(action, "" if action.answer else used(by_name, action)))
         if action.answer:
-            steps.append(Step(action, ""))
             return Episode(task, tuple(steps), action.answer, "answered")
-        result = used(by_name, action)
-        steps.append(Step(action, result))
-        messages += [
-            Message(role="assistant", content=action.model_dump_json(exclude_defaults=True)),
-            Message(role="user", content=f"Result: {result}"),
-        ]
     return Episode(task, tuple(steps), "", "steps")
+
+
+def act(
+    role: Role, task: str, tools: Sequence[Tool], budget: Budget | None = None, told: str = "",
+    rules: str = "",
+) -> Episode:  # fmt: skip
+    """Lets a role work on a task.
+
+    Args:
+        told: What it is told besides, before the task.
+        rules: What it has to keep to; they stand in the system turn of every call.
+    """
+    limits = budget or Budget()
+    head = opened(task, tools, told, rules)
+
+    def choose(steps: Sequence[Step]) -> Action | NoAnswer:
+        done = [turn for one in steps for turn in turns(one)]
+        prompt = Prompt(trimmed([*head, *done], limits.context_letters))
+        return role.ask(prompt, Action, Decoding(max_new_tokens=limits.step_tokens))
+
+    return episode(choose, task, tools, limits)
+
+
+def opened(
+    task: str, tools: Sequence[Tool], told: str = "", rules: str = "", words: str = "agent_act.txt"
+) -> list[Message]:
+    """The two turns with which a conversation about a task begins; ``words``: a prompt file."""
+    system = read_text(words).format(tools="\n".join(one.told() for one in tools))
+    return [
+        Message(role="system", content=f"{system}\n\n{RULES}\n{rules}" if rules else system),
+        Message(role="user", content=f"{told}\n\n{task}" if told else task),
+    ]
+
+
+def turns(step: Step) -> tuple[Message, Message]:
+    """A call and its result, as whoever made it is told."""
+    return (
+        Message(role="assistant", content=step.action.model_dump_json(exclude_defaults=True)),
+        Message(role="user", content=f"Result: {step.result}"),
+    )
 
 
 def used(tools: Mapping[str, Tool], action: Action) -> str:
@@ -158,6 +187,18 @@ def used(tools: Mapping[str, Tool], action: Action) -> str:
         where = ".".join(map(str, first["loc"]))
         return f"The arguments do not fit: {where}: {first['msg']}."
     return tool.use(arguments)
+
+
+def canonical(action: Action) -> str:
+    """An action as one text: its tool and arguments, alike for case, spaces and their order."""
+    if action.answer:
+        return near(action.answer)
+    parts = [f"{key}={_plain(action.arguments[key])}" for key in sorted(action.arguments)]
+    return f"{near(action.tool)}({', '.join(parts)})"
+
+
+def _plain(value: Any) -> str:
+    return near(value) if isinstance(value, str) else near(repr(value))
 
 
 def trimmed(messages: Sequence[Message], letters: int) -> tuple[Message, ...]:
@@ -175,4 +216,7 @@ def write_trace(path: Path, episode: Episode) -> None:
         file.write(episode.lines())
 
 
-__all__ = ["Action", "Budget", "Episode", "Step", "Tool", "act", "trimmed", "used", "write_trace"]
+__all__ = [
+    "RULES", "Action", "Budget", "Choose", "Episode", "Step", "Tool", "act", "canonical", "episode",
+    "opened", "trimmed", "turns", "used", "write_trace",
+]  # fmt: skip

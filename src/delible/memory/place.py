@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from delible.errors import RunError
 from delible.files import atomic_file, explain_disk
 from delible.memory import forgetting
 from delible.memory.database import FORMAT, Tables, connect, exclusive, has_tables, make, snapshot
+from delible.memory.items import near
 from delible.memory.vectors import VECTORS, Vectors
 
 DATABASE, KEY, LOCK = "memory.db", "key", "lock"
@@ -46,6 +48,13 @@ class Place:
         if self._vectors.width != (width := tables.width):
             self._vectors = Vectors(self.folder / VECTORS, width)
         return self._vectors
+
+    def hashed(self, text: str) -> str:
+        """A hash with this memory's key, alike for case and spaces (hexadecimal).
+
+        By it a text is told again without being kept; whoever lacks the key cannot try texts out.
+        """
+        return hmac.digest(self._secret, f"told {near(text)}".encode(), "sha256").hex()
 
     @contextmanager
     def reading(self) -> Iterator[Tables]:

@@ -50,6 +50,7 @@ class Memory:
         self.folder, self.encoder = Path(folder), encoder
         self._place = Place(self.folder, make_new=make_new)
         self._reading, self._writing = self._place.reading, self._place.writing
+        self.hashed = self._place.hashed
         with self._reading() as tables:
             self._check_encoder(tables)
 
