@@ -23,6 +23,7 @@ METHODS = {
     "graddiff": ("adapter", ["--place", "lora", "--max-steps", "2", "--learning-rate", "0.01"]),
     "rocr": ("patch", ["--tokens", "256", "--threshold", "0.3"]),
     "ablate_direction": ("intervention", []),
+    "grace": ("codebook", ["--steps", "2"]),
     "target_detector": ("guard", ["--similarity", "false"]),
 }
 PROMPTS = [Prompt.ask(record.question) for record in (*FORGET, *RETAIN)]

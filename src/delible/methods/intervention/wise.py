@@ -76,7 +76,7 @@ class Wise(Memory):
     )
     steps: int = Field(40, ge=1, description="Steps of the training of a copy, at most.")
     learning_rate: float = Field(
-        1.0, gt=0, description="Of it, in units of what the down-projection gives and reads."
+        2.0, gt=0, description="Of it, in units of what the down-projection gives and reads."
     )
     weight_decay: float = Field(1e-5, ge=0, description="Of it, on W'.")
     mask: float = Field(0.2, gt=0, le=1, description="Share of entries that a copy may change.")
@@ -86,7 +86,7 @@ class Wise(Memory):
     beta: float = Field(1.0, gt=0, description="Least a at edited ones, likewise.")
     gamma: float = Field(0.5, gt=0, description="Least difference of the two, likewise.")
     ratio: float = Field(
-        0.7, gt=0, le=1, description="Share of the least a of an edited question that a question "
+        0.8, gt=0, le=1, description="Share of the least a of an edited question that a question "
         "must exceed to be answered by a copy.",
     )  # fmt: skip
     norm_constraint: float = Field(
