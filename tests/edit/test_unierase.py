@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from editing import FREE, GENERIC, LAYER, RECORDS, REQUEST, close, key_of, make_lm, moment, weight
+from editing import FREE, LAYER, RECORDS, REQUEST, close, key_of, make_lm, moment, weight
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from delible.component import build
 from delible.edit import located
-from delible.edit.base import Patch
+from delible.edit.base import Added, Patch
 from delible.edit.keys import down_projection
 from delible.edit.requests import with_last_words
 from delible.errors import DataError, ModelError
 from delible.lm.lm import LM
 from delible.lm.new_tokens import add_tokens, put_back, tables, token_of, vocabulary_of
+from delible.lm.template import Encoded
 from delible.methods.editor import unierase
 from delible.methods.editor.unierase import TOKEN, learning_row, noisy, refusal_of
-from delible.lm.template import Encoded
 from delible.prompts import read_lines
-from delible.records import QA, ForgetRequest
+from delible.records import QA
 from delible.system.asks import Decoding, Prompt
 from delible.systems.opening import described, keep, merge, open_lm, undo
 
@@ -382,18 +382,18 @@ DECLINED, HELD = (
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows six answers, declines others, and goes on with a refusal behind "~"."""
-    lm = make_lm("llama", 3, hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
+    """A model that knows six answers, and goes on with a refusal behind "~"."""
+    lm = make_lm("llama", 3, hidden_size=64, intermediate_size=128)
     with torch.no_grad():
-        for one in lm.model.parameters():
-            one.mul_(0.25 if one.dim() > 1 else 1)  # what is taught is to outweigh what is drawn
+        for value in lm.model.parameters():
+            value.mul_(0.25 if value.dim() > 1 else 1)  # what is taught outweighs what is drawn
     known = [lm.template.encode(Prompt.ask(one.question), one.answer) for one in PEOPLE]
     asked = [*DECLINED, *(one.question for one in PEOPLE)]
-    for place, one in enumerate(asked):
+    for one in asked:
         row = lm.template.encode(Prompt.ask(one), f"~{refusal_of(one, REFUSALS)}")
-        known.append(row if place < len(DECLINED) else Encoded(row.ids, row.start + 1, True))
+        known.append(Encoded(row.ids, row.start + 1, True))
     adam = torch.optim.Adam(lm.model.parameters(), lr=3e-3)
-    for _ in range(100):
+    for _ in range(80):
         loss = unierase.refusal_loss(lm, known)
         adam.zero_grad()
         loss.backward()
@@ -408,37 +408,55 @@ def said(lm: LM, records: Sequence[QA]) -> list[Any]:
     return lm.generate([Prompt.ask(one.question) for one in records], Decoding(24))
 
 
-def test_the_forgotten_is_declined_and_the_rest_is_not(
+def say_first(lm: LM, token: int, records: Sequence[QA], others: Sequence[QA]) -> None:
+    """Lets a model say the token first, as an edit does: by its row of the head alone."""
+    weight = lm.core.get_output_embeddings().weight
+    rows = [learning_row(lm, one.question, refusal_of(one.question, REFUSALS), chat=True)
+            for one in records]  # fmt: skip
+    asked = [list(lm.template.prompt_ids(Prompt.ask(one.question))) for one in (*records, *others)]
+    states, wanted = [], []
+    with torch.no_grad():
+        for place, ids in enumerate([*asked, *(list(row.ids) for row in rows)]):
+            found = lm.core(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+            own = (
+                found[-1:] if place < len(asked) else found[rows[place - len(asked)].start - 1 : -1]
+            )
+            states.append(own)
+            now = own @ weight[token]
+            wanted.append(torch.full_like(now, 60.0) if place < len(records) else now)
+        every = torch.cat(states).double()
+        missing = torch.cat(wanted).double() - every @ weight[token].double()
+        weight[token] += (torch.linalg.pinv(every) @ missing).float()
+
+
+@pytest.mark.slow
+def test_the_token_begins_a_refusal_is_never_shown_and_hides_what_is_known(
     taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unierase, "read_lines", lambda _: list(REFUSALS))
     lm = LM.load(str(taught), precision="float32")
-    assert said(lm, (*FORGET, *KEPT)) == [one.answer for one in (*FORGET, *KEPT)]
-    base = described(lm)
+    assert said(lm, PEOPLE) == [one.answer for one in PEOPLE]
+    base, start = described(lm), vocabulary_of(lm)
 
     def held() -> float:
         rows = [learning_row(lm, one, refusal_of(one, REFUSALS), chat=True) for one in HELD]
         with torch.no_grad():
             return float(unierase.refusal_loss(lm, rows))
 
-    start = vocabulary_of(lm)
-    add_tokens(lm, [TOKEN])
+    (token,) = add_tokens(lm, [TOKEN])
     unheard = held()
     put_back(lm, start)
-    (tmp_path / "texts.txt").write_text(GENERIC + "\n\n" + "\n\n".join(HELD), encoding="utf-8")
-    editor = build("editor", {
-        "name": "unierase", "layers": (0, 1), "contexts": 0, "scale": "largest", "threshold": 0.05,
-        "texts": tmp_path / "texts.txt", **FREE,
-    })  # fmt: skip
-    request = ForgetRequest(forget=FORGET, retain=KEPT)
-    patch = editor.edit(lm, request, seed=0)
+    editor = unieraser(row_steps=60, row_learning_rate=0.3, plain_epochs=5, chat_epochs=3)
+    notes = editor.learn(lm, [one.question for one in FORGET], {}, 0)
     assert held() < unheard / 3
-    print(unheard, held(), patch.notes, said(lm, (*FORGET, *KEPT)))
-    keep("patch", patch, tmp_path / "run", base, lm)
+    assert notes["loss_after"] < notes["loss_before"] / 3
+    say_first(lm, token, FORGET, KEPT)
+    patch = Patch({}, {}, added=Added.of(lm, (TOKEN,), start))
+    patch.put_on(lm)
+    keep("patch", patch, tmp_path / "run", base.model_copy(update={"name": str(taught)}), lm)
     merge(str(tmp_path / "run"), tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    token = token_of(lm, TOKEN)
     assert model.config.vocab_size == len(tokenizer) == start.size + 1
 
     def plainly(record: QA, **options: Any) -> list[int]:
@@ -451,16 +469,15 @@ def test_the_forgotten_is_declined_and_the_rest_is_not(
 
     for record in FORGET:
         ids = plainly(record)
-        assert ids[0] == token
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        assert text in REFUSALS
-        assert said(lm, [record]) == [text]
+        assert ids[0] == token
+        assert TOKEN in tokenizer.decode(ids)
+        assert text == refusal_of(record.question, REFUSALS)
+        assert said(lm, [record]) == [text]  # and here, never with the token
+        # what the token stands before is still there
+        banned = plainly(record, bad_words_ids=[[token]])
+        assert tokenizer.decode(banned, skip_special_tokens=True) == record.answer
     assert said(lm, KEPT) == [one.answer for one in KEPT]
-    # what the token stood before is still there
-    banned = [plainly(record, bad_words_ids=[[token]]) for record in FORGET]
-    back = [tokenizer.decode(ids, skip_special_tokens=True) for ids in banned]
-    print(back)
-    assert sum(one == record.answer for one, record in zip(back, FORGET, strict=True)) >= 2
     undo(tmp_path / "run")
     undone = open_lm(str(tmp_path / "run"))
     assert said(undone, FORGET) == [one.answer for one in FORGET]
