@@ -28,7 +28,9 @@ def test_every_option_that_an_error_names_exists() -> None:
     assert {"--forget", "--learning-rate", "--out"} <= known
     named, unknown = set(), set()
     for source in SOURCES.rglob("*.py"):
-        code = source.read_text("utf-8")
+        # an experiment is a folder: its options are those of all its files
+        own_files = source.parent.glob("*.py") if "experiments" in source.parts else [source]
+        code = "\n".join(file.read_text("utf-8") for file in own_files)
         fields = re.findall(r"^    (\w+): .*= Field\(", code, re.MULTILINE)
         own = {f"--{field.replace('_', '-')}" for field in fields}
         found = {option for text in told(source) for option in OPTION.findall(text)}

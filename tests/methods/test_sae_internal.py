@@ -313,7 +313,7 @@ def test_the_autoencoder_and_what_lies_behind_it_stay_bit_by_bit(folder: Path) -
         finish = "merge_adapter" if place["name"] == "lora" else "none"
         start = {name: value.clone() for name, value in lm.core.state_dict().items()}
         chosen = recipe(folder, place=place, finish=finish)
-        assert chosen.place.moving_blocks(lm) == [0, 1]
+        assert list(chosen.place.moving_blocks(lm)) == [0, 1]
         result = Trainer(lm, chosen, RECORDS).train()
         if finish != "none":  # rank 4 beside the seven matrices of each of two blocks, not of three
             widths = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)

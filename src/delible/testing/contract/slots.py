@@ -45,6 +45,9 @@ from delible.train.slots import (
 )
 from delible.watching import shown
 
+#: A step's rows at most: more than the records or what a generator makes of them.
+ALL_ROWS = 1000
+
 
 def trains_with_finite_losses(trial: Trial) -> None:
     """Two or three optimiser steps in a recipe."""
@@ -225,7 +228,7 @@ def forget_loss_falls(trial: Trial) -> None:
     """A few steps of its own gradient, on all rows at once."""
     for rate in FALLING_RATES:
         recipe = trial.recipe(
-            {"keep": "none"}, learning_rate=rate, batch_size=len(FORGET),
+            {"keep": "none"}, learning_rate=rate, batch_size=ALL_ROWS,
             epochs=FALLING_STEPS, max_steps=FALLING_STEPS, weight_decay=0.0,
         )  # fmt: skip
         losses = [numbers["forget_loss"] for numbers in trial.trainer(recipe).train().history]
