@@ -127,15 +127,15 @@ def taught(agent: Cascade, town: Town, goals: Sequence[Goal]) -> list[str]:
     return ids
 
 
-def rate(agent: Cascade, town: Town, goals: Sequence[Goal]) -> tuple[float, float]:
-    reached, escalated, steps = 0, 0.0, 0
+def rate(agent: Cascade, town: Town, goals: Sequence[Goal]) -> tuple[dict[str, bool], float]:
+    """Which goals are reached, and the share of steps that the teacher decides."""
+    reached, by = {}, list[str]()
     for goal in goals:
         visit = Visit(town)
         solved = agent.solve(goal.text, visit)
-        reached += visit.reached(goal)
-        escalated += solved.escalated * len(solved.decisions)
-        steps += len(solved.decisions)
-    return reached / len(goals), escalated / steps
+        reached[goal.text] = visit.reached(goal)
+        by += [one.by for one in solved.decisions]
+    return reached, by.count("teacher") / len(by)
 
 
 # ---- agreement
@@ -368,13 +368,13 @@ def test_the_cascade_is_best_and_forgets_a_kind(town: Town, tmp_path: Path) -> N
     zero, _ = rate(with_(demonstrations=0, samples=1), town, asked)
     alone, none = rate(with_(samples=1), town, asked)
     both, share = rate(agent, town, asked)
-    assert both >= alone + 0.1
-    assert alone >= zero + 0.1
-    assert both > 0.9
+    print(sum(zero.values()), sum(alone.values()), sum(both.values()), share)
+    assert sum(both.values()) >= sum(alone.values()) + 3
+    assert sum(alone.values()) >= sum(zero.values()) + 3
+    assert sum(both.values()) > 27
     assert none == 0
     assert 0.05 < share < 0.5
 
-    before = {one.text: with_reached(agent, town, one) for one in asked}
     deletion = agent.forget(subject="nails")
     assert agent.memory.certificate(deletion).verdict == "nothing found"
     left = agent.memory.items()
@@ -387,18 +387,13 @@ def test_the_cascade_is_best_and_forgets_a_kind(town: Town, tmp_path: Path) -> N
             assert one.demonstration in ids
             assert "nails" not in "\n".join((one.goal, *one.steps))
     others = [one for one in asked if one.thing != "nails" and "Smithy" not in one.place]
-    kept = sum(with_reached(agent, town, one) for one in others)
-    assert kept >= sum(before[one.text] for one in others) - 1
+    kept, _ = rate(agent, town, others)
+    assert len(others) >= 15
+    assert sum(kept.values()) >= sum(both[one.text] for one in others) - 1
     _, back = agent.demonstrate(deleted_goal(shown), Visit(town), lambda _: True)
     assert back is None  # it is not shown again
     with pytest.raises(DataError, match="no demonstration"):
         agent.forget(subject="nails")
-
-
-def with_reached(agent: Cascade, town: Town, goal: Goal) -> bool:
-    visit = Visit(town)
-    agent.solve(goal.text, visit)
-    return visit.reached(goal)
 
 
 def deleted_goal(shown: Sequence[Goal]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import secrets
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from memory_by_hand import Letters
 
 from delible.errors import RunError
-from delible.memory import Item, Memory, database, place
+from delible.memory import Item, Memory, database, place, store
 from delible.memory import scan as scan_module
 from delible.memory.scan import CHUNK, Sentinel, occurrences, sentinels
 
@@ -103,6 +105,7 @@ def test_each_known_trap_is_found(
 ) -> None:  # fmt: skip
     memory = filled(tmp_path)
     trap(monkeypatch)
+    monkeypatch.setattr(store, "cleared", scan_module.scan)  # what is found is mended otherwise
     certificate = memory.certificate(memory.forget(ids=["the-secret-id"]))
     assert certificate.verdict == "remains found"
     assert where in {name for name, _ in certificate.remains}
@@ -219,3 +222,22 @@ def test_pieces_are_of_everything_that_is_said() -> None:
     ):  # fmt: skip
         assert (kind, piece) in pieces
     assert all(len(piece) >= 6 for _, piece in pieces)
+
+
+def test_what_sqlite_leaves_where_it_moves_rows_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With these ids and this key a page keeps pieces of a deleted row that was moved before."""
+    draw = random.Random(19)
+    monkeypatch.setattr(secrets, "token_bytes", lambda count=32: bytes(range(count)))
+    ids = [f"{draw.getrandbits(128):032x}" for _ in range(300)]
+    memory = Memory(tmp_path)
+    for first in range(0, 300, 10):
+        memory.add([Item(id=one, text=f"note {one}") for one in ids[first : first + 10]])
+    gone = [one for one in ids if draw.random() < 0.3]
+    deletion = memory.forget(ids=gone)
+    assert memory.certificate(deletion).verdict == "nothing found"
+    raw = (tmp_path / "memory.db").read_bytes()
+    assert not any(one[8:32].encode() in raw or one[:24].encode() in raw for one in gone)
+    assert {one.id for one in memory.items()} == set(ids) - set(gone)
+    assert memory.certify().verdict != "remains found"

@@ -42,6 +42,7 @@ from delible.component import Component
 from delible.errors import DataError, RunError
 from delible.memory import DEMONSTRATION, Deletion, Item, Memory
 from delible.memory.items import near
+from delible.messages import Message
 from delible.names import Names
 from delible.prompts import read_text
 from delible.registry import register
@@ -297,7 +298,7 @@ class Cascade:
         tools, opening = list(surroundings.tools()), surroundings.opening()
         decisions: list[Decision] = []
 
-        limits = self.options.budget
+        limits, (system, _) = self.options.budget, opened(goal, tools, words=WORDS)
 
         def choose(steps: Sequence[Step]) -> Action | NoAnswer:
             now = situation(opening, "")
@@ -305,10 +306,10 @@ class Cascade:
                 now = situation(steps[-1].result, getattr(steps[-1].action, "reasoning", ""))
             best = self._best(alike, now, shown) if shown else []
             told = (examples(best, self.options.examples_letters),
-                    f"Plan:\n{plan}" if plan else "", opening)  # fmt: skip
-            head = opened(goal, tools, "\n\n".join(filter(None, told)), words=WORDS)
+                    f"Plan:\n{plan}" if plan else "", opening, goal)  # fmt: skip
+            asked = Message(role="user", content="\n\n".join(filter(None, told)))
             done = [turn for one in steps for turn in turns(one)]
-            prompt = Prompt(trimmed([*head, *done], limits.context_letters))
+            prompt = Prompt(trimmed([system, asked, *done], limits.context_letters))
             tokens = limits.step_tokens
             ways = [Decoding(tokens, temperature=heat, seed=seed) for seed in range(samples)]
             drawn = [actor.ask(prompt, Thought, one) for one in ways]

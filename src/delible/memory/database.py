@@ -22,6 +22,8 @@ from delible.memory import steps
 from delible.memory.items import Item, State, near
 
 FORMAT = "1"
+#: The file.
+DATABASE = "memory.db"
 #: How long one waits for another's change, in seconds.
 PATIENCE = 120.0
 #: Changes are on the disk before anybody is told of them.

@@ -14,11 +14,20 @@ from filelock import FileLock
 from delible.errors import RunError
 from delible.files import atomic_file, explain_disk
 from delible.memory import forgetting
-from delible.memory.database import FORMAT, Tables, connect, exclusive, has_tables, make, snapshot
+from delible.memory.database import (
+    DATABASE,
+    FORMAT,
+    Tables,
+    connect,
+    exclusive,
+    has_tables,
+    make,
+    snapshot,
+)
 from delible.memory.items import near
 from delible.memory.vectors import VECTORS, Vectors
 
-DATABASE, KEY, LOCK = "memory.db", "key", "lock"
+KEY, LOCK = "key", "lock"
 
 
 class Place:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from delible.memory.database import Tables
+from delible.memory.database import DATABASE, Tables
 from delible.memory.items import Item, near
 from delible.memory.vectors import VECTORS
 
@@ -94,6 +94,19 @@ def seen(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> frozen
     hits, _ = _look(folder, tables, [one.piece for one in looked_for])
     there = {piece for _, piece, _ in hits}
     return frozenset(one for one in looked_for if one.piece in there)
+
+
+def cleared(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanned:
+    """Scans; what is found in the database is cleared by writing the database anew.
+
+    SQLite overwrites what it deletes, but not what it leaves behind where it moves rows from one
+    page to another to fill them evenly: a deleted row that was moved before stays there in part.
+    """
+    found = scan(folder, tables, looked_for)
+    if any(name == DATABASE for name, _ in found.found):
+        tables.database.execute("VACUUM")
+        found = scan(folder, tables, looked_for)
+    return found
 
 
 def scan(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanned:

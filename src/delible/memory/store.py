@@ -25,7 +25,7 @@ from delible.memory.closure import Closure, Descendants, closure, named
 from delible.memory.database import Tables, exclusive, snapshot
 from delible.memory.items import Found, Item, State
 from delible.memory.place import Place
-from delible.memory.scan import scan, seen, sentinels
+from delible.memory.scan import cleared, scan, seen, sentinels
 
 NO_ENCODER = "none"
 #: Characters of a text in a message.
@@ -274,7 +274,7 @@ class Memory:
             with exclusive(tables.database):
                 forgetting.carry_out(tables, self._place.vectors(tables))
             deletion = forgetting.recorded(tables)
-            after = scan(self.folder, tables, pieces) if scanned else None
+            after = cleared(self.folder, tables, pieces) if scanned else None
         return replace(deletion, before=before, after=after)
 
     def certificate(self, deletion: forgetting.Deletion) -> Certificate:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 
 from delible.errors import DataError, nearest
 
 
+@cache
 def read_text(name: str) -> str:
     """The text of a file of this folder, such as ``"refusals.txt"``.
 
