@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the demo
 # make test   sets everything up and runs the tests (SLOW=1: also the slow ones)
+# make site   builds the documentation site into build/site; a broken link is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +10,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench docs site clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | lint | bench | docs | clean"
+	@echo "make demo | test | lint | bench | docs | site | clean"
 
 # A new lock or a new pyproject.toml brings the environment up to date.
 $(READY): requirements.lock pyproject.toml
@@ -41,6 +42,19 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m delible.cli.docs docs
+
+# The builder lives in an environment of its own: it shares nothing with the library.
+SITE_VENV := build/site-venv
+
+$(SITE_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(SITE_VENV)
+	$(SITE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(SITE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+	@touch $@
+
+site: $(SITE_VENV)/.ready
+	$(SITE_VENV)/bin/zensical build --clean --strict
+	@echo "Open build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -59,6 +59,27 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     return call
 
 
+def test_memories_forget_and_are_told_of(run: Any, tmp_path: Path) -> None:
+    item = {"id": "i", "text": "Ada Quill plays the lute", "kind": "case"}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+    (tmp_path / "guards.yaml").write_text("rules: [{guard: true}]\nguard: {targets: t.yaml}\n")
+    assert run("memory", "add", "notes", "items.jsonl", "--words-only").code == 0
+    run("request", "add", "requests.csv", "--model", "model", "--memory", "notes")
+    assert "a-1: forgotten. Memory" in (run("request", "apply", "model", "--only", "a-1",
+                                            "--policy", "guards.yaml").out)  # fmt: skip
+    said = run("request", "show", "a-1").out
+    assert f"{tmp_path / 'notes'}: forgotten" in said
+    assert "1 of the kind case removed; nothing found" in said
+    assert "Not shown: " in said
+    assert "1 item removed, nothing found" in said
+    assert not [name for name in NAMES if name in said]
+    listed = json.loads(run("request", "list", "--json").out)
+    assert [one["memories"][str(tmp_path / "notes")] for one in listed] == [
+        "forgotten", "open", "open",
+    ]  # fmt: skip
+    assert run("request", "list").out.count("memories left") == 2
+
+
 def test_the_walk(run: Any, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     LM(tiny_model("llama"), tiny_tokenizer()).save(tmp_path / "model")

@@ -49,7 +49,7 @@ def test_jsonl_takes_names_records_and_files_of_records(tmp_path: Path) -> None:
     assert names.subjects == ("Ada", "Ben")
     assert records.records[0].type == "qa"
     assert file.records[0].type == "passage"
-    assert (file.guards, file.memories) == (("t.yaml",), ("mem",))
+    assert (file.guards, file.memories) == (("t.yaml",), (str(tmp_path / "mem"),))
     assert alone.subjects == ("Cy",)
 
 

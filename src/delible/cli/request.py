@@ -90,7 +90,8 @@ def add(
     guard_file
         Files of targets in which it is to stand, instead of the policy's.
     memory
-        Memories that hold it too; the certificate says that they were not touched.
+        Folders of memories that hold it too; 'apply' deletes it there with all that was made
+        from it.
     name
         Its id (no name of a person: it is shown everywhere). Default: r-0001 and so on.
     ledger
@@ -99,7 +100,8 @@ def add(
     given: dict[str, Any] = {
         "id": name, "models": tuple(model or ()), "basis": basis, "asker": asked_by,
         "date": day, "deadline": deadline, "keep_until": keep_until,
-        "guards": tuple(guard_file or ()), "memories": tuple(memory or ()),
+        "guards": tuple(guard_file or ()),
+        "memories": tuple(str(Path(one).expanduser().absolute()) for one in memory or ()),
         "named": keep_name or None,
     }  # fmt: skip
     with output.Reporter() as reporter:
@@ -182,6 +184,7 @@ def list_(
                 "deadline": str(one.deadline), "days_left": one.days_left(today),
                 "state": progress.state, "leaks": progress.leaks, "size": one.size,
                 "guards": list(progress.guards), "erased": one.erased,
+                "memories": {place: memory.word for place, memory in one.remembered.items()},
             }
             for one, name, progress in found
         ]  # fmt: skip
@@ -191,7 +194,8 @@ def list_(
         columns = ("id", "deadline", "", "basis", "size", "model", "state")
         cells = [
             (one.id, str(one.deadline), one.urgency(today), one.basis, str(one.size), name,
-             progress.word + (", behind a guard" if progress.guards and progress.applied else ""))
+             progress.word + (", behind a guard" if progress.guards and progress.applied else "")
+             + (", memories left" if one.memories_left else ""))
             for one, name, progress in found
         ]  # fmt: skip
         reporter.console.print(output.table(columns, cells))
@@ -244,6 +248,8 @@ def show(name: str, /, *, show: Show = False, ledger: Place = None) -> int:
 
 
 def _fields(reporter: output.Reporter, request: Request) -> None:
+    from delible.ledger.memories import in_words
+
     left = request.urgency(date.today())
     reporter.field("request", request.id)
     reporter.field("basis", request.basis)
@@ -252,9 +258,14 @@ def _fields(reporter: output.Reporter, request: Request) -> None:
     reporter.field("to forget", f"{output.plural(request.size, 'record')} or names")
     if request.asker:
         reporter.field("asked by", f"keyed hash {request.asker[:16]}…")
-    for kind, names in (("guards", request.guards), ("memories", request.memories)):
-        if names:
-            reporter.field(kind, ", ".join(names))
+    if request.guards:
+        reporter.field("guards", ", ".join(request.guards))
+    for place, memory in request.remembered.items():
+        reporter.field("memory", f"{place}: {memory.word}")
+        if memory.forgot is not None:
+            reporter.say(f"  {in_words(memory.forgot.body).partition(': ')[2]}.")
+            for sentence in memory.forgot.body["not_shown"]:
+                reporter.say(f"  Not shown: {sentence}")
     if request.keep_until:
         reporter.field("kept until", str(request.keep_until))
     if request.erased:
@@ -271,6 +282,11 @@ def _words(record: Any) -> str:
 
 def _about(body: Any) -> str:
     """What an event says beside its kind, in short."""
+    if "memory" in body:
+        removed = sum(body.get("removed", {}).values())
+        gone = f"{output.plural(removed, 'item')} removed" if "removed" in body else ""
+        told = (body["memory"], gone, *map(body.get, ("verdict", "outcome", "error")))
+        return ", ".join(one for one in told if one)
     names = ("run", "method", "targets", "reason", "error", "outcome", "system", "same_as")
     return ", ".join(f"{name} {body[name]}" for name in names if body.get(name))
 

@@ -36,9 +36,9 @@ def apply(
 ) -> int:
     """Carry out the open requests of a model, by a policy, one on the result of the other.
 
-    Guards go live first, then the weights change, by deadline. A killed command goes on when it is
-    started again, and nothing is carried out twice. A request that fails does not stop the others.
-    Exit code 1: something is left to do.
+    Guards go live first, memories forget, then the weights change, by deadline. A killed command
+    goes on when it is started again, and nothing is carried out twice. A request that fails does
+    not stop the others. Exit code 1: something is left to do.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def apply(
 
         end = chain_end(opened, requests.requests_of(opened.events()), model)
         reporter.say(f"What answers now: {end}")
-        left = [one.request for one in done if one.what in ("failed", "held")]
+        left = list(dict.fromkeys(one.request for one in done if one.what in ("failed", "held")))
         if left:
             reporter.say(f"Left to do: {', '.join(left)}.")
         else:
@@ -135,8 +135,8 @@ def check(
     """Ask a system what was forgotten: after a new base, a merge, a quantization.
 
     Every request that was carried out at MODEL is asked about, and the answers are compared with
-    those of the day when it was. With --depth or --attacks the system is attacked, too. Exit code
-    1: a request leaks.
+    those of the day when it was; memories that forgot are searched. With --depth or --attacks the
+    system is attacked, too. Exit code 1: a request leaks.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
 """Carrying out the open requests of a model: one after the other, each on the result of the last.
 
-A guard's entry is written first, so that nothing is said while weights are being changed. Every
+A guard's entry is written first, so that nothing is said while weights are being changed. Then
+memories forget, which needs no training and waits for none. Every
 step is an event before and after it. Whoever is killed leaves at most a run without its last event:
 the same run folder is found again, finished or not, so nothing is carried out twice.
 
@@ -33,6 +34,7 @@ from delible.ledger.guarding import (
     take_guard_out,
     write_guard,
 )
+from delible.ledger.memories import forget_memories
 from delible.ledger.policy import Policy, Rule
 from delible.ledger.private import discreet, redacted, secrets_of
 from delible.ledger.requests import Request, Texts, covers, requests_of, texts_of
@@ -101,6 +103,10 @@ def _applied(
     if policy.guard.at_once:
         for name in due:
             write_guard(ledger, model, policy, name, texts[name])
+    for name in _to_forget(requests_of(ledger.events()), model, only):
+        request = requests_of(ledger.events())[name]
+        known = texts_of(ledger.texts(name).get(name, {}))
+        yield from forget_memories(ledger, request, known, show=show)
     for name, one in requests_of(ledger.events()).items():
         if model in one.progress and one.progress[model].applied:  # killed, or was the last entry
             take_guard_out(ledger, model, policy, name)
@@ -143,12 +149,23 @@ def _due(found: Mapping[str, Request], model: str, only: Sequence[str]) -> list[
     for name in only:
         if name not in found or model not in found[name].progress:
             raise DataError(f"there is no request '{name}' for {model}.")
+    states = ("applied", "withdrawn")
+    return _by_deadline(found, model, only, lambda one: one.progress[model].state not in states)
+
+
+def _to_forget(found: Mapping[str, Request], model: str, only: Sequence[str]) -> list[str]:
+    """Those about a model with memories that are left to do, by deadline."""
+    return _by_deadline(found, model, only, lambda one: one.memories_left)
+
+
+def _by_deadline(
+    found: Mapping[str, Request], model: str, only: Sequence[str],
+    wanted: Callable[[Request], bool],
+) -> list[str]:  # fmt: skip
     here = [
         one
         for one in found.values()
-        if model in one.progress
-        and one.progress[model].state not in ("applied", "withdrawn")
-        and (not only or one.id in only)
+        if model in one.progress and wanted(one) and (not only or one.id in only)
     ]
     return [one.id for one in sorted(here, key=lambda one: (one.deadline, one.asked.sequence))]
 

@@ -4,7 +4,8 @@ quantization?
 Its answers to the forgotten questions are compared with those of the day when the request was
 carried out: *leaks* when it says again what was not said then, or gives the right answers a
 probability that went back by more than a fifth of the way; *as before* when it is not worse than
-then, but too much was left then already. An audit on top also attacks it.
+then, but too much was left then already. An audit on top also attacks it. Memories that forgot are
+searched for what is there again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any, Literal
 from delible.achieved import SMALLEST, STILL_SAID, Measured, compare, probabilities
 from delible.errors import DataError, DelibleError
 from delible.ledger.evidence import change_numbers
+from delible.ledger.memories import in_words, look_again
 from delible.ledger.private import discreet, redacted, secrets_of
-from delible.ledger.requests import Progress, Request, requests_of, texts_of
+from delible.ledger.progress import Progress
+from delible.ledger.requests import Request, requests_of, texts_of
 from delible.ledger.store import Draft, Ledger
 from delible.records import ForgetRequest, RecordBase
 
@@ -86,7 +89,7 @@ def _said(numbers: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def promised(ledger: Ledger, model: str, only: Sequence[str] = ()) -> list[Request]:
-    """Requests that were carried out, or guarded, at a model.
+    """Requests that were carried out, or guarded, at a model, or forgotten by their memories.
 
     Raises:
         DataError: There are none.
@@ -96,7 +99,7 @@ def promised(ledger: Ledger, model: str, only: Sequence[str] = ()) -> list[Reque
         one
         for one in found.values()
         if model in one.progress
-        and one.progress[model].state in ("applied", "guarded")
+        and (_stands(one, model) or any(memory.forgot for memory in one.remembered.values()))
         and (not only or one.id in only)
     ]
     if not kept:
@@ -106,6 +109,10 @@ def promised(ledger: Ledger, model: str, only: Sequence[str] = ()) -> list[Reque
             hint="'delible request list' tells which models the requests are about.",
         )
     return kept
+
+
+def _stands(request: Request, model: str) -> bool:
+    return request.progress[model].state in ("applied", "guarded")
 
 
 def check(
@@ -133,6 +140,9 @@ def check(
     """
     looked = []
     for request in promised(ledger, model, only):
+        looked += _memories(ledger, request)
+        if not _stands(request, model):
+            continue
         say(f"Asking about request {request.id} …")
         one = _look(ledger, request, request.progress[model], system, audit, show)
         body = {
@@ -142,6 +152,15 @@ def check(
         }  # fmt: skip
         ledger.append(Draft("checked", request.id, model, body))
         looked.append(one)
+    return looked
+
+
+def _memories(ledger: Ledger, request: Request) -> list[Looked]:
+    texts, looked = texts_of(ledger.texts(request.id).get(request.id, {})), []
+    for place, one in request.remembered.items():
+        if one.forgot is not None:
+            body = look_again(ledger, request, place, texts)
+            looked.append(Looked(request.id, body["outcome"], in_words(body)))
     return looked
 
 

@@ -60,7 +60,7 @@ class Wanted(Config):
     records: tuple[Record, ...] = Field((), description="Records to forget.")
     models: tuple[Text, ...] = Field(min_length=1, description="Models that are to forget.")
     guards: tuple[Text, ...] = Field((), description="Files of targets that guards go by.")
-    memories: tuple[Text, ...] = Field((), description="Memories that hold it too.")
+    memories: tuple[Text, ...] = Field((), description="Folders of memories that hold it too.")
     keep_until: Day | None = Field(None, description="Last day on which its texts are kept.")
 
     @field_validator("models", "guards", "memories")
@@ -162,7 +162,9 @@ def _values(row: Row, folder: Path, notes: Notes) -> dict[str, Any]:
         name = OTHERS.get(str(key).strip().lower(), str(key).strip().lower())
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        if name in LISTS:
+        if name == "memories":
+            mine[name] = tuple(str((folder / one).absolute()) for one in _list(value))
+        elif name in LISTS:
             mine[name] = _list(value)
         elif name in Wanted.model_fields:
             mine[name] = value.strip() if isinstance(value, str) else value

@@ -14,7 +14,7 @@ from delible.ledger.targets_file import add_entry, drop_entry
 
 #: Artefacts that change what the weights say; a guard's entry may go when one is there.
 CHANGES_WEIGHTS = ("model", "adapter", "patch")
-Happened = Literal["applied", "covered", "guarded", "failed", "held"]
+Happened = Literal["applied", "covered", "forgotten", "guarded", "failed", "held"]
 
 
 @dataclass(frozen=True)

@@ -17,50 +17,16 @@ from pydantic import TypeAdapter
 from delible.errors import DataError, nearest
 from delible.ledger.chain import Event
 from delible.ledger.form import Day, Wanted
+from delible.ledger.progress import Progress, Remembered, moved, remembered
 from delible.ledger.store import Draft, Ledger, PrivateText
 from delible.loaders.request import fact
 from delible.names import fold
 from delible.records import ForgetRequest, Record, to_json_line
 
-State = Literal["open", "guarded", "applied", "failed", "held", "withdrawn"]
 #: Warned about when the deadline is so many days away, or fewer.
 SOON = 7
 
 _record: TypeAdapter[Record] = TypeAdapter(Record)
-
-
-@dataclass
-class Progress:
-    """How far a request is at one model.
-
-    Attributes:
-        applied: The event of the run that carried it out.
-        started: The event of the run that was begun last.
-        guards: Files of targets in which its entry stands now.
-        entries: Files in which it may stand: a kill can come before the event that says so.
-        final: A guard is all that the policy wants.
-        checked: The last event about what a system still says of it.
-        certified: The last certificate.
-    """
-
-    state: State = "open"
-    applied: Event | None = None
-    started: Event | None = None
-    guards: tuple[str, ...] = ()
-    entries: frozenset[str] = frozenset()
-    final: bool = False
-    checked: Event | None = None
-    certified: Event | None = None
-
-    @property
-    def leaks(self) -> bool:
-        """The last look found that it is said again."""
-        return self.checked is not None and self.checked.body["outcome"] == "leaks"
-
-    @property
-    def word(self) -> str:
-        """The state, with what was seen since."""
-        return f"{self.state}, leaks" if self.leaks else self.state
 
 
 @dataclass
@@ -72,6 +38,7 @@ class Request:
         about: Keyed hashes of its names.
         asker: Keyed hash of who asked.
         progress: By model.
+        remembered: By memory.
         history: Its events.
         erased: Why its texts are gone.
     """
@@ -89,6 +56,7 @@ class Request:
     marks: frozenset[str]
     about: frozenset[str]
     progress: dict[str, Progress] = field(default_factory=dict)
+    remembered: dict[str, Remembered] = field(default_factory=dict)
     history: list[Event] = field(default_factory=list)
     erased: str | None = None
     withdrawn: bool = False
@@ -101,11 +69,16 @@ class Request:
 
     @property
     def open(self) -> bool:
-        """Something is left to do at some model."""
-        return any(
+        """Something is left to do at some model, or in a memory."""
+        return self.memories_left or any(
             one.state not in ("applied", "withdrawn") and not one.final
             for one in self.progress.values()
         )
+
+    @property
+    def memories_left(self) -> bool:
+        """Something is left to do in a memory."""
+        return not self.withdrawn and any(one.left for one in self.remembered.values())
 
     def days_left(self, today: Day) -> int:
         """Days until the deadline; negative: it has passed."""
@@ -134,7 +107,9 @@ def requests_of(events: Iterable[Event]) -> dict[str, Request]:
         request.history.append(event)
         progress = request.progress.get(event.model) if event.model else None
         if progress is not None:
-            _moved(progress, event)
+            moved(progress, event)
+        elif event.body.get("memory") in request.remembered:
+            remembered(request.remembered[event.body["memory"]], event)
         match event.kind:
             case "scoped":
                 request.models += event.body["models"]
@@ -148,35 +123,6 @@ def requests_of(events: Iterable[Event]) -> dict[str, Request]:
     return found
 
 
-def _moved(progress: Progress, event: Event) -> None:
-    match event.kind:
-        case "started":
-            progress.started = event
-        case "applied":
-            progress.state, progress.applied = "applied", event
-        case "failed" | "held":
-            progress.state = "guarded" if progress.guards else event.kind  # type: ignore[assignment]
-        case "guarding":
-            progress.entries |= {event.body["targets"]}
-        case "guarded":
-            path = event.body["targets"]
-            progress.guards = tuple(dict.fromkeys((*progress.guards, path)))
-            progress.entries |= {path}
-            progress.final = bool(event.body.get("final"))
-            progress.state = "applied" if progress.applied else "guarded"
-        case "unguarded":
-            path = event.body["targets"]
-            progress.guards = tuple(one for one in progress.guards if one != path)
-            progress.entries -= {path}
-            if not progress.guards:
-                progress.final = False
-                progress.state = "applied" if progress.applied else "open"
-        case "checked":
-            progress.checked = event
-        case "certified":
-            progress.certified = event
-
-
 def _new(event: Event) -> Request:
     body = event.body
     until = body.get("keep_until")
@@ -186,6 +132,7 @@ def _new(event: Event) -> Request:
         list(body["models"]), tuple(body["guards"]), tuple(body["memories"]),
         Day.fromisoformat(until) if until else None, frozenset(body["marks"]),
         frozenset(body["about"]), {name: Progress() for name in body["models"]},
+        {name: Remembered() for name in body["memories"]},
     )  # fmt: skip
 
 

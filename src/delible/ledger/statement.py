@@ -17,7 +17,8 @@ from delible.ledger.chain import Event, canonical
 from delible.ledger.evidence import file_hashes
 from delible.ledger.export import head_of
 from delible.ledger.guarding import CHANGES_WEIGHTS
-from delible.ledger.requests import Progress, Request
+from delible.ledger.progress import Progress, Remembered
+from delible.ledger.requests import Request
 
 TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://github.com/delible/delible/blob/main/docs/ledger.md#certificate-v1"
@@ -40,12 +41,13 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
     progress = request.progress.get(model)
     if progress is None:
         raise DataError(f"request {request.id} is not about {model}.")
-    if progress.applied is None and not progress.guards:
+    memories = {name: one.forgot for name, one in request.remembered.items() if one.forgot}
+    if progress.applied is None and not progress.guards and not memories:
         raise DataError(
             f"request {request.id} was not carried out at {model} (it is {progress.state}).",
             hint=f"Run: delible request apply {model}",
         )
-    label, words = _verdict(progress)
+    label, words = _verdict(progress, request)
     asked = request.asked
     done = _done(progress, request, model)
     subjects = [{"name": f"request {request.id}", "digest": {"sha256": asked.hash}}]
@@ -72,6 +74,7 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
             "model": model,
             "done": done,
             "tested": _tested(progress),
+            "memories": [_memory(name, one) for name, one in request.remembered.items()],
             "not_tested": _not_tested(progress, request, model),
             "verdict": {"label": label, "words": words},
             "events": [
@@ -87,7 +90,8 @@ def _done(progress: Progress, request: Request, model: str) -> dict[str, Any]:
     applied = progress.applied
     guard = {"guarded": bool(progress.guards)}
     if applied is None:
-        return {"kind": "guard", "weights_changed": False, **guard}
+        kind = "guard" if progress.guards else "memories"
+        return {"kind": kind, "weights_changed": False, **guard}
     body = applied.body
     started = progress.started
     return {
@@ -98,6 +102,15 @@ def _done(progress: Progress, request: Request, model: str) -> dict[str, Any]:
         "started": started.time if started else None, "ended": applied.time,
         "same_as": body.get("same_as"), **guard,
     }  # fmt: skip
+
+
+def _memory(name: str, one: Remembered) -> dict[str, Any]:
+    """What a memory forgot, and what was seen of it since."""
+    told: dict[str, Any] = {"memory": name, "state": one.word}
+    for key, event in (("forgot", one.forgot), ("searched", one.searched)):
+        body = {} if event is None else {"when": event.time, **event.body}
+        told[key] = {part: value for part, value in body.items() if part != "memory"} or None
+    return told
 
 
 def _tested(progress: Progress) -> list[dict[str, Any]]:
@@ -142,8 +155,14 @@ def _not_tested(progress: Progress, request: Request, model: str) -> list[str]:
         found.append(
             f"Other models of the request have certificates of their own: {_list(others)}."
         )
-    if request.memories:
-        found.append(f"Memories of the request were not touched: {_list(request.memories)}.")
+    for name, one in request.remembered.items():
+        if one.forgot is None:
+            found.append(f"Nothing was deleted in the memory {name}.")
+            continue
+        if one.searched is None:
+            found.append(f"The memory {name} was not searched again after it forgot.")
+        last = one.searched if one.searched and "not_shown" in one.searched.body else one.forgot
+        found += [f"Memory {name}: {told}" for told in last.body["not_shown"]]
     if not progress.guards and request.guards:
         found.append(f"No guard goes by it now in: {_list(request.guards)}.")
     return [*found, *NEVER]
@@ -153,12 +172,14 @@ def _list(names: Any) -> str:
     return ", ".join(names)
 
 
-def _verdict(progress: Progress) -> tuple[str, str]:
+def _verdict(progress: Progress, request: Request) -> tuple[str, str]:
     """One word and one sentence, by what was seen last."""
     checked = progress.checked.body if progress.checked else None
     audit = checked["audit"] if checked else None
     if checked is not None and checked["outcome"] == "leaks":
         return "leaks", f"It is said again by {checked['system']}."
+    if back := [name for name, one in request.remembered.items() if one.back]:
+        return "leaks", f"It is there again in: {_list(back)}."
     if audit is not None:
         sentences = {
             "incomplete": "Asked plainly, it is still said.",
@@ -170,6 +191,8 @@ def _verdict(progress: Progress) -> tuple[str, str]:
         return str(audit["verdict"]), sentences.get(
             str(audit["verdict"]), "The audit said no more."
         )
+    if progress.applied is None and not progress.guards:
+        return "memories only", "Memories of it forgot; the model itself is unchanged."
     if progress.applied is None:
         return "guarded", (
             "A guard holds its names back where it stands; the model itself is unchanged."

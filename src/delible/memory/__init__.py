@@ -5,12 +5,12 @@ id that stays, what they were made from, and one way to delete them with all tha
 """
 
 from delible.memory.certificate import Certificate
-from delible.memory.closure import Closure, Member
+from delible.memory.closure import Closure, Member, NoMatchError
 from delible.memory.forgetting import Deletion, Rebuild
 from delible.memory.items import CASE, DEMONSTRATION, ENTRY, SUMMARY, Found, Item, near
 from delible.memory.store import Memory
 
 __all__ = [
     "CASE", "DEMONSTRATION", "ENTRY", "SUMMARY", "Certificate", "Closure", "Deletion", "Found",
-    "Item", "Member", "Memory", "Rebuild", "near",
+    "Item", "Member", "Memory", "NoMatchError", "Rebuild", "near",
 ]  # fmt: skip

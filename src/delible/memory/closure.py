@@ -7,7 +7,7 @@ named ─┬─ the same text ──┬─ made from any of these, and so on: de
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,10 @@ from delible.memory.items import Item, near, strings
 from delible.names import Names, fold
 
 Descendants = Literal["delete", "quarantine", "rebuild"]
+
+
+class NoMatchError(DataError):
+    """Nothing is, or says, what is named."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,20 @@ class Closure:
 def named(
     tables: Tables,
     ids: Iterable[str] = (),
-    subject: str | None = None,
-    text: str | None = None,
+    subject: str | Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
 ) -> dict[int, str]:
     """Places of what a request names, and why.
 
     Args:
         tables: Within a transaction.
         ids: Ids of items.
-        subject: A name: items about it, and items that hold it, in any spelling.
-        text: A text: items that hold it, whatever its case and spaces.
+        subject: A name, or several: items about it, and items that hold it, in any spelling.
+        text: A text, or several: items that hold it, whatever its case and spaces.
 
     Raises:
-        DataError: Something that is named is not there.
+        DataError: An id is not there, or a name or text says nothing.
+        NoMatchError: No item is, or says, any of it.
     """
     wanted = list(dict.fromkeys(ids))
     places = tables.places(wanted, active=False)
@@ -77,43 +82,48 @@ def named(
             hint="See the ids with: delible memory list FOLDER",
         )  # fmt: skip
     found = dict.fromkeys(places.values(), "named by its id")
-    if subject is not None:
-        found |= _about(tables, subject)
-    if text is not None:
-        found |= _holding(tables, text)
+    names, said = _several(subject), _several(text)
+    if names:
+        found |= _about(tables, names)
+    if said:
+        found |= _holding(tables, said)
     if not found:
-        what = subject if subject is not None else text if text is not None else None
-        raise DataError(
-            "nothing is named." if what is None else f"nothing matches '{what}'.",
+        what = "', '".join((*names, *said))
+        raise NoMatchError(
+            f"nothing matches '{what}'." if what else "nothing is named.",
             where="memory",
             hint="Nothing is forgotten. Search for it first, or name it by its id.",
         )
     return found
 
 
-def _about(tables: Tables, subject: str) -> dict[int, str]:
-    whole = fold(subject).letters
-    if not whole:
-        raise DataError(f"'{subject}' is no name.", where="memory", hint="Name a subject.")
-    names = Names([subject])
-    found = {}
+def _several(named: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named or ()))
+
+
+def _about(tables: Tables, subjects: Sequence[str]) -> dict[int, str]:
+    whole = {fold(one).letters: one for one in subjects}
+    if "" in whole:
+        raise DataError(f"'{whole['']}' is no name.", where="memory", hint="Name a subject.")
+    names, found = Names(subjects), {}
     for seq, key, text, about, data, source in tables.texts():
-        if fold(about).letters == whole:
+        if (subject := whole.get(fold(about).letters)) is not None:
             found[seq] = f"about {subject}"
         elif any(names.occur(one) for one in (text, key, about, data, source) if one):
-            found[seq] = f"names {subject}"
+            found[seq] = f"names {subjects[0]}" if len(subjects) == 1 else "names one of them"
     return found
 
 
-def _holding(tables: Tables, text: str) -> dict[int, str]:
-    whole = near(text)
-    if not whole:
+def _holding(tables: Tables, texts: Sequence[str]) -> dict[int, str]:
+    whole = [near(one) for one in texts]
+    if not all(whole):
         raise DataError("the text says nothing.", where="memory", hint="Give a text to look for.")
-    return {
-        seq: "holds the text"
-        for seq, key, said, _, data, _ in tables.texts()
-        if any(whole in near(one) for one in (key, said, *strings(json.loads(data))) if one)
-    }
+    found = {}
+    for seq, key, text, _, data, _ in tables.texts():
+        said = [near(one) for one in (key, text, *strings(json.loads(data))) if one]
+        if any(one in other for one in whole for other in said):
+            found[seq] = "holds the text"
+    return found
 
 
 def closure(tables: Tables, start: Mapping[int, str]) -> Closure:
@@ -155,4 +165,4 @@ def _spread(tables: Tables, found: dict[int, str], *, descend: bool) -> dict[int
     return found
 
 
-__all__ = ["Closure", "Descendants", "Member", "closure", "named"]
+__all__ = ["Closure", "Descendants", "Member", "NoMatchError", "closure", "named"]

@@ -30,6 +30,8 @@ from delible.memory.scan import cleared, scan, seen, sentinels
 NO_ENCODER = "none"
 #: Characters of a text in a message.
 SHOWN = 40
+#: A name or text, or several.
+Named = str | Sequence[str] | None
 
 
 class Memory:
@@ -73,7 +75,7 @@ class Memory:
         with self._writing() as tables, exclusive(tables.database):
             if new:
                 self._remember_encoder(tables, vectors)
-            known = tables.places(_ids_of(new))
+            known = tables.places([parent for one in new for parent in one.parents])
             taken = tables.places([one.id for one in new], active=False)
             first, rows = tables.rows, dict[int, bytes]()
             shift = 0
@@ -221,12 +223,12 @@ class Memory:
     # ---- forgetting
 
     def closure(
-        self, *, ids: Iterable[str] = (), subject: str | None = None, text: str | None = None
+        self, *, ids: Iterable[str] = (), subject: Named = None, text: Named = None
     ) -> Closure:
         """What :meth:`forget` would concern; nothing is changed.
 
         Raises:
-            DataError: Nothing matches, or an id is not there.
+            DataError: An id is not there, or (NoMatchError) nothing matches.
         """
         with self._reading() as tables:
             return closure(tables, named(tables, ids, subject, text))
@@ -235,25 +237,27 @@ class Memory:
         self,
         *,
         ids: Iterable[str] = (),
-        subject: str | None = None,
-        text: str | None = None,
+        subject: Named = None,
+        text: Named = None,
         descendants: Descendants = "delete",
         rebuild: forgetting.Rebuild | None = None,
         scanned: bool = True,
+        reason: str = "",
     ) -> forgetting.Deletion:
         """Deletes items, those that say the same, and sees to everything made from them.
 
         Args:
             ids: Ids of items.
-            subject: A name: items about it, and items that hold it.
-            text: Items that hold it.
-            descendants: delete them; quarantine them (kept, but found by nobody); or rebuild them.
+            subject: A name, or several: items about it, and items that hold it.
+            text: Items that hold it; a text, or several.
+            descendants: delete; quarantine (kept, but found by nobody); or rebuild them.
             rebuild: Is given a descendant and its parents that are left; makes it anew, or None.
-                It may read this memory, not change it.
+                It may only read this memory.
             scanned: Look for what goes in the bytes of every file, before and afterwards.
+            reason: Kept in the record.
 
         Raises:
-            DataError: Nothing matches, an id is not there, or a rebuilt item holds what goes.
+            DataError: An id is lost, nothing matches (NoMatchError), or what was rebuilt holds it.
         """
         if (descendants == "rebuild") != (rebuild is not None):
             raise DataError("'rebuild' is a way to treat descendants and needs a function.")
@@ -266,6 +270,7 @@ class Memory:
                 )
                 for item in change.rewritten.values():
                     self.refuse_deleted(tables, item)
+            change.record |= {"reason": reason} if reason else {}
             gone = [chosen.members[seq].item for seq in change.removed]
             pieces = [*sentinels(gone), *change.vectors_gone]
             before = seen(self.folder, tables, pieces) if scanned else None
@@ -386,10 +391,6 @@ class Memory:
         if not made_by:
             tables.set("encoder", NO_ENCODER if self.encoder is None else self.encoder.identity)
             tables.set("width", "0" if vectors is None else str(vectors.shape[1]))
-
-
-def _ids_of(items: Iterable[Item]) -> list[str]:
-    return [parent for item in items for parent in item.parents]
 
 
 def _found(tables: Tables, scored: Sequence[tuple[int, float]]) -> list[Found]:

@@ -15,6 +15,7 @@ from delible.report import html
 TITLES = {
     "asked plainly only": "Carried out; asked plainly, and not attacked",
     "guarded": "A guard stands; the model is unchanged",
+    "memories only": "Memories forgot; the model is unchanged",
     "leaks": "It is said again",
     "untested": "Carried out; nothing was asked about it",
     "removal-consistent": "Carried out; nothing was found by the attacks that were run",
