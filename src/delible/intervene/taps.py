@@ -154,8 +154,12 @@ class Taps:
             if self.owner is not None and not is_asked(self.owner):
                 return None
             received = next(
-                (one for one in (*given, *named.values()) if torch.is_tensor(one)), None
-            )
+                (
+                    one for one in (*given, *named.values())
+                    if torch.is_tensor(one) and one.is_floating_point()  # and not the ids
+                ),
+                None,
+            )  # fmt: skip
             if torch.is_tensor(output):
                 return self._through(output, mine, received)
             if isinstance(output, (tuple, list)) and output and torch.is_tensor(output[0]):
