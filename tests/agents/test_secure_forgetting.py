@@ -21,7 +21,7 @@ from delible.acting.conversion import (
     given_away,
     tokens,
 )
-from delible.acting.loop import Action, Budget
+from delible.acting.loop import Action, Budget, Episode, Step
 from delible.acting.mask import NOT_NOW
 from delible.acting.town import Goal, Town, Visit, known, optimal
 from delible.acting.town_policy import Walker
@@ -34,11 +34,13 @@ from delible.agents.secure_forgetting import (
 )
 from delible.agents.unlearning_inference import (
     Inference,
+    Probe,
     UnlearningInference,
     advantage,
     agreement,
     pointed_at,
     rarity,
+    suspicion,
 )
 from delible.errors import DataError
 from delible.memory import SUMMARY, Item, Memory
@@ -496,6 +498,30 @@ def test_suspicion_by_hand() -> None:
     assert pointed_at({"a": True, "b": True}) == {"a": 0, "b": 0}
     found = advantage([True, False, True, True], 5)
     assert (found.success, found.advantage) == pytest.approx((0.75, 0.55))
+
+
+def test_candidates_that_are_treated_alike_answer_alike() -> None:
+    told = {"Elm Inn": "elm inn is at 3,12.", "Oak Inn": "Oak Inn is at 4,5.", "Fir Inn": "No."}
+    probes = [
+        Probe("asking", name, "?", Episode("?", (Step(Action(answer=said), ""),), said, "answered"))
+        for name, said in told.items()
+    ]
+    scores = suspicion(probes, list(told), "output", {})
+    assert scores == pytest.approx({"Elm Inn": 0.5, "Oak Inn": 0.5, "Fir Inn": 1.0})
+
+
+def test_a_trace_goes_with_a_note_that_it_had_before_its_eyes(town: Town, tmp_path: Path) -> None:
+    made = agent(tmp_path)
+    far = max(town.places, key=lambda one: town.distances(town.start)[one.cell])
+    shown = next(one for one in town.places if one.kind == far.kind and one != far)
+    made.memory.add(known([shown, far], "town"))
+    made.solve(Goal(place=shown.name).text, Visit(town))  # finds both notes, goes to one of them
+    (trace,) = made.memory.items(TRACE)
+    assert far.name not in trace.text
+    assert set(trace.parents) == {one.id for one in made.memory.items("entry")
+                                  if one.subject in (far.name, shown.name)}  # fmt: skip
+    made.forget(Request(type="state", target=far.name))
+    assert made.memory.items(TRACE) == []
 
 
 def test_a_role_may_lead_the_attack(town: Town, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ class Forgetful:
     def rules(self, entries: Iterable[Entry] | None = None) -> str:
         """What the agent is told before every task; empty if nothing was forgotten."""
         chosen = list(self.entries() if entries is None else entries)
-        if not chosen or not self.options.prompted:
+        if not self.options.prompted:
             return ""
         return composed([(one.type, one.prompt) for one in chosen], self.options.rules_tokens)
 
