@@ -19,6 +19,7 @@ from delible.generation import elicited
 from delible.lm.lm import LM
 from delible.measure.starting import started, with_writer
 from delible.method import Method
+from delible.precision import BasePrecision
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
@@ -29,6 +30,7 @@ from delible.train import generated as generated_rows
 from delible.train.engine import MERGED_FIRST, Trainer
 from delible.train.estimate import Estimate, estimate
 from delible.train.method import GradientMethod, records_of
+from delible.train.needs import check_base
 from delible.train.plan import make_plan
 from delible.train.recipe import Recipe, Strength
 from delible.watching import Stage, Steps
@@ -227,10 +229,16 @@ def _opened(model: str | System, method: Method) -> System:
 
     What is changed then, by training or by an editor, is what is saved.
     """
-    system = open_system(model) if isinstance(model, str) else model
-    if method.needs_model and isinstance(system, LM) and system.wears_adapter:
-        system.merge_adapter()
-        logger.info(MERGED_FIRST)
+    held: BasePrecision = "float32"
+    if isinstance(method, GradientMethod):
+        check_base(method.recipe)
+        held = method.recipe.training.base_precision
+    system = open_system(model, base_precision=held) if isinstance(model, str) else model
+    if method.needs_model and isinstance(system, LM):
+        if system.wears_adapter:
+            system.merge_adapter()
+            logger.info(MERGED_FIRST)
+        system.hold(held)
     return system
 
 

@@ -24,7 +24,7 @@ from delible.errors import RecipeError, RunError
 from delible.files import write_json
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.precision import resolve, short_types
+from delible.precision import short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.train import generated
@@ -123,6 +123,7 @@ class Trainer:
         if self.lm.wears_adapter:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
+        self.lm.hold(self.recipe.training.base_precision)
         with self._shorter_rows():
             return self._train()
 
@@ -142,7 +143,7 @@ class Trainer:
         training = self.recipe.training
         accelerator = open_processes()
         accelerator.wait_for_everyone()  # the first process has written the manifest
-        self.lm.precision = resolve(training.precision, self.lm.device.type)
+        self.lm.precision = self.lm.resolved(training.precision)
         if self.recipe.finish.needs_start and self.start is None:
             raise RecipeError(
                 f"finish '{self.recipe.finish.card.name}' needs the start model.",
