@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def hold(core: nn.Module, anatomy: Any, precision: BasePrecision) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16)
     core.config.dtype = torch.bfloat16  # type: ignore[union-attr]
-    if precision != "bfloat16":
+    if precision != "bfloat16" and not next(core.parameters()).is_meta:
         _pack(core, anatomy, precision)
 
 
@@ -116,9 +115,33 @@ def check_packing(precision: BasePrecision) -> None:
         )
 
 
-def packed_linears(core: nn.Module, anatomy: Any) -> Iterator[nn.Linear]:
-    """The layers that 8 and 4 bits pack."""
+def held_bytes(model: nn.Module, core: nn.Module, anatomy: Any, precision: BasePrecision) -> int:
+    """Bytes of a model's tensors, packed layers as large as they will be, or as they are.
+
+    Args:
+        model: With its adapter.
+        core: Without.
+        precision: ``int8`` or ``int4`` for a model that is not packed yet.
+    """
+    total = weight_bytes(model)
+    if precision not in ("int8", "int4"):
+        return total
     for block in range(anatomy.layers):
         for module in core.get_submodule(anatomy.block_path(block)).modules():
-            if type(module) is nn.Linear:
-                yield module
+            module = getattr(module, "base_layer", module)
+            if type(module) is nn.Linear and not is_packed(module.weight):
+                weight = module.weight
+                total += packed_bytes(*weight.shape, precision)
+                total -= weight.numel() * weight.element_size()
+    return total
+
+
+def packed_bytes(rows: int, columns: int, precision: BasePrecision) -> int:
+    """Bytes of a packed matrix.
+
+    In 8 bits a row has a scale in fp32 and a zero point of one byte; in 4 bits each group of
+    :data:`GROUP` weights has both in bf16.
+    """
+    if precision == "int8":
+        return rows * columns + 5 * rows
+    return rows * columns // 2 + 4 * rows * -(-columns // GROUP)

@@ -64,6 +64,7 @@ class LM(Worn):
         name: For people and manifests.
         precision: Of the computation, see :mod:`delible.precision`.
         origin: Where these weights can be loaded again; None: nowhere.
+        outline: The model has no numbers (:mod:`delible.lm.outline`): nothing is tried.
 
     Raises:
         ModelError: The architecture's parts cannot be derived, or the parts do not
@@ -82,6 +83,7 @@ class LM(Worn):
         name: str = "model",
         precision: Precision = "auto",
         origin: ModelInfo | None = None,
+        outline: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.name, self.origin = model, tokenizer, name, origin
         #: Files of other parts (an image processor), which a saved model needs too.
@@ -100,6 +102,9 @@ class LM(Worn):
         self.shares_prefix = self.grows_trees = False
         self.after_head = AfterHead()
         self.road: Road = "plain"
+        if outline:
+            self.shares_prefix = True
+            return
         with self.evaluating():
             self._understood(lambda core: check(self))
 

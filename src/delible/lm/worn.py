@@ -80,7 +80,7 @@ class Worn(Body):
         """What to compute in: bf16 over weights that are held in it, unless fp32 is demanded."""
         if precision == "auto" and self.base_precision not in ("float32", None):
             return "bfloat16"
-        return resolve(precision, self.device.type)
+        return resolve(precision, self.device_type)
 
     @property
     def wears_adapter(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from delible.errors import RecipeError
-from delible.lm.held import check_packing
 from delible.records import RecordBase
 from delible.train.losses import Role
 from delible.train.recipe import Recipe
@@ -60,7 +59,6 @@ def check_base(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: With what to choose instead.
-        ModelError: Nothing here packs weights.
     """
     precision, where = recipe.training.base_precision, f"method '{recipe.name}'"
     if precision == "float32":
@@ -86,4 +84,3 @@ def check_base(recipe: Recipe) -> None:
             where=where,
             hint="Leave out --precision, or --base-precision.",
         )
-    check_packing(precision)
