@@ -160,7 +160,6 @@ def large() -> str:
         with tempfile.TemporaryDirectory() as folder:
             size.config().save_pretrained(folder)
             found = ways_to_fit(folder, asked, 24 * GIB, method="npo")
-            roomy = {one.words: one for one in ways_to_fit(folder, asked, 80 * GIB, method="npo")}
             weights = parameters(size)
         peaks = {one.words: one.peak / GIB for one in found}
         columns = [
@@ -168,7 +167,7 @@ def large() -> str:
             for words in ("", "--place lora", *(f"--place lora --base-precision {held}"
                                                for held in ("bfloat16", "int8", "int4")))
         ]  # fmt: skip
-        fits = [first(found), first(roomy.values())]
+        fits = [first(found, 24 * GIB), first(found, 80 * GIB)]
         cells = [f"{one:,.1f} GiB" for one in columns] + fits
         lines.append(f"| {name} | {weights / 1e9:.2f} billion | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
@@ -184,10 +183,10 @@ def parameters(size: Size) -> int:
     return size.layers * block + tables + size.hidden
 
 
-def first(ways: Any) -> str:
+def first(ways: Any, memory: int) -> str:
     """The way that changes least among those that fit, in a table's cell."""
     for way in ways:
-        if way.micro_batch_tokens:
+        if way.peak <= memory:
             return f"`{way.words}`" if way.words else "as it is"
     return "no"
 

@@ -19,7 +19,7 @@ from delible.records import ForgetRequest
 from delible.resolving import resolve_method
 from delible.systems.opening import open_lm
 from delible.train.engine import Trainer
-from delible.train.estimate import Estimate, estimate, tokens_that_fit
+from delible.train.estimate import Estimate, estimate, memory_of, tokens_that_fit
 from delible.train.method import GradientMethod, records_of
 from delible.train.needs import check_base
 from delible.train.plan import Plan, make_plan
@@ -163,7 +163,7 @@ class _Planned:
 
     def fitting(self, words: str, memory: int) -> Fitting:
         parts = (self.lm, self.recipe, self.plan, self.placement, self.context.rows)
-        return Fitting(words, estimate(*parts, 1).memory.peak, tokens_that_fit(*parts, memory))
+        return Fitting(words, memory_of(*parts, 1)[0].peak, tokens_that_fit(*parts, memory))
 
 
 def _planned(

@@ -131,7 +131,7 @@ def held_bytes(model: nn.Module, core: nn.Module, anatomy: Any, precision: BaseP
             module = getattr(module, "base_layer", module)
             if type(module) is nn.Linear and not is_packed(module.weight):
                 weight = module.weight
-                total += packed_bytes(*weight.shape, precision)
+                total += packed_bytes(weight.shape[0], weight.shape[1], precision)
                 total -= weight.numel() * weight.element_size()
     return total
 

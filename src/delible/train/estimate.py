@@ -5,7 +5,7 @@ Runs and dry runs ask the same: how many tokens fit a pass is decided by the num
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -115,10 +115,10 @@ def _kept(rows: Rows, index: int | None) -> Sequence[Row]:
     return () if index is None or not rows.get("retain") else (rows["retain"][index],)
 
 
-def _operations(lm: LM, moving: Sequence[Tensor] | object, tokens: int, answers: int) -> float:
+def _operations(lm: LM, moving: Iterable[Tensor], tokens: int, answers: int) -> float:
     """Floating-point operations: 2 a weight and token forward, 2 for the gradient of what comes
     in, and 2 more for the gradient of a weight that moves."""
-    own = {id(value): value.numel() for value in moving}  # type: ignore[attr-defined]
+    own = {id(value): value.numel() for value in moving}
     table = id(lm.core.get_input_embeddings().weight)
     head = lm.core.get_output_embeddings().weight
     in_body = sum(size for key, size in own.items() if key not in (id(head), table))
@@ -175,13 +175,16 @@ def micro_batches(
     roles = recipe.objective.roles
     keeps = recipe.keep.card.name != "none"
 
+    def rows_of(step: Sequence[tuple[int, int | None]]) -> list[Row]:
+        own = [rows[role][index] for index, _ in step for role in roles]
+        return own + [row for _, kept in step for row in _kept(rows, kept)]
+
     def size(step: Sequence[tuple[int, int | None]]) -> int:
-        return sum(len(row.encoded.ids) for index, kept in step
-                   for row in (*(rows[role][index] for role in roles), *_kept(rows, kept)))  # fmt: skip
+        return sum(len(row.encoded.ids) for row in rows_of(step))
 
     step = max(plan.steps, key=size)
     retain = [row for _, kept in step for row in _kept(rows, kept)] if keeps else []
-    forget = {role: [rows[role][index] for index, _ in step] for role in roles}
+    forget = {str(role): [rows[role][index] for index, _ in step] for role in roles}
     ones = [1.0] * len(step)
     return split(forget, retain, ones, [1.0] * len(retain), micro_batch_tokens)
 
