@@ -241,7 +241,10 @@ def test_a_large_model_and_what_makes_it_fit(
     short = ways["--place lora --base-precision bfloat16"]
     assert short.micro_batch_tokens
     assert 2 * parameters < short.peak < limit
-    assert ways["--place lora --base-precision int8"].peak < 0.7 * short.peak
+    packed = {held: ways[f"--place lora --base-precision {held}"].peak for held in ("int8", "int4")}
+    saved = 32 * (block - 2 * 4096)  # a byte for each weight of the blocks' matrices
+    assert short.peak - packed["int8"] == pytest.approx(saved, rel=0.01)
+    assert short.peak - packed["int4"] == pytest.approx((2 - 0.5 - 4 / 32) * saved, rel=0.01)
     told = planning.shown(list(ways.values()), limit)
     assert told[0].startswith("as it is: does not fit")
     assert math.isfinite(cost.minutes)

@@ -128,8 +128,10 @@ def held_bytes(model: nn.Module, core: nn.Module, anatomy: Any, precision: BaseP
         return total
     for block in range(anatomy.layers):
         for module in core.get_submodule(anatomy.block_path(block)).modules():
-            module = getattr(module, "base_layer", module)
-            if type(module) is nn.Linear and not is_packed(module.weight):
+            # adapters are fp32, and stay so
+            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+                if is_packed(module.weight):
+                    continue
                 weight = module.weight
                 total += packed_bytes(weight.shape[0], weight.shape[1], precision)
                 total -= weight.numel() * weight.element_size()
