@@ -19,6 +19,8 @@ from delible.generation import elicited
 from delible.lm.lm import LM
 from delible.measure.starting import started, with_writer
 from delible.method import Method
+from delible.planning import plan_of
+from delible.precision import BasePrecision
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
@@ -26,10 +28,9 @@ from delible.system.base import System
 from delible.system.roles import Player
 from delible.systems.opening import merge, open_lm, open_system, undo
 from delible.train import generated as generated_rows
-from delible.train.engine import MERGED_FIRST, Trainer
-from delible.train.estimate import Estimate, estimate
-from delible.train.method import GradientMethod, records_of
-from delible.train.plan import make_plan
+from delible.train.engine import MERGED_FIRST
+from delible.train.method import GradientMethod
+from delible.train.needs import check_base
 from delible.train.recipe import Recipe, Strength
 from delible.watching import Stage, Steps
 
@@ -181,44 +182,6 @@ def unlearn(
     return result
 
 
-def plan_of(
-    model: str | LM,
-    request: ForgetRequest,
-    *,
-    method: str | Method | Recipe | Path = "npo",
-    slots: Mapping[str, Any] | None = None,
-    strength: Strength | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[dict[str, Any], Estimate | None]:
-    """What :func:`unlearn` would do: the resolved config, and memory and time (no training).
-
-    The latter is None for what does not train, and where the rows must be asked for first (names
-    alone).
-    """
-    chosen = resolve_method(method, slots=slots, options=options, strength=strength)
-    context = Context(seed)
-    if not isinstance(chosen, GradientMethod):
-        return chosen.as_file(), None
-    if preparing.elicits(chosen, request) and request.subjects:
-        return chosen.as_file(), None
-    system = _opened(model, chosen)
-    if "retain" in chosen.needs and not preparing.retained(request):
-        logger.info("No retain records were given: an automatic retain set would be made.")
-        request = request.model_copy(update={"retain": request.forget[:1]})
-    request = preparing.prepared(system, request, chosen, context)
-    assert isinstance(system, LM)  # a gradient method's check has seen to that
-    recipe = chosen.recipe
-    trainer = Trainer(system, recipe, records_of(request), context=context)
-    slots_see = trainer.rows()
-    placement = recipe.place.apply(slots_see)
-    forget, retain = slots_see.rows["forget"], slots_see.rows["retain"]
-    plan = make_plan(recipe, forget, retain, seed)
-    recipe.finish.check(len(plan.steps))
-    budget = trainer.token_budget()
-    return chosen.as_file(), estimate(system, recipe, plan, placement, forget, retain, budget)
-
-
 # ---- parts of unlearn
 
 
@@ -227,10 +190,16 @@ def _opened(model: str | System, method: Method) -> System:
 
     What is changed then, by training or by an editor, is what is saved.
     """
-    system = open_system(model) if isinstance(model, str) else model
-    if method.needs_model and isinstance(system, LM) and system.wears_adapter:
-        system.merge_adapter()
-        logger.info(MERGED_FIRST)
+    held: BasePrecision = "float32"
+    if isinstance(method, GradientMethod):
+        check_base(method.recipe)
+        held = method.recipe.training.base_precision
+    system = open_system(model, base_precision=held) if isinstance(model, str) else model
+    if method.needs_model and isinstance(system, LM):
+        if system.wears_adapter:
+            system.merge_adapter()
+            logger.info(MERGED_FIRST)
+        system.hold(held)
     return system
 
 

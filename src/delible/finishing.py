@@ -227,7 +227,7 @@ def _base(run: RunDirectory, outcome: Outcome, start: Start) -> Base:
     logger.info(f"The model before lies nowhere else, so it is written too: {folder}.")
     if isinstance(outcome.system, LM):
         outcome.system.origin = ModelInfo(str(folder), "folder", str(folder))
-    return Base(name=BELOW, identity=start.base.identity)
+    return Base(name=BELOW, identity=start.base.identity, precision=start.base.precision)
 
 
 def _probe(system: System, shown: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:

@@ -1,4 +1,7 @@
-"""Precision is a policy: fp32 master weights, and bf16 compute where the device does it well."""
+"""Precision is a policy: what moves is fp32, computed in bf16 where the device does it well.
+
+What is frozen may be shorter (:mod:`delible.lm.held`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Resolved = Literal["float32", "bfloat16"]
+#: In which weights are held that do not move; those that move are fp32.
+BasePrecision = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 def _rate(

@@ -16,6 +16,7 @@ from delible.cli.data import read_refusals, read_request
 from delible.cli.options import check_options, chosen_slots, option_name, option_value
 from delible.cli.roles import read_roles
 from delible.cli.unlearned import announce, conclude
+from delible.errors import RecipeError
 from delible.watching import duration
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def unlearn(
     review: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     verify: Annotated[bool, Parameter(group=flags.RUN)] = True,
     dry_run: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    memory: Annotated[str | None, Parameter(group=flags.RUN)] = None,
     **options: Annotated[str, Parameter(group=flags.OTHER)],
 ) -> int:
     """Make a model forget, and keep the rest.
@@ -157,7 +159,10 @@ def unlearn(
         shown.
     dry_run
         Train nothing: print the resolved recipe (YAML, on stdout), and the memory and the time
-        that it would take.
+        that it would take. No weights are loaded: a model's settings are enough.
+    memory
+        With --dry-run: a device's memory, such as 24GB (10^9 bytes each) or 80GiB: which options
+        make the run fit it, and with how large micro-batches.
     options
         Any other option of the method or of a slot: --beta 0.2, or --objective.beta 0.2 where the
         name alone is not clear. 'delible show npo' lists them.
@@ -196,8 +201,10 @@ def unlearn(
         plan = {
             "method": method, "slots": slots, "strength": strength, "seed": seed, **given,
         }  # fmt: skip
+        if memory is not None and not dry_run:
+            raise RecipeError("--memory belongs to --dry-run.", where="--memory")
         if dry_run:
-            return _dry_run(reporter, model, request, plan)
+            return _dry_run(reporter, model, request, plan, memory)
         spec = chosen.spec()
         folder = out or _folder(
             spec, model, request, seed, anchor, reference, sentences, generator, generated, roles
@@ -242,13 +249,18 @@ def _folder(
 
 
 def _dry_run(
-    reporter: output.Reporter, model: str, request: ForgetRequest, plan: dict[str, Any]
+    reporter: output.Reporter,
+    model: str,
+    request: ForgetRequest,
+    plan: dict[str, Any],
+    memory: str | None,
 ) -> int:
     import yaml
 
-    from delible import api
+    from delible import planning
 
-    spec, cost = api.plan_of(model, request, **plan)
+    limit = None if memory is None else planning.read_memory(memory)
+    spec, cost = planning.plan_of(model, request, **plan)
     trains = "objective" in spec
     print(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True), end="", flush=True)
     if cost is None and trains:
@@ -263,8 +275,17 @@ def _dry_run(
     reporter.field("steps", f"{cost.steps:,}")
     reporter.field("tokens", f"{cost.tokens:,}")
     reporter.field("trainable", f"{output.count(cost.trainable)} parameters")
-    reporter.field("memory", f"about {max(cost.memory_gib, 0.1):.1f} GiB")
+    reporter.field("memory", f"about {max(cost.memory_gib, 0.01):.2f} GiB at most")
+    for name, size in cost.memory.parts().items():
+        reporter.field(f"  {name}", f"{size / 2**30:.3f} GiB")
+    reporter.field("micro-batch", f"{cost.micro_batch_tokens:,} tokens")
     reporter.field("time", f"about {duration(cost.minutes * 60)} on this machine")
+    for note in cost.notes:
+        reporter.say(note)
+    if limit is not None:
+        reporter.heading(f"In {limit / 2**30:.1f} GiB")
+        for line in planning.shown(planning.ways_to_fit(model, request, limit, **plan), limit):
+            reporter.say(line)
     reporter.say(
         "Nothing was trained. The recipe on stdout can be given back as --method FILE.yaml."
     )

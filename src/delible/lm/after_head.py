@@ -44,10 +44,12 @@ def measure(lm: Body, ids: Tensor) -> AfterHead:
         clear = logits.abs() < 0.9 * (cap or math.inf)
         plain = logits[clear] if cap is None else cap * torch.atanh(logits[clear] / cap)
         size = float(head[clear].square().sum())
+        digits = torch.finfo(next(lm.core.parameters()).dtype).eps
         scale = float((head[clear] * plain).sum()) / size if size else 1.0
+        scale = 1.0 if abs(scale - 1) < digits / 2 else scale
         found = AfterHead(_rounded(scale), cap) if scale > 0 else AfterHead()
         difference = float((found(head) - logits).abs().max())
-        if difference <= 1e-3 * max(1e-3, float(logits.abs().max())):
+        if difference <= max(1e-3, 4 * digits) * max(1e-3, float(logits.abs().max())):
             return found
         told = f"largest difference {difference:.3g}"
     else:

@@ -103,6 +103,12 @@ class Body:
         return next(self.model.parameters()).device
 
     @property
+    def device_type(self) -> str:
+        """Where it computes; a model without numbers: where it would."""
+        kind = self.device.type
+        return kind if kind != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.template.end_of_turn[0])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from delible.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
+from delible.lm.held import pieces
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -21,7 +19,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     Equal for equal weights on every device, whether tensors are tied or equal copies, and
     whatever the order of registration; 135M weights in fp32 take about a second.
     """
-    state = model.state_dict()
+    state = _plain(model.state_dict())
     unique: dict[tuple[Any, ...], torch.Tensor] = {}
     keys: dict[str, tuple[Any, ...]] = {}
     for name, tensor in sorted(state.items()):
@@ -38,6 +36,17 @@ def weights_digest(model: torch.nn.Module) -> str:
         whole.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         whole.update(hashes[key])
     return whole.hexdigest()
+
+
+def _plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state with packed weights as the plain tensors that they are made of."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        parts = pieces(value)
+        found |= {name: value} if len(parts) == 1 else {
+            f"{name}#{place}": part for place, part in enumerate(parts)
+        }  # fmt: skip
+    return found
 
 
 def _tensor_digest(tensor: torch.Tensor) -> bytes:

@@ -76,6 +76,19 @@ class Batch:
         """Which positions are real tokens (prompt and answer)."""
         return torch.arange(self.ids.shape[1], device=self.ids.device)[None] < self.lengths[:, None]
 
+    def predicting(
+        self, states: Float[Tensor, "batch sequence hidden"], offset: int | None = None
+    ) -> Float[Tensor, "tokens hidden"]:
+        """States at the positions that predict an answer token.
+
+        Args:
+            offset: Position of the first state; None: they begin behind the prefix.
+        """
+        offset = self.prefix if offset is None else offset
+        positions = torch.arange(offset, self.ids.shape[1], device=states.device)[None]
+        wanted = (positions >= self.starts[:, None] - 1) & (positions < self.lengths[:, None] - 1)
+        return states[wanted]
+
     def prompts(self) -> list[list[int]]:
         """Token ids before each answer."""
         rows = zip(self.ids.tolist(), self.starts.tolist(), strict=True)
@@ -150,7 +163,7 @@ class Forward(nn.Module):
         backbone = core.get_submodule(anatomy.backbone)
         if not inside:
             batch = replace(batch, prefix=lm.alike(batch.prefix, batch.prompts))
-            return _answer_states(_suffix_states(lm, backbone, batch), batch), {}
+            return batch.predicting(_suffix_states(lm, backbone, batch)), {}
         weighed = [block_of(what) for what in inside if str(what).startswith("attention.")]
         paths = {
             what: anatomy.block_path(what)
@@ -171,7 +184,7 @@ class Forward(nn.Module):
             shape = (*batch.ids.shape, -1)
             states = {what: seen[path].reshape(shape) for what, path in paths.items()}
             states |= {f"attention.{layer}": weights[layer] for layer in weighed}
-        return (_answer_states(last, batch, offset=0) if final else None), states
+        return (batch.predicting(last, offset=0) if final else None), states
 
 
 def _suffix_states(lm: Body, backbone: nn.Module, batch: Batch) -> Tensor:
@@ -189,14 +202,6 @@ def _suffix_states(lm: Body, backbone: nn.Module, batch: Batch) -> Tensor:
 def cache_argument(backbone: nn.Module) -> str:
     """What the installed transformers calls the argument that takes a key-value cache."""
     return "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
-
-
-def _answer_states(states: Tensor, batch: Batch, offset: int | None = None) -> Tensor:
-    """Hidden states at the positions that predict an answer token, [tokens, hidden]."""
-    offset = batch.prefix if offset is None else offset
-    positions = torch.arange(offset, batch.ids.shape[1], device=states.device)[None]
-    predicting = (positions >= batch.starts[:, None] - 1) & (positions < batch.lengths[:, None] - 1)
-    return states[predicting]
 
 
 def scatter(values: Tensor, mask: Bool[Tensor, "batch answer"]) -> Float[Tensor, "batch answer"]:

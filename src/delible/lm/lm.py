@@ -25,6 +25,7 @@ from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.derive import derive
 from delible.lm.forward import Forward, collate, map_logits
+from delible.lm.held import check_packing
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
 from delible.lm.load import ModelInfo, load_model
@@ -33,11 +34,7 @@ from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
 from delible.lm.values import token_values
 from delible.lm.worn import Removable, Worn
-from delible.precision import (
-    Precision,
-    Resolved,
-    resolve,
-)
+from delible.precision import BasePrecision, Precision, Resolved
 from delible.system.asks import (
     Array,
     Decoding,
@@ -67,6 +64,7 @@ class LM(Worn):
         name: For people and manifests.
         precision: Of the computation, see :mod:`delible.precision`.
         origin: Where these weights can be loaded again; None: nowhere.
+        outline: The model has no numbers (:mod:`delible.lm.outline`): nothing is tried.
 
     Raises:
         ModelError: The architecture's parts cannot be derived, or the parts do not
@@ -85,6 +83,7 @@ class LM(Worn):
         name: str = "model",
         precision: Precision = "auto",
         origin: ModelInfo | None = None,
+        outline: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.name, self.origin = model, tokenizer, name, origin
         #: Files of other parts (an image processor), which a saved model needs too.
@@ -98,11 +97,14 @@ class LM(Worn):
             declared_ends=self._declared_ends(),
         )
         self.capabilities = self.capabilities | self.template.capabilities
-        self.precision: Resolved = resolve(precision, self.device.type)
+        self.precision: Resolved = self.resolved(precision)
         self._identity = Identity(self.model)
         self.shares_prefix = self.grows_trees = False
         self.after_head = AfterHead()
         self.road: Road = "plain"
+        if outline:
+            self.shares_prefix = True
+            return
         with self.evaluating():
             self._understood(lambda core: check(self))
 
@@ -113,11 +115,25 @@ class LM(Worn):
         *,
         precision: Precision = "auto",
         device: str | None = None,
+        base_precision: BasePrecision = "float32",
     ) -> Self:
-        """Loads ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file."""
-        model, tokenizer, info = load_model(name)
+        """Loads ``"default"``, a hub id, a folder, a run directory or a ``.gguf`` file.
+
+        Args:
+            precision: Of the computation.
+            device: None: an accelerator, if there is one.
+            base_precision: Of the weights. Shorter than fp32 is for what stays frozen: below an
+                adapter, or where a model is only asked or edited.
+
+        Raises:
+            ModelError: See :func:`delible.lm.load.load_model`; or nothing here packs weights.
+        """
+        check_packing(base_precision)
+        dtype = torch.float32 if base_precision == "float32" else torch.bfloat16
+        model, tokenizer, info = load_model(name, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         lm = cls(model.to(device), tokenizer, name=name, precision=precision, origin=info)
+        lm.hold(base_precision)
         if lm.road == "plain":
             logger.warning(
                 f"{type(lm.core).__name__} does not answer in batches as it answers alone: "
@@ -172,7 +188,8 @@ class LM(Worn):
         Of a model that wears an adapter only the adapter is written, which names its base.
 
         Raises:
-            RunError: The model below the adapter lies nowhere, so that it would be lost.
+            RunError: The model below the adapter lies nowhere, so that it would be lost; or its
+                weights are packed.
         """
         from delible.files import atomic_folder
 
@@ -187,6 +204,12 @@ class LM(Worn):
             for settings in self.model.peft_config.values():
                 settings.base_model_name_or_path = self.origin.place
                 settings.revision = self.origin.revision
+        elif self.base_precision in ("int8", "int4"):
+            raise RunError(
+                f"weights that are packed in {self.base_precision} are not written as a model.",
+                where=str(folder),
+                hint="Load it with base_precision='float32', or keep only what stands on it.",
+            )
         with atomic_folder(folder) as target:
             self.model.save_pretrained(target, safe_serialization=True)
             self.tokenizer.save_pretrained(target)

@@ -9,9 +9,12 @@ from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, names_of
 from delible.lm.body import Body
 from delible.lm.derive import derive
+from delible.lm.held import held_in, hold
 from delible.lm.identity import Identity
 from delible.lm.load import ModelInfo
+from delible.lm.merging import change_of, low_rank_changes
 from delible.lm.saved_adapter import with_adapter
+from delible.precision import BasePrecision, Precision, Resolved, resolve
 
 
 class Removable(Protocol):
@@ -48,6 +51,38 @@ class Worn(Body):
             self.origin = None
 
     @property
+    def base_precision(self) -> BasePrecision | None:
+        """In which the weights are held, without those of an adapter; None: another one."""
+        return held_in(self.core)
+
+    def hold(self, precision: BasePrecision) -> None:
+        """Holds the weights in a shorter precision than fp32: what will not move.
+
+        Raises:
+            ModelError: It wears an adapter, or nothing here packs weights.
+        """
+        if precision in ("float32", self.base_precision):
+            return
+        if self.wears_adapter:
+            raise ModelError(
+                f"the model wears an adapter, and only a plain one can be put into {precision}.",
+                where=self.name,
+                hint="Load it in that precision, or merge the adapter first.",
+            )
+        origin = None if self.patches else self.origin
+        hold(self.core, self.anatomy, precision)
+        self._identity = Identity(self.model)
+        self.touch()
+        self.origin = origin
+        self.precision = self.resolved("auto")
+
+    def resolved(self, precision: Precision) -> Resolved:
+        """What to compute in: bf16 over weights that are held in it, unless fp32 is demanded."""
+        if precision == "auto" and self.base_precision not in ("float32", None):
+            return "bfloat16"
+        return resolve(precision, self.device_type)
+
+    @property
     def wears_adapter(self) -> bool:
         """Whether a PEFT adapter is on."""
         return hasattr(self.model, "merge_and_unload")
@@ -62,14 +97,40 @@ class Worn(Body):
     def merge_adapter(self) -> None:
         """Adds an adapter, if there is one, to the weights: an ordinary model again.
 
+        The sums are fp32, rounded to the weights' own precision.
+
         Raises:
-            RunError: The adapter's values are not finite.
+            RunError: The adapter's values are not finite, or the weights are packed.
         """
         if self.wears_adapter:
+            if self.base_precision in ("int8", "int4"):
+                raise RunError(
+                    f"an adapter cannot be merged into weights that are packed in "
+                    f"{self.base_precision}.",
+                    hint="'delible merge RUN --out FOLDER' merges it into the base's own files.",
+                )
+            if self._merged_exactly():
+                return
             try:
                 self.wear(self.model.merge_and_unload(safe_merge=True))
             except ValueError as error:  # what PEFT raises for values that are not finite
                 raise RunError(f"the adapter cannot be merged: {error}") from error
+
+    def _merged_exactly(self) -> bool:
+        """Merges low-rank products into weights that are shorter than fp32, one by one.
+
+        PEFT rounds the product before it adds it, and the sum again.
+        """
+        changes = low_rank_changes(self.model) if self.base_precision != "float32" else {}
+        for name, (module, on) in changes.items():
+            change = change_of(module, on)
+            if not bool(change.isfinite().all()):
+                raise RunError(f"the adapter cannot be merged: '{name}' is not finite.")
+            weight = module.get_base_layer().weight
+            weight.data = (weight.data.float() + change).to(weight.dtype)
+        if changes:
+            self.wear(self.model.unload())
+        return bool(changes)
 
     def put_on(self, adapter: Path, name: str | None = None) -> None:
         """Wears a saved PEFT adapter; beside those it has, if a name is given.

@@ -249,7 +249,7 @@ class Chain:
         if before:
             return Base(name=f"../{before[-1].folder}", identity=self.identity)
         name = f"../{BELOW}" if self.base.name == BELOW else self.base.name
-        return Base(name=name, identity=self.identity)
+        return Base(name=name, identity=self.identity, precision=self.base.precision)
 
     def _keep(self, entry: Entry, patch: Patch) -> None:
         patch.title = f"patch of request {entry.number}"

@@ -22,6 +22,7 @@ from pydantic import Field
 from delible.component import Config
 from delible.errors import RecipeError, RunError
 from delible.files import atomic_file
+from delible.precision import BasePrecision
 
 FILE = "artefact.yaml"
 #: Of the file's form; a file of a later one is refused.
@@ -34,6 +35,9 @@ class Base(Config):
     name: str = Field(description="What opens it: a model's name, a folder, an address.")
     identity: str | None = Field(
         None, description="Of its weights and template, or of all its parts; none: not known."
+    )
+    precision: BasePrecision | None = Field(
+        None, description="That its weights are held in; none: as it is opened."
     )
 
 

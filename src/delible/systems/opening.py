@@ -11,6 +11,8 @@ from delible import registry
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DelibleError, ModelError, RunError, nearest
 from delible.lm.lm import LM, language_model
+from delible.lm.merging import can_stream, merge_files
+from delible.precision import BasePrecision
 from delible.system import artefact as artefacts
 from delible.system.artefact import Artefact, Base
 from delible.system.base import System, identity_of
@@ -33,6 +35,7 @@ def open_system(
     model: str | None = None,
     context: Context = NO_CONTEXT,
     serving: bool = False,
+    base_precision: BasePrecision = "float32",
 ) -> System:
     """A system by name.
 
@@ -45,6 +48,7 @@ def open_system(
         context: Who judges or writes by talking, for the guards among them.
         serving: It is to answer many at once: a model in vLLM then answers as they come, and
             gives no scores. Every other system does so anyway.
+        base_precision: That a model's weights are held in, see :meth:`LM.load`.
 
     Raises:
         ModelError: What the name stands for cannot be used; says what to do.
@@ -56,20 +60,26 @@ def open_system(
         from delible.systems.vllm_serving import ServingVLLM
 
         return ServingVLLM.load(name.removeprefix(VLLM_PREFIX))
-    return _open(name, model, (), context)
+    return _open(name, model, (), context, base_precision)
 
 
-def open_lm(name: str) -> LM:
-    """A system by name whose weights can be worked on.
+def open_lm(name: str, base_precision: BasePrecision = "float32") -> LM:
+    """A system by name whose weights can be worked on, held in a precision (:meth:`LM.load`).
 
     Raises:
         ModelError: There are none: a guarded system, a server.
         DelibleError: As for :func:`open_system`.
     """
-    return language_model(open_system(name), name)
+    return language_model(open_system(name, base_precision=base_precision), name)
 
 
-def _open(name: str, model: str | None, above: tuple[Path, ...], context: Context) -> System:
+def _open(
+    name: str,
+    model: str | None,
+    above: tuple[Path, ...],
+    context: Context,
+    base_precision: BasePrecision = "float32",
+) -> System:
     if is_address(name):
         from delible.systems.endpoint import Endpoint
 
@@ -91,8 +101,11 @@ def _open(name: str, model: str | None, above: tuple[Path, ...], context: Contex
         return VLLM.load(name.removeprefix(VLLM_PREFIX))
     folder = Path(name).expanduser()
     if artefacts.is_artefact(folder):
-        return _open_artefact(name, folder.resolve(), above, context)
-    return LM.load(name)
+        found = _open_artefact(name, folder.resolve(), above, context)
+        if isinstance(found, LM) and not found.wears_adapter:
+            found.hold(base_precision)
+        return found
+    return LM.load(name, base_precision=base_precision)
 
 
 def _open_artefact(name: str, folder: Path, above: tuple[Path, ...], context: Context) -> System:
@@ -166,7 +179,7 @@ def _open_base(
     if not is_address(name) and beside.is_dir() and beside != folder:
         name = str(beside)
     try:
-        base = _open(name, None, above, context)
+        base = _open(name, None, above, context, artefact.base.precision or "float32")
     except ModelError as error:
         raise RunError(
             f"its base cannot be opened: {error.problem}",
@@ -185,7 +198,12 @@ def _open_base(
 
 def described(system: System) -> Base:
     """How an artefact names the system that it stands on."""
-    return Base(name=_lasting(system.name), identity=identity_of(system))
+    held = system.base_precision if isinstance(system, LM) else None
+    return Base(
+        name=_lasting(system.name),
+        identity=identity_of(system),
+        precision=None if held == "float32" else held,
+    )
 
 
 def _lasting(name: str) -> str:
@@ -257,6 +275,9 @@ def undo(folder: Path | str, *, back: bool = False, only: Sequence[str] = ()) ->
 def merge(folder: str, out: Path) -> LM:
     """Writes one plain model of a whole stack.
 
+    An adapter on weights that are held short is merged into the files of its base, tensor by
+    tensor (:mod:`delible.lm.merging`).
+
     Args:
         folder: An artefact, or anything that :func:`open_lm` takes.
         out: A folder that transformers loads afterwards.
@@ -265,6 +286,9 @@ def merge(folder: str, out: Path) -> LM:
         RunError: A part cannot be expressed in weights (a guard, a hook); says which.
     """
     system = open_system(folder)
+    if isinstance(system, LM) and system.base_precision != "float32" and can_stream(system):
+        merge_files(system, out)
+        return LM.load(str(out), base_precision="bfloat16")
     merged = getattr(system, "merged", None)
     if merged is None:
         raise RunError(

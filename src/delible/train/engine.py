@@ -16,19 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from delible.context import Context
 from delible.errors import RecipeError, RunError
 from delible.files import write_json
+from delible.lm.budget import free_memory
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
-from delible.precision import resolve, short_types
+from delible.precision import short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
 from delible.train import generated
+from delible.train.estimate import tokens_that_fit
 from delible.train.fitting import described, shortened, split_passages
+from delible.train.footprint import Shape, rough_activation_bytes, weights_bytes
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Job, Loop
@@ -123,6 +125,7 @@ class Trainer:
         if self.lm.wears_adapter:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
+        self.lm.hold(self.recipe.training.base_precision)
         with self._shorter_rows():
             return self._train()
 
@@ -142,7 +145,7 @@ class Trainer:
         training = self.recipe.training
         accelerator = open_processes()
         accelerator.wait_for_everyone()  # the first process has written the manifest
-        self.lm.precision = resolve(training.precision, self.lm.device.type)
+        self.lm.precision = self.lm.resolved(training.precision)
         if self.recipe.finish.needs_start and self.start is None:
             raise RecipeError(
                 f"finish '{self.recipe.finish.card.name}' needs the start model.",
@@ -175,7 +178,7 @@ class Trainer:
         forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
         job = Job(
             self.lm, self.recipe, self.keep, self.records, self.context,
-            self.token_budget(),
+            self.token_budget(context, plan, placement),
         )  # fmt: skip
         loop = Loop(
             job,
@@ -360,19 +363,21 @@ class Trainer:
             reference.save(self.run.path / "checkpoint" / "reference")
         return reference
 
-    def token_budget(self) -> int:
+    def token_budget(self, context: SlotContext, plan: Plan, placement: Placement) -> int:
+        """Padded tokens per pass: as said, or what makes a device busy and fits its memory."""
         chosen = self.recipe.training.micro_batch_tokens
         if chosen != "auto":
             return chosen
-        anatomy = self.lm.anatomy
-        width, inner = anatomy.hidden_size, self.lm.inner_width
-        # stored activations of a block per position, in fp32: ~14 of hidden and ~4 of inner width
-        per_token = 4 * anatomy.layers * (14 * width + 4 * inner) + 12 * self.lm.vocabulary
-        if self.lm.device.type == "cuda":
-            free = torch.cuda.mem_get_info()[0]
-            return max(64, min(32768, int(0.6 * free / per_token)))
-        free = psutil.virtual_memory().available
-        return max(64, min(1024, int(0.4 * free / per_token)))
+        lm, kind = self.lm, self.lm.device_type
+        enough = 32768 if kind == "cuda" else 1024
+        free = int((0.6 if kind == "cuda" else 0.4) * free_memory(torch.device(kind)))
+        most = Shape(max(1, enough // 8), 8, 0, enough)
+        moving = 16 * sum(value.numel() for value in placement.parameters.values())
+        held = 0 if lm.device.type == "meta" else weights_bytes(lm, self.recipe)
+        if rough_activation_bytes(lm, most) + moving < free:
+            return enough
+        parts = (lm, self.recipe, plan, placement, context.rows)
+        return max(64, min(enough, tokens_that_fit(*parts, free + held) or 64))
 
     def _widen(self, placement: Placement) -> None:
         """Weights that move are fp32: a small update of a shorter number rounds away."""

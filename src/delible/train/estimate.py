@@ -1,12 +1,30 @@
-"""What a run will cost, before it starts: memory and time from sizes and a measured rate."""
+"""What a run will cost, before it starts: memory by part, and time from a measured rate.
+
+Runs and dry runs ask the same: how many tokens fit a pass is decided by the numbers that are shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from delible.lm.lm import LM
 from delible.precision import matmul_rate
+from delible.train.footprint import (
+    Memory,
+    Shape,
+    activations,
+    cache_bytes,
+    early_bytes,
+    late_bytes,
+    optimiser_bytes,
+    reference_bytes,
+    weights_bytes,
+)
+from delible.train.losses import Loss
+from delible.train.passes import MicroBatch, split
 from delible.train.plan import Plan
 from delible.train.recipe import Recipe
 from delible.train.row import Row
@@ -14,6 +32,10 @@ from delible.train.slots import Placement
 
 #: Share of the measured matrix-product rate that training is assumed to reach.
 ASSUMED_UTILISATION = 0.6
+#: Answers that are shown before and after, and their length in tokens.
+SHOWN_ANSWERS, SHOWN_TOKENS = 6, 48
+
+Rows = Mapping[str, Sequence[Row]]
 
 
 @dataclass(frozen=True)
@@ -24,15 +46,26 @@ class Estimate:
         steps: Optimiser steps.
         tokens: Tokens of forget and retain rows over all steps.
         trainable: Parameters that move.
-        memory_gib: Weights, gradients, moments and activations of one pass, in GiB.
+        memory: Bytes by part.
         minutes: Training time in minutes, without loading and saving.
+        micro_batch_tokens: Padded tokens per pass.
+        counted: Activations were counted on the model; false: a bound by sizes.
+        notes: What was assumed, in sentences.
     """
 
     steps: int
     tokens: int
     trainable: int
-    memory_gib: float
+    memory: Memory
     minutes: float
+    micro_batch_tokens: int
+    counted: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def memory_gib(self) -> float:
+        """The peak in GiB."""
+        return self.memory.peak / 2**30
 
 
 def body_parameters(lm: LM) -> int:
@@ -46,31 +79,167 @@ def estimate(
     recipe: Recipe,
     plan: Plan,
     placement: Placement,
-    forget: Sequence[Row],
-    retain: Sequence[Row],
+    rows: Rows,
     micro_batch_tokens: int,
 ) -> Estimate:
-    """Counts floating-point operations (2 forward, 4 backward per parameter and token)."""
+    """Memory and time of a run.
+
+    Args:
+        rows: Of every role.
+        micro_batch_tokens: Padded tokens per pass, at most.
+    """
     tokens = answers = 0
     for step in plan.steps:
         for index, kept in step:
-            for row in (forget[index], *(() if kept is None or not retain else (retain[kept],))):
-                tokens += len(row.encoded.ids)
-                answers += row.encoded.answer_tokens
-    trainable = sum(value.numel() for value in placement.parameters.values())
-    body = body_parameters(lm)
-    head = lm.vocabulary * lm.anatomy.hidden_size
-    operations = 6.0 * (tokens * body + answers * head)
+            one = [rows["forget"][index], *_kept(rows, kept)]
+            tokens += sum(len(row.encoded.ids) for row in one)
+            answers += sum(row.encoded.answer_tokens for row in one)
+    moving = placement.parameters.values()
+    memory, counted = memory_of(lm, recipe, plan, placement, rows, micro_batch_tokens)
+    operations = _operations(lm, moving, tokens, answers)
     if not recipe.harden.single_pass:
         operations *= 1.5
-    weights = sum(value.numel() * value.element_size() for value in lm.model.parameters())
-    activations = 4 * lm.anatomy.layers * (14 * lm.anatomy.hidden_size + 4 * lm.inner_width)
-    memory = weights + 12 * trainable + micro_batch_tokens * activations
-    rate = matmul_rate(lm.precision, lm.device.type)
+    rate = ASSUMED_UTILISATION * matmul_rate(lm.precision, lm.device_type)
     return Estimate(
         len(plan.steps),
         tokens,
-        trainable,
-        memory / 2**30,
-        operations / (ASSUMED_UTILISATION * rate) / 60,
+        sum(value.numel() for value in moving),
+        memory,
+        operations / rate / 60,
+        micro_batch_tokens,
+        counted,
     )
+
+
+def _kept(rows: Rows, index: int | None) -> Sequence[Row]:
+    return () if index is None or not rows.get("retain") else (rows["retain"][index],)
+
+
+def _operations(lm: LM, moving: Iterable[Tensor], tokens: int, answers: int) -> float:
+    """Floating-point operations: 2 a weight and token forward, 2 for the gradient of what comes
+    in, and 2 more for the gradient of a weight that moves."""
+    own = {id(value): value.numel() for value in moving}
+    table = id(lm.core.get_input_embeddings().weight)
+    head = lm.core.get_output_embeddings().weight
+    in_body = sum(size for key, size in own.items() if key not in (id(head), table))
+    in_head = head.numel() if id(head) in own else 0
+    passing = tokens * body_parameters(lm) + answers * head.numel()
+    return 4.0 * passing + 2.0 * (tokens * in_body + answers * in_head)
+
+
+def memory_of(
+    lm: LM,
+    recipe: Recipe,
+    plan: Plan,
+    placement: Placement,
+    rows: Rows,
+    micro_batch_tokens: int,
+    shape: Shape | None = None,
+) -> tuple[Memory, bool]:
+    """Bytes by part, and whether activations were counted.
+
+    Args:
+        shape: Of the largest pass; None: of the step with the most tokens.
+    """
+    moving = {id(value): value for value in placement.parameters.values()}
+    batches = micro_batches(recipe, plan, rows, micro_batch_tokens)
+    shape = shape or max(map(shape_of, batches), key=lambda one: one.rows * one.length)
+    inside, final = _read(lm, recipe)
+    kept, counted = activations(lm, shape, inside, final)
+    gradients = 4 * sum(value.numel() for value in moving.values())
+    several = len(batches) > 1 or not recipe.harden.single_pass
+    early = early_bytes(lm, moving, shape) if final else 0
+    used = {role: rows[role] for role in rows if role != "retain"}
+    if rows.get("retain"):
+        used["retain"] = [rows["retain"][index] for index in sorted(plan.retain_indices)]
+    longest = max(len(row.encoded.ids) for part in used.values() for row in part)
+    masks = placement.masks or {}
+    memory = Memory(
+        weights=weights_bytes(lm, recipe),
+        gradients=gradients,
+        optimiser=optimiser_bytes(recipe, moving.values()),
+        activations=kept,
+        reference=reference_bytes(lm, used, _kinds(lm, recipe)),
+        masks=sum(mask.numel() for mask in masks.values()),
+        cache=cache_bytes(lm, SHOWN_ANSWERS, longest + SHOWN_TOKENS),
+        early=max(early, gradients) if several else early,
+        late=late_bytes(lm, moving),
+    )
+    return memory, counted
+
+
+def micro_batches(
+    recipe: Recipe, plan: Plan, rows: Rows, micro_batch_tokens: int
+) -> list[MicroBatch]:
+    """The passes of the step with the most tokens."""
+    roles = recipe.objective.roles
+    keeps = recipe.keep.card.name != "none"
+
+    def rows_of(step: Sequence[tuple[int, int | None]]) -> list[Row]:
+        own = [rows[role][index] for index, _ in step for role in roles]
+        return own + [row for _, kept in step for row in _kept(rows, kept)]
+
+    def size(step: Sequence[tuple[int, int | None]]) -> int:
+        return sum(len(row.encoded.ids) for row in rows_of(step))
+
+    step = max(plan.steps, key=size)
+    retain = [row for _, kept in step for row in _kept(rows, kept)] if keeps else []
+    forget = {str(role): [rows[role][index] for index, _ in step] for role in roles}
+    ones = [1.0] * len(step)
+    return split(forget, retain, ones, [1.0] * len(retain), micro_batch_tokens)
+
+
+def shape_of(batch: MicroBatch) -> Shape:
+    """The shape of one pass."""
+    every = [row.encoded for part in (*batch.forget.values(), batch.retain) for row in part]
+    return Shape.of(every)
+
+
+def tokens_that_fit(
+    lm: LM,
+    recipe: Recipe,
+    plan: Plan,
+    placement: Placement,
+    rows: Rows,
+    memory: int,
+) -> int | None:
+    """The largest micro-batch, in padded tokens, with which a run stays within ``memory`` bytes.
+
+    A step of more tokens takes several passes. None: not even one row fits.
+    """
+    everything = [row.encoded for part in rows.values() for row in part]
+    longest = max(everything, key=lambda row: len(row.ids))
+    one = Shape.of([longest])
+
+    def peak(count: int) -> int:
+        found, _ = memory_of(
+            lm, recipe, plan, placement, rows, count * one.length, shape=one.times(count)
+        )
+        # with several passes a step, gradients are there from the second on
+        return replace(found, early=max(found.early, found.gradients)).peak
+
+    if peak(1) > memory:
+        return None
+    few, many = peak(4), peak(8)
+    each = max(1, (many - few) // 4)
+    count = 4 + (memory - few) // each
+    while count > 1 and peak(count) > memory:
+        count -= 1 + count // 64
+    return max(1, count) * one.length
+
+
+def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:
+    """What a step reads, as the forward pass takes it."""
+    wanted = set(recipe.objective.reads(lm))
+    if recipe.keep.card.name != "none":
+        wanted |= set(recipe.keep.reads(lm))
+    inside = tuple(sorted((what for what in wanted if what != "answers"), key=str))
+    return inside, "answers" in wanted or not inside
+
+
+def _kinds(lm: LM, recipe: Recipe) -> dict[str, Sequence[str]]:
+    """Kinds of reference values by role."""
+    losses: list[tuple[Loss, Sequence[str]]] = [(recipe.objective, list(recipe.objective.roles))]
+    if recipe.keep.card.name != "none":
+        losses.append((recipe.keep, ["retain"]))
+    return {role: loss.reference_kinds(lm) for loss, roles in losses for role in roles}

@@ -176,8 +176,8 @@ class GradientMethod(Method):
         if not self.recipe.finish.needs_start:
             return None
         if lm.origin is not None:
-            name = lm.name
-            return lambda: open_lm(name)
+            name, held = lm.name, lm.base_precision or "float32"
+            return lambda: open_lm(name, held)
         kept = lm.copy()
         return lambda: kept
 

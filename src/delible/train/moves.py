@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from delible.errors import RunError
+from delible.lm.held import pieces
 from delible.lm.lm import LM
 from delible.train.slots import Placement
 
@@ -26,7 +27,7 @@ def sampled(lm: LM, placement: Placement) -> dict[str, Tensor]:
 def _sample(placement: Placement, name: str, value: Tensor) -> Tensor:
     """A few entries of a parameter: among those that may move, if it is masked."""
     mask = (placement.masks or {}).get(name)
-    flat = value.detach().flatten()
+    flat = pieces(value.detach())[0].flatten()
     if placement.each_step is not None:  # which rows will move is not known yet
         return flat[:: max(1, len(flat) // ENTRIES)]
     if mask is None:

@@ -26,6 +26,7 @@ def check_needs(
     Raises:
         RecipeError: With the flag to add.
     """
+    check_base(recipe)
     makes = set(recipe.generate.makes if generated is None else generated)
     for component in recipe.components():
         missing = "retain" not in makes and not records.get("retain")
@@ -51,3 +52,35 @@ def check_needs(
                 hint="Add --generate NAME ('delible list slots'), or --generated FOLDER with a "
                 f"file {role}.jsonl.",
             )
+
+
+def check_base(recipe: Recipe) -> None:
+    """Refuses weights that are held short where they would move.
+
+    Raises:
+        RecipeError: With what to choose instead.
+    """
+    precision, where = recipe.training.base_precision, f"method '{recipe.name}'"
+    if precision == "float32":
+        return
+    place, finish = recipe.place.card, recipe.finish.card
+    if place.changes != "adapter":
+        raise RecipeError(
+            f"place '{place.name}' moves weights of the base, and those must be float32: in "
+            f"{precision} small updates round away.",
+            where=where,
+            hint="Choose --place lora, or leave out --base-precision.",
+        )
+    if precision in ("int8", "int4") and finish.changes == "weights":
+        raise RecipeError(
+            f"finish '{finish.name}' changes weights of the base, which are packed in {precision}.",
+            where=where,
+            hint="Choose --finish none; 'delible merge RUN --out FOLDER' merges into the base's "
+            "own weights afterwards.",
+        )
+    if recipe.training.precision == "float32":
+        raise RecipeError(
+            f"weights in {precision} are computed in bfloat16, not in float32.",
+            where=where,
+            hint="Leave out --precision, or --base-precision.",
+        )

@@ -12,7 +12,7 @@ from delible import registry
 from delible.cards import SLOTS, Kind
 from delible.component import Component, Config, build
 from delible.errors import RecipeError, nearest
-from delible.precision import Precision
+from delible.precision import BasePrecision, Precision
 from delible.ranges import Range
 from delible.train.losses import Keep, Objective
 from delible.train.schedule import Schedule
@@ -65,7 +65,13 @@ class Training(Config):
         "auto", description="Padded tokens per pass; auto: what the free memory allows."
     )
     max_length: int = Field(512, ge=8, description="Longest row in tokens.")
-    precision: Precision = Field("auto", description="Of the computation; weights stay fp32.")
+    precision: Precision = Field(
+        "auto", description="Of the computation; weights that move stay fp32."
+    )
+    base_precision: BasePrecision = Field(
+        "float32", description="Of the weights below an adapter, which do not move: shorter ones "
+        "take less memory, and are computed in bf16.",
+    )  # fmt: skip
     checkpoint_seconds: float = Field(
         120.0, gt=0, description="Write a checkpoint when this many seconds have passed."
     )
