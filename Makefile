@@ -1,6 +1,8 @@
 # make demo   sets everything up and runs the demo
 # make test   sets everything up and runs the tests (SLOW=1: also the slow ones)
 # make site   builds the documentation site into build/site; a broken link is an error
+# make dist   builds wheel and sdist into dist, the same bytes for the same commit
+# make sbom   lists every package of the environment as CycloneDX in build/sbom.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +12,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test lint bench docs site clean
+.PHONY: help demo test lint bench docs site dist sbom clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | lint | bench | docs | site | clean"
+	@echo "make demo | test | lint | bench | docs | site | dist | sbom | clean"
 
 # A new lock or a new pyproject.toml brings the environment up to date.
 $(READY): requirements.lock pyproject.toml
@@ -43,18 +45,26 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/python -m delible.cli.docs docs
 
-# The builder lives in an environment of its own: it shares nothing with the library.
-SITE_VENV := build/site-venv
-
-$(SITE_VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(SITE_VENV)
-	$(SITE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(SITE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+# Tools in environments of their own, one per dependency group: they share nothing with the library.
+build/%-venv/.ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --group $*
 	@touch $@
 
-site: $(SITE_VENV)/.ready
-	$(SITE_VENV)/bin/zensical build --clean --strict
+site: build/docs-venv/.ready
+	build/docs-venv/bin/zensical build --clean --strict
 	@echo "Open build/site/index.html"
+
+dist: $(READY)
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
+	  $(BIN)/python -m build --no-isolation
+	@cd dist && sha256sum *
+
+sbom: $(READY) build/sbom-venv/.ready
+	build/sbom-venv/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+	  --output-reproducible --no-validate -o build/sbom.json $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

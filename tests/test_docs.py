@@ -74,7 +74,7 @@ def test_every_page_is_in_the_contents_of_the_site() -> None:
     assert content["theme"]["font"] is False, "no web fonts"
 
 
-def test_the_builder_is_pinned_and_the_site_is_not_committed() -> None:
+def test_the_builders_are_pinned_and_the_site_is_not_committed() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
-    assert all("==" in one for one in groups["docs"])
+    assert all("==" in one for one in (*groups["docs"], *groups["sbom"]))
     assert "/build/" in (ROOT / ".gitignore").read_text("utf-8").split()
