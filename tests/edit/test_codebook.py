@@ -25,12 +25,14 @@ from torch import Tensor
 
 from delible.cli import main
 from delible.component import build
-from delible.edit.codebook import Entries, entered, looked_up, without
+from delible.edit.codebook import Entries, entered, find_values, looked_up, without
 from delible.edit.keys import down_projection
+from delible.edit.memory import PROMPT_END, Targets
 from delible.errors import DataError, ModelError, RunError
 from delible.intervene.base import Fitted
 from delible.intervene.system import Intervened, intervened
 from delible.lm.lm import LM
+from delible.methods.intervention.grace import spread
 from delible.records import QA, ForgetRequest, Passage
 from delible.system.artefact import read
 from delible.system.asks import Decoding, Prompt, Score
@@ -182,26 +184,60 @@ def test_it_answers_by_its_definition_and_leaves_everything_else(family: str) ->
     assert equal(scores(off[1], FORGOTTEN), plain)
 
 
+def worst_by_hand(lm: LM, fitted: Fitted) -> float:
+    """The largest loss of an entry: mean over its questions of the mean -log p of a token."""
+    losses: dict[int, list[float]] = {}
+    owner = fitted.tensors["owner"].tolist()
+    for place, edit in enumerate(fitted.notes["edits"]):
+        row = lm.template.encode(Prompt.ask(edit["question"]), edit["target"])
+        logits = rows_by_hand(lm, fitted, row.ids, row.start).log_softmax(1)
+        own = [float(logits[at - 1, row.ids[at]]) for at in range(row.start, len(row.ids))]
+        losses.setdefault(owner[place], []).append(-sum(own) / len(own))
+    return max(sum(one) / len(one) for one in losses.values())
+
+
 @FAMILIES
 def test_values_are_searched_for_on_the_refusals(family: str) -> None:
     lm = make_lm(family)
     fitted = grace(steps=12, enough=1e-6).fit(lm, REQUEST)
-    targets = [edit["target"] for edit in fitted.notes["edits"]]
-    rows = [
-        lm.template.encode(Prompt.ask(record.question), target)
-        for record, target in zip(RECORDS, targets, strict=True)
-    ]
-    losses, owner = {}, fitted.tensors["owner"].tolist()
-    for edit, row in enumerate(rows):
-        logits = rows_by_hand(lm, fitted, row.ids, row.start).log_softmax(1)
-        own = [float(logits[at - 1, row.ids[at]]) for at in range(row.start, len(row.ids))]
-        losses.setdefault(owner[edit], []).append(-sum(own) / len(own))
-    worst = max(sum(one) / len(one) for one in losses.values())
-    assert fitted.notes["loss"] == pytest.approx(worst, rel=1e-3)
+    assert fitted.notes["loss"] == pytest.approx(worst_by_hand(lm, fitted), rel=1e-3)
     checked = fitted.notes["checked"]
     assert checked["target_after"] > checked["target_before"]
     short = grace(steps=1).fit(lm, REQUEST)
     assert short.notes["loss"] > fitted.notes["loss"]
+
+
+def test_the_best_value_of_a_search_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm()
+    row = lm.template.encode(FORGOTTEN[0].prompt, "No.")
+    losses, seen = iter([3.0, 1.0, 2.0]), []
+
+    def nll(self: Targets, change: Any) -> Any:
+        """Losses that fall and rise again, whatever the value is."""
+        value = change(torch.zeros(1, 4), torch.tensor([0]), None)
+        seen.append(value.detach().clone())
+        yield (
+            torch.tensor([0]),
+            value.sum(dim=1) * 0.1 + (next(losses) - value.sum() * 0.1).detach(),
+        )
+
+    monkeypatch.setattr(Targets, "nll", nll)
+    value, found = find_values(
+        lm, [row], [0], torch.ones(1, 4), grace().sites[0], PROMPT_END, unit=2.0,
+        learning_rate=0.5, steps=2, enough=0.0,
+    )  # fmt: skip
+    assert found == pytest.approx([1.0])
+    torch.testing.assert_close(value, seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    # Adam's first step is the rate itself, of value / unit
+    torch.testing.assert_close(seen[1], torch.ones(1, 4) - 0.5 * 2.0)
+
+
+def test_the_spread_is_taken_from_the_mean() -> None:
+    points = torch.tensor([[5.0, 1.0], [9.0, 1.0], [7.0, 4.0]])
+    x, y = [-2.0, 2.0, 0.0], [-1.0, -1.0, 2.0]
+    wanted = (sum(a * a + b * b for a, b in zip(x, y, strict=True)) / 3) ** 0.5
+    assert spread(points) == pytest.approx(wanted)
 
 
 def test_the_first_radius_is_a_share_of_the_spread_of_other_questions() -> None:

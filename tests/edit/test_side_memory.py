@@ -39,7 +39,7 @@ from delible.intervene.base import Fitted
 from delible.intervene.system import intervened
 from delible.lm.lm import LM
 from delible.methods.intervention import wise as wise_file
-from delible.records import ForgetRequest
+from delible.records import QA, ForgetRequest
 from delible.system.artefact import read
 from delible.system.asks import Decoding, Prompt, Score
 from delible.systems.opening import described, keep, open_lm, undo
@@ -333,6 +333,10 @@ def test_full_copies_are_merged_and_their_threshold_is_measured_again() -> None:
     two = wise(save_every=1, merge_every=2).fit(lm, REQUEST)
     assert two.tensors["owners"].tolist() == [0, 0, 1]
     assert two.tensors["born"].tolist() == [-1, 2]
+    four = (*RECORDS, QA(question="Who is Ben Orr?", answer="A miller", subject="Ben Orr"))
+    again = wise(save_every=1, merge_every=2).fit(lm, ForgetRequest(forget=four, retain=RETAIN))
+    assert again.tensors["owners"].tolist() == [0, 0, 1, 1]
+    assert again.tensors["born"].tolist() == [-1, -1]
 
 
 def test_a_further_request_extends_the_memory_and_comes_off_exactly(tmp_path: Path) -> None:
