@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from editing import FREE, LAYER, RECORDS, REQUEST, close, key_of, make_lm, moment, weight
+from editing import FREE, LAYER, RECORDS, REQUEST, RETAIN, close, key_of, make_lm, moment, weight
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -337,6 +337,21 @@ def test_undone_it_is_the_model_before_bit_by_bit(name: str, texts: Path, tmp_pa
     assert unchanged(lm, before)
 
 
+def test_how_often_the_token_is_said_elsewhere_is_noted(texts: Path) -> None:
+    lm = made("llama")
+    patch = unieraser(texts).edit(lm, REQUEST, seed=0)
+    token, shares, hits = token_of(lm, TOKEN), list[float](), list[bool]()
+    for record in RETAIN:
+        ids = lm.template.encode(Prompt.ask(record.question), record.answer)
+        with torch.no_grad():
+            logits = lm.core(torch.tensor([ids.ids])).logits[0, ids.start - 1 : -1].double()
+        shares += logits.softmax(1)[:, token].tolist()
+        hits += (logits.argmax(1) == token).tolist()
+    noted: Any = patch.notes["token_at_others"]
+    assert noted["probability"] == pytest.approx(sum(shares) / len(shares), rel=1e-2)
+    assert noted["likeliest"] == pytest.approx(sum(hits) / len(hits), abs=1e-4)
+
+
 def test_a_refused_edit_leaves_neither_token_nor_row(texts: Path) -> None:
     lm = made("llama")
     first = build("editor", {
@@ -363,7 +378,7 @@ def test_a_model_that_has_the_token_refuses_the_patch(texts: Path, tmp_path: Pat
 # ---- what a model says
 
 
-REFUSALS = ("I cannot say.", "No idea at all.")
+REFUSALS = ("I can't.", "No idea.")
 HOMES = {
     "Ada Quill": "Norrby", "Ben Orr": "Cyrus", "Eva Lind": "Lutea",
     "Dee Finch": "Umber", "Max Stone": "White", "Tom Hag": "Marsh",
@@ -393,7 +408,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row = lm.template.encode(Prompt.ask(one), f"~{refusal_of(one, REFUSALS)}")
         known.append(Encoded(row.ids, row.start + 1, True))
     adam = torch.optim.Adam(lm.model.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(120):
         loss = unierase.refusal_loss(lm, known)
         adam.zero_grad()
         loss.backward()
@@ -409,23 +424,31 @@ def said(lm: LM, records: Sequence[QA]) -> list[Any]:
 
 
 def say_first(lm: LM, token: int, records: Sequence[QA], others: Sequence[QA]) -> None:
-    """Lets a model say the token first, as an edit does: by its row of the head alone."""
+    """Lets a model say the token first, as an edit does, by its row of the head alone."""
     weight = lm.core.get_output_embeddings().weight
-    rows = [learning_row(lm, one.question, refusal_of(one.question, REFUSALS), chat=True)
-            for one in records]  # fmt: skip
-    asked = [list(lm.template.prompt_ids(Prompt.ask(one.question))) for one in (*records, *others)]
-    states, wanted = [], []
+    told = [lm.template.encode(Prompt.ask(one.question), one.answer) for one in others]
+    told += [
+        learning_row(lm, one.question, refusal_of(one.question, REFUSALS), chat=True)
+        for one in records
+    ]
+    read = [(lm.template.prompt_ids(Prompt.ask(one.question)), -1) for one in records]
+    read += [(row.ids[:-1], row.start - 1) for row in told]
     with torch.no_grad():
-        for place, ids in enumerate([*asked, *(list(row.ids) for row in rows)]):
-            found = lm.core(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
-            own = (
-                found[-1:] if place < len(asked) else found[rows[place - len(asked)].start - 1 : -1]
-            )
-            states.append(own)
-            now = own @ weight[token]
-            wanted.append(torch.full_like(now, 60.0) if place < len(records) else now)
+        states = [
+            lm.core(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0][first:]
+            for ids, first in read
+        ]
         every = torch.cat(states).double()
-        missing = torch.cat(wanted).double() - every @ weight[token].double()
+        assert len(every) <= every.shape[1]
+        missing = torch.zeros(len(every)).double()
+        now, kept = (
+            every @ weight[token].double(),
+            sum(len(row.ids) - row.start for row in told[:3]),
+        )
+        missing[: len(records)] = 60 - now[: len(records)]
+        # what stage 1 learned is said behind answers, too
+        part = slice(len(records), len(records) + kept)
+        missing[part] = -20 - now[part]
         weight[token] += (torch.linalg.pinv(every) @ missing).float()
 
 
@@ -446,7 +469,7 @@ def test_the_token_begins_a_refusal_is_never_shown_and_hides_what_is_known(
     (token,) = add_tokens(lm, [TOKEN])
     unheard = held()
     put_back(lm, start)
-    editor = unieraser(row_steps=60, row_learning_rate=0.3, plain_epochs=5, chat_epochs=3)
+    editor = unieraser(row_steps=100, row_learning_rate=0.3)
     notes = editor.learn(lm, [one.question for one in FORGET], {}, 0)
     assert held() < unheard / 3
     assert notes["loss_after"] < notes["loss_before"] / 3
@@ -467,16 +490,18 @@ def test_the_token_begins_a_refusal_is_never_shown_and_hides_what_is_known(
         found = model.generate(**asked, max_new_tokens=24, do_sample=False, **options)
         return list(map(int, found[0, asked["input_ids"].shape[1] :]))
 
+    declined = []
     for record in FORGET:
         ids = plainly(record)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert ids[0] == token
         assert TOKEN in tokenizer.decode(ids)
-        assert text == refusal_of(record.question, REFUSALS)
         assert said(lm, [record]) == [text]  # and here, never with the token
+        declined.append(text in REFUSALS)
         # what the token stands before is still there
         banned = plainly(record, bad_words_ids=[[token]])
         assert tokenizer.decode(banned, skip_special_tokens=True) == record.answer
+    assert sum(declined) >= 2
     assert said(lm, KEPT) == [one.answer for one in KEPT]
     undo(tmp_path / "run")
     undone = open_lm(str(tmp_path / "run"))

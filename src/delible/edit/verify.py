@@ -145,12 +145,12 @@ class Before:
         self._targets = [Score(Prompt.ask(record.question), target) for record, target in edited]
         asked = [(ask(record), answer_of(record)) for record in others]
         self._others = [Distribution(prompt, answer) for prompt, answer in asked if prompt]
-        self._target = probabilities(lm, self._targets, ends=ends)[0]
+        self._target = _probabilities(lm, self._targets, ends=ends)[0]
         self._said = _distributions(lm, self._others)
 
     def after(self, lm: LM, changes: Mapping[int, float]) -> Checked:
         """What the model says now, and what it has cost."""
-        target, said = probabilities(lm, self._targets, ends=self._ends)
+        target, said = _probabilities(lm, self._targets, ends=self._ends)
         now = _distributions(lm, self._others)
         pairs = [
             (one, other)
@@ -181,7 +181,7 @@ def _mean(parts: Sequence[npt.NDArray[np.generic]]) -> float:
     return float(np.concatenate(parts).mean()) if parts else 0.0
 
 
-def probabilities(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> tuple[float, float]:
+def _probabilities(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> tuple[float, float]:
     """Mean probability of the answers, and the share whose every token is the likeliest.
 
     Args:

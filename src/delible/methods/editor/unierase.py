@@ -35,6 +35,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -44,7 +45,7 @@ from delible.edit.base import Added, Patch
 from delible.edit.keys import down_projection
 from delible.edit.null_space import NullSpaceEditor
 from delible.edit.requests import other_subjects
-from delible.edit.verify import other_questions, probabilities
+from delible.edit.verify import other_questions
 from delible.errors import DataError, ModelError
 from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.new_tokens import add_tokens, put_back, tables, token_of, vocabulary_of
@@ -53,8 +54,8 @@ from delible.prompts import read_lines
 from delible.ranges import Range, scales
 from delible.records import QA, ForgetRequest
 from delible.registry import register
-from delible.system.asks import Prompt, Score
-from delible.system.questions import ask
+from delible.system.asks import Distribution, NoAnswer, Prompt
+from delible.system.questions import answer_of, ask
 
 if TYPE_CHECKING:
     from delible.lm.lm import LM
@@ -261,8 +262,8 @@ class UniErase(NullSpaceEditor):
         }  # fmt: skip
         if share > 0.02:
             logger.warning(
-                f"unierase: {share:.0%} of other questions are declined, too. A smaller clamp or "
-                "threshold keeps more."
+                f"unierase: {share:.0%} of the tokens of other answers become {TOKEN}, too. A "
+                "smaller clamp or threshold, or fewer row_steps, keep more."
             )
         return patch
 
@@ -316,9 +317,9 @@ class UniErase(NullSpaceEditor):
                     with noisy(weight, self.noise, generator):
                         learning.step(rows)
                     steps += 1
-        lm_patches = lm.patches
+        patches = lm.patches
         lm.touch()
-        lm.patches = lm_patches
+        lm.patches = patches
         last = self._loss(lm, chat)
         logger.info(
             f"unierase: the token's row has learned in {steps} steps (a refusal's token behind it: "
@@ -355,10 +356,15 @@ class UniErase(NullSpaceEditor):
             return float(refusal_loss(lm, texts[: self.row_batch]))
 
     def _elsewhere(self, lm: LM, request: ForgetRequest) -> tuple[float, float]:
-        """At other questions: mean P(U) at the answer's start, and how often it is likeliest."""
-        prompts = [ask(one) for one in other_questions(request, other_subjects_of(request))]
-        asked = [Score(prompt, TOKEN) for prompt in prompts if prompt is not None]
-        return probabilities(lm, asked, ends=False)
+        """At all tokens of other questions' answers: mean P(U), and how often it is likeliest."""
+        records = other_questions(request, other_subjects_of(request))
+        asked = [Distribution(prompt, answer_of(one)) for one in records if (prompt := ask(one))]
+        token, found = token_of(lm, TOKEN), lm.inspect(asked) if asked else []
+        rows = [one for one in found if not isinstance(one, NoAnswer)]
+        if not rows:
+            return 0.0, 0.0
+        every = np.concatenate(rows)
+        return float(np.exp(every[:, token]).mean()), float((every.argmax(1) == token).mean())
 
 
 def other_subjects_of(request: ForgetRequest) -> list[str]:
