@@ -368,7 +368,6 @@ def test_the_cascade_is_best_and_forgets_a_kind(town: Town, tmp_path: Path) -> N
     zero, _ = rate(with_(demonstrations=0, samples=1), town, asked)
     alone, none = rate(with_(samples=1), town, asked)
     both, share = rate(agent, town, asked)
-    print(sum(zero.values()), sum(alone.values()), sum(both.values()), share)
     assert sum(both.values()) >= sum(alone.values()) + 3
     assert sum(alone.values()) >= sum(zero.values()) + 3
     assert sum(both.values()) > 27
@@ -412,3 +411,14 @@ def test_forgetting_one_leaves_others_that_saw_the_same(town: Town, tmp_path: Pa
     assert {one.id for one in agent.memory.items(STEP)} == set(steps) - mine
     never = dataclasses.replace(agent.retrieved("Get bread.", "", "You are at 0,0.")[0])
     assert never.demonstration == second
+
+
+def test_a_demonstration_that_names_it_goes_too(town: Town, tmp_path: Path) -> None:
+    agent = cascade(tmp_path, Student(0), Oracle(town))
+    smithy = next(one.name for one in town.places if one.kind == "smithy")
+    clinic = next(one.name for one in town.places if one.kind == "clinic")
+    taught(agent, town, [Goal(place=smithy), Goal(place=clinic)])
+    first, second = agent.memory.items(DEMONSTRATION)
+    assert (first.subject, "nails" in first.text, "nails" in second.text) == ("", True, False)
+    agent.forget(subject="nails")
+    assert agent.memory.items(DEMONSTRATION) == [second]
