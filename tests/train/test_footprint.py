@@ -218,6 +218,7 @@ def test_an_outline_has_the_shapes_and_no_numbers(folder: Path) -> None:
     assert held.weight_bytes(lm.model) < 0.6 * held.weight_bytes(real.model)
 
 
+@pytest.mark.slow
 def test_a_large_model_and_what_makes_it_fit(
     tmp_path: Path, asked: ForgetRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
