@@ -9,6 +9,7 @@ from pathlib import Path
 
 import delible
 from delible.cli.commands import PAGES
+from delible.train.recipe import Training
 
 SOURCES = Path(delible.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*(?![\w-])")
@@ -25,6 +26,7 @@ def told(source: Path) -> Iterator[str]:
 
 def test_every_option_that_an_error_names_exists() -> None:
     known = {option for page in PAGES.glob("*.txt") for option in OPTION.findall(page.read_text())}
+    known |= {f"--{name.replace('_', '-')}" for name in Training.model_fields}
     assert {"--forget", "--learning-rate", "--out"} <= known
     named, unknown = set(), set()
     for source in SOURCES.rglob("*.py"):

@@ -406,7 +406,7 @@ def test_an_adapter_as_input_is_merged_and_the_result_is_what_was_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # everything in one precision, so that words can be compared
-    monkeypatch.setattr("delible.lm.lm.resolve", lambda precision, kind: "float32")
+    monkeypatch.setattr("delible.lm.worn.resolve", lambda precision, kind: "float32")
     adapter = adapter_on(base, tmp_path / "adapter")
     before = LM.load(str(adapter), precision="float32").generate(PROMPTS, Decoding(48))
     result = api.unlearn(
