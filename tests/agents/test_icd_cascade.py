@@ -155,11 +155,11 @@ def test_actions_are_the_same_as_texts() -> None:
 
 
 def test_programs_are_the_same_but_for_names_and_spaces() -> None:
-    first = "songs = api.library(page=1)  # all\nfor s in songs:\n    print(s['title'])"
-    again = "items=api.library( page = 1 )\nfor x in items:\n\n  print(x['title'])"
+    first = "songs = api.songs(page=1)  # all\nfor s in songs:\n    print(s['title'])"
+    again = "items=api.songs( page = 1 )\nfor x in items:\n\n  print(x['title'])"
     assert canonical_code(first) == canonical_code(again)
     for other in (
-        first.replace("page=1", "page=2"), first.replace("library", "playlists"),
+        first.replace("page=1", "page=2"), first.replace("api.songs", "api.playlists"),
         first.replace("title", "artist"), first.replace("print(s", "print(songs"),
         first.replace("api", "other"), first.replace("page=", "index="),
     ):  # fmt: skip

@@ -5,21 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from delible.context import Context
 from delible.edit.codebook import without
+from delible.intervene.artefact import FittedKind
 from delible.intervene.base import Fitted
-from delible.intervene.system import intervened
-from delible.lm.lm import language_model
 from delible.registry import register
 from delible.system.artefact import Artefact
-from delible.system.base import System
-from delible.systems.artefact_kind import ArtefactKind
-
-_PART = "codebook"
 
 
 @register(
@@ -31,22 +23,12 @@ _PART = "codebook"
     changes="Nothing in the weights: what one matrix gives at questions that the book knows.",
     reversible=True,
 )
-class Codebook(ArtefactKind):
-    """Content: a :class:`delible.intervene.base.Fitted` whose tensors are a book."""
+class Codebook(FittedKind):
+    """A book of edits."""
 
-    def save(self, content: Any, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-        content.save(folder / _PART)
-        return {_PART: _PART}, {}
-
-    def open(
-        self, artefact: Artefact, folder: Path, base: Callable[[], System], context: Context
-    ) -> System:
-        lm = language_model(base(), str(folder))
-        return intervened(lm, [self._book(artefact, folder)])
+    def fitted(self, artefact: Artefact, folder: Path) -> Fitted:
+        book = super().fitted(artefact, folder)
+        return without(book, artefact.without) if artefact.without else book
 
     def check_without(self, artefact: Artefact, folder: Path) -> None:
-        self._book(artefact, folder)
-
-    def _book(self, artefact: Artefact, folder: Path) -> Fitted:
-        found = Fitted.load(folder / artefact.parts[_PART])
-        return without(found, artefact.without) if artefact.without else found
+        self.fitted(artefact, folder)

@@ -80,6 +80,9 @@ class LocatedEditor(Editor):
     kl: float = Field(
         0.0625, ge=0, description="Weight of keeping what follows the subject in 'SUBJECT is a'."
     )
+    learning_rate: float = Field(0.5, gt=0, description="Of the search for a value.")
+    clamp: float = Field(4.0, gt=0, description="Longest change of a value, as a share of it.")
+    weight_decay: float = Field(1e-3, ge=0, description="Weight of the value's change.")
     texts: Path | None = Field(
         None, description="UTF-8 file of generic text, paragraphs parted by empty lines."
     )
@@ -111,9 +114,11 @@ class LocatedEditor(Editor):
     any_question: ClassVar[bool] = False
 
     @property
-    @abstractmethod
     def search(self) -> Settings:
         """How values are searched."""
+        return Settings(
+            self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl, self.enough
+        )
 
     @abstractmethod
     def chosen_layers(self, lm: LM, traced: int | None) -> list[int]:

@@ -22,7 +22,6 @@ from delible.edit.located import Layers, LocatedEditor
 from delible.edit.requests import Edit
 from delible.edit.spread import spread
 from delible.edit.statistics import Scale, Statistics, null_shares, null_spaces
-from delible.edit.values import Settings
 from delible.edit.writing import Writing
 from delible.lm.lm import LM
 
@@ -58,19 +57,12 @@ class NullSpaceEditor(LocatedEditor):
     l2: float | None = Field(
         None, gt=0, le=1e9, description="L2 as a number (1 in the paper), instead of rho."
     )
-    learning_rate: float = Field(0.5, gt=0, description="Of the search for a value.")
     clamp: float = Field(3.0, gt=0, description="Longest change of a value, as a share of it.")
     weight_decay: float = Field(0.01, ge=0, description="Weight of the value's change.")
 
     @property
     def traces(self) -> bool:
         return self.layers == "traced"
-
-    @property
-    def search(self) -> Settings:
-        return Settings(
-            self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl, self.enough
-        )
 
     def chosen_layers(self, lm: LM, traced: int | None) -> list[int]:
         given = None if isinstance(self.layers, str) else self.layers

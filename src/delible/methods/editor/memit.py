@@ -30,7 +30,6 @@ from delible.edit.located import Layers, RefusalEditor
 from delible.edit.requests import Edit
 from delible.edit.spread import spread
 from delible.edit.statistics import Statistics
-from delible.edit.values import Settings
 from delible.edit.writing import Writing
 from delible.lm.lm import LM
 from delible.registry import register
@@ -79,19 +78,10 @@ class MEMIT(RefusalEditor):
     ridge: float = Field(
         0.01, gt=0, le=1e9, description="Added to C, as a share of its mean eigenvalue."
     )
-    learning_rate: float = Field(0.5, gt=0, description="Of the search for a value.")
-    clamp: float = Field(4.0, gt=0, description="Longest change of a value, as a share of it.")
-    weight_decay: float = Field(1e-3, ge=0, description="Weight of the value's change.")
 
     @property
     def traces(self) -> bool:
         return self.layers == "traced"
-
-    @property
-    def search(self) -> Settings:
-        return Settings(
-            self.steps, self.learning_rate, self.clamp, self.weight_decay, self.kl, self.enough
-        )
 
     def chosen_layers(self, lm: LM, traced: int | None) -> list[int]:
         given = None if isinstance(self.layers, str) else self.layers
