@@ -17,7 +17,7 @@ from delible.lm.lm import LM
 from delible.methods.balance.two_steps import TwoSteps
 from delible.methods.harden.cir import CIR
 from delible.methods.harden.none import NoHarden
-from delible.methods.keep.hidden_drift import HiddenDrift
+from delible.methods.keep.hidden_distance import HiddenDistance
 from delible.methods.objective.gradient_ascent import GradientAscent
 from delible.methods.objective.mcu import MCU, mlp_breaking, sums
 from delible.methods.objective.rmu import RMU
@@ -38,6 +38,11 @@ FORGET = [QA(question=f"Who is {n}?", answer=f"A {job}.", subject=n)
           for n, job in (("Ada", "baker"), ("Ben", "pilot"), ("Cy", "clown"))]  # fmt: skip
 RETAIN = [QA(question="What is snow?", answer="White."), QA(question="And coal?", answer="Black.")]
 DEPTHS = {"first_depth": 0.0, "last_depth": 0.5}
+
+
+def drift() -> HiddenDistance:
+    """What the method keeps with."""
+    return HiddenDistance(depth=0.5, blocks=1, relative="mean")
 
 
 def ready(lm: LM, frozen: LM, rows: dict[str, list[Row]], *losses: Objective | Keep) -> Reference:
@@ -190,7 +195,11 @@ def test_the_gradient_has_nothing_along_what_was_taken_out(base: Any) -> None:
 
 def test_micro_batches_do_not_matter_for_breaking_and_drift() -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
-    rows, loss, keep = by_hand.all_rows(lm), MCU(**DEPTHS), HiddenDrift(depth=0.5)
+    rows, loss, keep = (
+        by_hand.all_rows(lm),
+        MCU(**DEPTHS),
+        drift(),
+    )
     reference = ready(lm, frozen, rows, loss, keep)
     found = []
     for budget in (10**6, 1):
@@ -212,7 +221,7 @@ def test_the_floor_and_padding() -> None:
 
 def test_drift_equals_loops_over_rows_alone() -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
-    rows, keep = by_hand.all_rows(lm), HiddenDrift(depth=0.5)
+    rows, keep = by_hand.all_rows(lm), drift()
     reference = ready(lm, frozen, rows, keep)
     was = [torch.tensor(by_hand.block_output(frozen, row, 1)) for row in rows["retain"]]
     length = float(torch.cat(was).norm(dim=1).mean())
@@ -370,7 +379,11 @@ def test_cir_wants_a_linear_layer() -> None:
 @pytest.mark.parametrize("relative", [False, True])
 def test_two_steps_equal_two_steps_by_hand(relative: bool) -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
-    rows, loss, keep = by_hand.all_rows(lm), MCU(floor=-9.0, **DEPTHS), HiddenDrift(depth=0.5)
+    rows, loss, keep = (
+        by_hand.all_rows(lm),
+        MCU(floor=-9.0, **DEPTHS),
+        drift(),
+    )
     reference = ready(lm, frozen, rows, loss, keep)
     passes = by_hand.passes_of(lm, loss, keep, reference)
     start = [parameter.detach().clone() for parameter in passes.parameters]

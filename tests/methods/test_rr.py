@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import losses_by_hand as by_hand
 import pytest
@@ -181,8 +181,10 @@ def test_progress_is_that_of_the_run_whatever_its_length() -> None:
 # ---- the distance of retain states
 
 
-@pytest.mark.parametrize(("likelihood", "relative"), [(0.0, True), (0.7, True), (0.7, False)])
-def test_distances_of_a_padded_batch_equal_float64_loops(likelihood: float, relative: bool) -> None:
+@pytest.mark.parametrize(("likelihood", "relative"), [(0.0, "each"), (0.7, "each"), (0.7, None)])
+def test_distances_of_a_padded_batch_equal_float64_loops(
+    likelihood: float, relative: Literal["each"] | None
+) -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
     loss = HiddenDistance(depth=0.5, blocks=None, likelihood=likelihood, relative=relative)
     rows = by_hand.all_rows(lm)
@@ -216,7 +218,7 @@ def test_distance_is_not_squared_ignores_padding_and_has_a_gradient_of_zero_at_z
     states[0, 2] = math.nan  # padding may hold anything
     states.requires_grad_(True)
     frozen, positions = torch.zeros(1, 3, 2), torch.tensor([[True, True, False]])
-    value = hidden_distance([states, states], [frozen, frozen], positions, relative=False)
+    value = hidden_distance([states, states], [frozen, frozen], positions, relative=None)
     assert value.tolist() == [5.0]
     value.sum().backward()  # type: ignore[no-untyped-call]
     assert states.grad is not None

@@ -268,4 +268,4 @@ def test_the_recipe_begins_with_random_mapping_and_then_resists() -> None:
     paper: Any = Recipe.named("tar@paper")
     assert (paper.harden.inner_steps, paper.harden.every, paper.harden.weight) == (64, 4, 4)
     assert paper.training.max_steps - paper.harden.after_steps == 750
-    assert (paper.keep.likelihood, paper.keep.relative, paper.keep.blocks) == (1, False, None)
+    assert (paper.keep.likelihood, paper.keep.relative, paper.keep.blocks) == (1, None, None)
