@@ -190,6 +190,12 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
     if isinstance(lm, Intervened):
         interventions = [*lm.interventions, *interventions]
         lm = lm.bare
+    elif lm.interveners is not None:
+        raise ModelError(
+            "a router is on the model, and interventions cannot stand on it.",
+            where=lm.name,
+            hint="Take the router off first, or intervene on the bare model.",
+        )
     for place, one in enumerate(interventions):
         below = interventions[:place]
         if one.extends is not None and one.extends not in {other.identity for other in below}:

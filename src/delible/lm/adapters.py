@@ -20,7 +20,9 @@ _BASE = "__base__"
 
 
 def names_of(lm: Body) -> tuple[str, ...]:
-    """The adapters that a model has, whether they are on or not."""
+    """The adapters that a model has, whether they are on or not; of a router its requests."""
+    if lm.routes is not None:
+        return lm.routes
     return tuple(getattr(lm.model, "peft_config", None) or ())
 
 
@@ -44,6 +46,10 @@ def wearing(lm: Body, name: str | None) -> Iterator[None]:
     """Within it one of the adapters is on: by name, none (""), or whichever is on (None)."""
     if name is None or not names_of(lm):
         yield
+        return
+    if lm.routes is not None:
+        with lm.routing(name):
+            yield
         return
     with turn(lm.core):
         if name:
@@ -73,6 +79,8 @@ def each_its_own(lm: Body, names: Sequence[str | None]) -> Any:
     """
     if all(name is None for name in names):
         return nullcontext()
+    if lm.routes is not None:
+        return lm.routing(names)
     if len(set(names)) == 1:
         return wearing(lm, names[0])
     own = [lm.model.active_adapter if name is None else name or _BASE for name in names]

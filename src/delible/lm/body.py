@@ -139,6 +139,12 @@ class Body:
 
     #: Whose interventions act when this model is asked; a bare model has none.
     interveners: object | None = None
+    #: Ids of the requests whose adapters a router chooses among; None: there is no router.
+    routes: tuple[str, ...] | None = None
+
+    def routing(self, names: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        """Within it a router is told whose adapter answers: for all rows, or for each of them."""
+        return nullcontext()
 
     def intervening(self) -> AbstractContextManager[None]:
         """Context of a call of the backbone, in which interventions are in their places."""

@@ -77,7 +77,7 @@ class SentenceEncoder:
         """
         import torch
 
-        tokenizer, model, max_tokens = self._loaded
+        tokenizer, model, max_tokens = self.parts
         vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
         if not texts:
             return vectors
@@ -94,7 +94,12 @@ class SentenceEncoder:
         return vectors
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any, int]:
+    def parts(self) -> tuple[Any, Any, int]:
+        """Tokenizer, model (in evaluation mode) and the most tokens that it reads of a text.
+
+        Raises:
+            ModelError: The folder holds no such encoder.
+        """
         import torch
         from transformers import AutoModel, AutoTokenizer
 

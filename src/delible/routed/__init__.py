@@ -1,0 +1,1 @@
+"""Adapters behind a gate: which of them answer, request by request and token by token."""
