@@ -142,6 +142,9 @@ class Body:
     #: Ids of the requests whose adapters a router chooses among; None: there is no router.
     routes: tuple[str, ...] | None = None
 
+    #: Adapters of earlier requests that do not act while another one is trained.
+    earlier_adapters: Sequence[Any] = ()
+
     def routing(self, names: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
         """Within it a router is told whose adapter answers: for all rows, or for each of them."""
         return nullcontext()

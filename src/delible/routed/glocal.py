@@ -98,7 +98,7 @@ def one_class(
     Minimises 1/2 |w|^2 - rho + 1 / (nu n) sum_i max(0, rho - w . x_i), in its dual: min 1/2 |sum_i
     a_i x_i|^2 with 0 <= a_i <= 1 / (nu n) and sum a = 1, by the pair of points that breaks the
     conditions most (Scholkopf et al. 2001). Points are scaled to a mean square of 1, so that the
-    tolerance means the same for all; w and rho are for the points as given.
+    tolerance means the same for all; w and rho are those of the points as given.
 
     Args:
         nu: Bound of the share of points outside, in (0, 1].
@@ -134,7 +134,7 @@ def one_class(
         lower = gradient[weights >= bound - TINY].max()
         upper = gradient[weights <= TINY].min() if (weights <= TINY).any() else lower
         rho = float((lower + upper) / 2)
-    return weights @ scaled / unit, rho
+    return weights @ points, rho * unit**2
 
 
 def soft_weight(

@@ -94,7 +94,7 @@ class RequestRouter(Router):
         return RequestRouter((*self.parts, member), self.loads, self.learned_on)
 
     def without(self, names: Sequence[str]) -> RequestRouter:
-        self.check_members(names)
+        names = self.named(names)
         left = tuple(one for one in self.parts if one.request not in names)
         taken = [place for place, one in enumerate(self.parts) if one.request in names]
         if self.loads == "cumulative" and taken and min(taken) < len(left):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from delible.errors import RunError, nearest
+from delible.errors import RunError
 from delible.lm.layout import Layout
 
 if TYPE_CHECKING:
@@ -120,19 +120,26 @@ class Router(ABC):
             RunError: It has no such member, or it cannot be taken out alone; says why.
         """
 
-    def check_members(self, names: Sequence[str]) -> None:
-        """Refuses names of requests that are not in it.
+    def named(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The ids of requests, from their ids or beginnings of them that are like no other.
 
         Raises:
-            RunError: Names those that it has.
+            RunError: It has no such request, or several; names those that it has.
         """
+        found = []
         for name in names:
-            if name not in self.members:
+            fitting = [one for one in self.members if one.startswith(name)]
+            if name in self.members:
+                fitting = [name]
+            if not name or len(fitting) != 1:
+                told = f"the router has {'several requests' if fitting else 'no request'} '{name}'."
                 raise RunError(
-                    f"the router has no request '{name}'.",
+                    told,
                     where="router",
-                    hint=nearest(name, self.members) if self.members else "It has none.",
+                    hint=f"It has: {', '.join(self.members)}." if self.members else "It has none.",
                 )
+            found += fitting
+        return tuple(dict.fromkeys(found))
 
 
 __all__ = ["Acting", "Call", "Router"]
