@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from delible.lm.anatomy import Anatomy
+from delible.lm.layout import Make
 from delible.lm.template import Template
 from delible.precision import Resolved, computing_in
 
@@ -141,6 +142,9 @@ class Body:
     interveners: object | None = None
     #: Ids of the requests whose adapters a router chooses among; None: there is no router.
     routes: tuple[str, ...] | None = None
+
+    def about_to_call(self, make: Make) -> None:
+        """A call of the backbone will follow, with this layout: the time to ask it other things."""
 
     #: Adapters of earlier requests that do not act while another one is trained.
     earlier_adapters: Sequence[Any] = ()

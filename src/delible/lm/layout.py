@@ -97,6 +97,7 @@ def told(lm: Body, make: Make, step: Callable[[], int] = lambda: 0) -> Iterator[
         step: Counts the calls of the backbone, where there are several.
     """
     with turn(lm.core), lm.intervening(), asked(lm.interveners):
+        lm.about_to_call(make)
         before = _CURRENT.set(_Told(make, step))
         try:
             yield

@@ -33,7 +33,7 @@ from delible.lm.lm import LM, language_model
 from delible.made import Made
 from delible.method import Outcome
 from delible.ranges import Range, scales
-from delible.records import ForgetRequest, RecordBase
+from delible.records import ForgetRequest, Passage, RecordBase
 from delible.registry import register
 from delible.routed.detector import Detector, DetectorOptions
 from delible.routed.features import EncoderFeatures, Features, StateFeatures
@@ -204,14 +204,13 @@ class O3(DetectorOptions, Procedure):
 
 def texts_of(records: Sequence[RecordBase]) -> list[str]:
     """What is asked by records, in all their wordings; of a passage its text."""
-    found = []
+    found: list[str] = []
     for record in records:
-        prompt = ask(record)
-        if prompt is None:
-            continue
-        turns = [turn.text for turn in prompt.messages if turn.role == "user"]
-        found += [*turns[-1:], *([prompt.text] if prompt.text else [])]
-        found += list(getattr(record, "paraphrases", ()))
+        if isinstance(record, Passage):
+            found.append(record.text)
+        elif (prompt := ask(record)) is not None:
+            turns = [turn.text for turn in prompt.messages if turn.role == "user"]
+            found += [*turns[-1:], *getattr(record, "paraphrases", ())]
     return [text for text in found if text.strip()]
 
 

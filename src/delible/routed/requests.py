@@ -209,6 +209,10 @@ class _ByRequest:
         self._weights: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
         self._laid: OrderedDict[tuple[int, ...], dict[str, _Laid]] = OrderedDict()
         self._plan: tuple[dict[str, _Laid], Tensor] | None = None
+        self.asks_the_model = any(one.detector.options.backbone == "states" for one in parts)
+
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+        self.weights(prompts)
 
     # ---- the gate
 

@@ -26,12 +26,18 @@ class Acting(Protocol):
     Attributes:
         paths: Modules beside which products stand.
         watched: Modules whose input is to be seen before (:meth:`sees`).
+        asks_the_model: Whether its gate asks the bare model (:meth:`prepare`).
         shares: Whether what texts share may be computed once, as long as :meth:`alike` allows it.
     """
 
     paths: Sequence[str]
     watched: Sequence[str]
+    asks_the_model: bool
     shares: bool
+
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prompts that a call of the backbone will have; the model may be asked now."""
+        ...
 
     def begins(self, layout: Layout, forced: Sequence[str | None] | None, call: Call) -> bool:
         """A call of the backbone begins; whether anything acts in it.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from delible.errors import ModelError, RunError
 from delible.lm.body import Budget
 from delible.lm.identity import only_reads
-from delible.lm.layout import asked, current_layout, is_asked, turn
+from delible.lm.layout import Make, asked, current_layout, is_asked, turn
 from delible.lm.lm import LM
 from delible.routed.router import Router
 
@@ -144,6 +144,11 @@ class Routed(LM):
         """Within it the router sees calls of the backbone."""
         with self._hooks.on():
             yield
+
+    def about_to_call(self, make: Make) -> None:
+        """Lets a gate that reads the model's own states do so before the call is set up."""
+        if self.acting.asks_the_model:
+            self.acting.prepare(make(0).prompts)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

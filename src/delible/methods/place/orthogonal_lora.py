@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +98,9 @@ class OrthogonalLoRA(Place):
         inner: Place = build("place", {"name": "lora", **own})
         lm = context.lm
         known = [LowRank.load(Path(one)) for one in self.earlier] + list(lm.earlier_adapters)
-        placement = inner.apply(context)
+        # other draws than those of the adapters before it, which had the same seed
+        draws = context.generator(f"place.orthogonal_lora/{len(known)}").initial_seed()
+        placement = inner.apply(replace(context, seed=draws))
         downs = _downs(lm.core)
         if self.start == "last" and known:
             _copy(lm.core, known[-1])
