@@ -16,7 +16,7 @@ by likeness alone. A block is skipped by a hook instead of being set to 0. The c
 quantiles of IMP on records to be kept (6 and 12 there, of one model); IMP is the mean over a
 request's records. KL is that from the reference (there: the cross-entropy the other way, which
 sharpens). AdamW's second moments decay by 0.999, the cosine ends at 0; blocks of text are batches
-of records. At most half of the blocks move. Optimiser state begins anew with each request, as there.
+of records. At most half of the blocks move. Optimiser state begins anew with each request.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Fit(Procedure):
 
     def run(self, work: Work) -> Outcome:
         lm, encoder = work.lm, sentence_encoder(self.encoder_folder)
-        first = described(work.system) if opens_again(work.system) else None
+        start = self._begun_from(work)
         told = {"encoder": encoder.identity}
         if work.earlier is not None and work.earlier["encoder"] != encoder.identity:
             raise RunError(
@@ -213,7 +213,7 @@ class Fit(Procedure):
             notes["skipped"] = (
                 "everything in it is like what was forgotten before: nothing is trained."
             )
-            return Outcome(lm, "model", lm, notes, remembers=self._left(work, filtered, None, {}))
+            return Outcome(lm, "model", lm, notes, remembers=self._left(work, start, filtered))
         ranked = work.stage(
             "attribute", lambda stage: Made({"scores": skipping_scores(
                 lm, kept, self.attribution_tokens)}),
@@ -224,13 +224,13 @@ class Fit(Procedure):
         recipe = self.recipe(which, chosen)
         rows = {"forget": kept, "retain": (*work.request.retain, *work.request.neighbours)}
         check_needs(recipe, rows, None)
-        before = {} if first is not None or self._named(work) else _values(lm, chosen)
+        before = {} if start is not None else _values(lm, chosen)
         work.train("update", recipe, records=rows, reference=self._start(work))
         notes |= {
             "layers": chosen, "importance": weighed["importance"], "tier": which,
             "cutoffs": weighed["cutoffs"],
         }  # fmt: skip
-        left = self._left(work, filtered, weighed["cutoffs"], before)
+        left = self._left(work, start, filtered, weighed["cutoffs"], before)
         return Outcome(work.lm, "model", work.lm, notes, remembers=left)
 
     def _filter(self, stage: Stage, work: Work, encoder: Encoder) -> Made:
@@ -305,8 +305,14 @@ class Fit(Procedure):
 
     # ---- what is left for the next request
 
-    def _named(self, work: Work) -> bool:
-        return work.earlier is not None and work.earlier["start"] is not None
+    def _begun_from(self, work: Work) -> dict[str, Any] | None:
+        """What opens the model before the first request; None: nothing, it is only in memory."""
+        if work.earlier is not None:
+            found: dict[str, Any] | None = work.earlier["start"]
+            return found
+        if not opens_again(work.system):
+            return None
+        return {"name": described(work.system).name, "identity": work.start}
 
     def _start(self, work: Work) -> LM | None:
         """The model before the first request; None: it is this one.
@@ -335,19 +341,17 @@ class Fit(Procedure):
         return lm
 
     def _left(
-        self, work: Work, filtered: Made, cutoffs: Sequence[float] | None,
-        before: Mapping[str, Tensor],
+        self, work: Work, start: dict[str, Any] | None, filtered: Made,
+        cutoffs: Sequence[float] | None = None, before: Mapping[str, Tensor] | None = None,
     ) -> Made:  # fmt: skip
-        vectors, start = filtered.tensors["vectors"], None
+        vectors = filtered.tensors["vectors"]
         old: Mapping[str, Tensor] = {}
         if work.earlier is not None:
-            old, start = work.earlier.tensors, work.earlier["start"]
+            old = work.earlier.tensors
             vectors = torch.cat([old["vectors"], vectors])
             cutoffs = cutoffs or work.earlier["cutoffs"]
-        elif opens_again(work.system) and work.start is not None:
-            start = {"name": described(work.system).name, "identity": work.start}
         kept = {name: one for name, one in old.items() if name.startswith(START)}
-        moved = {f"{START}{name}": value for name, value in before.items()}
+        moved = {f"{START}{name}": value for name, value in (before or {}).items()}
         data = {
             "encoder": sentence_encoder(self.encoder_folder).identity, "cutoffs": cutoffs,
             "start": start,
