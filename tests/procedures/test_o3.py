@@ -79,8 +79,9 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     system, values = str(place / "model"), [measured(base)]
     for number, request in enumerate(REQUESTS, start=1):
         found = delible.unlearn(
-            system, request, method=method, out=place / f"run{number}", measured=False
-        )
+            system, request, method=method, out=place / f"run{number}", measured=False,
+            verify=False,  # one test below does it
+        )  # fmt: skip
         system = str(place / f"run{number}")
         assert isinstance(found.system, Routed)
         values.append(measured(opened(Path(system))))
