@@ -17,12 +17,13 @@ from delible.registry import register
 from delible.routed.requests import RequestRouter
 from delible.routed.router import Router as Routing
 from delible.routed.system import Routed, routed
+from delible.routed.tokens import TokenRouter
 from delible.system.artefact import Artefact
 from delible.system.base import System
 from delible.systems.artefact_kind import ArtefactKind
 
 #: By the form that ``artefact.yaml`` names.
-_FORMS: dict[str, type[Routing]] = {one.form: one for one in (RequestRouter,)}
+_FORMS: dict[str, type[Routing]] = {one.form: one for one in (RequestRouter, TokenRouter)}
 
 
 @register(

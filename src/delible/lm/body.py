@@ -143,6 +143,9 @@ class Body:
     #: Ids of the requests whose adapters a router chooses among; None: there is no router.
     routes: tuple[str, ...] | None = None
 
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        """The logits from which the next token of rows that go on is chosen."""
+
     def about_to_call(self, make: Make) -> None:
         """A call of the backbone will follow, with this layout: the time to ask it other things."""
 

@@ -155,6 +155,7 @@ class Speaking:
         logits = self.lm.head(self._states).float()
         numbers = logits.amax(dim=1).isfinite().tolist()  # the largest of NaNs is NaN
         tokens = self.choose(logits, self.rows)
+        self.lm.spoken(self.rows, logits)
         for row, token, fine in zip(self.rows, tokens, numbers, strict=True):
             if row.finish is None:
                 row.finish = heard(self.lm, row, token) if fine else "broken"
@@ -168,6 +169,7 @@ class Speaking:
             lambda: [row.prompt for row in self.rows],
             lambda: [len(row.said) for row in self.rows],
             self._mask.device,
+            lambda: [row.doubt for row in self.rows],
         )
         adapters = each_its_own(self.lm, [row.adapter for row in self.rows])
         with turn(self.lm.core), token_by_token(self.lm), adapters:
@@ -272,6 +274,7 @@ def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> N
 
     def forced(ids: Tensor, logits: Tensor) -> Tensor:
         token = choose(logits.float(), [row])[0]
+        lm.spoken([row], logits.float())
         row.finish = heard(lm, row, token) if bool(logits.amax().isfinite()) else "broken"
         only = torch.full_like(logits, -math.inf)
         only[0, token] = 0.0
@@ -281,7 +284,9 @@ def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> N
         return torch.tensor([row.finish is not None], device=ids.device)
 
     ids = torch.tensor([list(prompt)], device=lm.device)
-    layout = one_more(lambda: [prompt], lambda: [len(row.said)], lm.device)
+    layout = one_more(
+        lambda: [prompt], lambda: [len(row.said)], lm.device, lambda: [row.doubt]
+    )
     with plain_settings(lm), told(lm, layout, lambda: len(row.said)):
         lm.core.generate(
             ids,

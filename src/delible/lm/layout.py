@@ -34,6 +34,7 @@ class Layout:
             (a beginning, a node of a tree) names one of them; their prompts agree up to there.
         place: Where in its text each token stands, from 0.
         predicts: Whether a token's final state predicts a token of an answer.
+        doubts: What a router noted of the newest token of each row; empty where nobody does.
         known: Room for what is derived from it, for the time of the call.
     """
 
@@ -41,6 +42,7 @@ class Layout:
     text: Int[Tensor, "rows new"]
     place: Int[Tensor, "rows new"]
     predicts: Bool[Tensor, "rows new"]
+    doubts: Sequence[float | None] = ()
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -219,6 +221,7 @@ def one_more(
     prompts: Callable[[], Sequence[Sequence[int]]],
     said: Callable[[], Sequence[int]],
     device: torch.device | str,
+    doubts: Callable[[], Sequence[float | None]] = lambda: (),
 ) -> Make:
     """The newest tokens of rows that are being continued; of one row also its whole prompt.
 
@@ -226,6 +229,7 @@ def one_more(
         prompts: The rows' prompts.
         said: How many tokens each row has said.
         device: Where the rows are.
+        doubts: See :class:`Layout`.
     """
 
     def make(tokens: int) -> Layout:
@@ -235,7 +239,7 @@ def one_more(
         ends = lengths + torch.tensor(list(said()), device=device)
         place = ends[:, None] - new + torch.arange(new, device=device)[None]
         owner = torch.arange(len(texts), device=device)[:, None].expand_as(place)
-        return Layout(texts, owner, place, place >= lengths[:, None] - 1)
+        return Layout(texts, owner, place, place >= lengths[:, None] - 1, doubts())
 
     return make
 

@@ -38,6 +38,7 @@ class Row:
             numbers; None while it goes on.
         prompt: The tokens that it continues, once it has begun.
         adapter: Which of the model's adapters speaks; see :class:`Prompt`.
+        doubt: What a router noted of its next token (:meth:`Body.spoken`).
     """
 
     decoding: Decoding
@@ -46,6 +47,7 @@ class Row:
     finish: Finish | None = None
     prompt: Sequence[int] = ()
     adapter: str | None = None
+    doubt: float | None = None
 
     @cached_property
     def draw(self) -> random.Random:

@@ -32,7 +32,7 @@ from delible.lm.body import Body
 from delible.lm.forward import collate
 from delible.lm.hooks import capture
 from delible.lm.identity import only_reads
-from delible.lm.layout import asked, padded_rows, told, turn
+from delible.lm.layout import asked, is_asked, padded_rows, told, turn
 from delible.lm.template import Encoded
 
 if TYPE_CHECKING:
@@ -203,11 +203,15 @@ def _collected(
 
     def keep(stream: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, output: Any) -> None:
+            if not is_asked(lm.interveners):  # a router's own look at the bare model
+                return
             seen.setdefault(stream, []).append(_flat(output)[chosen])
 
         return only_reads(hook)  # type: ignore[no-any-return]
 
     def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not is_asked(lm.interveners):
+            return
         states = _flat(given[0] if given else named["hidden_states"])
         seen.setdefault("input", []).append(states[chosen])
 

@@ -278,6 +278,9 @@ class _ByRequest:
 
     # ---- at work
 
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        return
+
     def begins(self, layout: Layout, forced: Sequence[str | None] | None, call: Call) -> bool:
         rows = self._rows(layout, forced)
         active = tuple(np.flatnonzero(rows.any(axis=0)).tolist())

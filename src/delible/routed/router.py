@@ -39,6 +39,10 @@ class Acting(Protocol):
         """Prompts that a call of the backbone will have; the model may be asked now."""
         ...
 
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        """The logits [row, vocabulary] from which the next tokens of rows are chosen."""
+        ...
+
     def begins(self, layout: Layout, forced: Sequence[str | None] | None, call: Call) -> bool:
         """A call of the backbone begins; whether anything acts in it.
 

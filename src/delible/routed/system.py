@@ -145,6 +145,10 @@ class Routed(LM):
         with self._hooks.on():
             yield
 
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        """Lets a router that goes by how sure the model is note that."""
+        self.acting.spoken(rows, logits)
+
     def about_to_call(self, make: Make) -> None:
         """Lets a gate that reads the model's own states do so before the call is set up."""
         if self.acting.asks_the_model:
