@@ -1,4 +1,4 @@
-"""Three requests about people, a model that was taught about them, and an encoder of their words."""
+"""Three requests about people, a model that was taught about them, an encoder of their words."""
 
 from __future__ import annotations
 
@@ -31,9 +31,18 @@ OTHERS = (("is it cold in winter ?", "yes"), ("how many legs has a cat ?", "four
 
 def about(name: str) -> tuple[QA, ...]:
     return tuple(
-        QA(question=asked.format(name), answer=answer, subject=name, paraphrases=(other.format(name),))
+        QA(
+            question=asked.format(name),
+            answer=answer,
+            subject=name,
+            paraphrases=(other.format(name),),
+        )
         for (asked, other), answer in zip(FACTS, ANSWERS[name], strict=True)
     )
+
+
+def reworded(record: QA) -> QA:
+    return record.model_copy(update={"question": record.paraphrases[0]})
 
 
 RETAIN = (*about("dee"), *(QA(question=question, answer=answer) for question, answer in OTHERS))
@@ -45,9 +54,10 @@ def _taught() -> LM:
     lm = LM(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), precision="float32")
     recipe = Recipe.from_mapping({
         "objective": "finetune",
-        "training": {"learning_rate": 6e-3, "epochs": 60, "batch_size": 22, "precision": "float32"},
+        "training": {"learning_rate": 6e-3, "epochs": 60, "batch_size": 34, "precision": "float32"},
     })  # fmt: skip
-    rows = [record for name in ANSWERS for record in about(name)] + list(RETAIN[4:])
+    rows = [record for name in ANSWERS for one in about(name) for record in (one, reworded(one))]
+    rows += RETAIN[4:]
     Trainer(lm, recipe, {"forget": rows, "retain": ()}).train()
     return lm
 
@@ -80,10 +90,7 @@ def encoder(folder: Path) -> Path:
 
 def probability(lm: LM, records: tuple[QA, ...], *, other: bool = False) -> float:
     """The mean of the answers' probabilities, asked as in the records or in other words."""
-    asked = [
-        record.model_copy(update={"question": record.paraphrases[0]}) if other else record
-        for record in records
-    ]
+    asked = [reworded(record) if other else record for record in records]
     found = lm.score([Score(prompt, answer_of(one)) for one in asked if (prompt := ask(one))])
     each = [one.logprobs.sum() for one in found if isinstance(one, TokenScores)]
     return float(torch.tensor(each).exp().mean())

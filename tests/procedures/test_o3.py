@@ -21,7 +21,7 @@ from delible.lm.lm import LM
 from delible.loaders import write_records
 from delible.methods.place.orthogonal_lora import overlap, overlap_gradient
 from delible.procedures.o3 import O3, texts_of
-from delible.records import Passage, ForgetRequest
+from delible.records import ForgetRequest, Passage
 from delible.routed.detector import Detector, DetectorOptions
 from delible.routed.features import EncoderFeatures
 from delible.routed.low_rank import LowRank, worn
@@ -90,12 +90,12 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
 
 def test_each_request_is_forgotten_and_stays_so(walk: Walk) -> None:
     before = walk.values[0]
-    assert all(value > 0.9 for name, value in before.items() if not name.endswith("'"))
+    assert all(value > 0.9 for value in before.values())
     for number, name in enumerate(("ada", "bo", "cy"), start=1):
         for later in walk.values[number:]:
             assert later[name] < 0.05, "the request is not forgotten"
             assert abs(later[name] - walk.values[number][name]) < 0.1
-            assert later[f"{name}'"] < 0.5 * before[f"{name}'"] + 0.01, "not in other words"
+            assert later[f"{name}'"] < 0.4, "not in other words"
         for earlier in walk.values[:number]:
             assert earlier[name] == pytest.approx(before[name], abs=1e-6)
 
@@ -156,7 +156,8 @@ def test_one_request_of_several_is_taken_back_exactly(
     capsys.readouterr()
     assert main(["undo", str(run), "--only", "nobody"]) != 0
     told = capsys.readouterr().err
-    assert "no request 'nobody'" in told and first in told
+    assert "no request 'nobody'" in told
+    assert first in told
     assert main(["undo", str(run)]) == 0
     assert opened(run).fingerprint == walk.base.fingerprint
     assert main(["undo", str(run), "--back"]) == 0
@@ -307,7 +308,7 @@ def test_orthogonality_holds_after_training() -> None:
 def placed(*earlier: LowRank, **options: Any) -> LowRank:
     """Where an adapter starts."""
     recipe = Recipe.from_mapping({
-        "objective": "idk", "place": {"name": "orthogonal_lora", **{"rank": 4, **options}},
+        "objective": "idk", "place": {"name": "orthogonal_lora", "rank": 4, **options},
         "training": {"learning_rate": 1e-6, "max_steps": 1, "precision": "float32"},
     })  # fmt: skip
     lm = taught()

@@ -96,10 +96,12 @@ def test_a_question_can_name_a_request_and_an_unknown_one_is_refused() -> None:
     found = by_hand(lm)
     asked = [
         Prompt(one.messages, adapter=name)
-        for one, name in zip(PROMPTS, (REQUESTS[1], "", None, REQUESTS[0], REQUESTS[0]), strict=True)
+        for one, name in zip(
+            PROMPTS, (REQUESTS[1], "", None, REQUESTS[0], REQUESTS[0]), strict=True
+        )
     ]
     require_all(lm, found, asked)
-    with pytest.raises(ModelError, match="no adapter 'who'.*It has: aaaaaaaa, bbbbbbbb"):
+    with pytest.raises(ModelError, match=r"no adapter 'who'.*It has: aaaaaaaa, bbbbbbbb"):
         found.generate([Prompt(PROMPTS[0].messages, adapter="who")], Decoding(2))
 
 
@@ -143,7 +145,8 @@ def test_a_closed_gate_is_the_bare_model_bit_by_bit() -> None:
         with torch.no_grad():
             plain = torch.nn.functional.linear(received.clone(), module.weight, module.bias)
         same = (plain == out.clone()).reshape(-1, out.shape[-1]).all(1)
-        assert bool(same.any()) and not bool(same.all())
+        assert bool(same.any())
+        assert not bool(same.all())
 
 
 def test_the_gate_is_asked_once_for_each_prompt() -> None:
@@ -175,7 +178,8 @@ def test_what_is_read_is_what_was_asked() -> None:
     turns = Prompt.ask("Who is Ada?").messages
     talk = Prompt((*turns, type(turns[0])(role="assistant", content="A poet"), *turns))
     pieces = read(template.prompt_ids(talk))
-    assert "Who is Ada?" in pieces and "A poet" in "".join(pieces)
+    assert "Who is Ada?" in pieces
+    assert "A poet" in "".join(pieces)
 
 
 def test_fingerprint_follows_whatever_changes_answers() -> None:

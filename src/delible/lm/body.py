@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from delible.lm.anatomy import Anatomy
-from delible.lm.layout import Make
 from delible.lm.template import Template
 from delible.precision import Resolved, computing_in
 
@@ -146,7 +145,7 @@ class Body:
     def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
         """The logits from which the next token of rows that go on is chosen."""
 
-    def about_to_call(self, make: Make) -> None:
+    def about_to_call(self, make: Callable[[int], Any]) -> None:
         """A call of the backbone will follow, with this layout: the time to ask it other things."""
 
     #: Adapters of earlier requests that do not act while another one is trained.

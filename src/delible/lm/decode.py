@@ -284,9 +284,7 @@ def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> N
         return torch.tensor([row.finish is not None], device=ids.device)
 
     ids = torch.tensor([list(prompt)], device=lm.device)
-    layout = one_more(
-        lambda: [prompt], lambda: [len(row.said)], lm.device, lambda: [row.doubt]
-    )
+    layout = one_more(lambda: [prompt], lambda: [len(row.said)], lm.device, lambda: [row.doubt])
     with plain_settings(lm), told(lm, layout, lambda: len(row.said)):
         lm.core.generate(
             ids,

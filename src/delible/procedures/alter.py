@@ -11,9 +11,9 @@ IHL = 1 + p(y) - max of the others' p. How tokens are routed: ``routed/tokens.py
 
 Paper: arXiv 2603.01792 (AAAI 2026). The authors' repository holds no code, so this is no
 reproduction: what follows is our completion of public descriptions. The structural term is the
-distance to A as stage `structure` left it; W_g [h ; S] is one gate per block, whose rows start as the
-domains' mean states; an entropy labels the token that it predicted; B start at 0 but for B_r, which
-is learned beside A from the first step on; A's tokens are those of whole texts, since memorised
+distance to A as stage `structure` left it; W_g [h ; S] is one gate per block, whose rows start as
+the domains' mean states; an entropy labels the token that it predicted; B start at 0; B_r is
+learned beside A from the first step on; A's tokens are those of whole texts, since memorised
 answers hold hardly any that are hard to predict.
 """
 
@@ -200,9 +200,7 @@ class Alter(Procedure):
             scale=self.alpha / self.rank,
         )  # fmt: skip
 
-    def _start(
-        self, stage: Stage, lm: LM, request: ForgetRequest, rows: Sequence[Encoded]
-    ) -> Made:
+    def _start(self, stage: Stage, lm: LM, request: ForgetRequest, rows: Sequence[Encoded]) -> Made:
         """Domains, gates from their mean states, A at random and all B at 0."""
         spans = [Span(row, 0, len(row.ids)) for row in rows]
         means: list[Any] = [None] * len(rows)
@@ -256,9 +254,7 @@ def encoded(lm: LM, records: Sequence[RecordBase]) -> list[Encoded]:
     rows = []
     for record in records:
         if (prompt := ask(record)) is not None:
-            rows.append(
-                lm.template.encode(prompt, answer_of(record) if has_answer(record) else "")
-            )
+            rows.append(lm.template.encode(prompt, answer_of(record) if has_answer(record) else ""))
     return rows
 
 
@@ -299,9 +295,7 @@ class _Training:
     def model(self, tensors: Mapping[str, Tensor], order: float) -> tuple[Routed, ByToken]:
         """The model with experts that can move."""
         options = self.options
-        split = {
-            name: one for name, one in tensors.items() if not name.endswith(".forget")
-        }
+        split = {name: one for name, one in tensors.items() if not name.endswith(".forget")}
         whole = TokenRouter(self.names, options.routing(order), {**split, **{
             name: one for name, one in tensors.items() if name.endswith(".forget")
         }})  # fmt: skip
@@ -465,7 +459,7 @@ class _Moves:
             one.grad = None
         for name, gradient in zip(wanted, gradients, strict=True):
             tensors[name].grad = gradient
-        optimizer = self.optimizers.get(part)
+        optimizer: torch.optim.Optimizer | None = self.optimizers.get(part)
         if domain is not None:
             optimizer = self.by_domain.setdefault(
                 domain, torch.optim.AdamW(self.groups, weight_decay=0.0)

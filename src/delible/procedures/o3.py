@@ -6,14 +6,14 @@ look like. Of each prompt the detectors say, once, how much of which adapter it 
 is the model's own, bit by bit). The records may be deleted then.
 
 Paper: arXiv 2407.10223 (ICLR 2025). Reference code: github.com/GCYZSL/O3-LLM-UNLEARNING. The parts:
-place `orthogonal_lora`, ``routed/glocal.py`` (scores and weights), ``routed/tuning.py`` (the encoder's
-own training), ``routed/requests.py`` (adapters side by side). Deviations:
+place `orthogonal_lora`, ``routed/glocal.py`` (scores and weights), ``routed/tuning.py`` (how an
+encoder is tuned), ``routed/requests.py`` (adapters side by side). Deviations:
 
 - Each request has an adapter of its own, opened by its own detector, so that a request can be taken
   back alone and exactly. ``adapters="cumulative"`` is as published: one adapter, trained on from
   request to request, loaded with the largest weight that any detector gives.
-- The encoder is used as it is unless ``encoder_epochs`` says otherwise; see ``detector.py`` for what
-  else differs there. Of a conversation every turn is judged, too.
+- The encoder is used as it is unless ``encoder_epochs`` says otherwise; ``detector.py`` says what
+  else differs. Of a conversation every turn is judged, too.
 - The released step functions of the weight were tuned on the test tasks; here a floor closes the
   gate and nothing else changes the weight.
 """
@@ -69,8 +69,8 @@ logger = logging.getLogger(__name__)
     advice="a smaller --floor opens the gate for more wordings; records with paraphrases show the "
     "detector more of them",
     badges=("parity", "variant"),
-    variant="Own adapters per request (exact undo) unless adapters='cumulative'; the encoder is not "
-    "tuned by default; masked means, shrunk covariances, consistent signs.",
+    variant="Own adapters per request (exact undo) unless adapters='cumulative'; the encoder is "
+    "used as it is by default; masked means, shrunk covariances, consistent signs.",
 )
 class O3(DetectorOptions, Procedure):
     """Options of O3: of the adapter, of its training, and of the detector."""
@@ -136,12 +136,12 @@ class O3(DetectorOptions, Procedure):
             }
         on = described(bare) if isinstance(given, Routed) else None
         request, new = work.request, [one.digest for one in work.request.forget]
-        if request.id in router.members or set(new) <= {one for done in known.values() for one in done}:
+        if request.id in router.members or set(new) <= {
+            one for done in known.values() for one in done
+        }:
             logger.warning("o3: the earlier requests cover this one already; nothing is trained.")
             notes = {"covered": True, "requests": list(router.members)}
-            return Outcome(
-                given, "router", given, notes, remembers=Made({"covered": known}), on=on
-            )
+            return Outcome(given, "router", given, notes, remembers=Made({"covered": known}), on=on)
         adapter = self._adapter(work, bare, [one.adapter for one in router.parts])
         detector = self._detector(work, bare)
         notes = _compared(adapter, router.parts)

@@ -1,4 +1,4 @@
-"""Features of a text, layer by layer: of a sentence encoder, or of the model that is asked itself."""
+"""Features of a text, layer by layer: of a sentence encoder, or of the model that is asked."""
 
 from __future__ import annotations
 

@@ -91,7 +91,11 @@ def _unit(features: Array) -> Array:
 
 
 def one_class(
-    points: Float[Array, "text layer"], nu: float, *, sweeps: int = 100_000, tolerance: float = 1e-10
+    points: Float[Array, "text layer"],
+    nu: float,
+    *,
+    sweeps: int = 100_000,
+    tolerance: float = 1e-10,
 ) -> tuple[Float[Array, " layer"], float]:
     """The linear one-class SVM: w and rho of the decision w . x - rho.
 

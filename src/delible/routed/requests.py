@@ -103,7 +103,7 @@ class RequestRouter(Router):
                 "requests, which were trained on from it: it cannot be taken out alone.",
                 where="router",
                 hint="Take out the later ones, too "
-                f"({', '.join(self.members[min(taken):])}), or make the router with "
+                f"({', '.join(self.members[min(taken) :])}), or make the router with "
                 "adapters='own', whose requests are independent of each other.",
             )
         return RequestRouter(left, self.loads, self.learned_on)
@@ -126,9 +126,13 @@ class RequestRouter(Router):
                 tensors = {name: value.contiguous() for name, value in one.detector.tensors.items()}
                 save_file(tensors, target / "tensors.safetensors")
             parts[one.request] = home
-        settings = {"loads": self.loads, "members": self.members, "learned_on": self.learned_on}
+        told: dict[str, Any] = {
+            "loads": self.loads,
+            "members": self.members,
+            "learned_on": self.learned_on,
+        }
         with atomic_folder(folder / "members" / "all") as target:
-            (target / _SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            (target / _SETTINGS).write_text(json.dumps(told, indent=2), encoding="utf-8")
         return {"router": "members/all", **parts}
 
     @classmethod
@@ -184,7 +188,7 @@ class _Laid:
     owner: Int[Tensor, " ranks"]
 
 
-class _ByRequest:
+class _ByRequest(Acting):
     """A router of requests at work."""
 
     watched: Sequence[str] = ()

@@ -61,15 +61,13 @@ class Acting(Protocol):
         """What is added to what a module gives, [token, outer], from what it receives."""
         ...
 
-    def alike(
-        self, shared: int, prompts: Sequence[Sequence[int]], forced: str | None
-    ) -> int:
+    def alike(self, shared: int, prompts: Sequence[Sequence[int]], forced: str | None) -> int:
         """How much of a beginning that prompts share is changed alike in all of them."""
         ...
 
 
 class Call(Protocol):
-    """A call of the backbone: what is asked for, and the backbone itself as it is without router."""
+    """A call of the backbone: what goes in, and the backbone as it is without the router."""
 
     given: tuple[Any, ...]
     named: dict[str, Any]

@@ -3,13 +3,13 @@
     W x  becomes  W x + s (B_r + sum_d g_d B_d) A x
     g = softmax( W_g [h ; S] / tau ),   S = (1 - sum_v p_v^q) / (q - 1)
 
-A and the B of what is kept (B_r) act on every token; of the forget experts B_d the first ``top`` act
-where S is above the threshold (structure), and the best one elsewhere (facts). h is what the block
+A and the B of what is kept (B_r) act on every token; of the forget experts B_d the first ``top``
+act where S is above the threshold (structure), the best one elsewhere (facts). h is what the block
 receives, centred and of unit length, and S the Tsallis entropy of the distribution that predicted
 the token. q -> 1 is the entropy in nats.
 
-S of a prompt, and of an answer that is scored, is that of the bare model, which reads it first; while
-an answer is generated it is that of the answering model's own last step. Nothing is shared between
+S of a prompt, and of an answer that is scored, is that of the bare model, which reads it first;
+while an answer is generated it is that of the answering model's own last step. Nothing is shared between
 texts, and rows are padded: each token's S has to be known before it goes in.
 
 Paper: arXiv 2603.01792 (ALTER); there is no code of the authors, so what is not in the paper's
@@ -48,7 +48,9 @@ class Routing(Config):
     """
 
     order: float = Field(1.1, gt=0, description="q of the entropy that routes.")
-    threshold: float = Field(1.2, gt=0, description="Of the entropy: above it a token is structure.")
+    threshold: float = Field(
+        1.2, gt=0, description="Of the entropy: above it a token is structure."
+    )
     hot: float = Field(0.8, gt=0, description="Temperature of the gate where it is above.")
     cold: float = Field(0.01, gt=0, description="And where it is below: one expert wins.")
     top: int = Field(3, ge=1, description="Forget experts that act on structure, at most.")
@@ -142,9 +144,7 @@ class TokenRouter(Router):
         made = Made.load(place)
         try:
             routing = Routing.build(str(place), **made["routing"])
-            found = cls(
-                made["domains"], routing, made.tensors, made["learned_on"], made["out"]
-            )
+            found = cls(made["domains"], routing, made.tensors, made["learned_on"], made["out"])
             known = made["identity"]
         except KeyError as error:
             raise RunError(f"the router has no {error}.", where=str(place)) from error
@@ -238,7 +238,10 @@ class ByToken(Acting):
             flat = states.reshape(-1, states.shape[-1])
             size = max(1, HEAD_CHUNK_ELEMENTS // self.lm.vocabulary)
             entropies = torch.cat(
-                [tsallis(self.lm.head(part).float(), self.routing.order) for part in flat.split(size)]
+                [
+                    tsallis(self.lm.head(part).float(), self.routing.order)
+                    for part in flat.split(size)
+                ]
             ).reshape(ids.shape)
         found[:, 1:] = entropies[:, :-1]
         found = torch.where(layout.place == 0, self._first, found)

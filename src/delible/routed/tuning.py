@@ -161,7 +161,9 @@ def tune(
         tensors[f"{path}.A"] = ((2 * drawn - 1) * bound).requires_grad_()
         tensors[f"{path}.B"] = torch.zeros(outer, how.rank, requires_grad=True)  # type: ignore[arg-type]
     full = max(1, len(texts) // how.batch_size)
-    batches = [texts[start * how.batch_size : (start + 1) * how.batch_size] for start in range(full)]
+    batches = [
+        texts[start * how.batch_size : (start + 1) * how.batch_size] for start in range(full)
+    ]
     total = full * how.epochs
     optimizer = torch.optim.AdamW(
         list(tensors.values()), lr=how.learning_rate, weight_decay=how.weight_decay

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -141,9 +141,13 @@ def _copy(core: nn.Module, adapter: LowRank) -> None:
         RecipeError: It has another rank or other matrices.
     """
     for path, down in _downs(core).items():
-        module = core.get_submodule(path)
+        module: Any = core.get_submodule(path)
         pair = adapter.pairs.get(path)
-        if pair is None or pair[0].shape != down.shape or module.scaling["default"] != adapter.scale:
+        if (
+            pair is None
+            or pair[0].shape != down.shape
+            or module.scaling["default"] != adapter.scale
+        ):
             raise RecipeError(
                 "it cannot start from the last adapter, which has another rank or scale, or other "
                 "matrices.",
@@ -152,4 +156,4 @@ def _copy(core: nn.Module, adapter: LowRank) -> None:
             )
         with torch.no_grad():
             down.copy_(pair[0])
-            module.lora_B["default"].weight.copy_(pair[1])  # type: ignore[union-attr, operator, index]
+            module.lora_B["default"].weight.copy_(pair[1])
