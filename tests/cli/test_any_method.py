@@ -24,6 +24,7 @@ METHODS = {
     "rocr": ("patch", ["--tokens", "256", "--threshold", "0.3"]),
     "ablate_direction": ("intervention", []),
     "grace": ("codebook", ["--steps", "2"]),
+    "o3": ("router", ["--backbone", "states", "--max-steps", "4", "--learning-rate", "0.02"]),
     "target_detector": ("guard", ["--similarity", "false"]),
 }
 PROMPTS = [Prompt.ask(record.question) for record in (*FORGET, *RETAIN)]

@@ -78,6 +78,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
+    ("procedure", "o3"): {"backbone": "states", "max_steps": 3, "learning_rate": 1e-2},
+    ("procedure", "alter"): {"epochs": 1, "structure_epochs": 1, "learning_rate": 1e-2},
     # random models: what is written for one question moves every other one
     ("editor", "rome"): {**EDITING, "covariance": False},
     ("editor", "memit"): {**EDITING, "tokens": 512},

@@ -15,13 +15,13 @@ from delible.cli import main
 from delible.context import Context
 from delible.errors import ModelError, RecipeError
 from delible.loaders import write_records
-from delible.procedures.alter import Alter, _Moves, _Training, domains_of, encoded, k_means
+from delible.procedures.alter import Alter, domains_of, encoded, k_means
 from delible.records import QA, ForgetRequest
 from delible.routed.system import Routed
 from delible.routed.tokens import TokenRouter
+from delible.stages.experts import ExpertTraining, Moves
 from delible.stages.work import Stage, Work
 from delible.system.asks import Decoding, Prompt
-from delible.testing import check
 
 REQUEST = ForgetRequest(forget=(*about("ada"), *about("bo")), retain=(*RETAIN, *about("cy")))
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-2, "epochs": 30, "batch_size": 12}
@@ -47,13 +47,15 @@ def test_two_domains_are_forgotten_and_the_rest_is_kept() -> None:
     assert together[4:] == lm.generate(prompts, Decoding(8))[4:]
 
 
-def training(tmp: Path | None = None, **options: Any) -> tuple[_Training, Any]:
+def training(tmp: Path | None = None, **options: Any) -> tuple[ExpertTraining, Any]:
     lm, alter = taught(), Alter(**OPTIONS, **options)
     work = Work(alter, lm, REQUEST, Context())
     forget = encoded(lm, REQUEST.forget)
     started = work.stage("domains", lambda stage: alter._start(stage, lm, REQUEST, forget))
     rows = encoded(lm, REQUEST.retain)
-    made = _Training(alter, lm, started["names"], started.tensors, forget, rows, started["owners"])
+    made = ExpertTraining(
+        alter, lm, started["names"], started.tensors, forget, rows, started["owners"]
+    )
     return made, started.tensors
 
 
@@ -70,7 +72,7 @@ def test_each_loss_moves_its_own_tensors_only() -> None:
         name: one + 0.05 * torch.randn(one.shape, generator=drawn) for name, one in start.items()
     }
     lm, acting = made.model(start, 1.1)
-    moves = _Moves(acting, made.options)
+    moves = Moves(acting, made.options)
     kept = made.retain[:4]
 
     def now() -> dict[str, torch.Tensor]:
@@ -193,11 +195,6 @@ def test_a_domain_is_taken_back_from_the_command_line(
     assert left.fingerprint != whole.fingerprint
     assert main(["undo", run]) == 0
     assert delible.open(run).fingerprint == delible.open(str(tmp_path / "model")).fingerprint
-
-
-def test_contract() -> None:
-    small = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
-    assert check(Alter(**small), ("llama", "gpt2"))  # type: ignore[arg-type]
 
 
 def test_a_stage_is_told_step_by_step() -> None:

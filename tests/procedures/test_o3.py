@@ -29,7 +29,6 @@ from delible.routed.requests import RequestRouter
 from delible.routed.system import Routed
 from delible.system.artefact import read
 from delible.system.asks import Decoding, Prompt, Score
-from delible.testing import check
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
 
@@ -347,11 +346,6 @@ def test_the_penalty_is_that_of_its_formula() -> None:
 
 
 # ---- the contract, and the command line
-
-
-def test_contract(tmp_path: Path) -> None:
-    small = {"max_steps": 3, "backbone": "states", "learning_rate": 1e-2}
-    assert check(O3(**small), ("llama",))  # type: ignore[arg-type]
 
 
 def test_unlearn_audit_and_undo_from_the_command_line(

@@ -9,8 +9,8 @@ receives, centred and of unit length, and S the Tsallis entropy of the distribut
 the token. q -> 1 is the entropy in nats.
 
 S of a prompt, and of an answer that is scored, is that of the bare model, which reads it first;
-while an answer is generated it is that of the answering model's own last step. Nothing is shared between
-texts, and rows are padded: each token's S has to be known before it goes in.
+while an answer is generated it is that of the answering model's own last step. Nothing is shared
+between texts, and rows are padded: each token's S has to be known before it goes in.
 
 Paper: arXiv 2603.01792 (ALTER); there is no code of the authors, so what is not in the paper's
 public descriptions is our completion (``procedures/alter.py`` says what).

@@ -4,7 +4,7 @@
 
 over the matrices m and all earlier adapters p, whose A are fixed; B is free. So what a later
 request writes is not read where an earlier one reads. Any objective, balance and hardener trains
-it, with or without retain rows: the penalty's gradient, 2 lambda A sum_p A_p^T A_p, is added to A's.
+it, with or without retain rows: the penalty's gradient, 2 lambda A sum_p A_p^T A_p, is added.
 
 Paper: arXiv 2407.10223 (O3), after O-LoRA (2310.14152). Reference code:
 github.com/GCYZSL/O3-LLM-UNLEARNING (all earlier adapters, as here; the paper's formula has the last
