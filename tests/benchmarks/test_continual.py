@@ -38,6 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tiny_tokenizer().save_pretrained(folder / "random")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELIBLE_CACHE", str(folder / "cache"))
+        patch.setattr("delible.achieved.SAID_TOKENS", 2)
+        patch.setattr("delible.finishing.SHOWN_TOKENS", 2)
+        patch.setattr(
+            "delible.experiments.continual.experiment.GENERATED",
+            {"rouge_l_f1": {"max_new_tokens": 2}},
+        )
         patch.setattr("delible.procedures.fit.sentence_encoder", lambda _=None: HashedWords())
         yield str(folder / "random")
 
