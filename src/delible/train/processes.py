@@ -31,7 +31,6 @@ def open_processes() -> Accelerator:
     Raises:
         RunError: This process has set up accelerate before, in another precision.
     """
-    atexit.register(_parted)
     try:
         return Accelerator(
             mixed_precision="no",
@@ -50,6 +49,7 @@ def open_processes() -> Accelerator:
         ) from error
 
 
+@atexit.register
 def _parted() -> None:
     """Processes that leave while their group stands may be aborted by its threads."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
