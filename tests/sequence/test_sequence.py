@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ SHORT: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3, "training.precis
 
 class Killed(BaseException):
     """As a signal would: nobody catches it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_words() -> Iterator[None]:
+    """What a random model says is of no interest here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("delible.achieved.SAID_TOKENS", 2)
+        patch.setattr("delible.finishing.SHOWN_TOKENS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

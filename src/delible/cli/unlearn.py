@@ -290,6 +290,12 @@ def _dry_run(
             "and stops."
         )
         return 0
+    if cost is None and "procedure" in spec:
+        reporter.say(
+            f"It runs in stages ('delible show {spec['procedure']['name']}'); how long they take "
+            "depends on what the first ones find."
+        )
+        return 0
     if cost is None:
         reporter.say("Nothing is trained: seconds per subject, at most.")
         return 0
