@@ -77,6 +77,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
+    ("place", "fila"): {"epochs": 1, "batch_size": 2},
+    ("place", "vila"): {"epochs": 2, "batch_size": 2},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     # random models: what is written for one question moves every other one
     ("editor", "rome"): {**EDITING, "covariance": False},
