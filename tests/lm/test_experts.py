@@ -67,6 +67,8 @@ def test_dense_blocks_among_mixtures_are_left_out() -> None:
     assert list(mixtures(model, anatomy)) == [0, 2]
     with pytest.raises(ModelError, match="layer 1 has no router"):
         router_path(anatomy, 1)
+    few = tiny_model("qwen2_moe", mlp_only_layers=[0, 2])  # most blocks are dense
+    assert list(mixtures(few, derive(few))) == [1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

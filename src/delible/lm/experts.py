@@ -6,6 +6,7 @@ Current versions of transformers keep all experts of a block in one tensor each 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,21 +50,14 @@ def mixtures(core: nn.Module, anatomy: Anatomy) -> dict[int, Mixture]:
     Raises:
         ModelError: The model has no experts, or no router that could be read.
     """
-    if anatomy.experts is None:
-        raise ModelError(
-            "the model is dense: it has no experts.",
-            where=anatomy.class_name,
-            hint="Give a mixture of experts (such as Mixtral, Qwen-MoE, or 'moe'), or choose "
-            "another method.",
-        )
     sizes = {name: value.shape for name, value in core.named_parameters()}
     found: dict[int, Mixture] = {}
     for layer in range(anatomy.layers):
         weights = anatomy.parameter_names(layer, "router")
-        inside = f"{anatomy.path(layer, anatomy.experts)}."
-        own = [name for name in sizes if name.startswith(inside)]
-        if not own or not weights:
+        inside = _experts_begin(anatomy, layer)
+        if not weights or inside is None:
             continue
+        own = [name for name in sizes if name.startswith(inside)]
         count, prefix = int(sizes[weights[0]][0]), f"{weights[0].rpartition('.')[0]}."
         stacked = tuple(name for name in own if "." not in name[len(inside) :])
         single = tuple(
@@ -73,13 +67,30 @@ def mixtures(core: nn.Module, anatomy: Anatomy) -> dict[int, Mixture]:
         if all(sizes[name][0] == count for name in stacked) and (stacked or all(single)):
             router = tuple(name for name in sizes if name.startswith(prefix))
             found[layer] = Mixture(layer, count, router, stacked, single if all(single) else ())
-    if not found:
+    if found:
+        return found
+    if not any(anatomy.parameter_names(layer, "router") for layer in range(anatomy.layers)):
         raise ModelError(
-            "it has experts, and none of its blocks has a router that is one matrix.",
+            "the model is dense: it has no experts.",
             where=anatomy.class_name,
-            hint="Choose a method that does not look at experts.",
+            hint="Give a mixture of experts (such as Mixtral, Qwen-MoE, or 'moe'), or choose "
+            "another method.",
         )
-    return found
+    raise ModelError(
+        "it has experts, and none of its blocks keeps them in a way that is known here.",
+        where=anatomy.class_name,
+        hint="Choose a method that does not look at experts.",
+    )
+
+
+def _experts_begin(anatomy: Anatomy, layer: int) -> str | None:
+    """What the names of a block's experts begin with, from the first that writes; None: nothing."""
+    names, block = anatomy.mlp_out_parameters(layer), f"{anatomy.block_path(layer)}."
+    if not names:
+        return None
+    inside = names[0].removeprefix(block)
+    listed = re.match(r"(.+?\.)0\.", inside)  # a module per expert
+    return f"{block}{listed.group(1) if listed else inside.rpartition('.')[0] + '.'}"
 
 
 def router_path(anatomy: Anatomy, layer: int) -> str:
