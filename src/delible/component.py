@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from delible import registry
-from delible.cards import Card, Kind
+from delible.cards import Card, Kind, Need
 from delible.errors import RecipeError, nearest
 
 
@@ -43,6 +43,11 @@ class Component(Config):
     """An idea: fields are its options, ``card`` its metadata (set by ``@register``)."""
 
     card: ClassVar[Card]
+
+    @property
+    def own_needs(self) -> tuple[Need, ...]:
+        """What it needs with these options; the card says what it needs by itself."""
+        return self.card.needs
 
     def spec(self) -> dict[str, Any]:
         """The component as plain data: its name and every option."""

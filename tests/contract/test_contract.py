@@ -77,6 +77,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
+    ("place", "fila"): {"epochs": 1, "batch_size": 2},
+    ("place", "vila"): {"epochs": 2, "batch_size": 2},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     ("procedure", "o3"): {"backbone": "states", "max_steps": 3, "learning_rate": 1e-2},
     ("procedure", "alter"): {"epochs": 1, "structure_epochs": 1, "learning_rate": 1e-2},

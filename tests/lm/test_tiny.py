@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -249,7 +250,8 @@ def test_the_time_that_is_left_is_measured(
     monkeypatch.setattr(tiny_training.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(tiny_training, "TIMED_STEPS", 2)
     rows = [[[10, 11, 12]]] * 12
-    tiny_training.train(tiny.build_model(built[1], SMALL), rows, SMALL, padding=0, assistant=5)
+    loss = partial(tiny_training.loss, padding=0, assistant=5, prompt_weight=0.3)
+    tiny_training.train(tiny.build_model(built[1], SMALL), rows, SMALL, loss=loss)
     assert [line.partition(",")[0] for line in caplog.messages] == [
         f"Step {step} of 12" for step in (2, 3, 6, 9, 12)
     ]

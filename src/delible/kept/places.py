@@ -35,7 +35,7 @@ class Collection:
 
 #: By name. A folder of the cache that is not here is a collection, too.
 COLLECTIONS = {
-    "models": Collection("models of the package index, tiny", "download or build", last=True),
+    "models": Collection("models of the package index, tiny, moe", "download or build", last=True),
     "learned": Collection("models that benchmarks taught", "training"),
     "answers": Collection("answers of measured models", "asking"),
     "attacks": Collection("what attacks on models found", "attacking", "answers/attacks"),

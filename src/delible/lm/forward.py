@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from delible.lm.attention import weights_read
 from delible.lm.body import Body, shared_prefix
+from delible.lm.experts import router_path
 from delible.lm.hooks import capture, truncated
 from delible.lm.layout import beginning, padded_rows, told
 from delible.lm.template import Encoded
@@ -33,7 +34,7 @@ HEAD_CHUNK_ELEMENTS = 64 * 1024 * 1024
 #: Per-token values from logits: (logits [tokens, vocab] in fp32, targets [tokens]) -> [tokens]
 TokenFunction = Callable[[Tensor, Tensor], Tensor]
 #: What is read inside a block: its output (the block's index), what its MLP gives (``"mlp.3"``),
-#: or the weights of its attention (``"attention.3"``).
+#: the logits of its router (``"router.3"``), or the weights of its attention (``"attention.3"``).
 Inside = int | str
 
 
@@ -147,7 +148,8 @@ class Forward(nn.Module):
 
     Returns the final hidden states at the positions that predict answer tokens, shape
     [tokens, hidden], and what is read inside blocks: outputs of blocks and of their MLPs, each
-    [batch, sequence, hidden], and weights of attention, each [batch, heads, sequence, sequence].
+    [batch, sequence, hidden], logits of routers [batch, sequence, experts], and weights of
+    attention, each [batch, heads, sequence, sequence].
     """
 
     def __init__(self, lm: Body) -> None:
@@ -169,8 +171,10 @@ class Forward(nn.Module):
             what: anatomy.block_path(what)
             if isinstance(what, int)
             else anatomy.path(block_of(what), anatomy.mlp)
+            if what.startswith("mlp.")
+            else router_path(anatomy, block_of(what))
             for what in inside
-            if isinstance(what, int) or what.startswith("mlp.")
+            if isinstance(what, int) or what.startswith(("mlp.", "router."))
         }
         # hooks see the block's output before the final norm: the residual stream itself
         with (

@@ -1,4 +1,4 @@
-"""From a name to a model and its tokenizer: default, tiny, folder, run, adapter, GGUF, hub."""
+"""From a name to a model and its tokenizer: default, tiny, moe, folder, run, adapter, GGUF, hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from delible import kept
 from delible.errors import ModelError
-from delible.lm import embedded, tiny
+from delible.lm import embedded, moe, tiny
 from delible.lm.load_errors import (
     nearest_path,
     only_pickled,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = Literal["default", "tiny", "folder", "run", "adapter", "gguf", "hub"]
+Source = Literal["default", "tiny", "moe", "folder", "run", "adapter", "gguf", "hub"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -88,7 +88,8 @@ def load_model(
 
     Args:
         name: ``default`` (SmolLM2-135M-Instruct from the package index), ``tiny`` (1.4 million
-            weights, trained here on first use), a folder with a ``config.json``, a run directory,
+            weights, trained here on first use), ``moe`` (the default model with four experts a
+            block, made here on first use), a folder with a ``config.json``, a run directory,
             a folder of a PEFT adapter, a ``.gguf`` file (dequantised), or the name of a model on
             the Hugging Face hub.
         dtype: Data type of the weights; fp32 is what training wants.
@@ -110,6 +111,8 @@ def load_model(
         return _load_folder(name, folder, "default", options)
     if name == "tiny":
         return _load_folder(name, tiny.tiny_model(), "tiny", options)
+    if name == "moe":
+        return _load_folder(name, moe.moe_model(), "moe", options)
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         kept.use(path)  # if it is one that benchmarks taught
@@ -198,6 +201,8 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any]) -> Loaded:
         base = "default"  # its folder in the cache, perhaps of another machine
     elif tiny.is_folder_name(Path(base).name):
         base = "tiny"
+    elif moe.is_folder_name(Path(base).name):
+        base = "moe"
     try:
         below = load_model(base, revision=settings.get("revision"), **options)
     except ModelError as error:

@@ -26,6 +26,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ import torch
 from delible import kept
 from delible.files import explain_disk
 from delible.lm import embedded
-from delible.lm.tiny_training import TinyOptions, batches, threads, train
+from delible.lm.tiny_training import TinyOptions, batches, loss, threads, train
 from delible.prompts import read_lines
 from delible.records import QA, Message
 from delible.system.questions import answer_of, ask
@@ -133,7 +134,10 @@ def build(
         model = build_model(tokenizer, options)
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
         train(
-            model, batches(rows, options), options, padding=padding, assistant=assistant,
+            model, batches(rows, options), options,
+            loss=partial(
+                loss, padding=padding, assistant=assistant, prompt_weight=options.prompt_weight
+            ),
             checkpoint=checkpoint,
         )  # fmt: skip
     return model.eval(), tokenizer

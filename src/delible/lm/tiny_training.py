@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +27,21 @@ SORTED_TOGETHER = 160
 TIMED_STEPS = 20
 #: So much work is lost at most when a build is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+#: A row of a step, whatever the loss takes.
+Row = TypeVar("Row")
+
+
+class Pace(Protocol):
+    """How fast something is learned."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -70,27 +85,51 @@ def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Se
     return made
 
 
-def train(
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Sequence[int]]],
-    options: TinyOptions,
-    *,
-    padding: int,
-    assistant: int,
-    checkpoint: Path | None = None,
-) -> None:
-    """AdamW on the weighted mean of every token's negative log-likelihood, the first left out.
-
-    The learning rate rises linearly to its peak and falls linearly to nothing.
+def loss(
+    model: Any, rows: Sequence[Sequence[int]], *, padding: int, assistant: int, prompt_weight: float
+) -> torch.Tensor:
+    """Weighted mean of every token's negative log-likelihood, the first of a row left out.
 
     Args:
         padding: The token that fills up rows; it stands in no text.
         assistant: The token before an answer.
+        prompt_weight: What a token that is not of an answer counts.
+    """
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+    targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view_as(targets)
+    weights = torch.where(answering, 1.0, prompt_weight) * (targets != padding)
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    model: PreTrainedModel,
+    steps: Sequence[Sequence[Row]],
+    options: Pace,
+    *,
+    loss: Callable[[Any, Sequence[Row]], torch.Tensor],
+    checkpoint: Path | None = None,
+    seconds: float | None = None,
+) -> None:
+    """AdamW on what takes a gradient.
+
+    The learning rate rises linearly to its peak and falls linearly to nothing.
+
+    Args:
+        steps: The rows of each step.
+        loss: Of a step's rows.
         checkpoint: File in which the state is kept while training lasts; one that is there is
             continued, to the same bits.
+        seconds: Between two checkpoints; None: :data:`SECONDS_BETWEEN_CHECKPOINTS`.
     """
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    vectors = [value for value in model.parameters() if value.ndim < 2]
+    moving = [value for value in model.parameters() if value.requires_grad]
+    matrices = [value for value in moving if value.ndim >= 2]
+    vectors = [value for value in moving if value.ndim < 2]
+    apart = SECONDS_BETWEEN_CHECKPOINTS if seconds is None else seconds
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": options.weight_decay},
@@ -106,17 +145,9 @@ def train(
         factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
-        targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        ).view_as(targets)
-        weights = torch.where(answering, 1.0, options.prompt_weight) * (targets != padding)
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        value = loss(model, rows)
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(moving, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         done, now = step + 1, time.monotonic()
@@ -124,8 +155,8 @@ def train(
         if quarter or done - first == TIMED_STEPS:
             left = (now - began) / (done - first) * (len(steps) - done)
             words = f", about {_minutes(left)} left" if done < len(steps) else ""
-            logger.info(f"Step {done:,} of {len(steps):,}, loss {loss.item():.2f}{words}.")
-        if checkpoint is not None and now - kept > SECONDS_BETWEEN_CHECKPOINTS:
+            logger.info(f"Step {done:,} of {len(steps):,}, loss {value.item():.2f}{words}.")
+        if checkpoint is not None and now - kept > apart:
             _keep(checkpoint, model, optimizer, done)
             kept = time.monotonic()
 
@@ -135,7 +166,8 @@ def _minutes(seconds: float) -> str:
 
 
 def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer, done: int) -> None:
-    state = {"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    moving = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    state = {"done": done, "model": moving, "optimizer": optimizer.state_dict()}
     with atomic_file(path, "wb") as file:
         torch.save(state, file)
 
@@ -149,7 +181,7 @@ def _resume(path: Path | None, model: Any, optimizer: torch.optim.Optimizer) -> 
     except Exception:  # torch raises whatever its readers meet; then all is done again
         path.unlink(missing_ok=True)
         return 0
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["done"])
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 
 from delible.errors import MissingExtraError, ModelError
-from delible.lm import embedded, tiny
+from delible.lm import embedded, moe, tiny
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.system.asks import (
     Decoding,
@@ -259,6 +259,8 @@ def _folder(name: str) -> Path:
         return embedded.default_model()
     if name == "tiny":
         return tiny.tiny_model()
+    if name == "moe":
+        return moe.moe_model()
     path = Path(name).expanduser()
     if path.is_dir():
         adapters = [

@@ -226,7 +226,7 @@ class Trainer:
         records = self._in_pieces()
         before = self._context({}, dict(records))
         records.update({str(role): part for role, part in self._generated(before).items()})
-        keeps = any("retain" in component.card.needs for component in recipe.components())
+        keeps = any("retain" in component.own_needs for component in recipe.components())
         partners = [role for role in recipe.objective.roles if role not in GIVEN_ROLES]
         generated.check_partners(records, partners)
         told = self._instruction(before)

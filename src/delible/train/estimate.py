@@ -232,7 +232,7 @@ def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:
     """What a step reads, as the forward pass takes it."""
     wanted = set(recipe.objective.reads(lm))
     if recipe.keep.card.name != "none":
-        wanted |= set(recipe.keep.reads(lm))
+        wanted |= {*recipe.keep.reads(lm), *recipe.keep.reads_beside(lm)}
     inside = tuple(sorted((what for what in wanted if what != "answers"), key=str))
     return inside, "answers" in wanted or not inside
 

@@ -24,7 +24,7 @@ from delible.lm.lm import LM
 from delible.precision import is_out_of_memory
 from delible.records import RecordBase
 from delible.train import checkpoint
-from delible.train.losses import Keep, Memory, State
+from delible.train.losses import Keep, Memory, Role, State
 from delible.train.masking import decay_masked, held_outside, mask_gradients
 from delible.train.monitor import Monitor
 from delible.train.moves import check_moves, sampled
@@ -101,8 +101,13 @@ class Loop:
         self.reads: dict[str, Sequence[Reads]] = {
             role: objective.reads(job.lm) for role in objective.roles
         }
+        #: Roles of the rows that are aligned with the forget rows.
+        self.roles: tuple[Role, ...] = objective.roles
         if job.keep is not None:
             self.reads["retain"] = job.keep.reads(job.lm)
+            if beside := job.keep.reads_beside(job.lm):
+                self.reads["forget"] = (*self.reads.get("forget", ()), *beside)
+                self.roles = tuple(dict.fromkeys((*self.roles, "forget")))
         self.watch = CollapseWatch(
             job.lm, forward, watched_rows(context.rows["retain"], plan.retain_indices),
             in_passing="answers" in self.reads.get("retain", ()), budget=lambda: self.budget,
@@ -250,7 +255,7 @@ class Loop:
             seed=self.job.context.seed,
             step=step,
             units=units_of(
-                {str(role): [rows[role][i] for i in forget] for role in roles}
+                {str(role): [rows[role][i] for i in forget] for role in self.roles}
                 | {"retain": [rows["retain"][i] for i in retain]}
             ),
         )
@@ -258,7 +263,7 @@ class Loop:
     def _micro_batches(self, forget: list[int], retain: list[int]) -> list[MicroBatch]:
         """This process's share of a step; missing rows are filled up with weight 0."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows, roles = self.context.rows, self.job.recipe.objective.roles
+        rows, roles = self.context.rows, self.roles
 
         def share(of: int) -> list[MicroBatch]:
             def part(indices: list[int]) -> tuple[list[int], list[float]]:

@@ -111,6 +111,18 @@ class Keep(Loss):
 
     roles: ClassVar[tuple[Role, ...]] = ("retain",)
 
+    def reads_beside(self, lm: LM) -> tuple[Reads, ...]:
+        """What it reads of the forget rows; by default nothing, and it says nothing of them."""
+        return ()
+
     def loss(self, retain: Group) -> Float[Tensor, " rows"]:
         """Sum over each retain row's units, to be minimised."""
+        raise NotImplementedError
+
+    def beside(self, forget: Group) -> Float[Tensor, " rows"]:
+        """What must hold of forget rows: the sum over each one's answer tokens, to be minimised.
+
+        The engine adds its mean over the answer tokens of the step's forget rows to the mean of
+        :meth:`loss`. Asked for only where :meth:`reads_beside` names something.
+        """
         raise NotImplementedError

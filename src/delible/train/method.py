@@ -57,7 +57,7 @@ class GradientMethod(Method):
     @property
     def needs(self) -> frozenset[Need]:
         parts = self.recipe.components()
-        needs = frozenset({"forget", *(need for part in parts for need in part.card.needs)})
+        needs = frozenset({"forget", *(need for part in parts for need in part.own_needs)})
         return needs - ({"retain"} if "retain" in self.recipe.generate.makes else set())
 
     def spec(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def check_needs(
     makes = set(recipe.generate.makes if generated is None else generated)
     for component in recipe.components():
         missing = "retain" not in makes and not records.get("retain")
-        if "retain" in component.card.needs and missing:
+        if "retain" in component.own_needs and missing:
             raise RecipeError(
                 f"{component.card.kind} '{component.card.name}' needs retain records.",
                 where=f"method '{recipe.name}'",

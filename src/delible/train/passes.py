@@ -103,6 +103,11 @@ class Passes:
             kept = [row for micro in self.micro_batches for row in micro.retain]
             self.units = units_of({**of_steps, "retain": kept})
 
+    @property
+    def _beside(self) -> bool:
+        """Whether the retain loss says something about forget rows."""
+        return self.keep_loss is not None and bool(self.keep_loss.reads_beside(self.lm))
+
     def generator(self, *purpose: object) -> torch.Generator:
         """A random generator of this step, the same whatever was drawn before."""
         return generator(self.seed, *purpose, self.step)
@@ -204,9 +209,12 @@ class Passes:
         for index, micro in enumerate(self.micro_batches):
             rows: dict[str, Sequence[Row]] = {}
             if forget and self.objective is not None:
-                rows.update(micro.forget)
-            if keep and self.keep_loss is not None and micro.retain:
-                rows["retain"] = micro.retain
+                rows.update({role: micro.forget[role] for role in self.objective.roles})
+            if keep and self.keep_loss is not None:
+                if micro.retain:
+                    rows["retain"] = micro.retain
+                if self._beside and micro.forget.get("forget"):
+                    rows["forget"] = micro.forget["forget"]
             if not rows:
                 continue
             step = make_step(
@@ -242,6 +250,13 @@ class Passes:
             value = _weighted(self.objective.loss(step), micro.forget_weights, self.forget_units)
             totals.forget += float(value.detach())
             parts.append(self.weights[0] * value)
+        if keep and self.keep_loss is not None and self._beside and "forget" in step.groups:
+            value = _weighted(
+                self.keep_loss.beside(step.forget), micro.forget_weights,
+                max(1, step.units("forget", "answer_token")),
+            )  # fmt: skip
+            totals.keep += float(value.detach())
+            parts.append(self.weights[1] * value)
         if keep and self.keep_loss is not None and "retain" in step.groups:
             value = _weighted(
                 self.keep_loss.loss(step.retain), micro.retain_weights, self.retain_units

@@ -63,6 +63,7 @@ def check_reach(recipe: Recipe, lm: LM, first: int | None = None) -> None:
     Raises:
         RecipeError: Which loss it is, and what to change.
     """
+    recipe.keep.reads_beside(lm)  # refuses a model without what it reads
     if first is None:
         blocks = recipe.place.moving_blocks(lm)
         if blocks is None:

@@ -238,6 +238,10 @@ class Group:
         """What the MLP of block ``layer`` gives (read as ``"mlp.LAYER"``)."""
         return self._pass.outputs[1][f"mlp.{layer}"][self._slice]
 
+    def router(self, layer: int) -> Float[Tensor, "batch sequence experts"]:
+        """Logits of the router of block ``layer`` (read as ``"router.LAYER"``)."""
+        return self._pass.outputs[1][f"router.{layer}"][self._slice]
+
     def attention(self, layer: int) -> Float[Tensor, "batch heads query key"]:
         """Weights of the attention of block ``layer`` (read as ``"attention.LAYER"``)."""
         return self._pass.outputs[1][f"attention.{layer}"][self._slice]

@@ -129,7 +129,7 @@ def run(
     if not request.forget:
         raise RecipeError("there are no forget records.", hint="Add --forget FILE.")
     lm = model if isinstance(model, LM) else LM.load(model)
-    needs = {need for component in host.components() for need in component.card.needs}
+    needs = {need for component in host.components() for need in component.own_needs}
     if "retain" in needs and not (request.retain or request.neighbours):
         automatic = automatic_retain(lm, AUTOMATIC_RETAIN)
         request = request.model_copy(update={"retain": automatic})
