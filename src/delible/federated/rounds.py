@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from delible.errors import RunError
@@ -108,7 +109,7 @@ class Progress:
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
             tensors = load_file(folder / "tensors.safetensors")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise RunError(
                 f"the rounds that were kept cannot be read: {error}", where=str(folder),
                 hint="Delete the folder.",
