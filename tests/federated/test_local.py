@@ -19,6 +19,7 @@ from delible.federated.federation import Federation
 from delible.federated.in_process import InProcess
 from delible.federated.local import WornAdapter, check, pull, work
 from delible.federated.messages import Failure, Order, Task, Update
+from delible.federated.rounds import Folder
 from delible.federated.starting import blank, dressed
 from delible.train.engine import Trainer
 from delible.train.recipe import Recipe
@@ -254,5 +255,5 @@ def test_two_engines_with_the_same_clients_agree(tmp_path: Path) -> None:
     one = run(first, held(), rounds=2, aggregation="fedyogi").recover(values(first))
     engine = InProcess(second, dict(reversed(held().items())))
     other = run(second, held(), rounds=2, aggregation="fedyogi")
-    found = type(other)(engine, other.options, 0, tmp_path).recover(values(second))
+    found = type(other)(engine, other.options, 0, Folder(tmp_path)).recover(values(second))
     assert same(one.adapter, found.adapter)

@@ -14,9 +14,10 @@ from toy_clients import ORDER, START, WRONG, Toy, honest
 from delible.errors import RunError
 from delible.federated.adapter import bytes_of
 from delible.federated.messages import Task
-from delible.federated.rounds import Progress, Rounds, counted
+from delible.federated.rounds import Folder, Progress, Rounds, counted
 from delible.federated.servers import Server
 from delible.federated.taking_part import Attendance
+from delible.made import Made
 
 
 def rounds(engine: Toy, count: int = 3, **changes: Any) -> Rounds:
@@ -146,27 +147,27 @@ def test_killed_in_any_round_it_goes_on_to_the_same_bits(
 
     child = os.fork()
     if not child:
-        rounds(Toy(before=kill), 4, folder=tmp_path / "rounds", **options).run(START)
+        rounds(Toy(before=kill), 4, keeping=Folder(tmp_path), **options).run(START)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
     engine = Toy()
-    found = rounds(engine, 4, folder=tmp_path / "rounds", **options).run(START)
+    found = rounds(engine, 4, keeping=Folder(tmp_path), **options).run(START)
     assert same(found, whole)
     assert len(engine.asked) == 4 - killed_in  # what was done is not done again
     again = Toy()
-    assert same(rounds(again, 4, folder=tmp_path / "rounds", **options).run(START), whole)
+    assert same(rounds(again, 4, keeping=Folder(tmp_path), **options).run(START), whole)
     assert not again.asked
 
 
 def test_other_rounds_are_not_taken_for_these(tmp_path: Path) -> None:
-    rounds(Toy(), 1, folder=tmp_path / "rounds", identity="one").run(START)
+    rounds(Toy(), 1, keeping=Folder(tmp_path, "one")).run(START)
     with pytest.raises(RunError, match="belong to another run"):
-        rounds(Toy(), 1, folder=tmp_path / "rounds", identity="two").run(START)
-    (tmp_path / "rounds" / "tensors.safetensors").write_bytes(b"broken")
+        rounds(Toy(), 1, keeping=Folder(tmp_path, "two")).run(START)
+    (tmp_path / "recover" / "tensors.safetensors").write_bytes(b"broken")
     with pytest.raises(RunError, match="cannot be read"):
-        rounds(Toy(), 1, folder=tmp_path / "rounds", identity="one").run(START)
+        rounds(Toy(), 1, keeping=Folder(tmp_path, "one")).run(START)
 
 
 def test_a_look_after_each_round_is_kept(tmp_path: Path) -> None:
@@ -176,10 +177,9 @@ def test_a_look_after_each_round_is_kept(tmp_path: Path) -> None:
         looks.append(float(next(iter(adapter.values())).sum()))
         return {"sum": looks[-1]}
 
-    found = rounds(Toy(), 3, folder=tmp_path / "rounds", look=look).run(START)
+    found = rounds(Toy(), 3, keeping=Folder(tmp_path), look=look).run(START)
     assert [entry.seen for entry in found.entries] == [{"sum": one} for one in looks]
-    kept = Progress.load(tmp_path / "rounds", "")
-    assert kept is not None
+    kept = Progress.of(Made.load(tmp_path / "recover"))
     assert kept.entries == found.entries
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -27,7 +26,7 @@ from delible.errors import RecipeError
 from delible.federated.adapter import Adapter
 from delible.federated.local import check
 from delible.federated.messages import Engine, Holding, Order, Phase
-from delible.federated.rounds import Entry, Look, Progress, Rounds
+from delible.federated.rounds import Entry, Keeping, Look, Progress, Rounds, unkept
 from delible.federated.servers import Server
 from delible.federated.taking_part import Attendance
 from delible.train.recipe import Recipe
@@ -88,16 +87,14 @@ class Run:
     """A federated run: its engine, options and seed.
 
     Attributes:
-        folder: Where rounds are kept; None: nowhere.
-        identity: Of the run.
+        keeping: Keeps rounds that are done.
         look: Asked after each round.
     """
 
     engine: Engine
     options: Federation
     seed: int
-    folder: Path | None = None
-    identity: str = ""
+    keeping: Keeping = unkept
     look: Look | None = None
     stage: Stage = unwatched
 
@@ -150,9 +147,8 @@ class Run:
         self, phase: Phase, orders: Mapping[str, Order], count: int, **changes: Any
     ) -> Rounds:
         found: dict[str, Any] = {
-            "attendance": self.options,
-            "folder": None if self.folder is None else self.folder / phase,
-            "identity": self.identity, "look": self.look, "stage": self.stage,
+            "attendance": self.options, "keeping": self.keeping, "look": self.look,
+            "stage": self.stage,
         }  # fmt: skip
         return Rounds(
             self.engine, phase, orders, count, self.options, seed=self.seed, **{**found, **changes}

@@ -143,10 +143,13 @@ def work(
     adapters.put(lm, task.adapter)
     recipe = recipe_of(task.order, bool(held.retain))
     context = Context(seed=task.seed_of(client), steps=steps)
+    precision = lm.precision  # the trainer's is its recipe's affair
     try:
         trained = Trainer(lm, recipe, records, context=context).train()
     except RunError as error:  # its numbers collapsed: the others go on
         return Failure(str(error))
+    finally:
+        lm.precision = precision
     notes: dict[str, Any] = {"rows": len(records["forget"]), "steps": trained.steps}
     if trained.stopped:
         notes["stopped"] = trained.stopped

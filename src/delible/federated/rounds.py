@@ -6,16 +6,14 @@ kept, whole; a killed run goes on with the round that was not, to the same bits.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from delible.errors import RunError
 from delible.federated.adapter import Adapter, bytes_of
@@ -30,7 +28,7 @@ from delible.federated.messages import (
 )
 from delible.federated.servers import Moments, Server, shares, update
 from delible.federated.taking_part import Attendance, Round, drawn
-from delible.files import atomic_folder
+from delible.made import Made
 from delible.watching import Stage, unwatched
 
 logger = logging.getLogger(__name__)
@@ -77,55 +75,77 @@ class Progress:
     entries: tuple[Entry, ...] = ()
     late: tuple[str, ...] = ()
 
-    def save(self, folder: Path, identity: str) -> None:
-        """Takes the place of what was kept before, atomically."""
+    def made(self) -> Made:
+        """All of it, as it is kept."""
         groups = {"adapter": self.adapter, "first": self.moments.first,
                   "second": self.moments.second}  # fmt: skip
         tensors = {
-            f"{group}/{name}": value.contiguous()
+            f"{group}/{name}": value
             for group, adapter in groups.items()
             for name, value in adapter.items()
         }
         said = {
-            "identity": identity,
             "rounds": self.moments.rounds,
             "late": list(self.late),
             "entries": [asdict(entry) for entry in self.entries],
         }
-        with atomic_folder(folder) as target:
-            save_file(tensors, target / "tensors.safetensors")
-            (target / "rounds.json").write_text(json.dumps(said), encoding="utf-8")
+        return Made(said, tensors)
 
     @classmethod
-    def load(cls, folder: Path, identity: str) -> Progress | None:
-        """What was kept; None: nothing.
-
-        Raises:
-            RunError: It cannot be read, or is another run's.
-        """
-        file = folder / "rounds.json"
-        if not file.exists():
-            return None
-        try:
-            said = json.loads(file.read_text(encoding="utf-8"))
-            tensors = load_file(folder / "tensors.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RunError(
-                f"the rounds that were kept cannot be read: {error}", where=str(folder),
-                hint="Delete the folder.",
-            ) from None  # fmt: skip
-        if said["identity"] != identity:
-            raise RunError(
-                "the rounds that were kept belong to another run.", where=str(folder),
-                hint="Choose another --out folder, or delete this one.",
-            )  # fmt: skip
-        groups: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "first": {}, "second": {}}
-        for joined, value in tensors.items():
+    def of(cls, made: Made) -> Progress:
+        """What was kept."""
+        groups: dict[str, dict[str, Tensor]] = {"adapter": {}, "first": {}, "second": {}}
+        for joined, value in made.tensors.items():
             group, _, name = joined.partition("/")
             groups[group][name] = value
-        entries = tuple(Entry(**{**one, "asked": tuple(one["asked"])}) for one in said["entries"])
-        moments = Moments(said["rounds"], groups["first"], groups["second"])
-        return cls(groups["adapter"], moments, entries, tuple(said["late"]))
+        entries = tuple(Entry(**{**one, "asked": tuple(one["asked"])}) for one in made["entries"])
+        moments = Moments(made["rounds"], groups["first"], groups["second"])
+        return cls(groups["adapter"], moments, entries, tuple(made["late"]))
+
+
+#: Makes the next round, or reads back the one that was made: (phase, number from 0, work).
+Keeping = Callable[[Phase, int, Callable[[], Progress]], Progress]
+
+
+def unkept(phase: Phase, number: int, make: Callable[[], Progress]) -> Progress:
+    """Keeps nothing."""
+    return make()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Keeps the last round of each phase in a folder.
+
+    Attributes:
+        identity: Of the run, so that another run's rounds are not taken for it.
+    """
+
+    path: Path
+    identity: str = ""
+
+    def __call__(self, phase: Phase, number: int, make: Callable[[], Progress]) -> Progress:
+        """The round, made now unless it, or a later one, was made before.
+
+        Raises:
+            RunError: What was kept cannot be read, or is another run's.
+        """
+        folder = self.path / phase
+        found = Made.load(folder) if folder.exists() else None
+        if found is not None:
+            if found["identity"] != self.identity:
+                raise RunError(
+                    "the rounds that were kept belong to another run.", where=str(folder),
+                    hint="Choose another folder, or delete this one.",
+                )  # fmt: skip
+            kept = Progress.of(found)
+            if len(kept.entries) > number:
+                if len(kept.entries) == number + 1:
+                    logger.info(f"{phase}: going on after round {number + 1}.")
+                return kept
+        progress = make()
+        made = progress.made()
+        Made({**made.data, "identity": self.identity}, made.tensors).save(folder)
+        return progress
 
 
 @dataclass(frozen=True)
@@ -138,8 +158,7 @@ class Rounds:
         required: Clients without whose answer a round means nothing.
         one_by_one: Round k asks the k-th client alone, and its adapter is the server's next one.
         seed: Of the run.
-        folder: Where rounds that are done are kept; None: nowhere.
-        identity: Of the run, so that another run's rounds are not taken for it.
+        keeping: Keeps rounds that are done, and reads them back.
         look: Asked after each round, and kept with it.
     """
 
@@ -152,8 +171,7 @@ class Rounds:
     seed: int
     required: tuple[str, ...] = ()
     one_by_one: bool = False
-    folder: Path | None = None
-    identity: str = ""
+    keeping: Keeping = unkept
     look: Look | None = None
     stage: Stage = unwatched
 
@@ -165,16 +183,12 @@ class Rounds:
         """
         if not self.orders and self.count:
             raise RunError(f"{self.phase}: no client holds rows for it.")
-        found = None if self.folder is None else Progress.load(self.folder, self.identity)
-        progress = found or Progress(dict(start))
-        if found and found.entries:
-            logger.info(f"{self.phase}: going on after round {len(found.entries)}.")
-        for number in range(len(progress.entries), self.count):
+        progress = Progress(dict(start))
+        for number in range(self.count):
+            if len(progress.entries) > number:
+                continue
             self.stage(f"{self.phase}, round {number + 1}", number, self.count)
-            progress = self._round(progress, number)
-            if self.folder is not None:
-                progress.save(self.folder, self.identity)
-        self.stage(f"{self.phase}, rounds", self.count, self.count)
+            progress = self.keeping(self.phase, number, partial(self._round, progress, number))
         return progress
 
     def _round(self, before: Progress, number: int) -> Progress:

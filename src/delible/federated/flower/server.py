@@ -21,7 +21,7 @@ from delible.federated import adapter as adapters
 from delible.federated.adapter import Adapter
 from delible.federated.federation import Federation, Run
 from delible.federated.flower.engine import Flower
-from delible.federated.rounds import Entry, counted
+from delible.federated.rounds import Entry, Folder, counted
 from delible.federated.starting import dressed
 from delible.files import write_json
 from delible.kept import identity
@@ -54,7 +54,7 @@ def run(grid: Grid, config: dict[str, Any]) -> None:
     mine = identity({"options": options.model_dump(mode="json"), "recipe": recipe.spec(),
                      "seed": seed, "model": lm.identity, "clients": held,
                      "learn": int(config["learn"])})  # fmt: skip
-    federated = Run(engine, options, seed, out / "rounds", mine)
+    federated = Run(engine, options, seed, Folder(out / "rounds", mine))
     entries: list[Entry] = []
     if int(config["learn"]):
         learned = federated.learn(adapter, int(config["learn"]))
