@@ -43,6 +43,21 @@ REPLACED = ("all", "layers", "lora")
 FACTOR_A = ".lora_A."
 
 
+#: An adapter's learning rate over that of whole weights, as of the recipes npo_lora and npo.
+ADAPTER_RATE = 25.0
+
+
+def for_adapter(recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate for an adapter: higher, if it is meant for whole weights."""
+    if recipe.place.card.name == "lora":
+        return recipe
+    training = recipe.training
+    rate = min(1.0, ADAPTER_RATE * training.learning_rate)
+    # by copy: a rate that is meant for some width stays so
+    faster = training.model_copy(update={"learning_rate": rate})
+    return recipe.model_copy(update={"training": faster})
+
+
 def pull(weights: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> list[Tensor]:
     """Gradient of the proximal term, per tensor: mu (w - phi)."""
     return [mu * (weight - anchor) for weight, anchor in zip(weights, anchors, strict=True)]

@@ -35,6 +35,7 @@ from delible.federated.adapter import Adapter
 from delible.federated.clients import Dealing, Held, holdings
 from delible.federated.federation import Federation, Run, curve, left_wholly
 from delible.federated.in_process import InProcess
+from delible.federated.local import for_adapter
 from delible.federated.local import recipe_of as on_the_adapter
 from delible.federated.messages import Phase
 from delible.federated.rounds import Progress, counted
@@ -57,8 +58,6 @@ logger = logging.getLogger(__name__)
 
 #: Name of the reference among the ways to unlearn.
 RETRAIN = "retrain"
-#: An adapter's learning rate over that of whole weights, as of the recipes npo_lora and npo.
-ADAPTER_RATE = 25.0
 
 
 @register(
@@ -112,18 +111,8 @@ class Oblivionis(Procedure, Federation, Dealing):
         Raises:
             RecipeError: Unknown, or it cannot run on an adapter that travels.
         """
-        plain = recipe_of(self.unlearn)
-        given: dict[str, Any] = {"epochs": self.unlearn_epochs}
-        found = recipe_of(plain, options={k: v for k, v in given.items() if v is not None})
-        training = found.training
-        if self.unlearn_learning_rate is not None:
-            changed = {"learning_rate": self.unlearn_learning_rate}
-        elif plain.place.card.name != "lora":
-            changed = {"learning_rate": min(1.0, ADAPTER_RATE * training.learning_rate)}
-        else:
-            changed = {}
-        # by copy: a rate that is meant for some width stays so
-        return found.model_copy(update={"training": training.model_copy(update=changed)})
+        given = {"learning_rate": self.unlearn_learning_rate, "epochs": self.unlearn_epochs}
+        return recipe_of(for_adapter(recipe_of(self.unlearn)), options=given)
 
     def check(self, system: System, request: ForgetRequest) -> None:
         self.check_combine()
