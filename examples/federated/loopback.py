@@ -94,8 +94,11 @@ def federate(
         )  # fmt: skip
         listening(port)
         for client in clients:
-            files = [f'{role}="{(client / f"{role}.jsonl").resolve()}"'
-                     for role in ("forget", "retain") if (client / f"{role}.jsonl").exists()]  # fmt: skip
+            files = [
+                f'{role}="{file.resolve()}"'
+                for role in ("forget", "retain")
+                if (file := client / f"{role}.jsonl").exists()
+            ]
             stack.enter_context(
                 running(work / f"{client.name}.log", "flower-supernode", "--insecure",
                         "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()),

@@ -135,6 +135,46 @@ def test_two_nodes_of_one_name_and_too_few_are_refused() -> None:
         engine.holdings()
 
 
+def test_a_server_that_was_killed_goes_on_with_its_round(tmp_path: Path) -> None:
+    """The same run again: rounds that were done are not asked for."""
+    from delible.federated.flower import server
+
+    plain().save(tmp_path / "model")
+    asked: list[str] = []
+
+    def counting(node: Callable[[Message], Message | None], dies: int) -> Any:
+        def answer(message: Message) -> Message | None:
+            if message.metadata.message_type == "train":
+                asked.append(message.metadata.group_id)
+                if len(asked) == dies:
+                    raise KeyboardInterrupt
+            return node(message)
+
+        return answer
+
+    def config(out: str) -> dict[str, Any]:
+        return {
+            "model": str(tmp_path / "model"), "method": "npo", "clients": 2, "seed": 0, "learn": 3,
+            "options": '{"aggregation": "fedyogi", "rank": 2}', "timeout": 60,
+            "out": str(tmp_path / out),
+        }  # fmt: skip
+
+    def serve(out: str, dies: int = 0) -> dict[str, torch.Tensor]:
+        asked.clear()
+        nodes = {1: counting(toy("a", 1), dies), 2: counting(toy("b", 3), dies)}
+        server.run(Grid(nodes), config(out))  # type: ignore[arg-type]
+        return load_file(tmp_path / out / "adapter" / "adapter_model.safetensors")
+
+    whole = serve("whole")
+    assert sorted(asked) == ["learn-0"] * 2 + ["learn-1"] * 2 + ["learn-2"] * 2
+    with pytest.raises(KeyboardInterrupt):
+        serve("killed", dies=4)
+    again = serve("killed")
+    assert sorted(asked) == ["learn-1"] * 2 + ["learn-2"] * 2
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", [
