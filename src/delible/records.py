@@ -9,7 +9,15 @@ from datetime import datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from delible.messages import IDENTITY
@@ -26,6 +34,7 @@ class RecordBase(BaseModel):
         neighbour_of: The forgotten subject that a retain record is linked to.
         group: A word that a data set uses to tell its rows apart (a relation, a split, an
             attack kind); free for use in reports and samplers.
+        client: Whose data it is, among many that train together (federated runs).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +42,14 @@ class RecordBase(BaseModel):
     subject: str | None = None
     neighbour_of: str | None = None
     group: str | None = None
+    client: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        if self.client is None:  # so that digests of other records stay
+            found.pop("client", None)
+        return found
 
     @cached_property
     def where(self) -> str:

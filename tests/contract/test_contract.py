@@ -98,6 +98,15 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # a random model declines nothing, and has no room for long conversations
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
+    # the records of the suite are nobody's
+    ("procedure", "oblivionis"): {
+        "deal": "contiguous",
+        "clients": 2,
+        "rounds": 1,
+        "epochs": 1,
+        "unlearn_epochs": 1,
+        "watched": 2,
+    },
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},

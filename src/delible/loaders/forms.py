@@ -178,7 +178,7 @@ def _instruction(values: dict[str, Any], is_text: bool) -> dict[str, Any]:
     return values
 
 
-_ABOUT = (("subject", "subject"), ("group", "group"))
+_ABOUT = (("subject", "subject"), ("group", "group"), ("client", "client"))
 _QA = (
     *_ABOUT,
     ("aliases", "aliases"),

@@ -19,7 +19,7 @@ from delible.loaders.formats import describe
 #: Options of a choice that have a column each.
 OPTIONS = ("option1", "option2", "option3", "option4")
 #: Fields of records that hold a text, and those that hold a list of texts.
-TEXTS = ("question", "answer", "text", "subject", "neighbour_of", "group", *OPTIONS)
+TEXTS = ("question", "answer", "text", "subject", "neighbour_of", "group", "client", *OPTIONS)
 TEXT_LISTS = ("aliases", "paraphrases", "paraphrased_answers", "perturbed")
 #: Lists of texts that are not a record's own field, or that must be a list.
 _LISTS = (*TEXT_LISTS, "options", "answers")

@@ -122,7 +122,7 @@ class Trainer:
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
         check_needs(self.recipe, self.records, self.generated)
-        if self.lm.wears_adapter:
+        if self.lm.wears_adapter and not self.recipe.place.continues:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
         self.lm.hold(self.recipe.training.base_precision)

@@ -161,7 +161,13 @@ class Placement:
 
 
 class Place(Component):
-    """Which parameters move."""
+    """Which parameters move.
+
+    Attributes:
+        continues: It trains on what the model wears: an adapter is not merged first.
+    """
+
+    continues: ClassVar[bool] = False
 
     def moving_blocks(self, lm: LM) -> Sequence[int] | None:
         """Blocks that alone may move, where the options say so; None: it shows in :meth:`apply`."""

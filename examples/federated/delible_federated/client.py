@@ -1,0 +1,5 @@
+"""A client of the app, as it comes with delible; Flower looks for an assignment."""
+
+from delible.federated.flower import client
+
+app = client.app
