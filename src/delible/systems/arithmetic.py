@@ -246,6 +246,12 @@ class Arithmetic(LM):
             hint="Save the model (lm.bare.save) and its assistants (lm.assistants).",
         )
 
+    # ---- the model alone
+
+    @property
+    def leading(self) -> LM:
+        return self.bare.leading  # type: ignore[return-value]
+
     # ---- interventions on the model stay
 
     def intervening(self) -> AbstractContextManager[None]:
@@ -284,12 +290,13 @@ def cost_share(lm: LM, layers: int) -> float:
     and the head once more.
     """
 
+    plain = below(lm)
+
     def weights(prefix: str) -> int:
         return sum(
-            one.numel() for name, one in lm.core.named_parameters() if name.startswith(prefix)
+            one.numel() for name, one in plain.core.named_parameters() if name.startswith(prefix)
         )
 
-    plain = below(lm)
     block = weights(f"{plain.anatomy.blocks}.") / plain.anatomy.layers
     head = plain.vocabulary * plain.anatomy.hidden_size
     return (layers * block + head) / (plain.anatomy.layers * block + head)

@@ -10,7 +10,7 @@ answer's facts, are no refusals and no doubles, and paraphrases that differ from
 from each other.
 
 Paper: arXiv 2406.08607 (ULD). Reference code: UCSB-NLP-Chang/ULD (uld/data/tofu.py).
-Deviations: a record's own paraphrases and wrong answers come first. Without a generator model, wrong
+Deviations: own paraphrases and wrong answers of a record come first. Without a generator, wrong
 answers come from templates, and a question without other forms stands in other words around it,
 its answer as it is.
 """
