@@ -116,6 +116,7 @@ class Joint(nn.Module):
             [core.get_output_embeddings() for core in cores],
             [one.after_head for one in models], combine,
         )  # fmt: skip
+        self.generation_config = self.leading.generation_config
         self.train(self.leading.training)
 
     @property
@@ -130,10 +131,6 @@ class Joint(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.leading.dtype  # type: ignore[no-any-return]
-
-    @property
-    def generation_config(self) -> Any:
-        return self.leading.generation_config
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head

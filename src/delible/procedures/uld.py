@@ -30,6 +30,7 @@ from delible.errors import RecipeError
 from delible.lm.lm import LM
 from delible.lm.shortened import shortened
 from delible.method import Outcome
+from delible.ranges import DECADE, Range
 from delible.registry import register
 from delible.stages.procedure import Procedure, recipe_of
 from delible.stages.work import Work
@@ -130,6 +131,15 @@ class ULD(Procedure):
             },
         }  # fmt: skip
         return Recipe.from_mapping(content, where=f"procedure '{self.name}'")
+
+    def ranges(self) -> dict[str, Range]:
+        """The rate, the weight of the uniform term, and how much is taken away."""
+        rate = self.learning_rate
+        return {
+            "learning_rate": Range(low=rate / DECADE, high=min(1.0, rate * DECADE), log=True),
+            "retain_weight": Range(low=1.0, high=20.0, log=True),
+            "strength": Range(low=0.25, high=1.5),
+        }
 
     def blocks(self, lm: LM) -> int:
         """Blocks of the assistant of a model."""

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
 
 from delible.component import Config
@@ -115,8 +116,19 @@ class Assistant:
         Raises:
             ModelError: It does not fit the model.
         """
+        from peft import get_peft_model_state_dict
+
         lm = shortened(below(bare), layers, f"assistant of {bare.name}")
         lm.wear(with_adapter(lm.core, folder, bare.name))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as kept:
+            left_over = set(kept.keys()) - set(get_peft_model_state_dict(lm.model))
+        if left_over:
+            raise ModelError(
+                f"the assistant does not fit the model: {len(left_over)} tensors have no place in "
+                f"its first {layers} blocks.",
+                where=str(folder),
+                hint="Give it the base that it was made on, and the 'layers' of its run.",
+            )
         return cls(lm, how)
 
     def beside(self, bare: LM) -> Assistant:
