@@ -15,20 +15,21 @@ from delible.lm.shortened import shortened
 from delible.system.asks import Decoding, Prompt
 from delible.system.base import System
 from delible.systems.arithmetic import Assistant, Subtraction, cost_share, together
+from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 #: Beyond the share of its blocks and head.
 MORE = 0.10
 
 
 def assistant_costs(
-    model: str = "default", layers: int = 8, *, rows: int = 16, tokens: int = 32, rounds: int = 3
+    lm: LM, layers: int = 8, *, rows: int = 16, tokens: int = 16, rounds: int = 3
 ) -> dict[str, float]:
     """Time of answers with an assistant as a share of those without, and what it may be.
 
     The adapter is a fresh one of rank 32 on every linear layer, as ULD trains it.
 
     Args:
-        model: Name or folder.
+        lm: The model.
         layers: Blocks of the assistant.
         rows: Questions that are answered together.
         tokens: Of each answer.
@@ -40,7 +41,6 @@ def assistant_costs(
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    lm = LM.load(model)
     small = shortened(lm, layers, "assistant")
     inside = f"{small.anatomy.blocks}."
     paths = [
@@ -65,10 +65,20 @@ def assistant_costs(
     return {"ratio": ratio, "share": share, "bound": 1 + share + MORE}
 
 
+def as_wide_as_default(blocks: int = 12) -> LM:
+    """A random model with the width, heads and vocabulary of the default one."""
+    model = tiny_model(
+        "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+        num_hidden_layers=blocks, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+    )  # fmt: skip
+    return LM(model, tiny_tokenizer(), precision="float32")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--model", help="default: a random one, as wide as 'default', of 12 blocks")
+    parser.add_argument("--layers", type=int, default=3)
     given = parser.parse_args()
-    for name, value in assistant_costs(given.model, given.layers).items():
+    chosen = LM.load(given.model) if given.model else as_wide_as_default()
+    for name, value in assistant_costs(chosen, given.layers).items():
         print(f"{name} {value:.3f}")

@@ -47,6 +47,7 @@ RETAIN = (
 REQUEST = ForgetRequest(forget=FORGET, subjects=("Ada Quill",), retain=RETAIN)
 SHORT = {
     "layers": 1, "learning_rate": 3e-2, "rank": 8, "adapter_scale": 16.0, "retain_weight": 1.0,
+    "least_steps": None,
     "batch_size": 6,
 }  # fmt: skip
 

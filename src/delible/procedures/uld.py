@@ -85,6 +85,9 @@ class ULD(Procedure):
     adapter_scale: float = Field(32.0, gt=0, description="Their alpha: scaled by alpha / rank.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
     epochs: int = Field(10, ge=1, description="Passes over the forget rows.")
+    least_steps: int | None = Field(
+        60, ge=1, description="More passes where there are few rows: at least so many steps."
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps.")
     batch_size: int = Field(32, ge=1, description="Forget rows per optimiser step.")
     recipe: str | None = Field(
@@ -126,7 +129,8 @@ class ULD(Procedure):
             "balance": {"name": "weighted_sum", "retain_weight": self.retain_weight},
             "training": {
                 "learning_rate": self.learning_rate, "epochs": self.epochs,
-                "max_steps": self.max_steps, "batch_size": self.batch_size,
+                "least_steps": self.least_steps, "max_steps": self.max_steps,
+                "batch_size": self.batch_size,
                 "warmup_share": 0.1, "weight_decay": 0.01,
             },
         }  # fmt: skip

@@ -75,12 +75,12 @@ def subtracted(
     """The difference; see above. Neither argument is written to."""
     if how.strength == 0:
         return logits
-    if how.centred:
-        assistant = assistant - assistant.mean(dim=-1, keepdim=True)
-    if how.filter_share is not None:
-        kept = kept_tokens(logits.detach(), how.filter_share)
-        assistant = torch.where(kept, assistant, 0.0)
-    return logits - how.strength * assistant
+    changed = torch.sub(logits, assistant, alpha=how.strength)
+    if how.centred:  # as few passes over the vocabulary as can be
+        changed += how.strength * assistant.mean(dim=-1, keepdim=True)
+    if how.filter_share is None:
+        return changed
+    return torch.where(kept_tokens(logits.detach(), how.filter_share), changed, logits)
 
 
 @dataclass(frozen=True)
