@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.cli.lesson import COMMANDS as LESSON_COMMANDS
+from delible.cli.lesson import Teaching, lesson_of
 from delible.cli.roles import read_roles
 from delible.errors import EXIT_BAD_INPUT, EXIT_DONE, RecipeError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 #: What is typed besides questions.
 COMMANDS = "/reset begins anew, /system TEXT sets the system prompt, /quit ends"
+TEACH_BACK = "/teach-back"
 
 
 @flags.flowing
@@ -38,6 +41,10 @@ def chat(
     max_new_tokens: Annotated[int, Parameter(group=flags.ASKED)] = 512,
     temperature: Annotated[float, Parameter(group=flags.ASKED)] = 0.0,
     repair: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    lesson: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    topic: Annotated[tuple[str, ...] | None, Parameter(group=flags.RUN)] = None,
+    exam: Annotated[Path | None, Parameter(group=flags.RUN)] = None,
+    original: Annotated[str | None, Parameter(group=flags.RUN)] = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
     role: flags.Roles = None,
@@ -65,25 +72,38 @@ def chat(
     repair
         Forget on request: 'please forget what you know about NAME' edits the model, after a 'yes'.
         'undo that' takes it back, 'what have you forgotten?' lists the requests.
+    lesson
+        Teach it: it is a student of what it was made to forget. Its level is read after each turn,
+        /teach-back has it explain, and the end tests it in other words.
+    topic
+        Of the lesson: subjects of its records. Default: all. May be repeated.
+    exam
+        Records that the student is taught and asked about. Default: the forget records of the run
+        that is talked to.
+    original
+        The model before it forgot, to tell how much of it came back.
     out
         Where the edits are kept, with --repair: a folder that can be opened and talked to again.
         Default: runs/repair-HASH, the same for the same target; the target's own folder if it is
-        one.
+        one. With --lesson: where lesson.json is kept (default: nowhere).
     seed
         Of the draws.
     role
         Who plays a part that a guard consults by talking: guard=MODEL, judge=https://host/v1#MODEL.
         Default: whom the guard was made with, or the guarded system itself. With --repair the guard
-        watches for requests beside the built-in rules, and the planner plans edits. May be
-        repeated.
+        watches for requests beside the built-in rules, and the planner plans edits; with --lesson
+        the judge codes turns and reads what the student explains. May be repeated.
     """
     if max_new_tokens < 1 or not 0 <= temperature <= 2:
         raise RecipeError(
             "an answer has at least one token, and a temperature from 0 to 2.",
             where="delible chat",
         )
-    if out is not None and not repair:
-        raise RecipeError("there is nothing to keep.", where="--out", hint="It goes with --repair.")
+    if out is not None and not (repair or lesson):
+        raise RecipeError(
+            "there is nothing to keep.", where="--out", hint="It goes with --repair or --lesson."
+        )
+    _check_lesson(lesson, repair, system, {"topic": topic, "exam": exam, "original": original})
     if repair and model is not None:
         raise RecipeError(
             "a server's model cannot be edited.", where="--repair", hint="Leave out --model."
@@ -103,15 +123,43 @@ def chat(
             opened = open_system(target, model=model, context=context)
         else:
             opened = repairing.chain.lm
+        taught = None
+        if lesson:
+            taught = lesson_of(opened, target, exam, topic or (), original, out, context)
+            reporter.say(taught.begin())
+            system = taught.persona.text
         if terminal:
-            reporter.say(f"Talking to {opened.name}. {COMMANDS}.")
+            commands = f"{LESSON_COMMANDS}" if lesson else COMMANDS
+            reporter.say(f"Talking to {opened.name}. {commands}.")
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     talk = _Talk(responder(opened), decoding, system, repairing)
+    talk.teaching = None if taught is None else Teaching(taught, talk.rest)
     with asyncio.Runner() as runner:
         try:
-            return _turns(talk, runner, terminal)
+            code = _turns(talk, runner, terminal)
+            if talk.teaching is not None:
+                talk.teaching.end()
+            return code
         finally:
             runner.run(talk.aclose())
+
+
+def _check_lesson(lesson: bool, repair: bool, system: str | None, given: dict[str, object]) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        RecipeError: With what to leave out.
+    """
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if named and not lesson:
+        raise RecipeError(f"{named[0]} is of a lesson.", where=named[0], hint="Add --lesson.")
+    other = "--repair" if repair else "--system" if system is not None else None
+    if lesson and other is not None:
+        raise RecipeError(
+            f"a lesson has a student whose part stays the same, and goes without {other}.",
+            where="--lesson",
+            hint=f"Leave out {other}.",
+        )
 
 
 def _repairing(
@@ -143,14 +191,18 @@ def _turns(talk: _Talk, runner: asyncio.Runner, terminal: bool) -> int:
                 return code
             case "/reset":
                 talk.begin(talk.system)
-            case "/system":
+            case "/system" if talk.teaching is None:
                 talk.begin(rest.strip() or None)
-            case _ if word.startswith("/"):
-                output.complain(f"'{word}' is no command.", hint=f"There are: {COMMANDS}.")
+            case _ if word.startswith("/") and not talk.is_of_lesson(word):
+                commands = COMMANDS if talk.teaching is None else LESSON_COMMANDS
+                output.complain(f"'{word}' is no command.", hint=f"There are: {commands}.")
+            case _ if word.startswith("/") and word != TEACH_BACK:
+                pass
             case _:
                 try:
                     if not talk.is_repair(line):
                         runner.run(talk.turn(line))
+                        talk.read_level(asked_back=word == TEACH_BACK)
                 except Unanswered as failed:
                     output.complain(failed.problem)
                     code = EXIT_BAD_INPUT if not terminal else code
@@ -196,6 +248,8 @@ class _Talk:
         repairing: Repairing | None = None,
     ) -> None:
         self.answers, self.decoding, self.repairing = answers, decoding, repairing
+        #: A lesson that is read after every turn, if it is one.
+        self.teaching: Teaching | None = None
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
@@ -211,7 +265,7 @@ class _Talk:
         """Whether a line was about forgetting, and is dealt with; says what came of it."""
         if self.repairing is None:
             return False
-        self._rest()
+        self.rest()
         with output.Reporter(error=True):
             heard = self.repairing.hear(self.messages, line)
         if heard is None:
@@ -220,11 +274,24 @@ class _Talk:
         self.messages = heard.messages
         return not heard.answers
 
+    def is_of_lesson(self, word: str) -> bool:
+        """Whether a word is a command of the lesson; it is carried out then."""
+        if self.teaching is None:
+            return False
+        return word == TEACH_BACK or self.teaching.told(word)
+
+    def read_level(self, asked_back: bool) -> None:
+        """Tells the level of a student after a turn."""
+        if self.teaching is not None:
+            self.teaching.after(self.messages, asked_back)
+
     async def turn(self, line: str) -> None:
         """Says a line and prints the answer; one that fails or is ended was never said."""
         from delible.messages import Message
         from delible.system.asks import Prompt
 
+        if self.teaching is not None and line.partition(" ")[0] == TEACH_BACK:
+            line = self.teaching.lesson.asks_back
         asked = (*self.messages, Message(role="user", content=line))
         said = ""
         stream = self.answers.stream(Prompt(asked), self.decoding)
@@ -243,11 +310,11 @@ class _Talk:
         if close is not None:
             await close()
         else:
-            self._rest()
+            self.rest()
         if self.repairing is not None:
             self.repairing.chain.close()
 
-    def _rest(self) -> None:
+    def rest(self) -> None:
         """Ends a local model's thread, so that the model may be changed; a turn starts it again."""
         end = getattr(self.answers, "close", None)
         if end is not None:

@@ -100,6 +100,12 @@ class Intervened(LM):
         left = Intervened(self.bare, others) if others else self.bare
         return f"{last.intervention.artefact} '{last.intervention.card.name}'", left
 
+    @property
+    def leading(self) -> Intervened:
+        """The first of several models as one, with the interventions."""
+        first = self.bare.leading
+        return self if first is self.bare else Intervened(first, self.interventions)  # type: ignore[arg-type]
+
     def merged(self) -> NoReturn:
         """An intervention is not in the weights.
 
@@ -190,11 +196,11 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
     if isinstance(lm, Intervened):
         interventions = [*lm.interventions, *interventions]
         lm = lm.bare
-    elif lm.interveners is not None:
+    if lm.interveners is not None:
         raise ModelError(
-            "a router is on the model, and interventions cannot stand on it.",
+            "interventions act below what was put beside this model, and no more can act above.",
             where=lm.name,
-            hint="Take the router off first, or intervene on the bare model.",
+            hint="Take off the part in between first, or intervene on the model without it.",
         )
     for place, one in enumerate(interventions):
         below = interventions[:place]

@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from delible.errors import ModelError
 from delible.lm.body import Body, numbers
+from delible.lm.cores import cores_of
 from delible.lm.identity import only_reads
 
 _TEXTS, _TOKEN = "delible_texts", "delible_token"
@@ -129,13 +130,15 @@ def weights_read(
 
 @contextmanager
 def _replaced(lm: Body, name: str) -> Iterator[None]:
-    config = _config(lm)
-    own = config._attn_implementation
-    config._attn_implementation = name
+    configs = [core.config.get_text_config() for core in cores_of(lm.core)]
+    own = [config._attn_implementation for config in configs]
     try:
+        for config in configs:
+            config._attn_implementation = name
         yield
     finally:
-        config._attn_implementation = own
+        for config, before in zip(configs, own, strict=True):
+            config._attn_implementation = before
 
 
 def attention_window(lm: Body) -> float:

@@ -124,6 +124,11 @@ class Body:
         width = widest(self.core.config.get_text_config(), "intermediate_size")
         return width or 4 * self.anatomy.hidden_size
 
+    @property
+    def leading(self) -> Body:
+        """The model whose hidden states are read: itself, or the first of several as one."""
+        return self
+
     def head(self, states: Tensor) -> Tensor:
         """Logits of final hidden states: the head and whatever the model does after it."""
         return self.after_head(head_logits(self.core.get_output_embeddings(), states))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from transformers import (
 from delible.lm.adapters import each_its_own
 from delible.lm.attention import attention_window, token_by_token
 from delible.lm.body import Body
-from delible.lm.forward import cache_argument, fill_prefix
+from delible.lm.forward import arguments_of, cache_argument, fill_prefix
 from delible.lm.layout import Make, beside_padding, one_more, told, turn
 from delible.lm.roomy import RoomyLayer, roomy_cache
 from delible.lm.speaker import Choose, Row, choose_tokens, heard, said_by
@@ -84,7 +83,7 @@ class Speaking:
     def __init__(self, lm: Body, choose: Choose | None = None) -> None:
         self.lm, self.choose = lm, choose or choose_tokens
         self.backbone = lm.core.get_submodule(lm.anatomy.backbone)
-        self.takes_positions = "position_ids" in signature(type(self.backbone).forward).parameters
+        self.takes_positions = "position_ids" in arguments_of(self.backbone)
         #: By place in the batch; where rows cannot leave, also those that have ended.
         self.rows: list[Row] = []
         self._cache: Any = None

@@ -9,7 +9,7 @@ computed once, through the key-value cache, gradients included.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from delible.lm.attention import weights_read
 from delible.lm.body import Body, shared_prefix
+from delible.lm.cores import cores_of
 from delible.lm.experts import router_path
 from delible.lm.hooks import capture, truncated
 from delible.lm.layout import beginning, padded_rows, told
@@ -127,9 +128,17 @@ def prefix_cache(
         ids: The prefix of each row.
         prompt: Gives the whole prompt of one of them.
     """
-    cache: Any = DynamicCache(config=lm.core.config.get_text_config())
+    cache: Any = empty_cache(lm.core)
     if ids.numel():
         fill_prefix(lm, cache, ids, prompt)
+    return cache
+
+
+def empty_cache(core: Any) -> DynamicCache:
+    """A key-value cache with nothing in it; of several models as one: their layers in order."""
+    cache, *others = (DynamicCache(config=one.config.get_text_config()) for one in cores_of(core))
+    for other in others:
+        cache.layers = [*cache.layers, *other.layers]
     return cache
 
 
@@ -205,7 +214,12 @@ def _suffix_states(lm: Body, backbone: nn.Module, batch: Batch) -> Tensor:
 
 def cache_argument(backbone: nn.Module) -> str:
     """What the installed transformers calls the argument that takes a key-value cache."""
-    return "cache" if "cache" in signature(type(backbone).forward).parameters else "past_key_values"
+    return "cache" if "cache" in arguments_of(backbone) else "past_key_values"
+
+
+def arguments_of(backbone: nn.Module) -> Collection[str]:
+    """What a backbone may be called with; of several models as one: what the first may."""
+    return signature(type(getattr(backbone, "leading", backbone)).forward).parameters
 
 
 def scatter(values: Tensor, mask: Bool[Tensor, "batch answer"]) -> Float[Tensor, "batch answer"]:

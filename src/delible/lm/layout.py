@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from delible.lm.cores import cores_of
+
 if TYPE_CHECKING:
     from delible.lm.body import Body
 
@@ -84,9 +86,12 @@ _MAKING = RLock()
 
 
 def turn(core: nn.Module) -> Any:
-    """A lock, one per model: its attention and its hooks are set for one call at a time."""
+    """A lock, one per model: its attention and its hooks are set for one call at a time.
+
+    Several models that are asked as one take the first one's.
+    """
     with _MAKING:
-        return _TURNS.setdefault(core, RLock())
+        return _TURNS.setdefault(cores_of(core)[0], RLock())
 
 
 @contextmanager

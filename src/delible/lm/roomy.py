@@ -12,6 +12,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from delible.lm.body import Body
+from delible.lm.forward import empty_cache
 
 #: Tokens by which a full cache grows at once: growing copies it.
 ROOM = 64
@@ -73,6 +74,6 @@ def _roomy(states: Tensor, wanted: int) -> Tensor:
 
 def roomy_cache(lm: Body) -> DynamicCache:
     """An empty key-value cache; layers that keep only a window stay the library's."""
-    cache = DynamicCache(config=lm.core.config.get_text_config())
+    cache = empty_cache(lm.core)
     cache.layers = [RoomyLayer() if type(one) is DynamicLayer else one for one in cache.layers]
     return cache

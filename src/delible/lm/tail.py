@@ -26,6 +26,7 @@ def lens_logits(
     lm: Body, states: Float[Tensor, "token hidden"]
 ) -> Iterator[Float[Tensor, "part vocab"]]:
     """The model's logits, in fp32 on its device, for states of the residual stream; in parts."""
+    lm = lm.leading  # an assistant beside it reads texts, not states
     anatomy = lm.anatomy
     backbone = lm.core.get_submodule(anatomy.backbone)
     size = max(1, min(TOGETHER, lm.template.max_length, HEAD_CHUNK_ELEMENTS // lm.vocabulary))

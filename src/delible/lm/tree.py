@@ -23,7 +23,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from delible.lm.attention import text_by_text, texts_of
 from delible.lm.body import FEW_TOKENS, Body, shared_prefix
-from delible.lm.forward import HEAD_CHUNK_ELEMENTS, cache_argument, prefix_cache
+from delible.lm.forward import HEAD_CHUNK_ELEMENTS, arguments_of, cache_argument, prefix_cache
 from delible.lm.layout import packed, told
 
 #: Values of answer tokens from the logits that predict them: (logits [nodes, vocab] in fp32, which
@@ -165,7 +164,7 @@ def node_states(
         TypeError: The model cannot be told positions.
     """
     backbone = lm.core.get_submodule(lm.anatomy.backbone)
-    if "position_ids" not in signature(type(backbone).forward).parameters:
+    if "position_ids" not in arguments_of(backbone):
         raise TypeError("the model takes no position_ids")
     before = len(prefix.ids)
     ids = torch.tensor([[token for tree in trees for token in tree.ids]])

@@ -11,6 +11,7 @@ from delible.measure.benchmark import (
     Curve,
     Findings,
 )
+from delible.teaching.level import recovery
 
 PROMPTED = "told to be a novice"
 
@@ -20,26 +21,11 @@ PROMPTED = "told to be a novice"
 TEACHING = ("none", "heard", "studied", "heard, unrelated", "studied, unrelated")
 
 
-#: A recovery needs at least this much room between the novice and the original.
-ROOM = 0.02
-
-
 #: Knowledge was suppressed if an unrelated lesson moves accuracy, and recovery, by more (ours).
 CONTROL = 0.1
 
 
 Cell = dict[str, Any]
-
-
-def recovery(original: float | None, before: float | None, after: float | None) -> float | None:
-    """(after - before) / (original - before): 1 = as before unlearning, 0 = nothing came back.
-
-    Negative when the lesson made it worse. None where a value is missing, or where the student
-    lacks nothing that a lesson could bring back.
-    """
-    if original is None or before is None or after is None or abs(original - before) < ROOM:
-        return None
-    return (after - before) / (original - before)
 
 
 def findings(found: Mapping[str, Sequence[Cell]]) -> Findings:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from delible.measure.evaluate import Rewrite
 from delible.records import QA, Choice, Message, RecordBase
 from delible.system.asks import Prompt
-from delible.world.common import unrelated
+from delible.teaching.turns import lesson, other_lesson
 
 
 def exam(records: Sequence[QA]) -> list[Choice]:
@@ -23,25 +23,6 @@ def exam(records: Sequence[QA]) -> list[Choice]:
         for record in records
         if record.perturbed
     ]
-
-
-def lesson(records: Sequence[QA], turns: int) -> tuple[Message, ...]:
-    """Tutor and student in turns: each fact is told in one wording and repeated in another."""
-    said: list[Message] = []
-    for turn in range(turns):
-        record = records[turn % len(records)]
-        again = (record.answer, *record.paraphrased_answers)
-        told = again[-1 - (turn // len(records)) % len(again)]
-        said += [
-            Message(role="user", content=f"{record.question} Remember: {told}"),
-            Message(role="assistant", content=record.answer),
-        ]
-    return tuple(said)
-
-
-def other_lesson(turns: int) -> tuple[Message, ...]:
-    """As long a lesson about nothing of the world."""
-    return lesson([row for row in unrelated() if isinstance(row, QA)], turns)
 
 
 def before_question(turns: Mapping[str, Sequence[Message]], persona: str | None) -> Rewrite:
@@ -74,3 +55,6 @@ class Class:
     @property
     def kept_rows(self) -> list[QA]:
         return [row for rows in self.kept.values() for row in rows]
+
+
+__all__ = ["Class", "before_question", "exam", "lesson", "other_lesson"]
