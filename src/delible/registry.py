@@ -25,8 +25,8 @@ from delible.errors import RecipeError, nearest
 PACKAGE = Path(__file__).parent
 #: Folders whose files are ideas, one each.
 IDEA_FOLDERS = (
-    "methods", "guards", "agents", "attacks", "metrics", "benchmarks", "experiments", "artefacts",
-    "rewards",
+    "methods", "procedures", "guards", "agents", "attacks", "metrics", "benchmarks",
+    "experiments", "artefacts", "rewards",
 )  # fmt: skip
 ENTRY_POINT_GROUP = "delible.components"
 #: The decorator that makes a component of a function (``train/onpolicy/rewards.py``).

@@ -59,14 +59,21 @@ class Trained:
     Attributes:
         lm: The model, trained in place.
         history: Numbers of every step.
+        tokens: That were generated.
         stopped: Why it ended before its last step, if it did.
-        notes: What happened: completions without a value, hits by reward, generated tokens.
+        notes: What happened: completions without a value, hits by reward.
     """
 
     lm: LM
     history: list[dict[str, float]]
+    tokens: int
     stopped: str | None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return len(self.history)
 
 
 def train(
@@ -267,7 +274,7 @@ class _Run:
             "parameters": sum(v.numel() for v in self.placement.parameters.values()),
             "kl_weight": self.weight,
         }
-        return Trained(self.lm, self.history, self.stopped or None, notes)
+        return Trained(self.lm, self.history, self.tokens, self.stopped or None, notes)
 
     def _steps(self, begin: int, reference: Any, folder: Path) -> None:
         from delible.train.onpolicy import trl_adapter
