@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -32,9 +32,15 @@ logger = logging.getLogger(__name__)
 class SampledProcedure(RewardedProcedure):
     """Options of sampling; ``steps`` and ``questions_per_step`` say how much is drawn."""
 
-    reward: Literal["refusal_boundary", "forbidden_entities", "judged_ignorance"] = Field(
-        "refusal_boundary", description="What answers earn, as for RULE and PURGE."
-    )
+    reward: str | dict[str, Any] = Field(
+        "refusal_boundary", description="What answers earn: a reward by name, such as that of RULE "
+        "(refusal_boundary) or PURGE (forbidden_entities), or with options.",
+    )  # fmt: skip
+
+    @property
+    def main(self) -> dict[str, Any]:
+        """The reward with its options."""
+        return {"name": self.reward} if isinstance(self.reward, str) else dict(self.reward)
 
     def sampled(self, work: Work) -> Made:
         """Stage ``sample``: question, best and worst answer of every group that has both.
@@ -47,7 +53,7 @@ class SampledProcedure(RewardedProcedure):
         settings = self.settings()
 
         def make(stage: Stage) -> Made:
-            rewards = Rewards(self.rewards({"name": self.reward}), questions, stage.context)
+            rewards = Rewards(self.rewards(self.main), questions, stage.context)
             plan = planned(len(questions), settings, stage.context.seed)
             groups = sampled_groups(
                 work.lm, questions, self._within(plan), rewards, settings, stage.context.seed,
@@ -78,8 +84,6 @@ class SampledProcedure(RewardedProcedure):
     def _questions(self, work: Work) -> list[Question]:
         pairs = forget_pairs(work)
         questions = questions_of(pairs, "forget")
-        if self.reward == "forbidden_entities":
-            return questions
         subjects, kept = subjects_of(work, pairs), kept_of(work)
         try:
             found, _ = boundary_questions(pairs, kept, subjects,
@@ -87,7 +91,7 @@ class SampledProcedure(RewardedProcedure):
                                           seed=work.context.seed,
                                           where=f"procedure '{self.name}'")  # fmt: skip
         except DataError:
-            if self.reward == "refusal_boundary":
+            if self.main["name"] == "refusal_boundary":
                 raise
             return questions
         return [*questions, *questions_of(found, "boundary")]
