@@ -368,7 +368,7 @@ class _Run:
         if self.context.run is not None:
             self.context.run.event("step", **told)
         if reason := self.guards.collapsed(told):
-            self._collapse(reason)
+            self._collapse(reason, done)
         self.stopped = (
             self.guards.stopped(told, self.tokens)
             or self.monitor.after(done, last=done == settings.steps)
@@ -379,7 +379,7 @@ class _Run:
             if settings.checkpoint_steps
             else now - self.last_saved > settings.checkpoint_seconds
         )
-        if due and done % settings.inner_steps == 0:
+        if due and done % settings.inner_steps == 0 and not self.guards.garbage:
             self._save(done)
         return bool(self.stopped)
 
@@ -402,12 +402,12 @@ class _Run:
             check_moves(self.lm, self.placement, self.before, self.place.card.name)
             self.before = None
 
-    def _collapse(self, reason: str) -> None:
+    def _collapse(self, reason: str, step: int | None = None) -> None:
         kept = ""
         if self.folder is not None and (self.folder / "last").exists():
             kept = f" The last good checkpoint is in {self.folder / 'last'}."
         raise RunError(
-            f"training collapsed at step {len(self.history) + 1}: {reason}.{kept}",
+            f"training collapsed at step {step or len(self.history) + 1}: {reason}.{kept}",
             where=self.name,
             hint="Lower learning_rate, or raise kl_weight.",
         )
