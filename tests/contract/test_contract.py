@@ -94,6 +94,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # a random model declines nothing, and has no room for long conversations
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
+    ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }
@@ -167,7 +168,8 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", lambda _=None: WordEncoder())
+    for module in ("delible.systems.encoding", "delible.procedures.fit"):
+        monkeypatch.setattr(f"{module}.sentence_encoder", lambda _=None: WordEncoder())
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
