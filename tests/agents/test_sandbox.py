@@ -163,7 +163,7 @@ def test_threads_are_few_and_work():
     few = "import threading\nthreading.Thread(target=lambda: print('in')).start()"
     assert run(few).output == "in\n"
     many = (
-        "import threading, time\nwhile True: threading.Thread(None, time.sleep, None, (9,)).start()"
+        "import threading, time\nwhile True: threading.Thread(None, time.sleep, None, (1,)).start()"
     )
     assert run(many).ended == "raised"
 

@@ -184,9 +184,11 @@ def _watched(process: subprocess.Popen[bytes], told: int, given: bytes, limits: 
     if bytes(read[told]) != b"\0":
         reason = bytes(read[told] or read[err])[-300:].decode(errors="replace").strip()
         raise RunError(f"it cannot be confined ({reason or 'Python did not start'})")
-    texts = (bytes(read[one][: limits.output_bytes]).decode(errors="replace") for one in (out, err))
     spent = used.ru_utime + used.ru_stime
-    return Ran(cut or _ended(process.returncode, spent, limits), *texts, spent)
+    output, errors = (
+        bytes(read[one][: limits.output_bytes]).decode(errors="replace") for one in (out, err)
+    )
+    return Ran(cut or _ended(process.returncode, spent, limits), output, errors, spent)
 
 
 def _fed(place: int, rest: memoryview) -> memoryview:
