@@ -94,7 +94,7 @@ def unlearn(
         request: What to forget; see :class:`ForgetRequest`. With subjects alone, a recipe gets
             its forget rows from the model: what it knows about them is asked for, and kept in
             ``RUN/data/forget.jsonl``.
-        method: Name of a recipe, an editor or a guard, a YAML file, or the method itself.
+        method: Name of a recipe, an editor, a procedure or a guard, a YAML file, or the method itself.
         slots: Other components for single slots, such as ``{"harden": "sam"}`` (recipes).
         strength: The one dial: gentle, normal or strong (recipes).
         out: Run directory; a killed run resumes from it. None keeps nothing on disk.
@@ -196,7 +196,7 @@ def _opened(model: str | System, method: Method) -> System:
         held = method.recipe.training.base_precision
     system = open_system(model, base_precision=held) if isinstance(model, str) else model
     if method.needs_model and isinstance(system, LM):
-        if system.wears_adapter:
+        if system.wears_adapter and not method.keeps_adapter:
             system.merge_adapter()
             logger.info(MERGED_FIRST)
         system.hold(held)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal[
     "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
-    "finish", "recipe", "editor", "intervention", "guard", "agent", "attack", "metric", "benchmark",
-    "artefact",
+    "finish", "recipe", "editor", "intervention", "procedure", "guard", "agent", "attack",
+    "metric", "benchmark", "artefact",
 ]  # fmt: skip
 
 SLOTS = (
@@ -22,7 +22,7 @@ SLOTS = (
 )  # fmt: skip
 
 #: Kinds that make a system forget by themselves (``--method NAME``).
-METHODS: tuple[Kind, ...] = ("recipe", "editor", "intervention", "guard")
+METHODS: tuple[Kind, ...] = ("recipe", "editor", "intervention", "procedure", "guard")
 
 #: What a component may need; the words are used by error messages and by `delible show`.
 NEEDS = {

@@ -183,7 +183,9 @@ def keep(
         RecipeError: The artefact stands on a system that nothing opens again.
     """
     base = _base(run, outcome, start)
-    artefact = opening.keep(outcome.kind, outcome.content, run.path, base, outcome.system)
+    artefact = opening.keep(
+        outcome.kind, outcome.content, run.path, base, outcome.system, outcome.remembers
+    )
     checked = verify and outcome.system.fingerprint is not None
     if checked:
         shown = list(zip((prompt for *_, prompt in questions), result.examples, strict=True))
@@ -213,6 +215,8 @@ def _base(run: RunDirectory, outcome: Outcome, start: Start) -> Base:
     Raises:
         RecipeError: It is no model and nothing opens it again.
     """
+    if outcome.on is not None:
+        return outcome.on
     whole = not opening.kind_named(outcome.kind).card.reversible
     if whole or start.lasting:
         return start.base

@@ -15,8 +15,10 @@ from delible.cards import Card, Need
 from delible.component import Component
 from delible.context import Context
 from delible.errors import RecipeError, nearest
+from delible.made import Made
 from delible.ranges import Range, scales
 from delible.records import ForgetRequest
+from delible.system.artefact import Base
 from delible.system.base import System
 
 
@@ -31,6 +33,9 @@ class Outcome:
         notes: What it had to say, as plain data.
         history: Numbers of every training step; empty where there are none.
         stopped: Why it ended early, if it did.
+        remembers: What the next request on the same model is to know; kept with the artefact.
+        on: What the artefact stands on, if not on the system that was given: one that holds the
+            earlier requests, too, stands on what the artefact before it stood on.
     """
 
     system: System
@@ -39,6 +44,8 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     stopped: str | None = None
+    remembers: Made | None = None
+    on: Base | None = None
 
 
 class Method(ABC):
@@ -107,6 +114,8 @@ class Method(ABC):
     gives_scores: ClassVar[bool] = True
     #: It works on the weights of a language model; false: on any system.
     needs_model: ClassVar[bool] = True
+    #: It works on a model with its adapter on; false: the adapter is merged into the weights first.
+    keeps_adapter: ClassVar[bool] = False
 
     def given(self) -> dict[str, Any]:
         """What it takes beside records and options, as plain data."""

@@ -25,7 +25,8 @@ from delible.errors import RecipeError, nearest
 PACKAGE = Path(__file__).parent
 #: Folders whose files are ideas, one each.
 IDEA_FOLDERS = (
-    "methods", "guards", "agents", "attacks", "metrics", "benchmarks", "experiments", "artefacts",
+    "methods", "procedures", "guards", "agents", "attacks", "metrics", "benchmarks",
+    "experiments", "artefacts",
 )  # fmt: skip
 ENTRY_POINT_GROUP = "delible.components"
 

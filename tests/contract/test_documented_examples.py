@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ BLOCKS = {title: text.partition("```python\n")[2].partition("```\n")[0] for titl
 EXPECTED = {
     "A loss": "forget_loss_falls on llama",
     "An editor": "edit_is_undone_exactly on gpt2",
+    "A procedure": "killed_anywhere_it_goes_on_to_the_same_bits on llama",
     "A guard": "guard_refuses_what_is_forgotten on llama",
     "An attack": "rewriting_is_deterministic on llama",
     "A metric": "metric_gives_a_value_or_a_reason on llama",
@@ -83,6 +85,13 @@ def test_the_loss_counts_right_tokens_and_not_padding(example: Any) -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     found = example("A loss").expected_right(logprobs, mask)
     torch.testing.assert_close(found, torch.tensor([0.875, 0.5], dtype=torch.float64))
+
+
+def test_known_is_a_mean_of_logs_above_a_floor(example: Any) -> None:
+    known = example("A procedure").known
+    logs = [math.log(0.5), math.log(0.125)]  # the geometric mean is 0.25
+    assert known(logs, 0.249)
+    assert not known(logs, 0.251)
 
 
 def test_nothing_is_written_at_the_key_and_all_beside_it(example: Any) -> None:

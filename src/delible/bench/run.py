@@ -41,6 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "all-optimisation": ("recipe",),
     "all-editors": ("editor",),
     "all-interventions": ("intervention",),
+    "all-procedures": ("procedure",),
     "all-guards": ("guard",),
 }
 

@@ -26,6 +26,7 @@ BETTER = {"lower": "lower", "higher": "higher", "reference": "as the retrained r
 TABLES = (
     ("Methods", ("recipe", "editor")),
     ("Interventions: what changes activations while a model is asked", ("intervention",)),
+    ("Procedures: runs of several stages", ("procedure",)),
     ("Guards", ("guard",)),
     ("Agents", ("agent",)),
     ("Attacks", ("attack",)),

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 #: Kinds from the most to the least asked for; `show` takes the first that knows the name.
 ORDER = (
-    "recipe", "editor", "intervention", "guard", "attack", "metric", "benchmark", "objective",
-    "keep", "place", "balance", "harden", "finish", "generate", "select", "sample", "weigh",
-    "agent", "artefact",
+    "recipe", "editor", "intervention", "procedure", "guard", "attack", "metric", "benchmark",
+    "objective", "keep", "place", "balance", "harden", "finish", "generate", "select", "sample",
+    "weigh", "agent", "artefact",
 )  # fmt: skip
 #: Words for several kinds at once.
 COLLECTIVE = {"methods": METHODS, "slots": SLOTS}
@@ -31,9 +31,9 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     Parameters
     ----------
     kind
-        methods (recipes, editors, interventions, guards), attacks, metrics, benchmarks,
-        agents, artefacts, slots, or one slot (objectives, keep, place, balance, harden, finish,
-        generate, select, sample, weigh). Default: all.
+        methods (recipes, editors, interventions, procedures, guards), attacks, metrics,
+        benchmarks, agents, artefacts, slots, or one slot (objectives, keep, place, balance,
+        harden, finish, generate, select, sample, weigh). Default: all.
     as_json
         Print the cards as JSON.
     """
@@ -105,13 +105,15 @@ def show(
     output.quiet_libraries()
     card, others = found[0], [str(other.kind) for other in found[1:]]
     recipe, presets = _recipe(card), _presets(card)
-    options = [] if recipe else options_of(registry.load(card.kind, card.name))
+    component = None if recipe else registry.load(card.kind, card.name)
+    options = [] if component is None else options_of(component)
+    stages: dict[str, str] = dict(getattr(component, "stages", {}))
     if as_json:
         content = {**card.model_dump(mode="json"), "options": options, "recipe": recipe}
-        content |= {"presets": presets}
+        content |= {"presets": presets, **({"stages": stages} if stages else {})}
         print(json.dumps({**content, "also": others}, indent=2))
     else:
-        _print(card, options, recipe, presets, others)
+        _print(card, options, recipe, presets, others, stages)
     return 0
 
 
@@ -130,7 +132,7 @@ def _kinds(word: str | None) -> tuple[Kind, ...]:
             return cast("tuple[Kind, ...]", kinds)
     raise RecipeError(
         f"unknown kind '{word}'.",
-        hint=nearest(word, [*COLLECTIVE, *(f"{one}s" for one in ORDER[:7]), *ORDER[7:]]),
+        hint=nearest(word, [*COLLECTIVE, *(f"{one}s" for one in ORDER[:8]), *ORDER[8:]]),
     )
 
 
@@ -234,6 +236,7 @@ def _print(
     recipe: dict[str, Any] | None,
     presets: dict[str, dict[str, Any]],
     others: list[str],
+    stages: dict[str, str],
 ) -> None:
     from delible.cards import NEEDS
 
@@ -263,6 +266,8 @@ def _print(
     for name, value in fields.items():
         if value:
             reporter.field(name, value)
+    if stages:
+        reporter.console.print(output.table(("stage", ""), list(stages.items())))
     if options:
         columns = ("option", "default", "type", "")
         rows = [

@@ -5,6 +5,7 @@
     parts: {patch: patch}         files and folders beside this file, by name
     options: {}                   what else the kind needs
     identity: 9a…                 of the whole, as it answered when it was made
+    remembers: remembers          what the next request of the same method is to know
     enabled: true                 false: taken off (delible undo); it answers as its base
     without: [ada quill]          parts of it that are taken out (delible undo --only)
 
@@ -50,6 +51,10 @@ class Artefact(Config):
     parts: dict[str, str] = Field(default_factory=dict, description="Paths beside this file.")
     options: dict[str, Any] = Field(default_factory=dict, description="What the kind needs.")
     identity: str | None = Field(None, description="Of the whole when it was made.")
+    remembers: str | None = Field(
+        None, description="Folder beside this file: what the next request is to know; no answer "
+        "depends on it.",
+    )  # fmt: skip
     enabled: bool = Field(True, description="False: taken off, it answers as its base.")
     without: tuple[str, ...] | None = Field(
         None, description="What is taken out of it alone, by the names that its kind knows."
@@ -93,7 +98,8 @@ def read(folder: Path) -> Artefact:
         artefact = Artefact.build(str(path), **content)
     except (RecipeError, TypeError) as error:
         raise RunError(f"it describes no artefact: {error}", where=str(path)) from error
-    for name, part in artefact.parts.items():
+    beside = {} if artefact.remembers is None else {"remembers": artefact.remembers}
+    for name, part in {**artefact.parts, **beside}.items():
         if Path(part).is_absolute() or ".." in Path(part).parts:
             raise RunError(f"the part '{name}' lies outside the folder ({part}).", where=str(path))
         if not (folder / part).exists():

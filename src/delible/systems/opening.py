@@ -12,6 +12,7 @@ from delible.context import NO_CONTEXT, Context
 from delible.errors import DelibleError, ModelError, RunError, nearest
 from delible.lm.lm import LM, language_model
 from delible.lm.merging import can_stream, merge_files
+from delible.made import Made
 from delible.precision import BasePrecision
 from delible.system import artefact as artefacts
 from delible.system.artefact import Artefact, Base
@@ -19,6 +20,8 @@ from delible.system.base import System, identity_of
 from delible.systems.artefact_kind import ArtefactKind
 
 VLLM_PREFIX = "vllm:"
+#: Folder, in an artefact's, of what the next request is to know.
+REMEMBERS = "remembers"
 logger = logging.getLogger(__name__)
 
 _ADDRESSES = ("http://", "https://")
@@ -126,6 +129,8 @@ def _open_artefact(name: str, folder: Path, above: tuple[Path, ...], context: Co
         return base()
     system = kind.open(artefact, folder, base, context)
     system.name = name
+    if artefact.remembers is not None:
+        system.remembers = Made.load(folder / artefact.remembers)  # type: ignore[attr-defined]
     return system
 
 
@@ -212,7 +217,14 @@ def _lasting(name: str) -> str:
     return str(folder.resolve()) if not is_address(name) and folder.is_dir() else name
 
 
-def keep(kind: str, content: object, folder: Path, base: Base | None, system: System) -> Artefact:
+def keep(
+    kind: str,
+    content: object,
+    folder: Path,
+    base: Base | None,
+    system: System,
+    remembers: Made | None = None,
+) -> Artefact:
     """Writes what a method made into a folder: its parts, then ``artefact.yaml``.
 
     Args:
@@ -220,14 +232,18 @@ def keep(kind: str, content: object, folder: Path, base: Base | None, system: Sy
         content: As the kind's ``save`` takes it.
         base: What it stands on, or was made from.
         system: The whole, as it answers now.
+        remembers: What the next request is to know.
 
     Raises:
         RunError: The disk refuses it.
     """
     parts, options = kind_named(kind).save(content, folder)
+    if remembers is not None:
+        remembers.save(folder / REMEMBERS)
     artefact = Artefact(
-        kind=kind, base=base, parts=parts, options=options, identity=identity_of(system)
-    )
+        kind=kind, base=base, parts=parts, options=options, identity=identity_of(system),
+        remembers=None if remembers is None else REMEMBERS,
+    )  # fmt: skip
     artefacts.write(artefact, folder)
     return artefact
 

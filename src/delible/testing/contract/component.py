@@ -20,6 +20,7 @@ CARD_FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "objective": ("family", "needs", "changes", "reversible"),
     "editor": ("needs", "changes", "reversible", "weakest"),
     "intervention": ("needs", "changes", "reversible", "weakest", "mechanism"),
+    "procedure": ("needs", "changes", "reversible", "weakest", "mechanism"),
     "guard": ("needs", "changes", "reversible", "weakest", "capability"),
     "attack": ("family", "needs", "changes", "capability"),
     "metric": ("family", "range", "direction", "misleads", "capability"),

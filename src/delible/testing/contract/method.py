@@ -15,7 +15,7 @@ from delible.method import Method
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import Composed, System
 from delible.system.questions import ask
-from delible.systems.opening import described, keep, open_lm, open_system, undo
+from delible.systems.opening import described, keep, kind_named, open_lm, open_system, undo
 from delible.testing.contract.trial import (
     FORGET,
     REQUEST,
@@ -45,9 +45,15 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     torch.manual_seed(1)
     outcome = cast(Method, trial.component).apply(base, REQUEST, Context())
     made = _said(outcome.system)
-    keep(outcome.kind, outcome.content, folder / "run", below, outcome.system)
+    stands_on = outcome.on or below
+    keep(
+        outcome.kind, outcome.content, folder / "run", stands_on, outcome.system,
+        outcome.remembers,
+    )  # fmt: skip
     name = str(folder / "run")
     require(_same(_said(_precise(open_system(name))), made), "opened, it answers otherwise")
+    if not kind_named(outcome.kind).card.reversible:
+        return  # a whole model: there is nothing to take off
     parted = outcome.system
     require(isinstance(parted, Composed), "it does not say what can be taken off")
     found = cast(Composed, parted).taken_off()

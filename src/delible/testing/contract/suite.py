@@ -52,6 +52,10 @@ from delible.testing.contract.metric import (
     metric_gives_a_value_or_a_reason,
     summary_is_a_number_or_nothing,
 )
+from delible.testing.contract.procedure import (
+    killed_anywhere_it_goes_on_to_the_same_bits,
+    stages_are_declared,
+)
 from delible.testing.contract.slots import (
     answers_survive_saving,
     card_names_what_is_needed,
@@ -103,6 +107,7 @@ EVERY_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
         intervention_is_taken_off_exactly, intervention_survives_saving,
         intervention_holds_on_every_road,
     ),
+    "procedure": (stages_are_declared,),
 }  # fmt: skip
 #: On one architecture: slow, or nothing to do with the model.
 ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
@@ -120,6 +125,9 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
     "editor": (outcome_is_kept_opened_and_taken_off,),
     "intervention": (outcome_is_kept_opened_and_taken_off,),
+    "procedure": (
+        killed_anywhere_it_goes_on_to_the_same_bits, outcome_is_kept_opened_and_taken_off,
+    ),
     "guard": (
         guard_refuses_what_is_forgotten, guard_gives_no_scores, guard_fails_closed,
         guard_changes_the_fingerprint, guard_streams_what_it_answers,
