@@ -100,7 +100,9 @@ def _call(number: int, *arguments: object) -> int:
 
 
 def bound(seconds: int, memory_bytes: int) -> None:
-    """Limits that the kernel counts."""
+    """Limits that the kernel counts; memory besides what this process takes already."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    memory_bytes += pages * resource.getpagesize()
     for what, most, hard in (
         (resource.RLIMIT_CPU, seconds, seconds + 1),  # first told, then killed
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
@@ -225,7 +227,8 @@ def run(source: str, name: str) -> int:
     except MemoryError:
         return MEMORY
     except BaseException as error:
-        traceback.print_exc(limit=-4)
+        frames = error.__traceback__.tb_next if error.__traceback__ else None  # without this one
+        traceback.print_exception(type(error), error, frames, limit=-4)
         return FORBIDDEN if isinstance(error, PermissionError) else 1
     return 0
 

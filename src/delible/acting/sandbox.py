@@ -38,7 +38,9 @@ class Limits(Config):
     """What one run may use."""
 
     seconds: float = Field(5.0, gt=0, le=600, description="Processor seconds of a run at most.")
-    megabytes: int = Field(512, ge=128, description="Memory of a run at most.")
+    megabytes: int = Field(
+        512, ge=4, description="Memory of a run at most, besides what starting Python takes."
+    )
     output_bytes: int = Field(65_536, ge=1, description="What a run may write at most.")
 
 
