@@ -123,7 +123,7 @@ def test_whom_it_runs_for_lives_on_and_nothing_is_left(tmp_path):
 
 @confines
 def test_endings_are_told_apart():
-    small = Limits(seconds=1, output_bytes=10_000)
+    small = Limits(seconds=1, output_bytes=10_000, megabytes=64)
     assert run("while True: pass", limits=small).ended == "time"
     deaf = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     assert run(deaf, limits=small).ended == "time"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -31,7 +31,9 @@ from delible.system.base import System
 from delible.system.forms import read_form
 from delible.system.role import Role
 
-TRY, SUBMIT = "execute_python_code", "submit_final_answer"
+ToolName = Literal["execute_python_code", "submit_final_answer"]
+TRY: Final = "execute_python_code"
+SUBMIT: Final = "submit_final_answer"
 Status = Literal[
     "accepted", "wrong output", "no output", "too slow", "raised an error", "forbidden",
     "too much memory", "too much output", "crashed",
@@ -66,7 +68,7 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class Tests:
+class HiddenTests:
     """What decides about a program.
 
     Attributes:
@@ -78,7 +80,7 @@ class Tests:
     cases: tuple[Hidden, ...]
     before: str = ""
     after: str = ""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     def program(self, code: str) -> str:
         """What runs."""
@@ -90,7 +92,7 @@ class Verdict:
     """What tests say.
 
     Attributes:
-        passed: Tests before the first that failed.
+        passed: HiddenTests before the first that failed.
         seconds: Processor seconds of the slowest test that was run.
     """
 
@@ -117,7 +119,7 @@ def status_of(ran: Ran, wanted: str) -> Status:
     return "wrong output" if said else "no output"
 
 
-def judged(code: str, tests: Tests) -> Verdict:
+def judged(code: str, tests: HiddenTests) -> Verdict:
     """Runs what was handed in on every hidden test, up to the first that fails.
 
     Raises:
@@ -133,7 +135,7 @@ def judged(code: str, tests: Tests) -> Verdict:
     return Verdict("accepted", len(tests.cases), slowest)
 
 
-def calibrated(reference: str, inputs: Sequence[str], tests: Tests) -> Tests:
+def calibrated(reference: str, inputs: Sequence[str], tests: HiddenTests) -> HiddenTests:
     """The tests with wanted outputs and a time limit, both from a solution that is known.
 
     The limit is what starting takes here plus several times what the solution takes on its slowest
@@ -149,7 +151,7 @@ def calibrated(reference: str, inputs: Sequence[str], tests: Tests) -> Tests:
         ran = sandbox.run(tests.program(reference), given, roomy)
         if ran.ended != "finished" or not ran.output.strip():
             raise RunError(
-                f"the reference solution fails on its own tests ({ran.ended}: {ran.errors[-200:]}).",
+                f"the reference solution fails on its tests ({ran.ended}: {ran.errors[-200:]}).",
                 where="hidden tests",
             )
         slowest = max(slowest, ran.seconds - start)
@@ -166,7 +168,7 @@ def calibrated(reference: str, inputs: Sequence[str], tests: Tests) -> Tests:
 class Call:
     """A call of a tool, as it was read from a reply."""
 
-    tool: Literal["execute_python_code", "submit_final_answer"]
+    tool: ToolName
     code: str
     given: str = ""
 
@@ -211,12 +213,9 @@ def without_solution(text: str, reference: str) -> str | None:
 
 def verifier_prompt(problem: str, verdict: Verdict, code: str) -> Prompt:
     """What a verifier is asked: the problem, the status and the code, and nothing else."""
+    given = {"{problem}": problem, "{status}": verdict.told(), "{code}": code}
     words = read_text("agent_code_verifier.txt")
-    return Prompt.ask(
-        words.replace("{problem}", problem)
-        .replace("{status}", verdict.told())
-        .replace("{code}", code)
-    )
+    return Prompt.ask(re.sub("|".join(given), lambda found: given[found.group()], words))
 
 
 # ---- attempts
@@ -249,7 +248,7 @@ class Attempt:
 
     name: str
     problem: str
-    tests: Tests
+    tests: HiddenTests
     reference: str = field(default="", repr=False)
     turns: list[Message] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -370,7 +369,21 @@ def _lines(text: str) -> list[str]:
 
 
 __all__ = [
-    "REMINDER", "SUBMIT", "TRY", "Attempt", "Call", "Effort", "Hidden", "Status", "Tests",
-    "Verdict", "attempted", "calibrated", "judged", "read_call", "status_of", "verifier_prompt",
+    "REMINDER",
+    "SUBMIT",
+    "TRY",
+    "Attempt",
+    "Call",
+    "Effort",
+    "Hidden",
+    "HiddenTests",
+    "Status",
+    "Verdict",
+    "attempted",
+    "calibrated",
+    "judged",
+    "read_call",
+    "status_of",
+    "verifier_prompt",
     "without_solution",
 ]  # fmt: skip

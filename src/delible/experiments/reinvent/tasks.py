@@ -7,6 +7,7 @@ and how long it may take, is measured with the reference solution on the machine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from delible.acting.coding import Tests, calibrated
+from delible.acting.coding import HiddenTests, calibrated
 from delible.acting.sandbox import Limits
 from delible.component import Config
 from delible.errors import DataError, nearest
@@ -58,14 +59,14 @@ class Problem(Config):
         more = f"\n\n{_HINT[hint]}{self.hints[hint - 1].strip()}" if hint else ""
         return f"{self.wordings[wording].strip()}\n\n{self.task.strip()}{more}"
 
-    def tests(self, seed: int = 0) -> Tests:
+    def tests(self, seed: int = 0) -> HiddenTests:
         """Its hidden tests, with the time limit of this machine.
 
         Raises:
             RunError: This machine cannot confine a program.
         """
         limits = Limits(megabytes=self.megabytes, output_bytes=OUTPUT_BYTES)
-        bare = Tests((), before=self.before, after=self.after, limits=limits)
+        bare = HiddenTests((), before=self.before, after=self.after, limits=limits)
         return calibrated(self.reference, inputs(self.name, seed), bare)
 
 
@@ -144,7 +145,7 @@ def _graph(draw: Random, nodes: int, edges: int, most: int, shuffle: bool = True
     rest = order[1:]
     draw.shuffle(rest)
     order = [0, *rest]
-    rows = [(one, other, draw.randrange(most)) for one, other in zip(order, order[1:], strict=False)]
+    rows = [(one, other, draw.randrange(most)) for one, other in itertools.pairwise(order)]
     while len(rows) < edges:
         one, other = draw.randrange(nodes), draw.randrange(nodes)
         if one != other:
