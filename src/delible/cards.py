@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Kind = Literal[
     "generate", "select", "sample", "weigh", "place", "objective", "keep", "balance", "harden",
     "finish", "recipe", "editor", "intervention", "procedure", "guard", "agent", "attack",
-    "metric", "benchmark", "artefact",
+    "metric", "benchmark", "artefact", "reward",
 ]  # fmt: skip
 
 SLOTS = (

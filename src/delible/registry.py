@@ -26,9 +26,11 @@ PACKAGE = Path(__file__).parent
 #: Folders whose files are ideas, one each.
 IDEA_FOLDERS = (
     "methods", "procedures", "guards", "agents", "attacks", "metrics", "benchmarks",
-    "experiments", "artefacts",
+    "experiments", "artefacts", "rewards",
 )  # fmt: skip
 ENTRY_POINT_GROUP = "delible.components"
+#: The decorator that makes a component of a function (``train/onpolicy/rewards.py``).
+REWARD = "reward"
 
 T = TypeVar("T")
 
@@ -45,15 +47,18 @@ def register(**card: Any) -> Callable[[type[T]], type[T]]:
 
 def _read_cards(path: Path, module: str) -> Iterator[Card]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ClassDef):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
             continue
         for line in node.decorator_list:
             if not isinstance(line, ast.Call):
                 continue
             name = line.func.attr if isinstance(line.func, ast.Attribute) else line.func
-            if name == "register" or getattr(name, "id", None) == "register":
+            called = name if isinstance(name, str) else getattr(name, "id", None)
+            if called == ("register" if isinstance(node, ast.ClassDef) else REWARD):
                 try:
                     values = {str(word.arg): ast.literal_eval(word.value) for word in line.keywords}
+                    if called == REWARD:
+                        values |= {"kind": "reward"}
                     yield Card(**values, module=module, class_name=node.name)
                 except ValueError as error:  # a name instead of a literal, or a wrong field
                     raise RecipeError(

@@ -111,6 +111,8 @@ class Speaking:
     def join(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> None:
         """Reads the prompts of rows that begin to speak; their adapter is on, see ``adapters.py``.
 
+        Rows with the same prompt read it together, once.
+
         Args:
             rows: Of one adapter.
             prompts: Token ids, one sequence per row; they go through the model as one batch.
@@ -118,8 +120,10 @@ class Speaking:
         for row, prompt in zip(rows, prompts, strict=True):
             row.prompt = prompt
         road = self.lm.road
-        padded, mask, shared = self.lm.padded(prompts, sharing=self._may_share(rows, prompts))
+        sharing = self._may_share(rows, prompts)
         cache = roomy_cache(self.lm)
+        prompts, places = self._each_once(prompts, cache)
+        padded, mask, shared = self.lm.padded(prompts, sharing=sharing)
         if road == "trees" and self.lm.grows_trees and attention_window(self.lm) == math.inf:
             states = read_prompts(self.lm, prompts, mask, cache)
         else:
@@ -128,6 +132,10 @@ class Speaking:
             fed = padded[:, shared:]
             layout = beside_padding(prompts, mask, fed.shape[1])
             states = self._following(fed, mask, cache, layout)
+        if places is not None:
+            chosen = torch.tensor(places, device=mask.device)
+            cache.batch_select_indices(chosen)
+            mask, states = mask[chosen], states[chosen]
         if self.rows:
             length = max(mask.shape[1], self._mask.shape[1])
             for layer, old in zip(cache.layers, self._cache.layers, strict=True):
@@ -141,6 +149,17 @@ class Speaking:
             mask = torch.cat([pad(one, (length - one.shape[1], 0)) for one in masks])
             states = torch.cat([self._states, states])
         self.rows, self._cache, self._mask, self._states = [*self.rows, *rows], cache, mask, states
+
+    def _each_once(
+        self, prompts: Sequence[Sequence[int]], cache: Any
+    ) -> tuple[Sequence[Sequence[int]], list[int] | None]:
+        """Different prompts, and which one each row has; None: every row reads its own."""
+        different = {tuple(prompt): None for prompt in prompts}
+        roomy = all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+        if len(different) == len(prompts) or not (roomy and self._lets_go):
+            return prompts, None
+        order = {prompt: place for place, prompt in enumerate(different)}
+        return list(order), [order[tuple(prompt)] for prompt in prompts]
 
     def _may_share(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> bool:
         """Whether a beginning may stand before the padding.

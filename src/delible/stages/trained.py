@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delible.files import atomic_folder, read_json, write_json
 from delible.lm.lm import LM
-from delible.train.engine import TrainResult
+from delible.precision import Precision
 from delible.train.recipe import Recipe
 
 _WEIGHTS, _ADAPTER, _TOLD = "weights.safetensors", "adapter", "trained.json"
@@ -68,7 +68,24 @@ def _digest(value: Tensor) -> str:
     return hashlib.sha256(told + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def write(result: TrainResult, before: Mapping[str, str], folder: Path) -> dict[str, int]:
+class Result(Protocol):
+    """What a trainer made."""
+
+    @property
+    def lm(self) -> LM: ...
+    @property
+    def history(self) -> list[dict[str, float]]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def stopped(self) -> str | None: ...
+    @property
+    def notes(self) -> dict[str, Any]: ...
+
+
+def write(result: Result, before: Mapping[str, str], folder: Path) -> dict[str, int]:
     """Writes what is not as it was before: weights, an adapter, and what the steps told.
 
     Returns:
@@ -99,11 +116,21 @@ def read(lm: LM, recipe: Recipe, folder: Path) -> Trained:
         RunError: The result is missing or damaged.
         ModelError: It belongs to another model.
     """
-    told = read_json(folder / _TOLD)
     if lm.wears_adapter:
         lm.merge_adapter()  # as the trainer does before it begins
     lm.hold(recipe.training.base_precision)
     recipe.generate.prepare(lm)
+    return put_back(lm, recipe.training.precision, folder)
+
+
+def put_back(lm: LM, precision: Precision, folder: Path) -> Trained:
+    """Puts a model without adapter, as it was before the stage, where the stage had left it.
+
+    Raises:
+        RunError: The result is missing or damaged.
+        ModelError: It belongs to another model.
+    """
+    told = read_json(folder / _TOLD)
     here = weights_below(lm)
     with torch.no_grad():
         for name, value in load_file(folder / _WEIGHTS).items():
@@ -116,10 +143,10 @@ def read(lm: LM, recipe: Recipe, folder: Path) -> Trained:
     if told["adapter"]:
         lm.put_on(folder / _ADAPTER)
     lm.model.eval()
-    lm.precision = lm.resolved(recipe.training.precision)
+    lm.precision = lm.resolved(precision)
     return Trained(
         lm, told["history"], told["steps"], told["tokens"], told["stopped"], told["notes"]
     )
 
 
-__all__ = ["Trained", "digests", "read", "weights_below", "write"]
+__all__ = ["Result", "Trained", "digests", "put_back", "read", "weights_below", "write"]

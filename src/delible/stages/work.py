@@ -20,6 +20,7 @@ from delible.errors import RecipeError
 from delible.kept import identity
 from delible.lm.lm import LM, language_model
 from delible.made import Made, remembered
+from delible.precision import Precision
 from delible.records import ForgetRequest, RecordBase, digest
 from delible.rundir import OtherRunError
 from delible.stages import trained
@@ -209,6 +210,44 @@ class Work:
         self._ended(at, began, found.lm.identity)
         if lm is None:
             self._lm = found.lm
+        return found
+
+    def trained_by(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        make: Callable[[Context], trained.Result],
+        precision: Precision,
+        *,
+        part: int | None = None,
+    ) -> Trained:
+        """One stage that changes :attr:`lm` in some way of its own, or reads back what it did.
+
+        Args:
+            name, part: As for :meth:`stage`.
+            inputs: Plain data that it depends on.
+            make: Trains, in place, in the stage's context; an adapter that the model wears has
+                been merged before.
+            precision: Of the model's computation afterwards.
+        """
+        model = self.lm
+        at, began = self._begun(name, part, inputs)
+        folder = at.context.run
+        if model.wears_adapter:
+            model.merge_adapter()
+        if isinstance(folder, StageFolder) and began is None:
+            found = trained.put_back(model, precision, folder.result)
+        else:
+            before = trained.digests(model) if isinstance(folder, StageFolder) else {}
+            made = make(at.context)
+            if isinstance(folder, StageFolder) and folder.writes:
+                trained.write(made, before, folder.result)
+            found = Trained(
+                made.lm, made.history, made.steps, made.tokens, made.stopped, made.notes
+            )
+        at.steps, at.tokens, at.history = found.steps, found.tokens, found.history
+        self._ended(at, began, found.lm.identity)
+        self._lm = found.lm
         return found
 
     # ---- the life of a stage

@@ -8,6 +8,9 @@ compute (devices, number of processes, FSDP) is left to the environment: it chan
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from accelerate import Accelerator
@@ -21,6 +24,33 @@ T = TypeVar("T")
 def gathered(items: list[T], world: int) -> list[T]:
     """What all processes have, in the order of the processes; all of them must call it."""
     return items if world == 1 else list(gather_object(items))
+
+
+#: Variables of accelerate that would change what is computed.
+CHANGING = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+CHANGING_PREFIXES = ("ACCELERATE_DYNAMO_",)
+
+
+@contextmanager
+def plain_environment() -> Iterator[None]:
+    """Within it no variable of the environment changes what a library's own trainer computes.
+
+    Such a trainer also sets variables itself; they are put back.
+    """
+    before = dict(os.environ)
+    for name in before:
+        if name in CHANGING or name.startswith(CHANGING_PREFIXES):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        for name in set(os.environ) | set(before):
+            if not name.startswith("ACCELERATE_"):
+                continue
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 def open_processes() -> Accelerator:
