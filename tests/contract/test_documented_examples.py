@@ -17,7 +17,9 @@ import yaml
 
 from delible.component import Component
 from delible.measure.benchmark import Data
+from delible.system.asks import Prompt
 from delible.testing import check
+from delible.train.onpolicy.rows import Completion, Question
 from delible.train.recipe import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-idea.md"
@@ -28,6 +30,7 @@ EXPECTED = {
     "A loss": "forget_loss_falls on llama",
     "An editor": "edit_is_undone_exactly on gpt2",
     "A procedure": "killed_anywhere_it_goes_on_to_the_same_bits on llama",
+    "A reward": "reward_tells_answers_apart on llama",
     "A guard": "guard_refuses_what_is_forgotten on llama",
     "An attack": "rewriting_is_deterministic on llama",
     "A metric": "metric_gives_a_value_or_a_reason on llama",
@@ -92,6 +95,18 @@ def test_known_is_a_mean_of_logs_above_a_floor(example: Any) -> None:
     logs = [math.log(0.5), math.log(0.125)]  # the geometric mean is 0.25
     assert known(logs, 0.249)
     assert not known(logs, 0.251)
+
+
+def test_the_reward_counts_sentences_and_says_what_it_found(example: Any) -> None:
+    found = example("A reward").hedged
+    question = Question(Prompt.ask("Where?"), "forget", "Where?")
+    said = Completion(question, "Perhaps in Rome. It was warm. I am not sure! Yes?")
+    (scored,) = found().score([said])
+    assert scored.value == pytest.approx(2 / 4)
+    assert scored.hits == ("perhaps", "not sure")
+    (other,) = found(words=("warm",)).score([said])
+    assert other.value == pytest.approx(1 / 4)
+    assert found().score([Completion(question, "")])[0].value == 0
 
 
 def test_nothing_is_written_at_the_key_and_all_beside_it(example: Any) -> None:

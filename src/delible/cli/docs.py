@@ -40,6 +40,7 @@ TABLES = (
     ("Select: which rows are used", ("select",)),
     ("Sample: in which order forget and retain rows meet", ("sample",)),
     ("Weigh: how much a row counts", ("weigh",)),
+    ("Rewards: what on-policy training learns from", ("reward",)),
     ("Artefacts: what a run makes", ("artefact",)),
 )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ORDER = (
     "recipe", "editor", "intervention", "procedure", "guard", "attack", "metric", "benchmark",
     "objective", "keep", "place", "balance", "harden", "finish", "generate", "select", "sample",
-    "weigh", "agent", "artefact",
+    "weigh", "reward", "agent", "artefact",
 )  # fmt: skip
 #: Words for several kinds at once.
 COLLECTIVE = {"methods": METHODS, "slots": SLOTS}
@@ -32,7 +32,7 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     ----------
     kind
         methods (recipes, editors, interventions, procedures, guards), attacks, metrics,
-        benchmarks, agents, artefacts, slots, or one slot (objectives, keep, place, balance,
+        benchmarks, rewards, agents, artefacts, slots, or one slot (objectives, keep, place, balance,
         harden, finish, generate, select, sample, weigh). Default: all.
     as_json
         Print the cards as JSON.

@@ -25,6 +25,7 @@ CARD_FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "attack": ("family", "needs", "changes", "capability"),
     "metric": ("family", "range", "direction", "misleads", "capability"),
     "benchmark": ("misleads",),
+    "reward": ("range", "direction", "misleads"),
 }
 
 

@@ -56,6 +56,10 @@ from delible.testing.contract.procedure import (
     killed_anywhere_it_goes_on_to_the_same_bits,
     stages_are_declared,
 )
+from delible.testing.contract.reward import (
+    reward_judges_each_completion_alone,
+    reward_tells_answers_apart,
+)
 from delible.testing.contract.slots import (
     answers_survive_saving,
     card_names_what_is_needed,
@@ -123,6 +127,7 @@ ONE_FAMILY: dict[Kind, tuple[TrialCheck, ...]] = {
         rewriting_is_deterministic, conversing_is_deterministic, inferring_leaves_no_trace,
     ),
     "metric": (metric_gives_a_value_or_a_reason, summary_is_a_number_or_nothing),
+    "reward": (reward_judges_each_completion_alone, reward_tells_answers_apart),
     "editor": (outcome_is_kept_opened_and_taken_off,),
     "intervention": (outcome_is_kept_opened_and_taken_off,),
     "procedure": (

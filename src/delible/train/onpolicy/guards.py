@@ -81,9 +81,9 @@ class Guards:
             if self.high >= settings.stop_reward_steps:
                 return f"the reward was high enough at step {step} ({told['reward']:.3f})"
         leak = told.get("held_out_leak_rate")
-        if settings.stop_at_leak_rate is not None and leak is not None:
-            if leak <= settings.stop_at_leak_rate:
-                return f"the leak target was reached at step {step} ({leak:.3f})"
+        target = settings.stop_at_leak_rate
+        if target is not None and leak is not None and leak <= target:
+            return f"the leak target was reached at step {step} ({leak:.3f})"
         if settings.token_budget is not None and tokens >= settings.token_budget:
             return f"the token budget was used up at step {step} ({tokens:,} tokens)"
         return None

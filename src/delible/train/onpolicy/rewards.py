@@ -212,7 +212,8 @@ def _judged(name: str, score: Score, completions: Sequence[Completion]) -> Seque
         value = one.value
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        plain = isinstance(value, Real) and not isinstance(value, bool)
+        if not plain or not math.isfinite(value):
             raise RunError(
                 f"it gave {value!r} for the answer {completion.text[:60]!r}, which is no number.",
                 where=where,

@@ -152,7 +152,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.step_numbers: dict[str, float] = {}
         self.judged: Advantages | None = None
-        self.tokens, self.began, self.stopped = 0, 0, str()
+        self.tokens, self.began, self.stopped = 0, 0, ""
         self.last_saved = self.last_step = time.monotonic()
         run = context.run
         self.folder = None if run is None else run.path / "checkpoint" / name
@@ -177,7 +177,10 @@ class _Run:
     def _placed(self, retain: Sequence[RecordBase]) -> Placement:
         lm = self.lm
         known = [one.known for one in self.questions if one.tag == "forget"]
-        records = {"forget": [one for one in known if one is not None], "retain": list(retain)}
+        records: dict[str, list[RecordBase]] = {
+            "forget": [one for one in known if one is not None],
+            "retain": list(retain),
+        }
         rows = {role: make_rows(lm.template, part, role=role) for role, part in records.items()}
         context = SlotContext(
             lm, rows, records, Gradients(lm, stage=self.context.stage),
@@ -224,7 +227,7 @@ class _Run:
             "training", utility_budget=self.settings.utility_budget,
             monitor_steps=self.settings.monitor_steps,
         )  # fmt: skip
-        records = {
+        records: dict[str, list[RecordBase]] = {
             "forget": [one.known for one in self.questions if one.known is not None],
             "retain": list(retain),
         }
@@ -366,9 +369,7 @@ class _Run:
         self.last_step = now
         self._check_moved(told)
         if settings.kl_target is not None and "kl" in told:
-            self.weight = adapted(
-                self.weight, told["kl"], settings.kl_target, settings.kl_horizon
-            )
+            self.weight = adapted(self.weight, told["kl"], settings.kl_target, settings.kl_horizon)
         if done % settings.monitor_steps == 0 or done == settings.steps:
             told |= self._look()
         self.history.append(told)

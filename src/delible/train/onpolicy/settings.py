@@ -100,9 +100,9 @@ class OnPolicyTraining(Config):
 
     def passes(self, fits: int) -> int:
         """Gradient passes per step: the fewest of equal size that hold at most ``fits`` each."""
-        most = self.completions_per_pass or fits
-        return next(n for n in range(1, self.completions + 1)
-                    if self.completions % n == 0 and self.completions // n <= max(1, most))  # fmt: skip
+        most = max(1, self.completions_per_pass or fits)
+        whole = self.completions
+        return next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= most)
 
     def optimiser(self) -> Training:
         """What :func:`delible.train.optimizers.make_optimizer` takes."""

@@ -302,7 +302,6 @@ def left_as_it_was(lm: LM) -> Iterator[None]:
     pads = [getattr(one, "pad_token_id", None) for one in configs]
     numbers, shuffles = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count())) if lm.device.type == "cuda" else []
-    was_training = lm.model.training
 
     def train(mode: bool = True) -> nn.Module:
         for layer in lm.model.children():
