@@ -8,16 +8,16 @@ facts that are asked for with nothing, with what belongs to them, or with themse
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 from delible.component import build
 from delible.errors import DelibleError
+from delible.generation.ignorance import denies, questions_about
 from delible.measure.attack import AttackContext, ConversationAttack
 from delible.measure.scoring.text import gold_answers, rouge_l_recall
 from delible.names import Names
-from delible.prompts import read_lines, read_named
+from delible.prompts import read_named
 from delible.records import QA
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
@@ -32,16 +32,6 @@ PASSAGES: Mapping[int, Mapping[str, object] | None] = {
 }
 
 
-def denies(text: str) -> bool:
-    """Whether an answer says that it does not know what was asked for (English)."""
-    said = " ".join(text.translate({0x2018: "'", 0x2019: "'"}).split())
-    return filters.is_refusal(text) or re.search(_unknown(), said, re.IGNORECASE) is not None
-
-
-def _unknown() -> str:
-    return "|".join(f"(?:{line})" for line in read_lines("reinvent_unknown.txt"))
-
-
 def share(values: Sequence[bool | None]) -> float | None:
     """Share of those that are true, [0, 1], among those that are known."""
     known = [one for one in values if one is not None]
@@ -50,8 +40,8 @@ def share(values: Sequence[bool | None]) -> float | None:
 
 def asked_by_name(name: str, prefix: str = "") -> list[Prompt]:
     """Questions that name it; with a beginning that the answer is forced to have."""
-    words = read_named("reinvent_questions.txt")
-    return [Prompt.ask(one.replace("{name}", name), prefill=prefix) for one in words.values()]
+    texts = questions_about(name, methods=True)
+    return [Prompt.ask(one, prefill=prefix) for one in texts]
 
 
 def denial(system: System, name: str, decoding: Decoding, prefix: str = "") -> float | None:
@@ -120,6 +110,6 @@ def _said(system: System, prompts: Sequence[Prompt], decoding: Decoding) -> list
 
 
 __all__ = [
-    "PASSAGES", "asked_by_name", "denial", "denies", "fact_denial", "names_it", "recall", "share",
+    "PASSAGES", "asked_by_name", "denial", "fact_denial", "names_it", "recall", "share",
     "use_of_facts",
 ]  # fmt: skip
