@@ -32,8 +32,8 @@ def list_(kind: str | None = None, /, *, as_json: flags.Json = False) -> int:
     ----------
     kind
         methods (recipes, editors, interventions, procedures, guards), attacks, metrics,
-        benchmarks, rewards, agents, artefacts, slots, or one slot (objectives, keep, place, balance,
-        harden, finish, generate, select, sample, weigh). Default: all.
+        benchmarks, rewards, agents, artefacts, slots, or one slot (objectives, keep, place,
+        balance, harden, finish, generate, select, sample, weigh). Default: all.
     as_json
         Print the cards as JSON.
     """

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, get_type_hints
 
 from pydantic import Field, create_model
@@ -213,7 +214,7 @@ def _judged(name: str, score: Score, completions: Sequence[Completion]) -> Seque
         if value is None:
             continue
         plain = isinstance(value, Real) and not isinstance(value, bool)
-        if not plain or not math.isfinite(value):
+        if not plain or not math.isfinite(float(value)):
             raise RunError(
                 f"it gave {value!r} for the answer {completion.text[:60]!r}, which is no number.",
                 where=where,
