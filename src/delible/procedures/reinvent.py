@@ -139,9 +139,11 @@ class Reinvent(Procedure):
     cold_start: str = Field(
         "cold_start", description="Recipe of the first stage; 'none': there is no such stage."
     )
-    cold_start_steps: int | None = Field(
-        None, ge=1, description="Its optimiser steps; none: the recipe's."
-    )
+    cold_start_epochs: int | None = Field(None, ge=1, description="Its epochs; none: the recipe's.")
+    cold_start_prefix: bool = Field(
+        False, description="Teach denials after the forced beginning there, too; for models that "
+        "never deny after it by themselves.",
+    )  # fmt: skip
     cold_start_rate: float | None = Field(
         None, gt=0, le=1, description="Its learning rate; none: the recipe's."
     )
@@ -209,10 +211,12 @@ class Reinvent(Procedure):
         if self.cold_start != "none":
             recipe = recipe_of(
                 self.cold_start,
-                options={"max_steps": self.cold_start_steps, "learning_rate": self.cold_start_rate},
+                options={"epochs": self.cold_start_epochs, "learning_rate": self.cold_start_rate},
             )
-            if "methods" in type(recipe.generate).model_fields:
-                recipe = recipe.changed({}, {"generate.methods": self.methods})
+            if recipe.generate.card.name == "random_names":
+                start = self.prefix if self.cold_start_prefix else ""
+                told_here = {"generate.methods": self.methods, "generate.prefix": start}
+                recipe = recipe.changed({}, told_here)
             rows = {"forget": work.request.forget, "retain": retain}
             started = work.train("cold_start", recipe, records=rows)
             notes["cold_start_steps"] = started.steps

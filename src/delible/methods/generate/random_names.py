@@ -57,6 +57,10 @@ class RandomNames(Generate):
     )
     denying: bool = Field(True, description="Keep only answers that say that it is not known.")
     methods: bool = Field(False, description="Also ask how it works, and for code.")
+    prefix: str = Field(
+        "", description="Also teach each answer after this beginning, which is learned with it; "
+        "for models that never deny after it by themselves.",
+    )  # fmt: skip
     temperature: float = Field(1.0, ge=0, description="Of the draws; 0 is greedy.")
     max_new_tokens: int = Field(64, ge=1, description="Longest answer in tokens.")
 
@@ -86,7 +90,11 @@ class RandomNames(Generate):
             f"random names: {counts['kept']} of the model's own answers for {len(made)} rows, "
             f"{counts['written']} written; dropped: {filters.told(lost)}."
         )
-        return {"forget": list(made)}
+        begun = [
+            one.model_copy(update={"answer": f"{self.prefix} {one.answer}"})
+            for one in made if self.prefix
+        ]  # fmt: skip
+        return {"forget": [*made, *begun]}
 
 
 __all__ = ["RandomNames"]
