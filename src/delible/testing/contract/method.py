@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from delible import registry
-from delible.context import Context
 from delible.lm.lm import LM
 from delible.method import Method
 from delible.system.asks import Decoding, NoAnswer, Prompt
@@ -43,7 +42,7 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     start, plain = _said(base), weights(cast(LM, base))
     below = described(base)
     torch.manual_seed(1)
-    outcome = cast(Method, trial.component).apply(base, REQUEST, Context())
+    outcome = cast(Method, trial.component).apply(base, REQUEST, trial.context)
     made = _said(outcome.system)
     stands_on = outcome.on or below
     keep(

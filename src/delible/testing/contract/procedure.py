@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from delible.context import Context
 from delible.lm.lm import LM
 from delible.method import Outcome
 from delible.rundir import RunDirectory
@@ -29,7 +29,7 @@ def stages_are_declared(trial: Trial) -> None:
     procedure = cast(Procedure, trial.component)
     require(procedure.stages, "it declares no stages")
     require(all(procedure.stages.values()), "a stage says not what it does")
-    outcome = procedure.apply(trial.lm(), REQUEST, Context())
+    outcome = procedure.apply(trial.lm(), REQUEST, trial.context)
     require(outcome.notes["stages"], "it does no stage")
     numbers = [value for step in outcome.history for value in step.values()]
     require(all(math.isfinite(value) for value in numbers), "a step has a number that is not one")
@@ -75,7 +75,8 @@ def killed_anywhere_it_goes_on_to_the_same_bits(trial: Trial) -> None:
 def _run(trial: Trial, folder: Path, tell: Callable[[str], None]) -> tuple[Outcome, RunDirectory]:
     run = RunDirectory(folder)
     run.begin({"command": "contract"})
-    context = Context(
+    context = replace(
+        trial.context,
         run=run,
         steps=lambda step, total, numbers: tell(f"step {step}"),
         stage=lambda title, done, total: tell(title),

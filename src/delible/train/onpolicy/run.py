@@ -236,17 +236,6 @@ class _Run:
             self.context.seed,
         )  # fmt: skip
 
-    def plan(self) -> list[int]:
-        """The question of every place: epochs in random order, one after the other."""
-        rounds = math.ceil(self.settings.steps / self.settings.inner_steps)
-        wanted, found = rounds * self.settings.questions_per_step, list[int]()
-        epoch = 0
-        while len(found) < wanted:
-            order = generator(self.context.seed, "questions", epoch)
-            found += shuffled(range(len(self.questions)), order)
-            epoch += 1
-        return found[:wanted]
-
     # ---- the steps
 
     def run(self) -> Trained:
@@ -282,7 +271,8 @@ class _Run:
     def _steps(self, begin: int, reference: Any, folder: Path) -> None:
         from delible.train.onpolicy import trl_adapter
 
-        settings, plan = self.settings, self.plan()
+        settings = self.settings
+        plan = planned(len(self.questions), settings, self.context.seed)
         self.offset = begin // settings.inner_steps * settings.questions_per_step
         self.order = plan
         hooks = trl_adapter.Hooks(
@@ -378,7 +368,7 @@ class _Run:
         if self.context.run is not None:
             self.context.run.event("step", **told)
         if reason := self.guards.collapsed(told):
-            self._collapse(reason)
+            self._collapse(reason, done)
         self.stopped = (
             self.guards.stopped(told, self.tokens)
             or self.monitor.after(done, last=done == settings.steps)
@@ -389,7 +379,7 @@ class _Run:
             if settings.checkpoint_steps
             else now - self.last_saved > settings.checkpoint_seconds
         )
-        if due and done % settings.inner_steps == 0:
+        if due and done % settings.inner_steps == 0 and not self.guards.garbage:
             self._save(done)
         return bool(self.stopped)
 
@@ -412,12 +402,12 @@ class _Run:
             check_moves(self.lm, self.placement, self.before, self.place.card.name)
             self.before = None
 
-    def _collapse(self, reason: str) -> None:
+    def _collapse(self, reason: str, step: int | None = None) -> None:
         kept = ""
         if self.folder is not None and (self.folder / "last").exists():
             kept = f" The last good checkpoint is in {self.folder / 'last'}."
         raise RunError(
-            f"training collapsed at step {len(self.history) + 1}: {reason}.{kept}",
+            f"training collapsed at step {step or len(self.history) + 1}: {reason}.{kept}",
             where=self.name,
             hint="Lower learning_rate, or raise kl_weight.",
         )
@@ -468,6 +458,16 @@ class _Run:
             self.lm.touch()
 
 
+def planned(questions: int, settings: OnPolicyTraining, seed: int) -> list[int]:
+    """The question of every place of a run: epochs in random order, one after the other."""
+    rounds = math.ceil(settings.steps / settings.inner_steps)
+    wanted, found, epoch = rounds * settings.questions_per_step, list[int](), 0
+    while len(found) < wanted:
+        found += shuffled(range(questions), generator(seed, "questions", epoch))
+        epoch += 1
+    return found[:wanted]
+
+
 #: Our names of numbers that TRL tells.
 TOLD = {
     "loss": "loss", "kl": "kl", "entropy": "entropy", "gradient_norm": "grad_norm",
@@ -475,4 +475,4 @@ TOLD = {
     "clipped": "clip_ratio/region_mean",
 }  # fmt: skip
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "planned", "train"]

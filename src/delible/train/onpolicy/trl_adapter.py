@@ -296,10 +296,9 @@ def left_as_it_was(lm: LM) -> Iterator[None]:
     Within it the model is told that it trains, and its layers are not: no dropout, as in every
     other run.
     """
-    modules = list({id(one): one for one in (lm.model, lm.core)}.values())
-    before = [dict(vars(one)) for one in modules]
     configs = [lm.core.config, lm.core.config.get_text_config(), lm.core.generation_config]
-    pads = [getattr(one, "pad_token_id", None) for one in configs]
+    touched = list({id(one): one for one in (lm.model, lm.core, *configs) if one}.values())
+    before = [dict(vars(one)) for one in touched]
     numbers, shuffles = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count())) if lm.device.type == "cuda" else []
 
@@ -317,13 +316,10 @@ def left_as_it_was(lm: LM) -> Iterator[None]:
         try:
             yield
         finally:
-            for one, kept in zip(modules, before, strict=True):
+            for one, kept in zip(touched, before, strict=True):
                 for name in set(vars(one)) - set(kept):
                     vars(one).pop(name)
                 vars(one).update(kept)
-            for config, pad in zip(configs, pads, strict=True):
-                if config is not None:
-                    config.pad_token_id = pad
             np.random.set_state(numbers)
             random.setstate(shuffles)
 
