@@ -34,12 +34,12 @@ from delible.prompts import read_named
 from delible.records import QA, ForgetRequest, RecordBase
 from delible.registry import register
 from delible.stages.onpolicy import train_on_policy
-from delible.stages.procedure import Procedure, recipe_of
+from delible.stages.procedure import recipe_of
+from delible.stages.rewarded import RewardedProcedure, kept_of
 from delible.stages.work import Stage, Work
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.train.onpolicy.advantages import Kind
 from delible.train.onpolicy.rows import Question
-from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.world import told
 
 WHERE = "procedure 'reinvent'"
@@ -116,7 +116,7 @@ def held_out(request: ForgetRequest) -> list[Question]:
     year=2026,
     family="on-policy",
     intention="suppression",
-    mechanism="PO-out",
+    mechanism="RL",
     needs=("forget", "retain", "weights"),
     changes="weights",
     reversible=False,
@@ -127,8 +127,11 @@ def held_out(request: ForgetRequest) -> list[Question]:
     variant="Questions are made from the records; failed calls of the judge are no value; no "
     "noise-and-distil stage.",
 )
-class Reinvent(Procedure):
-    """Options: those of the cold start, of the questions, of the judge and of the training."""
+class Reinvent(RewardedProcedure):
+    """Options: those of the cold start, of the questions, of the judge and of the training.
+
+    Of a small model the divergence grows fast: keep ``learning_rate`` below the cold start's.
+    """
 
     stages: ClassVar = {
         "retain": "the model's own answers to retain questions",
@@ -160,50 +163,27 @@ class Reinvent(Procedure):
     judge: Literal["rule", "role"] = Field(
         "rule", description="Who judges: a rule, or the role 'judge'."
     )
-    place: str = Field("all", description="Where weights move while rewards are learned.")
-    learning_rate: float = Field(1e-5, gt=0, le=1, description="Learning rate.")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate.")
     steps: int = Field(60, ge=1, description="Optimiser steps.")
     questions_per_step: int = Field(16, ge=1, description="Questions per step.")
     group_size: int = Field(4, ge=2, description="Completions per question, which are compared.")
-    max_new_tokens: int = Field(64, ge=1, description="Tokens of a completion at most.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of the draws.")
-    advantage: Kind = Field("group", description="How rewards are compared.")
-    clip: float = Field(0.2, gt=0, lt=1, description="A ratio counts up to 1 plus or minus this.")
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="Where less is wanted, a ratio counts up to this."
-    )
     kl_weight: float = Field(0.001, ge=0, description="Weight of the divergence (beta).")
     kl_target: float | None = Field(
         None, gt=0, description="Adapt beta so that the divergence per token is this (nats)."
     )
     entropy_weight: float = Field(0.001, ge=0, description="Weight of the entropy (wanted).")
+    advantage: Kind = Field("group", description="How rewards are compared.")
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="Where less is wanted, a ratio counts up to this."
+    )
     unlearn_weight: float = Field(1.0, ge=0, description="Weight of what rewards teach (c_u).")
     retain_weight: float = Field(1.0, ge=0, description="Weight of the retain loss (c_r).")
     retain_rows: int | None = Field(
         None, ge=1, description="Retain rows per step; none: as many as completions."
     )
-    stop_at_leak_rate: float | None = Field(
-        None, ge=0, lt=1, description="Stop once held-out questions are answered this rarely."
-    )
-    utility_budget: float | None = Field(
-        None, gt=0, le=1, description="Keep at least this share of the retain probability."
-    )
-
-    def settings(self) -> OnPolicyTraining:
-        """What the second stage trains by."""
-        own = (
-            "learning_rate", "steps", "questions_per_step", "group_size", "max_new_tokens",
-            "temperature", "advantage", "dual_clip", "kl_weight", "kl_target", "entropy_weight",
-            "unlearn_weight", "retain_weight", "stop_at_leak_rate", "utility_budget",
-        )  # fmt: skip
-        given: dict[str, Any] = {name: getattr(self, name) for name in own}
-        rows = self.retain_rows or self.questions_per_step * self.group_size
-        return OnPolicyTraining.build(
-            WHERE, **given, clip_low=self.clip, clip_high=self.clip, retain_rows=rows
-        )
 
     def run(self, work: Work) -> Outcome:
-        settings, names = self.settings(), subjects_of(work.request)
+        names = subjects_of(work.request)
         every = list(dict.fromkeys(
             form for name in names for form in told.names_of(name, work.request.forget)
         ))  # fmt: skip
@@ -222,19 +202,22 @@ class Reinvent(Procedure):
             notes["cold_start_steps"] = started.steps
         asked = [*named(work.request, self.prefix, self.methods), *described(work.request)]
         reward = {"name": "judged_ignorance", "judge": self.judge, "subjects": tuple(every)}
+        own = ("kl_target", "entropy_weight", "advantage", "dual_clip", "unlearn_weight",
+               "retain_weight")  # fmt: skip
+        count = self.retain_rows or self.questions_per_step * self.group_size
         trained = train_on_policy(
-            work, "unlearn", asked, [reward], settings, place=self.place, retain=retain,
-            held_out=held_out(work.request),
+            work, "unlearn", asked, self.rewards(reward),
+            self.settings(retain_rows=count, **{name: getattr(self, name) for name in own}),
+            place=self.place, retain=retain, held_out=held_out(work.request),
         )  # fmt: skip
-        notes |= {**trained.notes, "questions": len(asked)}
-        kind = "adapter" if work.lm.wears_adapter else "model"
-        return Outcome(work.lm, kind, work.lm, notes, stopped=trained.stopped)
+        moved = self.cold_start != "none"
+        return self.outcome(trained, {**notes, "questions": len(asked)}, whole=moved)
 
     def _retained(
         self, work: Work, names: Sequence[str]
     ) -> tuple[list[RecordBase], dict[str, Any]]:
         """Retain rows that do not speak of the subject, with the model's own answers."""
-        given = [*work.request.retain, *work.request.neighbours]
+        given = kept_of(work)
         rows = [one for row in given if (one := question_of(row)) is not None]
         clean = [one for one in rows if not told.named_in(f"{one.question} {one.answer}", names)]
 
