@@ -24,8 +24,8 @@ from delible.testing.contract.trial import require_same, weights
 from delible.train.onpolicy.numbers import rates
 from delible.train.onpolicy.rewards import reward
 from delible.train.onpolicy.rows import Completion, Question, Scored
-from delible.train.onpolicy.run import planned
 from delible.train.onpolicy.settings import OnPolicyTraining
+from delible.train.onpolicy.starting import planned
 
 RETAIN = [QA(question="How is snow?", answer="White"), QA(question="Where is up?", answer="Up")]
 

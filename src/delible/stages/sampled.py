@@ -22,8 +22,8 @@ from delible.stages.rewarded import (
 from delible.stages.work import Stage, Work
 from delible.train.onpolicy.rewards import Rewards
 from delible.train.onpolicy.rows import Question, questions_of
-from delible.train.onpolicy.run import planned
 from delible.train.onpolicy.samples import Group, sampled_groups
+from delible.train.onpolicy.starting import planned
 from delible.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)

@@ -81,17 +81,28 @@ def reward(**card: Any) -> Callable[[Callable[..., Any]], type[FunctionReward]]:
     """
 
     def attach(function: Callable[..., Any]) -> type[FunctionReward]:
-        hints = get_type_hints(function, include_extras=True)
+        where = f"reward '{card.get('name')}'"
+        options = [
+            one for one in inspect.signature(function).parameters.values()
+            if one.kind is inspect.Parameter.KEYWORD_ONLY
+        ]  # fmt: skip
+        try:
+            hints = get_type_hints(function, include_extras=True) if options else {}
+        except NameError as error:
+            raise RecipeError(
+                f"the types of its options cannot be read ({error}).",
+                where=where,
+                hint="Import what they name at the top of the module.",
+            ) from error
         fields: dict[str, Any] = {}
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                if parameter.default is inspect.Parameter.empty or name not in hints:
-                    raise RecipeError(
-                        f"the option '{name}' needs a type and a default.",
-                        where=f"reward '{card.get('name')}'",
-                        hint=f'Write {name}: Annotated[int, Field(description="…")] = …',
-                    )
-                fields[name] = (hints[name], parameter.default)
+        for one in options:
+            if one.default is inspect.Parameter.empty or one.name not in hints:
+                raise RecipeError(
+                    f"the option '{one.name}' needs a type and a default.",
+                    where=where,
+                    hint=f'Write {one.name}: Annotated[int, Field(description="…")] = …',
+                )
+            fields[one.name] = (hints[one.name], one.default)
         made: type[FunctionReward] = create_model(
             function.__name__, __base__=FunctionReward, __module__=function.__module__, **fields
         )

@@ -9,7 +9,6 @@ they do on one machine). Checkpoints are ours (safetensors and JSON), never TRL'
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,11 @@ import torch
 
 from delible.component import build
 from delible.context import NO_CONTEXT, Context
-from delible.errors import DataError, MissingExtraError, RecipeError, RunError
+from delible.errors import MissingExtraError, RunError
 from delible.lm.lm import LM
-from delible.precision import short_types
 from delible.records import RecordBase
 from delible.system.asks import Decoding
 from delible.train import checkpoint
-from delible.train.gradients import Gradients
-from delible.train.masking import decay_masked, mask_gradients
 from delible.train.monitor import Monitor
 from delible.train.moves import check_moves, sampled
 from delible.train.onpolicy.advantages import Advantages, adapted, advantages
@@ -39,12 +35,11 @@ from delible.train.onpolicy.rewards import Reward, Rewards
 from delible.train.onpolicy.rows import Completion, Question
 from delible.train.onpolicy.sampling import Said, complete
 from delible.train.onpolicy.settings import OnPolicyTraining
-from delible.train.optimizers import make_optimizer
-from delible.train.randomness import generator, shuffled
+from delible.train.onpolicy.starting import masked_optimizer, placed, planned, tokenized
+from delible.train.randomness import generator
 from delible.train.recipe import Training
-from delible.train.rows import make_rows
 from delible.train.schedule import learning_rate_factor
-from delible.train.slots import Place, Placement, SlotContext
+from delible.train.slots import Place
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +134,11 @@ class _Run:
         if lm.wears_adapter:
             lm.merge_adapter()
         lm.precision = lm.resolved(settings.precision)
-        self.ids = self._tokenized()
+        self.ids = tokenized(lm, self.questions, settings, name)
         self.rewards = Rewards(rewards, self.questions, context)
         self.retained = Retained.of(lm, retain, settings, context.seed)
-        self.placement = self._placed(retain)
-        self.optimizer = make_optimizer(settings.optimiser(), self.placement)
-        self._mask_updates()
+        self.placement = placed(lm, self.place, self.questions, retain, context, name)
+        self.optimizer = masked_optimizer(settings, self.placement)
         self.monitor = self._monitor(retain)
         self.looked_at = list(held_out or [q for q in self.questions if q.tag == "forget"])
         self.guards = Guards(settings)
@@ -158,69 +152,6 @@ class _Run:
         self.folder = None if run is None else run.path / "checkpoint" / name
 
     # ---- before the first step
-
-    def _tokenized(self) -> list[tuple[int, ...]]:
-        if not self.questions:
-            raise DataError("there are no questions.", where=self.name)
-        room = self.lm.template.max_length - self.settings.max_new_tokens
-        ids = [self.lm.template.prompt_ids(one.prompt) for one in self.questions]
-        for question, found in zip(self.questions, ids, strict=True):
-            if len(found) > room:
-                raise DataError(
-                    f"the question {question.text[:60]!r} has {len(found)} tokens, and with "
-                    f"{self.settings.max_new_tokens} new ones the model reads {room} at most.",
-                    where=self.name,
-                    hint="Shorten it, or lower max_new_tokens.",
-                )
-        return ids
-
-    def _placed(self, retain: Sequence[RecordBase]) -> Placement:
-        lm = self.lm
-        known = [one.known for one in self.questions if one.tag == "forget"]
-        records: dict[str, list[RecordBase]] = {
-            "forget": [one for one in known if one is not None],
-            "retain": list(retain),
-        }
-        rows = {role: make_rows(lm.template, part, role=role) for role, part in records.items()}
-        context = SlotContext(
-            lm, rows, records, Gradients(lm, stage=self.context.stage),
-            build("objective", "gradient_ascent"), None, self.context.seed,
-            self.context.plays("writer"), self.context.stage,
-        )  # fmt: skip
-        placement = self.place.apply(context)
-        if placement.each_step is not None:
-            raise RecipeError(
-                f"place '{self.place.card.name}' chooses what moves from each step's forget loss, "
-                "and an on-policy run has none.",
-                where=self.name,
-                hint="Choose another one ('delible list place').",
-            )
-        if not placement.parameters:
-            raise RecipeError("no parameter may move.", where=f"place '{self.place.card.name}'")
-        own = {id(value) for value in placement.parameters.values()}
-        for value in lm.model.parameters():
-            value.requires_grad_(id(value) in own)
-        if short := short_types(placement.parameters.values()):
-            logger.warning(
-                f"The weights are {' and '.join(short)}, in which most small updates would round "
-                "away: the model is converted to float32 and stays so (twice the memory)."
-            )
-            lm.model.float()
-            lm.touch()
-        return placement
-
-    def _mask_updates(self) -> None:
-        """Masked entries stay where they are, whatever the optimiser remembers and decays."""
-        masks = self.placement.masks
-        if not masks:
-            return
-        optimizer = self.optimizer
-        optimizer.register_step_pre_hook(lambda *_: mask_gradients(self.placement, masks))
-        optimizer.register_step_post_hook(
-            lambda *_: decay_masked(
-                self.placement, masks, optimizer.param_groups[0]["lr"] * self.settings.weight_decay
-            )
-        )
 
     def _monitor(self, retain: Sequence[RecordBase]) -> Monitor:
         training = Training.build(
@@ -458,16 +389,6 @@ class _Run:
             self.lm.touch()
 
 
-def planned(questions: int, settings: OnPolicyTraining, seed: int) -> list[int]:
-    """The question of every place of a run: epochs in random order, one after the other."""
-    rounds = math.ceil(settings.steps / settings.inner_steps)
-    wanted, found, epoch = rounds * settings.questions_per_step, list[int](), 0
-    while len(found) < wanted:
-        found += shuffled(range(questions), generator(seed, "questions", epoch))
-        epoch += 1
-    return found[:wanted]
-
-
 #: Our names of numbers that TRL tells.
 TOLD = {
     "loss": "loss", "kl": "kl", "entropy": "entropy", "gradient_norm": "grad_norm",
@@ -475,4 +396,4 @@ TOLD = {
     "clipped": "clip_ratio/region_mean",
 }  # fmt: skip
 
-__all__ = ["Trained", "planned", "train"]
+__all__ = ["Trained", "train"]

@@ -8,6 +8,7 @@ passes, the optimiser loop of transformers below it, and vLLM. What is replaced:
 * The reference is given: TRL loads it by the path in the model's config, which a model in memory
   does not have. With an adapter it is the model without it; otherwise a frozen copy that shares
   every weight that does not move.
+* The head runs at completions' tokens only (``heads.py``).
 * The divergence is the plain k3: TRL multiplies it by the ratio by default, another gradient.
 * Nothing is sent (telemetry), printed, or written by it, and the model is left as it was.
 """
@@ -29,9 +30,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from delible.lm.lm import LM
+from delible.train.onpolicy.heads import fused_forward
 from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.train.processes import plain_environment
 from delible.train.slots import Placement
@@ -219,13 +220,27 @@ def run(
     )  # fmt: skip
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
+    _with_own_heads(trainer, reference)
     if settings.kl_weight:
-        if reference is not None:
-            add_fused_lm_head(reference, temperature=settings.temperature)
         trainer.ref_model = reference
         trainer.add_callback(_Weight(trainer, weight))
         trainer.beta = weight()
     trainer.train()
+
+
+def _with_own_heads(trainer: GroupTrainer, reference: nn.Module | None) -> None:
+    """Our head in the place of TRL's, which a mixture of experts keeps for its router's loss."""
+    lm, settings = trainer.lm, trainer.settings
+    plain = type(lm.core).forward.__get__(lm.core)
+    if reference is not None:
+        whole = reference.forward
+        reference.__dict__["forward"] = fused_forward(
+            lm, reference, whole, settings.temperature, False
+        )
+    if not trainer.aux_loss_enabled:
+        lm.core.__dict__["forward"] = fused_forward(
+            lm, lm.core, plain, settings.temperature, settings.entropy_weight > 0
+        )
 
 
 class _Weight(TrainerCallback):  # type: ignore[misc]
