@@ -94,6 +94,16 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # a random model declines nothing, and has no room for long conversations
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
+    ("generate", "random_names"): {"max_new_tokens": 4, "copies": 1, "draws": 1},
+    ("procedure", "reinvent"): {
+        "steps": 2,
+        "questions_per_step": 2,
+        "group_size": 2,
+        "max_new_tokens": 4,
+        "cold_start_epochs": 1,
+        "retain_rows": 2,
+        "precision": "float32",
+    },
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }

@@ -16,7 +16,7 @@ of the person, or with the fact itself among the passages before them.
 A model that has lost what it was asked to forget, and nothing else, denies it also under the forced
 beginning, and uses it when it is handed back. One that fails at hint 2, too, was harmed.
 
-Paper: arXiv 2604.05716; tests, verifier and tools after the authors' code (Algo-Reinvention), whose
+Paper: arXiv 2604.05716; tools, statuses and verifier as its released code is described, whose
 problems are not used. Deviations: six algorithms in three wordings each instead of ten in eight; no
 top-k; calls are blocks of code or JSON, not a model's own tool format; the time limit counts
 processor seconds beyond starting Python; no test-time training; ``people``, which is ours.
