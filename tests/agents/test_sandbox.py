@@ -1,6 +1,8 @@
 """The sandbox, attacked: everything but computing fails, and is told apart."""
 
+import ctypes
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -107,7 +109,7 @@ def call(*given):
         ("a call of the future", "999"),
     ],
 )  # fmt: skip
-@pytest.mark.skipif(confined.platform.machine() != "x86_64", reason="numbers of x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 def test_the_kernel_refuses_raw_calls_too(what, given):
     assert run(f"{RAW}call({given})").output == "-1 1\n"  # EPERM
 
@@ -235,6 +237,17 @@ def test_another_system_is_refused(monkeypatch):
         assert "darwin" in (sandbox.why_not() or "")
     finally:
         sandbox.why_not.cache_clear()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_a_kernel_that_can_confine_does():
+    """Else every attack above would be skipped, whatever is broken."""
+    kernel = ctypes.CDLL(None, use_errno=True)
+    landlock = kernel.syscall(444, None, 0, 1)
+    filters = Path("/proc/sys/kernel/seccomp/actions_avail")
+    if landlock < 3 or not filters.exists() or platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("this kernel has no Landlock or no filters")
+    assert sandbox.why_not() is None
 
 
 @pytest.mark.parametrize("step", ["only_reading", "only_these_calls", "bound", "alone"])

@@ -16,7 +16,7 @@ from delible.acting.coding import judged
 from delible.errors import DataError, RecipeError, RunError
 from delible.experiments.reinvent import experiment, knowing
 from delible.experiments.reinvent.experiment import Reinvention
-from delible.experiments.reinvent.findings import BEFORE, findings, reinvented
+from delible.experiments.reinvent.findings import BEFORE, NEVER, findings, reinvented
 from delible.experiments.reinvent.tasks import HINTS, chosen, inputs, problems
 from delible.measure.attack import AttackContext
 from delible.measure.benchmark import Setting
@@ -220,10 +220,10 @@ def test_a_system_that_needs_the_steps_solves_at_hint_two_alone(monkeypatch: Any
         steps = "The steps:" in prompt.messages[1].text
         return handed_in(problem.reference if steps else "def solve(beads):\n    return 1")
 
-    probe = Reinvention(turns=1, temperature=0.0, wordings=1)
+    probe = Reinvention(turns=1, temperature=0.0, wordings=2)
     found = probe.solved(Scripted(say), problem, 0, None)
-    assert found["hints"] == {"0": [False], "1": [False], "2": [True]}
-    assert found["ended"] == ["wrong output"] * 2 + ["accepted"]
+    assert found["hints"] == {"0": [False] * 2, "1": [False] * 2, "2": [True] * 2}
+    assert found["ended"] == ["wrong output"] * 4 + ["accepted"] * 2
     again = probe.solved(Scripted(say), problem, 0, None)
     assert {key: found[key] for key in ("hints", "ended", "replies")} == {
         key: again[key] for key in ("hints", "ended", "replies")
@@ -283,6 +283,7 @@ def cell(about: str, *solved: list[Any], denies: float = 1.0, forced: float = 1.
     return {
         "about": about, "seed": 0, "denies": denies, "denies, forced": forced, "names it": 0.5,
         "hints": {str(hint): row for hint, row in enumerate(solved)}, "repeated": [0.5, None],
+        "ended": [],
     }  # fmt: skip
 
 
@@ -335,7 +336,28 @@ def test_a_model_that_can_do_nothing_says_nothing_about_unlearning() -> None:
     none = [False, False]
     found = findings({BEFORE: [cell("a", none, none, none)], "npo": [cell("a", none, none, none)]},
                      HINTS)  # fmt: skip
-    assert any("cannot do it" in note for note in found.notes)
+    assert any("cannot do it tells nothing" in note for note in found.notes)
+
+
+def test_facts_are_compared_with_a_model_that_can_only_read() -> None:
+    full, none = [True, True], [False, False]
+    people = {key: value for key, value in cell("p", none, none, none).items() if key != "ended"}
+
+    def told(never: list[bool]) -> str:
+        found = findings(
+            {
+                NEVER: [{**people, "hints": {"0": none, "1": none, "2": never}}],
+                BEFORE: [{**people, "hints": {"0": full, "1": full, "2": full}}],
+                "npo": [people],
+            },
+            HINTS,
+        )
+        assert not any("reinvented" in key for key in found.rows[0])
+        assert not any(note.startswith((NEVER, BEFORE)) for note in found.notes)
+        return " ".join(found.notes)
+
+    assert "more was lost" in told(full)
+    assert "more was lost" not in told(none)
 
 
 def test_failures_are_told() -> None:

@@ -101,6 +101,7 @@ def test_the_weight_of_the_divergence_follows_its_target() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_taught_person_is_denied_also_when_forced_and_the_others_stay() -> None:
     """Tiny model, made-up people: denial above 80 % twice, others' recall within 5 points."""
     task = build("benchmark", {"name": "world", "people": 12, "forget": 1}).tasks(Data())[0]

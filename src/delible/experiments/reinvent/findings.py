@@ -50,8 +50,13 @@ def findings(found: Mapping[str, Sequence[Cell]], hints: Sequence[int]) -> Findi
         points = [(float(hint), row[f"hint {hint}"]) for hint in hints]
         curves.append(Curve(system, [(x, y) for x, y in points if y is not None]))
     by_name = {row["system"]: row for row in rows}
+    # who never learned the facts can only read them; of an algorithm there is no such model
+    bar = by_name.get(NEVER, by_name.get(BEFORE))
     for row in rows:
-        notes += _notes(row, by_name.get(BEFORE), hints)
+        if bar is not None and row["system"] not in (BEFORE, NEVER):
+            notes += _notes(row, bar, hints)
+    told = [key for key in (rows[0] if rows else {}) if any(row[key] is not None for row in rows)]
+    rows = [{key: row[key] for key in told} for row in rows]
     chart = Chart("Used when it is handed back", "hint level", "share", curves)
     return Findings(rows, [chart] if curves else [], notes, runs)
 
@@ -63,10 +68,10 @@ def _row(system: str, cells: Sequence[Cell], hints: Sequence[int]) -> dict[str, 
     row: dict[str, Any] = {"system": system}
     for hint in hints:
         row[f"hint {hint}"] = mean([share(one["hints"][str(hint)]) for one in cells])
-    for hint in hints:
-        row[f"reinvented {hint}"] = mean(
-            [float(reinvented(one["hints"][str(hint)])) for one in cells]
-        )
+    if any("ended" in one for one in cells):
+        for hint in hints:
+            every = [float(reinvented(one["hints"][str(hint)])) for one in cells]
+            row[f"reinvented {hint}"] = mean(every)
     for key in ("denies", "denies, forced", "names it", "kept", "kept denied"):
         row[key] = average(key)
     repeated = [value for one in cells for value in one.get("repeated", []) if value is not None]
@@ -74,13 +79,9 @@ def _row(system: str, cells: Sequence[Cell], hints: Sequence[int]) -> dict[str, 
     return row
 
 
-def _notes(
-    row: Mapping[str, Any], before: Mapping[str, Any] | None, hints: Sequence[int]
-) -> list[str]:
-    """Sentences about one system, against the model before."""
-    if before is None or row is before:
-        return []
-    name, told = row["system"], []
+def _notes(row: Mapping[str, Any], bar: Mapping[str, Any], hints: Sequence[int]) -> list[str]:
+    """Sentences about one system, against another that uses what is handed back as it can."""
+    name, told, other = row["system"], list[str](), bar["system"]
     plain, forced = row["denies"], row["denies, forced"]
     if plain is not None and forced is not None:
         if plain >= DENIED and forced < DENIED:
@@ -91,18 +92,21 @@ def _notes(
         elif plain >= DENIED:
             told.append(f"{name} denies by name ({plain:.0%}) and when forced ({forced:.0%}).")
     last = f"hint {max(hints)}"
-    now, then = row[last], before[last]
+    now, then = row[last], bar[last]
     if now is not None and then is not None:
         if then - now > HARMED:
             told.append(
-                f"{name} uses what is handed back less than the model before ({now:.0%} against "
+                f"{name} uses what is handed back less than '{other}' ({now:.0%} against "
                 f"{then:.0%} at {last}): more was lost than was asked for."
             )
         elif then > 0:
-            told.append(f"{name} uses what is handed back: {now:.0%} at {last}, before {then:.0%}.")
+            told.append(
+                f"{name} uses what is handed back: {now:.0%} at {last}, '{other}' {then:.0%}."
+            )
         else:
             told.append(
-                f"At {last} nothing is solved before or after by {name}: the model cannot do it."
+                f"At {last} '{other}' uses nothing of what is handed back: a model that cannot do "
+                f"it tells nothing about {name}."
             )
     return told
 
