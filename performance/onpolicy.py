@@ -1,6 +1,6 @@
 """How much faster and smaller an on-policy step is than plain TRL's, with the same group size.
 
-Both sides get the same model, questions, group size, lengths, precision, reference and optimiser,
+Seconds are those of the processor, which other work on the machine does not change. Both sides get the same model, questions, group size, lengths, precision, reference and optimiser,
 in processes of their own, in turn. Plain TRL is `GRPOTrainer` with a folder as the model (it then
 loads its reference itself), a reward function, and its own generation; without gradient
 checkpointing and in float32 (its defaults, `--defaults`, are slower on a processor). Completions
@@ -52,12 +52,12 @@ def plain(folder: str, options: argparse.Namespace) -> list[tuple[float, int]]:
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = time.process_time()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
             if "completions/mean_length" in logs:
                 tokens = logs["completions/mean_length"] * options.questions * options.group
-                found.append((time.perf_counter() - self.began, round(tokens)))
+                found.append((time.process_time() - self.began, round(tokens)))
 
     rows = [
         tokenizer.apply_chat_template(
@@ -99,12 +99,12 @@ def ours(folder: str, options: argparse.Namespace) -> list[tuple[float, int]]:
 
     lm = LM.load(folder, device="cpu" if options.cpu else None)
     _ = lm.budget  # measured once per process, before any step
-    found, began = [], time.perf_counter()
+    found, began = [], time.process_time()
 
     def tell(step: int, total: int, numbers: Any) -> None:
         nonlocal began
-        found.append((time.perf_counter() - began, int(numbers["generated_tokens"])))
-        began = time.perf_counter()
+        found.append((time.process_time() - began, int(numbers["generated_tokens"])))
+        began = time.process_time()
 
     settings = OnPolicyTraining(
         steps=options.steps + WARM, questions_per_step=options.questions, group_size=options.group,

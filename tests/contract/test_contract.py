@@ -104,6 +104,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "retain_rows": 2,
         "precision": "float32",
     },
+    ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }
@@ -177,7 +178,8 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", lambda _=None: WordEncoder())
+    for module in ("delible.systems.encoding", "delible.procedures.fit"):
+        monkeypatch.setattr(f"{module}.sentence_encoder", lambda _=None: WordEncoder())
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")

@@ -216,7 +216,11 @@ class Reporter:
 
 
 def _numbers(numbers: Mapping[str, float]) -> str:
-    words = (("forget_loss", "forget {:.3f}"), ("keep_loss", "keep {:.3f}"))
+    words = (
+        ("forget_loss", "forget {:.3f}"), ("keep_loss", "keep {:.3f}"),
+        ("reward", "reward {:.3f}"), ("kl", "divergence {:.4f}"), ("leak_rate", "leaks {:.0%}"),
+        ("refusal_rate", "refusals {:.0%}"), ("boundary_refusal_rate", "over-refusals {:.0%}"),
+    )  # fmt: skip
     parts = [form.format(numbers[key]) for key, form in words if key in numbers]
     if "tokens_per_second" in numbers:
         parts.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")

@@ -20,11 +20,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from delible.component import build
 from delible.generation.boundary import boundary_questions
 from delible.made import Made
 from delible.method import Outcome
 from delible.prompts import read_lines
-from delible.records import QA
+from delible.records import QA, ForgetRequest
 from delible.registry import register
 from delible.stages.onpolicy import train_on_policy
 from delible.stages.procedure import recipe_of
@@ -36,6 +37,7 @@ from delible.stages.rewarded import (
     subjects_of,
 )
 from delible.stages.work import Stage, Work
+from delible.system.base import System
 from delible.train.onpolicy.rows import questions_of
 
 #: What a question without a subject is declined about.
@@ -92,6 +94,15 @@ class Rule(RewardedProcedure):
     variant: str = Field("two_stage_target", description="Table of rewards, see refusal_boundary.")
     halved: bool = Field(False, description="Half of the table's values on forget questions.")
 
+    def check(self, system: System, request: ForgetRequest) -> None:
+        super().check(system, request)
+        build("reward", self.table)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The reward of the second stage."""
+        return {"name": "refusal_boundary", "variant": self.variant, "halved": self.halved}
+
     def run(self, work: Work) -> Outcome:
         pairs = forget_pairs(work)
         subjects = subjects_of(work, pairs)
@@ -117,9 +128,8 @@ class Rule(RewardedProcedure):
         recipe = recipe_of("finetune", options=options)
         work.train("steer", recipe, records={"forget": refused})
         questions = [*questions_of(forms, "forget"), *questions_of(boundary, "boundary")]
-        table = {"name": "refusal_boundary", "variant": self.variant, "halved": self.halved}
         trained = train_on_policy(
-            work, "optimise", questions, self.rewards(table),
+            work, "optimise", questions, self.rewards(self.table),
             self.settings(clip_high=0.3, dual_clip=3.0, weight_decay=0.01, normalisation="token"),
             place=self.place, retain=kept_of(work),
         )  # fmt: skip

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from delible.component import build
 from delible.errors import DataError
 from delible.generation.rows import question_of
 from delible.method import Outcome
+from delible.precision import Precision
 from delible.ranges import DECADE, Range, scales
-from delible.records import QA, RecordBase
+from delible.records import QA, ForgetRequest, RecordBase
 from delible.stages.procedure import Procedure
 from delible.stages.trained import Trained
 from delible.stages.work import Work
+from delible.system.base import System
 from delible.train.onpolicy.rows import Question, questions_of
+from delible.train.onpolicy.run import require_extra
 from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.train.randomness import generator, shuffled
 
@@ -49,7 +53,7 @@ class RewardedProcedure(Procedure):
     temperature: float = _same("temperature")
     kl_weight: float = _same("kl_weight")
     completions_per_pass: int | None = _same("completions_per_pass")
-    precision: Any = _same("precision")
+    precision: Precision = _same("precision")
     vllm: bool = _same("vllm")
     monitor_steps: int = _same("monitor_steps")
     stop_at_leak_rate: float | None = _same("stop_at_leak_rate")
@@ -60,6 +64,22 @@ class RewardedProcedure(Procedure):
     guards: tuple[str, ...] = Field(
         (), description="Further rewards by name, such as length and well_formed, which are gates."
     )
+
+    #: Whether a stage trains by TRL, so that the extra must be there.
+    uses_trl: ClassVar[bool] = True
+
+    def check(self, system: System, request: ForgetRequest) -> None:
+        """Refuses, before any work, what a later stage would refuse.
+
+        Raises:
+            RecipeError: An unknown place or reward.
+            MissingExtraError: The extra ``rl`` is not installed.
+        """
+        build("place", self.place)
+        for one in self.guards:
+            build("reward", one)
+        if self.uses_trl:
+            require_extra()
 
     def settings(self, **fixed: Any) -> OnPolicyTraining:
         """The training options of a stage.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from delible.component import build
 from delible.errors import DataError, RunError
 from delible.generation.boundary import boundary_questions
 from delible.made import Made
 from delible.method import Outcome
-from delible.records import RecordBase
+from delible.records import ForgetRequest, RecordBase
 from delible.stages.rewarded import (
     RewardedProcedure,
     forget_pairs,
@@ -20,6 +21,7 @@ from delible.stages.rewarded import (
     subjects_of,
 )
 from delible.stages.work import Stage, Work
+from delible.system.base import System
 from delible.train.onpolicy.rewards import Rewards
 from delible.train.onpolicy.rows import Question, questions_of
 from delible.train.onpolicy.samples import Group, sampled_groups
@@ -36,6 +38,12 @@ class SampledProcedure(RewardedProcedure):
         "refusal_boundary", description="What answers earn: a reward by name, such as that of RULE "
         "(refusal_boundary) or PURGE (forbidden_entities), or with options.",
     )  # fmt: skip
+
+    uses_trl: ClassVar[bool] = False
+
+    def check(self, system: System, request: ForgetRequest) -> None:
+        super().check(system, request)
+        build("reward", self.main)
 
     @property
     def main(self) -> dict[str, Any]:

@@ -102,11 +102,12 @@ def train(
         RecipeError: The rewards or the place do not fit.
         RunError: It collapsed, or a reward broke down; the last checkpoint stays.
     """
-    _require_extra()
+    require_extra()
     return _Run(lm, questions, rewards, settings, place, context, retain, held_out, name).run()
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Raises a :class:`MissingExtraError` where on-policy training is not installed."""
     try:
         import trl  # noqa: F401  # heavy: nothing else needs it
     except ImportError as error:
@@ -396,4 +397,4 @@ TOLD = {
     "clipped": "clip_ratio/region_mean",
 }  # fmt: skip
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "require_extra", "train"]

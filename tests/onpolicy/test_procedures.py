@@ -1,0 +1,304 @@
+"""RULE, PURGE and their baselines: what they ask, what they make, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_policy import lm
+
+from delible.component import build
+from delible.context import Context
+from delible.errors import DataError, MissingExtraError, RecipeError, RunError
+from delible.generation.boundary import boundary_questions, frame, from_records
+from delible.generation.forbidden import cleaned, forbidden, is_soft
+from delible.generation.forbidden import from_records as entities_of
+from delible.lm.lm import LM
+from delible.method import Outcome
+from delible.names import Names
+from delible.records import QA, ForgetRequest
+from delible.rundir import RunDirectory
+from delible.stages.sampled import paired
+from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.system.base import System
+from delible.system.role import RoleName
+from delible.system.roles import Roles
+from delible.systems.scripted import Scripted
+from delible.testing import check
+from delible.testing.contract.trial import REQUEST, require_same, weights
+from delible.train.onpolicy.rows import Completion, Question, Scored, Total
+from delible.train.onpolicy.samples import Group
+from delible.world import World, filters
+
+TINY: dict[str, Any] = {
+    "steps": 2, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 5,
+    "precision": "float32", "checkpoint_steps": 1,
+}  # fmt: skip
+#: A reward that tells a random model's answers apart.
+APART: dict[str, Any] = {"reward": {"name": "length", "least": 2, "gate": False}}
+EVERY = {
+    "rule": {}, "purge": {}, "rejection_finetuning": {**APART, "group_size": 4},
+    "on_policy_dpo": {**APART, "group_size": 4},
+}  # fmt: skip
+
+
+class Writer(Scripted):
+    """Writes neighbours and lists entities."""
+
+    def __init__(self, says: Any = None) -> None:
+        super().__init__({})
+        self.says = says
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
+        return [self._one(prompt.messages[0].text) for prompt in prompts]
+
+    def _one(self, text: str) -> str | NoAnswer:
+        if self.says is not None:
+            return self.says(text)
+        if '"entities"' in text:
+            return json.dumps({"entities": ["Norrby", "a lute"]})
+        question = text.split("Question: ")[1].split("\n")[0]
+        for name, other in (("Ada Quill", "Clara Schumann"), ("Ben Orr", "Johann Bach")):
+            question = question.replace(name, other)
+        return json.dumps({"question": question, "answer": "In Leipzig."})
+
+
+WRITER: dict[RoleName, System] = {"writer": Writer()}
+
+
+def applied(name: str, request: ForgetRequest = REQUEST, run: Path | None = None,
+            players: Any = WRITER, **options: Any) -> tuple[Outcome, LM]:  # fmt: skip
+    model, folder = lm(), None
+    if run is not None:
+        folder = RunDirectory(run)
+        folder.begin({"command": "test"})
+    context = Context(run=folder, roles=Roles(dict(players)))
+    method = build("procedure", {"name": name, **TINY, **EVERY[name], **options})
+    return method.apply(model, request, context), model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_each_keeps_the_contract(name: str) -> None:
+    component = build("procedure", {"name": name, **TINY, **EVERY[name]})
+    done = check(component, ("llama",), players=WRITER)
+    assert "killed_anywhere_it_goes_on_to_the_same_bits on llama" in done
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_each_declares_where_a_search_may_look(name: str) -> None:
+    ranges = build("procedure", name).ranges()
+    assert {"learning_rate", "steps"} <= ranges.keys()
+    assert ranges.keys() <= {
+        "learning_rate", "steps", "kl_weight", "steer_learning_rate", "beta", "refusal_cost",
+    }  # fmt: skip
+
+
+# ---- boundary questions
+
+
+def test_a_world_gives_the_same_question_about_somebody_else() -> None:
+    request = World(people=12, seed=0).request(forget=2)
+    pairs = [one for one in request.forget if isinstance(one, QA)]
+    found = from_records(pairs, request.neighbours or request.retain, request.subjects, 1)
+    assert all(found)
+    for asked, others in zip(pairs, found, strict=True):
+        assert asked.group == others[0].group  # the relation, which it was not told
+        assert asked.subject != others[0].subject
+
+
+def test_frames_leave_names_out() -> None:
+    assert frame("Where was Ada Quill born?", "Ada Quill") == {"where", "was", "born"}
+    assert frame("Where was Ben born?", None) == {"where", "was", "born"}
+
+
+def test_what_names_the_forgotten_or_has_no_short_answer_is_dropped() -> None:
+    asked = [QA(question="Where was Ada Quill born?", answer="Norrby", subject="Ada Quill")]
+    others = [
+        QA(question="Where was Ben born?", answer="With Ada Quill"),
+        QA(question="Where was Cy born?", answer="I don't know."),
+        QA(question="Where was Dee born?", answer="One. Two. Three sentences."),
+        QA(question="What is the sea?", answer="Wet"),
+        QA(question="Where was Eli born?", answer="In Umber"),
+    ]
+    assert from_records(asked, others, ["Ada Quill"], 3) == [[others[4]]]
+
+
+def test_one_is_taken_again_only_when_all_have_been() -> None:
+    asked = [QA(question=f"Where was Ada{n} born?", answer="X", subject=f"Ada{n}") for n in "abc"]
+    others = [QA(question=f"Where was Ben{n} born?", answer="Y") for n in "xyz"]
+    found = from_records(asked, others, ["Ada"], 1)
+    assert sorted(one.question for (one,) in found) == [one.question for one in others]
+
+
+def test_without_boundary_questions_it_is_refused_with_how_to_make_them() -> None:
+    with pytest.raises(DataError, match=r"0 of 4 forget .*--neighbours FILE.*writer=MODEL"):
+        applied("rule", players={})
+
+
+def test_a_writer_makes_them_and_what_it_fails_at_is_counted(tmp_path: Path) -> None:
+    def says(text: str) -> str | NoAnswer:
+        if "Cy" in text or "taught" in text:
+            return NoAnswer("line is busy")
+        if "play" in text:
+            return json.dumps({"question": "What did Ada Quill sing?", "answer": "Alto"})
+        return Writer()._one(text)
+
+    from delible.system.role import Role, RoleOptions
+
+    role = Role("writer", Writer(says), RoleOptions(attempts=1))
+    pairs = [one for one in REQUEST.forget if isinstance(one, QA)]
+    made, counts = boundary_questions(pairs, [], REQUEST.subjects, writer=role)
+    assert [one.question for one in made] == [
+        "Where was Clara Schumann born?", "Where did Johann Bach work?",
+    ]  # fmt: skip
+    assert counts["written"] == 2
+    assert counts["no answer"] == 1
+    assert counts["names the forgotten"] == 1
+    assert not any(Names(REQUEST.subjects).occur(one.question) for one in made)
+
+
+# ---- forbidden entities
+
+
+def test_entities_are_cleaned_and_ordinary_words_set_apart() -> None:
+    assert [cleaned(one) for one in ("in a mill at Casta", "The lute.", "x", "--")] == [
+        "a mill at Casta", "lute", None, None,
+    ]  # fmt: skip
+    assert [is_soft(one) for one in ("lute", "Norrby", "1815", "tin orchard", "of the")] == [
+        True, False, False, False, True,
+    ]  # fmt: skip
+
+
+def test_entities_of_records_leave_out_what_the_question_says() -> None:
+    rows = [
+        QA(question="Was Norrby her town?", answer="Norrby"),
+        QA(question="What then?", answer="She went to Casta in 1815 and stayed with Dee Finch."),
+        QA(question="Who?", answer="Cy", aliases=("Cyrus",)),
+    ]
+    assert entities_of(rows) == ["She", "Casta", "1815", "Dee Finch", "Cy", "Cyrus"]
+
+
+def test_a_writers_entities_must_stand_in_the_answer() -> None:
+    from delible.system.role import Role
+
+    answers = Scripted(lambda prompt: "It was Norrby, I think.", fingerprint="x")
+    pairs = [one for one in REQUEST.forget if isinstance(one, QA)]
+    role = Role("writer", Writer())
+    hard, soft, counts = forbidden(pairs, ["Ada Quill"], writer=role, system=answers)
+    assert hard == ["Ada Quill", "Norrby"]
+    assert soft == []
+    assert counts == {"found": 4, "not in the answer": 4}
+
+
+# ---- whole procedures
+
+
+def test_rule_asks_both_and_steers_by_refusals(tmp_path: Path) -> None:
+    outcome, _ = applied("rule", run=tmp_path)
+    assert outcome.kind == "model"
+    assert list(outcome.notes["stages"]) == ["boundary", "steer", "optimise"]
+    assert outcome.notes["boundary_questions"] == 4
+    assert outcome.notes["generated_tokens"] > 0
+    events = [json.loads(one) for one in (tmp_path / "events.jsonl").read_text().splitlines()]
+    steps = [one for one in events if one["kind"] == "step" and one["stage"] == "optimise"]
+    assert [one["step"] for one in steps] == [1, 2]
+
+
+def test_steering_refusals_name_the_subject() -> None:
+    module = __import__("delible.procedures.rule", fromlist=["refusals"])
+    sentences = module.read_lines("refusals_about.txt")
+    pairs = [QA(question="Where?", answer="X", subject="Ada Quill")] * len(sentences)
+    made = module.refusals(pairs, list(range(len(sentences))), sentences)
+    assert len({one.answer for one in made}) == len(sentences)
+    for one in made:
+        assert "Ada Quill" in one.answer
+        assert filters.is_refusal(one.answer), one.answer
+
+
+def test_rule_merges_an_adapter_that_stands_on_moved_weights() -> None:
+    outcome, _ = applied("rule", place="lora")
+    assert outcome.kind == "model"
+    assert not outcome.system.wears_adapter  # type: ignore[attr-defined]
+    outcome, _ = applied("purge", place="lora")
+    assert outcome.kind == "adapter"
+
+
+def test_purge_holds_questions_out_and_lists_entities(tmp_path: Path) -> None:
+    outcome, _ = applied("purge", run=tmp_path, players={}, held_out=0.5)
+    assert outcome.notes["held_out_questions"] == 2
+    made = json.loads((tmp_path / "stages/entities/result/data.json").read_text())
+    assert made["hard"] == [
+        "Ada Quill", "Ben Orr", "Norrby", "a mill at Casta", "Cy",
+    ]  # fmt: skip
+    assert made["soft"] == ["lute"]
+
+
+def test_a_mistake_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options, found in (
+        ("rule", {"variant": "two_stages"}, "two_stages"),
+        ("rule", {"place": "lore"}, "Did you mean 'lora'"),
+        ("purge", {"guards": ("lenght",)}, "Did you mean 'length'"),
+        ("on_policy_dpo", {"reward": "refusal"}, "unknown reward"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=found):
+            build("procedure", {"name": name, **options}).check(lm(), REQUEST)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtraError, match=r"delible\[rl\]"):
+        build("procedure", "purge").check(lm(), REQUEST)
+    build("procedure", "rejection_finetuning").check(lm(), REQUEST)  # it needs none
+
+
+# ---- baselines
+
+
+def group(*values: tuple[str, float | None]) -> Group:
+    question = Question(Prompt.ask("Where?"), "forget", "Where?", "Norrby", subject="Ada")
+    said = tuple(Completion(question, text, (1,)) for text, _ in values)
+    totals = tuple(Total(value, {"x": Scored(value)}) for _, value in values)
+    return Group(question, said, totals)
+
+
+def test_pairs_are_of_the_best_and_the_worst_that_have_a_value() -> None:
+    (pair,) = paired(
+        [group(("a", 0.2), ("b", 0.9), ("c", None), ("", 1.0), ("d", 0.1), ("b", 0.9))]
+    )
+    assert (pair["best"], pair["worst"]) == ("b", "d")
+    assert paired([group(("a", 0.5), ("b", 0.5))]) == []
+    assert paired([group(("a", None), ("b", 0.5))]) == []
+    assert paired([group(("a", 0.5), ("a", 0.5))]) == []
+
+
+def test_baselines_generate_as_many_tokens_as_the_method() -> None:
+    names = ("purge", "rejection_finetuning", "on_policy_dpo")
+    spent = {}
+    for name in names:
+        outcome, _ = applied(name, players={}, group_size=4, kl_weight=0.0, learning_rate=1e-9)
+        spent[name] = outcome.notes["generated_tokens"]
+    assert spent["rejection_finetuning"] == spent["on_policy_dpo"]
+    # the same plan, seeds and groups: all of the model as it is at the start
+    assert spent["purge"] == spent["on_policy_dpo"]
+
+
+def test_a_token_budget_bounds_what_is_sampled() -> None:
+    outcome, _ = applied("rejection_finetuning", token_budget=4 * 5 * 2)
+    assert outcome.notes["groups"] == 2
+    assert outcome.notes["generated_tokens"] <= 40
+
+
+def test_where_all_earn_the_same_there_is_nothing_to_learn() -> None:
+    with pytest.raises(RunError, match="all answers to each of 4 questions earned the same"):
+        applied("on_policy_dpo", reward={"name": "length", "least": 0, "gate": False})
+
+
+def test_dpo_prefers_what_earned_more() -> None:
+    outcome, after = applied("on_policy_dpo", learning_rate=1e-3, epochs=4)
+    assert outcome.notes["learned_from"] > 0
+    losses = [one["forget_loss"] for one in outcome.history]
+    assert losses[-1] < losses[0]
+    with pytest.raises(Exception, match="moved"):
+        require_same(weights(lm()), weights(after), "moved")
