@@ -151,7 +151,8 @@ class GradientMethod(Method):
     def teaches(self) -> bool:
         recipe = self.recipe
         negates = recipe.finish.card.name == "task_vector"
-        return recipe.objective.card.name == "finetune" and not negates
+        own = "forget" in recipe.generate.makes  # other rows are learned than those that are given
+        return recipe.objective.card.name == "finetune" and not negates and not own
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
         lm = language_model(system, f"method '{self.name}'")
