@@ -1,7 +1,8 @@
 """How much faster and smaller an on-policy step is than plain TRL's, with the same group size.
 
-Seconds are those of the processor, which other work on the machine does not change. Both sides get the same model, questions, group size, lengths, precision, reference and optimiser,
-in processes of their own, in turn. Plain TRL is `GRPOTrainer` with a folder as the model (it then
+Seconds are those of the processor, which other work on the machine does not change. Both sides get
+the same model, questions, group size, lengths, precision, reference and optimiser, in processes of
+their own, in turn. Plain TRL is `GRPOTrainer` with a folder as the model (it then
 loads its reference itself), a reward function, and its own generation; without gradient
 checkpointing and in float32 (its defaults, `--defaults`, are slower on a processor). Completions
 that ended early are short on both sides; what is compared is seconds per generated token and step,
