@@ -5,7 +5,7 @@ held to. Parts whose methods are not there yet are left out, and said to be.
 
     requests    time and peak memory of the last ten of many requests over those of the first ten:
                 flat, at most 1.15
-    routing     a closed gate over the bare model (at most 1.05, the gate's own look at each question
+    routing     a closed gate over the bare model (at most 1.05, the gate's look at each question
                 included), and a batch of rows with four adapters over one with one (at most 1.15)
 
 Run: python performance/procedures.py [--model tiny] [--requests 50] [--method fit]
@@ -27,11 +27,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from common import write_between
 
 from delible import registry
-from delible.lm.adapters import wearing
 from delible.lm.decode import Speaking
 from delible.lm.lm import LM
 from delible.lm.speaker import Row
@@ -149,25 +149,29 @@ def routing(setting: Setting) -> list[Ratio]:
     shut = acting.weights(ids).sum(axis=1) == 0
     kept = [one for one, closed in zip(prompts, shut, strict=True) if closed][:ROWS]
     names = [one.request for one in parts]
-    one = [Prompt(prompt.messages, adapter=names[0]) for prompt in kept]
-    several = [
-        Prompt(prompt.messages, adapter=names[place % len(names)])
-        for place, prompt in enumerate(kept)
-    ]
+    rows = [tuple(lm.template.prompt_ids(prompt)) for prompt in kept]
+    chosen = np.eye(len(names))
+    #: What the gate says of each row; None: it is asked, and has not seen the questions before.
+    gates: dict[str, Any] = {
+        "shut": None, "one": [chosen[0] for _ in rows],
+        "several": [chosen[place % len(names)] for place in range(len(rows))],
+    }  # fmt: skip
     decoding = Decoding(TOKENS)
 
-    def timed(system: LM, these: Sequence[Prompt]) -> float:
-        acting._weights.clear()  # each round's questions are new ones
-        began = time.perf_counter()
-        _generated(system, these, decoding)
-        return time.perf_counter() - began
+    clock = time.process_time if lm.device_type == "cpu" else time.perf_counter
 
-    kinds = {"bare": (lm, kept), "shut": (model, kept), "one": (model, one),
-             "several": (model, several)}  # fmt: skip
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    def timed(kind: str) -> float:
+        acting._weights.clear()
+        if gates.get(kind) is not None:
+            acting._weights.update(zip(rows, gates[kind], strict=True))
+        began = clock()
+        _generated(lm if kind == "bare" else model, kept, decoding)
+        return clock() - began
+
+    seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", *gates)}
     for round_ in range(rounds + 1):
-        for kind, (system, these) in kinds.items():
-            took = timed(system, these)
+        for kind in seconds:
+            took = timed(kind)
             if round_:
                 seconds[kind].append(took)
     # the least of each: what else the machine does only adds
@@ -185,13 +189,9 @@ def routing(setting: Setting) -> list[Ratio]:
 def _generated(system: LM, prompts: Sequence[Prompt], decoding: Decoding) -> None:
     """All rows in one batch, which speak to the end: no row leaves early."""
     with torch.inference_mode(), system.evaluating(), system.computing():
-        ids = [system.template.prompt_ids(one) for one in prompts]
-        rows = [Row(decoding, adapter=one.adapter) for one in prompts]
         speaking = Speaking(system, lambda logits, _: [5] * len(logits))
-        for name in dict.fromkeys(row.adapter for row in rows):
-            mine = [place for place, row in enumerate(rows) if row.adapter == name]
-            with wearing(system, name):
-                speaking.join([rows[place] for place in mine], [ids[place] for place in mine])
+        ids = [system.template.prompt_ids(one) for one in prompts]
+        speaking.join([Row(decoding) for _ in prompts], ids)
         while speaking.goes_on:
             speaking.step()
 
