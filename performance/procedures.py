@@ -5,6 +5,8 @@ held to. Parts whose methods are not there yet are left out, and said to be.
 
     requests    time and peak memory of the last ten of many requests over those of the first ten:
                 flat, at most 1.15
+    routing     a closed gate over the bare model (at most 1.05, the gate's look at each question
+                included), and a batch of rows with four adapters over one with one (at most 1.15)
 
 Run: python performance/procedures.py [--model tiny] [--requests 50] [--method fit]
      [--parts requests] [--json FILE] [--markdown docs/performance.md]
@@ -19,25 +21,40 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 # oneDNN keeps a compiled kernel for every shape it has met, up to 1024 of them: some MiB for each
 # request until it is full, whoever runs. Small here, so that what delible itself keeps would show.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
+import numpy as np
+import torch
 from common import write_between
 
 from delible import registry
+from delible.lm.decode import Speaking
+from delible.lm.lm import LM
+from delible.lm.speaker import Row
 from delible.loaders.requests import Named
 from delible.records import QA, ForgetRequest
+from delible.routed.detector import Detector, DetectorOptions
+from delible.routed.features import EncoderFeatures
+from delible.routed.low_rank import LowRank
+from delible.routed.requests import Member, RequestRouter
+from delible.routed.system import routed
 from delible.sequence.result import SequenceResult, Step
 from delible.sequence.run import unlearn_sequence
+from delible.system.asks import Decoding, Prompt
 from delible.world import World
 
+#: Adapters, rows and tokens of a batch that is routed.
+ADAPTERS, ROWS, TOKENS = 4, 8, 24
 #: Requests at the beginning and at the end that are compared; the very first warms up.
 PART = 10
 
@@ -115,9 +132,92 @@ def _tell(step: Step) -> None:
     print(f"request {step.number}: {step.seconds:.2f} s", file=sys.stderr, flush=True)
 
 
+def routing(setting: Setting) -> list[Ratio]:
+    """What adapters behind gates cost: while they are shut, and while a batch uses several."""
+    lm, rounds = LM.load(setting.model), 5
+    world = World(people=24, seed=0)
+    split = world.split(forget=ADAPTERS, holdout=1)
+    people: dict[str, list[str]] = {}
+    for record in split.records("forget"):
+        if isinstance(record, QA) and record.subject:
+            people.setdefault(record.subject, []).append(record.question)
+    encoder, options = EncoderFeatures.of(None), DetectorOptions()
+    parts = []
+    for place, (name, texts) in enumerate(people.items()):
+        draws = torch.Generator().manual_seed(place)
+        found = Detector.fit(texts, encoder, options, draws)
+        parts.append(Member(name, _adapter(lm, draws), found))
+    model = routed(lm, RequestRouter(parts, "own", lm.identity))
+    asked = [one.question for one in split.records("retain") if isinstance(one, QA)]
+    prompts = [Prompt.ask(text) for text in asked]
+    acting: Any = model.acting
+    ids = [lm.template.prompt_ids(one) for one in prompts]
+    shut = acting.weights(ids).sum(axis=1) == 0
+    kept = [one for one, closed in zip(prompts, shut, strict=True) if closed][:ROWS]
+    names = [one.request for one in parts]
+    rows = [tuple(lm.template.prompt_ids(prompt)) for prompt in kept]
+    chosen = np.eye(len(names))
+    #: What the gate says of each row; None: it is asked, and has not seen the questions before.
+    gates: dict[str, Any] = {
+        "shut": None, "one": [chosen[0] for _ in rows],
+        "several": [chosen[place % len(names)] for place in range(len(rows))],
+    }  # fmt: skip
+    decoding = Decoding(TOKENS)
+
+    clock = time.process_time if lm.device_type == "cpu" else time.perf_counter
+
+    def timed(kind: str) -> float:
+        acting._weights.clear()
+        if gates.get(kind) is not None:
+            acting._weights.update(zip(rows, gates[kind], strict=True))
+        began = clock()
+        _generated(lm if kind == "bare" else model, kept, decoding)
+        return clock() - began
+
+    seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", *gates)}
+    for round_ in range(rounds + 1):
+        for kind in seconds:
+            took = timed(kind)
+            if round_:
+                seconds[kind].append(took)
+    # the least of each: what else the machine does only adds
+    least = {kind: min(values) for kind, values in seconds.items()}
+    told = f"{len(kept)} questions, {TOKENS} tokens each: "
+    return [
+        Ratio("a closed gate over the bare model", least["shut"] / least["bare"], 1.05,
+              f"{told}{least['bare']:.2f} s bare, {least['shut']:.2f} s with {len(names)} gates"),
+        Ratio(f"rows with {len(names)} adapters over one adapter",
+              least["several"] / least["one"], 1.15,
+              f"{told}{least['one']:.2f} s with one, {least['several']:.2f} s mixed"),
+    ]  # fmt: skip
+
+
+def _generated(system: LM, prompts: Sequence[Prompt], decoding: Decoding) -> None:
+    """All rows in one batch, which speak to the end: no row leaves early."""
+    with torch.inference_mode(), system.evaluating(), system.computing():
+        speaking = Speaking(system, lambda logits, _: [5] * len(logits))
+        ids = [system.template.prompt_ids(one) for one in prompts]
+        speaking.join([Row(decoding) for _ in prompts], ids)
+        while speaking.goes_on:
+            speaking.step()
+
+
+def _adapter(lm: LM, draws: torch.Generator) -> LowRank:
+    """A random adapter of rank 8 on all linear layers of the blocks."""
+    pairs = {}
+    for path, module in lm.core.named_modules():
+        if path.startswith(f"{lm.anatomy.blocks}.") and isinstance(module, torch.nn.Linear):
+            pairs[path] = (
+                torch.randn(8, module.in_features, generator=draws) * 0.01,
+                torch.randn(module.out_features, 8, generator=draws) * 0.01,
+            )
+    return LowRank(pairs, 2.0)
+
+
 #: Parts by name, with the methods that they need. Add a function and a line.
 PARTS: dict[str, tuple[Callable[[Setting], list[Ratio]], tuple[str, ...]]] = {
     "requests": (requests, ()),
+    "routing": (routing, ("o3",)),
 }
 
 

@@ -176,6 +176,7 @@ def test_what_cannot_work_is_refused() -> None:
         quick.check(found, REQUEST)
 
 
+@pytest.mark.slow
 def test_a_domain_is_taken_back_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

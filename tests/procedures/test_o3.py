@@ -19,6 +19,7 @@ from delible.context import Context
 from delible.errors import DataError, ModelError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.loaders import write_records
+from delible.loaders.requests import Named
 from delible.methods.place.orthogonal_lora import overlap, overlap_gradient
 from delible.procedures.o3 import O3, texts_of
 from delible.records import ForgetRequest, Passage
@@ -27,6 +28,7 @@ from delible.routed.features import EncoderFeatures
 from delible.routed.low_rank import LowRank, worn
 from delible.routed.requests import RequestRouter
 from delible.routed.system import Routed
+from delible.sequence.undoing import undo_request
 from delible.system.artefact import read
 from delible.system.asks import Decoding, Prompt, Score
 from delible.train.engine import Trainer
@@ -368,3 +370,18 @@ def test_unlearn_audit_and_undo_from_the_command_line(
     assert parts, "the audit does not take the router away"
     assert main(["undo", run]) == 0
     assert opened(Path(run)).fingerprint == walk.base.fingerprint
+
+
+@pytest.mark.slow
+def test_one_of_a_sequence_is_undone_by_its_own_id(walk: Walk, tmp_path: Path) -> None:
+    method = O3(encoder_folder=str(walk.place / "encoder"), max_steps=2, learning_rate=1e-2)
+    named = [Named(name, ForgetRequest(forget=about(name))) for name in ("ada", "bo", "cy")]
+    result = delible.unlearn_sequence(
+        str(walk.place / "model"), named, method=method, out=tmp_path / "all", retain=RETAIN[:2],
+        rows=1, verify=False,
+    )  # fmt: skip
+    assert [one.what for one in result.steps[1:]] == ["done"] * 3
+    whole = opened(Path(result.steps[-1].state))
+    state = undo_request(tmp_path / "all", "bo")
+    left = opened(Path(state))
+    assert left.router.members == (whole.router.members[0], whole.router.members[2])
