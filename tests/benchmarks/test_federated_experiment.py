@@ -67,8 +67,9 @@ def test_table_charts_and_sentences() -> None:
     assert best["moved"] == pytest.approx(0.25)
     assert len({tuple(row) for row in found.rows}) == 1  # the same columns
     notes = " ".join(found.notes)
-    assert "npo under fedavg: forgotten 0.75 (as in the paper's picture, 0.6 or more)" in notes
-    assert "kept 0.50 (the paper's picture has 0.95 or more)" in notes
+    assert "npo under fedavg: forgotten 0.75, as wanted (0.6 or more)" in notes
+    assert "lasting 0.50, where more than 0.5 was wanted; kept 1.00, as wanted" in notes
+    assert "kept 0.50, where 0.95 or more was wanted" in notes
     assert "npo under fedyogi: the model had learned too little" in notes
     assert "npo under fedavg failed: no memory" in notes
     assert "retrain under fedavg: 0.10 of the forgotten is said by a model" in notes

@@ -184,3 +184,16 @@ def test_rates_of_unlearning() -> None:
     assert (chosen.learning_rate, chosen.epochs) == (1e-3, 3)
     for name in ("gradient_ascent", "graddiff", "npo", "simnpo", "dpo", "rmu"):
         Oblivionis().unlearning(Oblivionis(unlearn=name).recipe())
+
+
+def test_a_search_looks_at_what_the_server_uses() -> None:
+    plain_ranges = Oblivionis().ranges()
+    assert set(plain_ranges) == {"learning_rate", "epochs"}
+    assert (plain_ranges["epochs"].low, plain_ranges["epochs"].high) == (2, 10)
+    assert plain_ranges["learning_rate"].low == pytest.approx(5e-5)
+    assert "proximal" in Oblivionis(aggregation="fedprox").ranges()
+    adaptive = Oblivionis(aggregation="fedyogi", unlearn_learning_rate=0.2).ranges()
+    assert {"server_learning_rate", "tau", "unlearn_learning_rate"} <= set(adaptive)
+    assert adaptive["unlearn_learning_rate"].high == pytest.approx(1.0)
+    for name in adaptive:
+        assert Oblivionis().takes(name)

@@ -16,7 +16,7 @@ from delible.federated.adapter import bytes_of
 from delible.federated.messages import Task
 from delible.federated.rounds import Folder, Progress, Rounds, counted
 from delible.federated.servers import Server
-from delible.federated.taking_part import Attendance
+from delible.federated.taking_part import Attendance, drawn
 from delible.made import Made
 
 
@@ -104,14 +104,18 @@ def test_drop_outs_are_sent_to_and_not_heard_of() -> None:
 
 
 def test_a_late_answer_is_not_used_and_comes_in_stale() -> None:
-    found = rounds(Toy(), 12, attendance=Attendance(late=0.4)).run(START)
-    for number, entry in enumerate(found.entries):
-        late = {client for client, why in entry.left_out.items() if why == "late"}
-        assert not late & entry.weights.keys()
-        if number + 1 < len(found.entries):
-            after = found.entries[number + 1]
-            for client in late - {c for c, why in after.left_out.items() if why == "late"}:
-                assert after.left_out.get(client) == "stale" or client in after.weights
+    attendance = Attendance(late=0.4)
+    found = rounds(Toy(), 12, attendance=attendance).run(START)
+    goings = [drawn(["a", "b", "c"], attendance, 0, "recover", number) for number in range(12)]
+    assert any(going.late for going in goings)
+    for number, (entry, going) in enumerate(zip(found.entries, goings, strict=True)):
+        before = goings[number - 1].late if number else ()
+        assert set(entry.weights) == set(going.answer)
+        assert {one for one, why in entry.left_out.items() if why == "late"} == {*going.late}
+        # what was late for the round before comes in now, if its client is not late again
+        stale = {one for one, why in entry.left_out.items() if why == "stale"}
+        assert stale == {*before} - {*going.late}
+        assert entry.bytes_up == bytes_of(START) * (len(going.answer) + len(before))
 
 
 def test_one_by_one_the_adapter_is_handed_over() -> None:

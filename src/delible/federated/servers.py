@@ -37,6 +37,8 @@ from delible.federated.adapter import Adapter
 Aggregation = Literal["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 #: Those that keep nothing from round to round.
 PLAIN: tuple[Aggregation, ...] = ("fedavg", "fedprox")
+#: Those whose step depends on a second moment.
+ADAPTIVE: tuple[Aggregation, ...] = ("fedadagrad", "fedadam", "fedyogi")
 Combine = Literal["factors", "product"]
 #: Parts of the names of the two factors of a low-rank product B A.
 _A, _B = ".lora_A.", ".lora_B."

@@ -39,11 +39,13 @@ from delible.federated.local import for_adapter
 from delible.federated.local import recipe_of as on_the_adapter
 from delible.federated.messages import Phase
 from delible.federated.rounds import Progress, counted
+from delible.federated.servers import ADAPTIVE
 from delible.federated.starting import blank, dressed
 from delible.lm.lm import LM, language_model
 from delible.made import Made
 from delible.measure.evaluate import evaluate
 from delible.method import Outcome
+from delible.ranges import DECADE, Range, scales
 from delible.records import ForgetRequest, RecordBase
 from delible.registry import register
 from delible.stages.procedure import Procedure, recipe_of
@@ -104,6 +106,20 @@ class Oblivionis(Procedure, Federation, Dealing):
     watched: int = Field(
         24, ge=0, description="Forget and retain rows to look at after every round; 0: none."
     )
+
+    def ranges(self) -> dict[str, Range]:
+        """Rates and lengths of the clients, and what the chosen server uses."""
+        used = {"server_learning_rate", "tau"} if self.aggregation in ADAPTIVE else set()
+        if self.aggregation == "fedprox":
+            used.add("proximal")
+        found = {name: one for name, one in scales(self).items() if name in used}
+        rate = self.unlearn_learning_rate
+        for name, value in (("learning_rate", self.learning_rate), ("unlearn_learning_rate", rate)):
+            if value is not None:
+                high = min(1.0, value * DECADE)
+                found[name] = Range(low=value / DECADE, high=high, log=True)
+        found["epochs"] = Range(low=max(1, self.epochs // 2), high=2 * self.epochs, log=True)
+        return found
 
     def recipe(self) -> Recipe:
         """How the asking client unlearns.

@@ -68,7 +68,8 @@ METRICS = ("rouge_l_recall", "answer_probability")
     needs=("forget", "retain", "weights"),
     capability="generate",
     misleads="A server that hardly moves (fedadam, fedyogi, fedadagrad at their published rate) "
-    "looks good at whatever needs no change: read its row beside fedavg. Few people, few rounds.",
+    "looks good at whatever needs no change: read its row beside fedavg. Few people, few rounds. "
+    "Where not all was learned, recovery goes on learning: kept is above 1 then.",
     badges=("variant",),
     variant="Made-up people; all start from one model that FedAvg has taught.",
 )

@@ -11,7 +11,8 @@ from delible.measure.benchmark import Chart, Curve, Findings
 #: The reference among the methods.
 RETRAIN = "retrain"
 ROUGE, PROBABILITY = "rouge_l_recall", "answer_probability"
-#: Shares that the paper's picture asks for: forgotten at once, lasting, kept.
+#: What forgetting that lasts and keeps the rest looks like here: forgotten at once, lasting (more
+#: than this), kept. The thresholds are ours; the paper's tables are of another kind.
 AT_ONCE, LASTING, KEPT = 0.6, 0.5, 0.95
 #: Below this much ROUGE-L nothing was learned that could be forgotten.
 KNOWN = 0.3
@@ -124,17 +125,21 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 "of the kept."
             )
             continue
-        tests = [("forgotten", AT_ONCE), ("lasting", LASTING), ("kept", KEPT)]
         marks = [
-            f"{name} {_said(row[name])} ({_verdict(row[name], least)} {least:g} or more)"
-            for name, least in tests
+            f"forgotten {_said(row['forgotten'])}, {_shows(row['forgotten'], AT_ONCE)}",
+            f"lasting {_said(row['lasting'])}, {_shows(row['lasting'], LASTING, more=True)}",
+            f"kept {_said(row['kept'])}, {_shows(row['kept'], KEPT)}",
         ]
         notes.append(f"{who}: {'; '.join(marks)}.")
     return notes
 
 
-def _verdict(value: float | None, least: float) -> str:
-    return "as in the paper's picture," if (value or 0) >= least else "the paper's picture has"
+def _shows(value: float | None, least: float, *, more: bool = False) -> str:
+    """Whether a share reaches what it should; ``more``: exceeds it."""
+    wanted = f"more than {least:g}" if more else f"{least:g} or more"
+    margin = 1e-6 if more else -1e-6
+    there = value is not None and value >= least + margin
+    return f"as wanted ({wanted})" if there else f"where {wanted} was wanted"
 
 
 def _said(value: float | None) -> str:
