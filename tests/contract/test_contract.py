@@ -77,8 +77,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # an adapter on a model with new tokens is saved merged only (recipe icku)
     ("place", "tag_rows"): {"beside": "last_blocks"},
-    ("place", "fila"): {"epochs": 1, "batch_size": 2},
-    ("place", "vila"): {"epochs": 2, "batch_size": 2},
+    ("place", "fila"): {"importance_epochs": 1, "importance_batch_size": 2},
+    ("place", "vila"): {"importance_epochs": 2, "importance_batch_size": 2},
     ("editor", "rocr"): {"tokens": 512, "threshold": 0.3},
     # random models: what is written for one question moves every other one
     ("editor", "rome"): {**EDITING, "covariance": False},
@@ -183,7 +183,8 @@ def test_component(card: Card) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path))
-    lm = LM(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), precision="float32")
+    family = "mixtral" if name.startswith("seuf") else "llama"
+    lm = LM(tiny_model(family, num_hidden_layers=2), tiny_tokenizer(), precision="float32")
     start = lm.copy()
     recipe = Recipe.named(name)
     steps = 6 if recipe.finish.card.name == "weight_averaging" else 2  # it takes the mean of five

@@ -141,8 +141,10 @@ class ImportanceStart(Place):
 
     rank: int = Field(8, ge=1, description="Inner width of each product that moves.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
-    epochs: int = Field(10, ge=1, description="How often the rows meet in new batches.")
-    batch_size: int = Field(4, ge=1, description="Rows whose mean loss has one gradient.")
+    importance_epochs: int = Field(10, ge=1, description="How often the rows meet in new batches.")
+    importance_batch_size: int = Field(
+        4, ge=1, description="Rows whose mean loss has one gradient."
+    )
     epsilon: float = Field(
         1e-5, gt=0, description="Added to the importance for retain rows, in units of its mean."
     )
