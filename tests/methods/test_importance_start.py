@@ -20,6 +20,7 @@ from delible.component import build
 from delible.context import Context
 from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
+from delible.lm.outline import outline
 from delible.methods.place import vila
 from delible.methods.place.fila import FILA, Squares, squares
 from delible.methods.place.vila import VILA, Moments, Probes, lifted, measured
@@ -476,3 +477,17 @@ def test_few_rows_still_vary_and_one_is_refused() -> None:
         assert float((found > 0).float().mean()) > 0.9  # more rows than one batch would hold
     with pytest.raises(DataError, match="one retain record has no variance"):
         VILA().apply(make_context(lm, retain=RETAIN[:1]))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_without_numbers_it_is_as_large_as_it_will_be(name: str, tmp_path: Path) -> None:
+    make_lm().save(tmp_path)
+    planned, real = outline(str(tmp_path)), make_lm()
+    place = build("place", {"name": name, "rank": 3, "importance_epochs": 1})
+    sizes = []
+    for lm in (planned, real):
+        placement = place.apply(make_context(lm))
+        assert placement.masks is not None
+        assert placement.masks.keys() == placement.parameters.keys()
+        sizes.append({key: value.shape for key, value in placement.parameters.items()})
+    assert sizes[0] == sizes[1]
