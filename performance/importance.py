@@ -50,17 +50,17 @@ def importance_costs(lm: LM, rows: int, epochs: int) -> dict[str, Cost]:
         None, 0,
     )  # fmt: skip
     return {
-        "fila": fila_cost(build("place", {"name": "fila", "epochs": epochs}), context),
-        "vila": vila_cost(build("place", {"name": "vila", "epochs": epochs}), context),
+        "fila": fila_cost(build("place", {"name": "fila", "importance_epochs": epochs}), context),
+        "vila": vila_cost(build("place", {"name": "vila", "importance_epochs": epochs}), context),
     }
 
 
 def fila_cost(place: ImportanceStart, context: SlotContext) -> Cost:
     began, layers = time.perf_counter(), linear_layers(context.lm)
     maps = Squares(), Squares()
-    for epoch in range(place.epochs):
+    for epoch in range(place.importance_epochs):
         for rows, found in zip(place.rows_of(context, epoch), maps, strict=True):
-            squares(context.lm, layers, rows, place.batch_size, found)
+            squares(context.lm, layers, rows, place.importance_batch_size, found)
     kept = sum(one.nbytes for found in maps for one in found.sums.values())
     return Cost(time.perf_counter() - began, kept)
 
@@ -72,7 +72,15 @@ def vila_cost(place: ImportanceStart, context: SlotContext) -> Cost:
     random = generator(0, "measured")
     parts: Sequence[list[Row]] = place.rows_of(context, 0)
     for rows in parts:
-        measured(context.lm, layers, rows, probes, place.batch_size, place.epochs, random)
+        measured(
+            context.lm,
+            layers,
+            rows,
+            probes,
+            place.importance_batch_size,
+            place.importance_epochs,
+            random,
+        )
     # at most: factors, variances of forget rows, means and squares of retain rows
     return Cost(time.perf_counter() - began, 4 * of_factors)
 

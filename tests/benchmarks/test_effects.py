@@ -79,8 +79,9 @@ def test_pages_follow_from_their_numbers(effects: Any, path: Path) -> None:
 
 #: Recipes that were written after the sweeps, which take hours.
 LATER = (
-    "attention_shifting", "elm", "ga_lat", "icku", "kuda", "mcu", "mcu_rmu", "random_mapping",
-    "reva", "rmu_lat", "rr", "sae_internal", "simnpo_sam", "tar",
+    "attention_shifting", "elm", "fila", "ga_lat", "icku", "ihl", "kuda", "mcu", "mcu_rmu",
+    "random_mapping", "reva", "rmu_lat", "rr", "sae_internal", "seuf_ga", "seuf_graddiff",
+    "seuf_npo", "seuf_rmu", "simnpo_sam", "tar", "vila", "vila_graddiff", "vila_npo",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from delible.component import build
 from delible.context import Context
 from delible.errors import DataError, RecipeError
 from delible.lm.lm import LM
+from delible.lm.outline import outline
 from delible.methods.place import vila
 from delible.methods.place.fila import FILA, Squares, squares
 from delible.methods.place.vila import VILA, Moments, Probes, lifted, measured
@@ -221,7 +222,7 @@ def test_the_unit_of_the_loss_does_not_matter() -> None:
 
 def test_the_same_rows_on_both_sides_give_a_constant() -> None:
     lm = make_lm()
-    place = FILA(epochs=1, batch_size=99, epsilon=1e-12)
+    place = FILA(importance_epochs=1, importance_batch_size=99, epsilon=1e-12)
     rows = {"forget": make_rows(lm.template, FORGET), "retain": make_rows(lm.template, FORGET)}
     context = SlotContext(lm, rows, {}, Gradients(lm), build("objective", "ihl"), None, 0)
     for _, found in place.importance(context, linear_layers(lm)):
@@ -317,7 +318,7 @@ def test_the_model_is_the_same_before_the_first_step(name: str, family: str) -> 
     row = torch.tensor([make_rows(lm.template, FORGET)[0].encoded.ids])
     with torch.no_grad():
         before = lm.model(input_ids=row).logits
-    place = build("place", {"name": name, "epochs": 1, "batch_size": 2})
+    place = build("place", {"name": name, "importance_epochs": 1, "importance_batch_size": 2})
     placement = place.apply(make_context(lm))
     with torch.no_grad():
         after = lm.model(input_ids=row).logits
@@ -334,7 +335,7 @@ def test_half_of_the_adapter_moves_and_is_the_weighted_part() -> None:
     lm = make_lm()
     layers = [(path, plain(module)) for path, module in linear_layers(lm)]
     context = make_context(lm)
-    place = VILA(rank=3, alpha=6.0, epochs=2)
+    place = VILA(rank=3, alpha=6.0, importance_epochs=2)
     importances = dict(place.importance(context, linear_layers(lm)))
     placement = place.apply(context)
     path, weight = layers[4]
@@ -362,7 +363,7 @@ def test_half_of_the_adapter_moves_and_is_the_weighted_part() -> None:
 def test_any_objective_trains_it(objective: str, seed: int) -> None:
     lm = make_lm()
     recipe = Recipe.from_mapping({
-        "objective": objective, "keep": "nll", "place": {"name": "vila", "epochs": 1},
+        "objective": objective, "keep": "nll", "place": {"name": "vila", "importance_epochs": 1},
         "training": {"learning_rate": 1e-3, "batch_size": 3, "epochs": 2, "max_length": 128},
     })  # fmt: skip
     records = {"forget": FORGET, "retain": RETAIN}
@@ -374,7 +375,7 @@ def test_any_objective_trains_it(objective: str, seed: int) -> None:
 def test_seeds_differ_and_are_repeated() -> None:
     def moved(seed: int) -> Tensor:
         lm = make_lm()
-        VILA(epochs=1, batch_size=2).apply(make_context(lm, seed))
+        VILA(importance_epochs=1, importance_batch_size=2).apply(make_context(lm, seed))
         module: Any = lm.core.get_submodule("model.layers.0.mlp.up_proj")
         return module.lora_A["default"].weight.detach()  # type: ignore[no-any-return]
 
@@ -387,7 +388,7 @@ def test_plain_peft_opens_it_on_the_model_as_it_was(tmp_path: Path) -> None:
     make_lm().save(base)
     lm = LM.load(str(base), precision="float32")
     recipe = Recipe.from_mapping({
-        "objective": "ihl", "keep": "nll", "place": {"name": "vila", "epochs": 1},
+        "objective": "ihl", "keep": "nll", "place": {"name": "vila", "importance_epochs": 1},
         "training": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 3, "max_length": 128,
                      "precision": "float32"},
     })  # fmt: skip
@@ -439,7 +440,7 @@ def test_random_adapters_that_disturb_are_made_smaller(
 
     monkeypatch.setattr(vila, "measured", spied)
     with caplog.at_level(logging.INFO, logger="delible"):
-        list(VILA(sigma=3.0, epochs=1).importance(make_context(lm), linear_layers(lm)))
+        list(VILA(sigma=3.0, importance_epochs=1).importance(make_context(lm), linear_layers(lm)))
     assert "sigma is lowered" in caplog.text
     assert seen[0] <= seen[1] + 0.11 * max(1.0, seen[1])
 
@@ -453,7 +454,7 @@ def test_retain_rows_come_once_before_any_comes_again() -> None:
 @pytest.mark.parametrize("name", BOTH)
 def test_an_adapter_on_an_adapter_is_refused(name: str) -> None:
     lm = make_lm()
-    place: ImportanceStart = build("place", {"name": name, "epochs": 1})
+    place: ImportanceStart = build("place", {"name": name, "importance_epochs": 1})
     place.apply(make_context(lm))
     with pytest.raises(RecipeError, match="already wears an adapter"):
         place.apply(make_context(lm))
@@ -464,7 +465,7 @@ def test_nothing_is_left_behind() -> None:
     lm = make_lm()
     flags = [value.requires_grad for value in lm.model.parameters()]
     identity = lm.fingerprint
-    list(VILA(epochs=1).importance(make_context(lm), linear_layers(lm)))
+    list(VILA(importance_epochs=1).importance(make_context(lm), linear_layers(lm)))
     assert [value.requires_grad for value in lm.model.parameters()] == flags
     assert lm.fingerprint == identity
     assert all(value.grad is None for value in lm.model.parameters())
@@ -472,7 +473,21 @@ def test_nothing_is_left_behind() -> None:
 
 def test_few_rows_still_vary_and_one_is_refused() -> None:
     lm = make_lm()
-    for _, found in VILA(epochs=1).importance(make_context(lm), linear_layers(lm)):
+    for _, found in VILA(importance_epochs=1).importance(make_context(lm), linear_layers(lm)):
         assert float((found > 0).float().mean()) > 0.9  # more rows than one batch would hold
     with pytest.raises(DataError, match="one retain record has no variance"):
         VILA().apply(make_context(lm, retain=RETAIN[:1]))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_without_numbers_it_is_as_large_as_it_will_be(name: str, tmp_path: Path) -> None:
+    make_lm().save(tmp_path)
+    planned, real = outline(str(tmp_path)), make_lm()
+    place = build("place", {"name": name, "rank": 3, "importance_epochs": 1})
+    sizes = []
+    for lm in (planned, real):
+        placement = place.apply(make_context(lm))
+        assert placement.masks is not None
+        assert placement.masks.keys() == placement.parameters.keys()
+        sizes.append({key: value.shape for key, value in placement.parameters.items()})
+    assert sizes[0] == sizes[1]

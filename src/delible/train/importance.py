@@ -141,8 +141,10 @@ class ImportanceStart(Place):
 
     rank: int = Field(8, ge=1, description="Inner width of each product that moves.")
     alpha: float = Field(16.0, gt=0, description="The product is scaled by alpha / rank.")
-    epochs: int = Field(10, ge=1, description="How often the rows meet in new batches.")
-    batch_size: int = Field(4, ge=1, description="Rows whose mean loss has one gradient.")
+    importance_epochs: int = Field(10, ge=1, description="How often the rows meet in new batches.")
+    importance_batch_size: int = Field(
+        4, ge=1, description="Rows whose mean loss has one gradient."
+    )
     epsilon: float = Field(
         1e-5, gt=0, description="Added to the importance for retain rows, in units of its mean."
     )
@@ -188,7 +190,24 @@ class ImportanceStart(Place):
                 hint="Merge it first (finish: merge_adapter in the run that made it).",
             )
         layers = linear_layers(lm)
-        modules, scale = dict(layers), self.alpha / self.rank
+        if lm.device.type == "meta":  # without numbers: as large as it will be
+            factors = {path: self._sizes(module) for path, module in layers}
+        else:
+            factors = self._started(context, layers)
+        if not factors:
+            raise ModelError(
+                "the model has no linear layers inside its blocks that every token passes.",
+                where=f"place '{name}' on {lm.anatomy.class_name}",
+                hint="Choose --place layers.",
+            )
+        self._say_left_out(lm, [path for path, _ in layers if path not in factors])
+        return _worn(lm, factors, self.rank, self.alpha, name)
+
+    def _started(
+        self, context: SlotContext, layers: Sequence[tuple[str, Any]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each layer that has an importance."""
+        name, modules, scale = self.card.name, dict(layers), self.alpha / self.rank
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for path, found in self.importance(context, layers):
             if not bool(found.isfinite().all()):
@@ -204,14 +223,13 @@ class ImportanceStart(Place):
             factors[path] = weighted_factors(
                 plain(modules[path]), rho, self.rank, scale, random, shift
             )
-        if not factors:
-            raise ModelError(
-                "the model has no linear layers inside its blocks that every token passes.",
-                where=f"place '{name}' on {lm.anatomy.class_name}",
-                hint="Choose --place layers.",
-            )
-        self._say_left_out(lm, [path for path, _ in layers if path not in factors])
-        return _worn(lm, factors, self.rank, self.alpha, name)
+        return factors
+
+    def _sizes(self, module: Any) -> tuple[Tensor, Tensor]:
+        (out, wide), device = plain_shape(module), module.weight.device
+        return (
+            torch.empty(self.rank, wide, device=device), torch.empty(out, self.rank, device=device)
+        )  # fmt: skip
 
     def _say_left_out(self, lm: LM, apart: Sequence[str]) -> None:
         fused = [name for name, value in lm.core.named_parameters() if value.dim() == 3]

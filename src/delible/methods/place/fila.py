@@ -106,10 +106,12 @@ class FILA(ImportanceStart):
         self, context: SlotContext, layers: Sequence[tuple[str, Any]]
     ) -> Iterator[tuple[str, Float[Tensor, "out in"]]]:
         forget, retain = Squares(), Squares()
-        epochs = [[epoch] for epoch in range(self.epochs)]
-        for (epoch,) in watched(epochs, "importance of weights", self.epochs, context.stage):
+        epochs = [[epoch] for epoch in range(self.importance_epochs)]
+        for (epoch,) in watched(
+            epochs, "importance of weights", self.importance_epochs, context.stage
+        ):
             for rows, found in zip(self.rows_of(context, epoch), (forget, retain), strict=True):
-                squares(context.lm, layers, rows, self.batch_size, found)
+                squares(context.lm, layers, rows, self.importance_batch_size, found)
         for path, _ in layers:
             if path not in forget.sums:
                 continue

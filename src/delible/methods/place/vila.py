@@ -15,7 +15,7 @@ Deviations: (1) the released code divides by the tokens once when it saves and o
 loads, so that with 1e-5 beside it the importance for retain rows hardly counts; here once, and eps
 is in units of the mean of I_r (``compat``: as released); (2) gradients of single rows are small
 enough to be kept for a pass, so that each row goes through the model once, and is put into new
-batches with the rows of its pass as often as there are ``epochs``; retain rows are drawn once, and
+batches with the rows of its pass ``importance_epochs`` times; retain rows are drawn once, and
 batches are smaller where there would be a single one, which has no variance; (3)
 moments are updated batch by batch: the mean of squares minus the square of the mean loses all its
 digits; (4) sigma is halved until the small adapters raise the loss by a tenth at most; (5) what is
@@ -217,7 +217,13 @@ class VILA(ImportanceStart):
         for (place,) in watched([[0], [1]], "importance of weights", 2, context.stage):
             random = generator(context.seed, "place.vila", "batches", place)
             variances, count = measured(
-                lm, layers, parts[place], probes, self.batch_size, self.epochs, random
+                lm,
+                layers,
+                parts[place],
+                probes,
+                self.importance_batch_size,
+                self.importance_epochs,
+                random,
             )
             found.append(variances)
             tokens.append(count)
