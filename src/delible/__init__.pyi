@@ -12,6 +12,7 @@ from .records import Dialogue as Dialogue
 from .records import ForgetRequest as ForgetRequest
 from .records import Passage as Passage
 from .registry import register as register
+from .sequence.run import unlearn_sequence as unlearn_sequence
 from .systems.guarded import guard as guard
 from .world import World as World
 

@@ -94,7 +94,8 @@ def unlearn(
         request: What to forget; see :class:`ForgetRequest`. With subjects alone, a recipe gets
             its forget rows from the model: what it knows about them is asked for, and kept in
             ``RUN/data/forget.jsonl``.
-        method: Name of a recipe, an editor, a procedure or a guard, a YAML file, or the method itself.
+        method: Name of a recipe, an editor, a procedure or a guard, a YAML file, or the method
+            itself.
         slots: Other components for single slots, such as ``{"harden": "sam"}`` (recipes).
         strength: The one dial: gentle, normal or strong (recipes).
         out: Run directory; a killed run resumes from it. None keeps nothing on disk.

@@ -94,6 +94,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # a random model declines nothing, and has no room for long conversations
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
+    ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }
@@ -148,6 +149,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "sae_internal": {"expansion": 2, "active": 8, "tokens": 1000, "passes": 1},
 }
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
+#: Beside llama each component runs on one of these here, and on all of them in the slow tests.
+OTHERS = ("gpt2", "gemma2", "qwen2_moe")
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
@@ -167,15 +170,31 @@ class WordEncoder:
 @pytest.fixture
 def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights are loaded for guards that need a sentence encoder."""
-    monkeypatch.setattr("delible.systems.encoding.sentence_encoder", lambda _=None: WordEncoder())
+    for module in ("delible.systems.encoding", "delible.procedures.fit"):
+        monkeypatch.setattr(f"{module}.sentence_encoder", lambda _=None: WordEncoder())
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: f"{card.kind}-{card.name}")
-@pytest.mark.usefixtures("stub_judge", "stub_encoder")
-def test_component(card: Card) -> None:
+def checked(card: Card, families: Sequence[str]) -> list[str]:
     key = (card.kind, card.name)
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
-    assert check(component, slots=HOSTS.get(key), players=PLAYERS.get(key))
+    return check(component, families, slots=HOSTS.get(key), players=PLAYERS.get(key))
+
+
+def named(card: Card) -> str:
+    return f"{card.kind}-{card.name}"
+
+
+@pytest.mark.parametrize("card", CARDS, ids=named)
+@pytest.mark.usefixtures("stub_judge", "stub_encoder")
+def test_component(card: Card) -> None:
+    assert checked(card, ("llama", OTHERS[zlib.crc32(named(card).encode()) % len(OTHERS)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS, ids=named)
+@pytest.mark.usefixtures("stub_judge", "stub_encoder")
+def test_component_on_every_architecture(card: Card) -> None:
+    assert checked(card, ("llama", *OTHERS))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -440,6 +440,21 @@ def test_a_resumed_run_may_hold_one_broken_line_per_interruption(tmp_path: Path)
     assert places == sorted(places)
 
 
+def test_steps_are_counted_on_through_stages() -> None:
+    events = [
+        {"step": step, "stage": stage, "forget_loss": loss}
+        for stage, losses in (("first", (4.0, 3.0)), ("second", (2.0, 1.0)))
+        for step, loss in enumerate(losses, start=1)
+    ]
+    training = pictures.training([*events[:1], *events])  # the first step was repeated
+    assert training is not None
+    path = re.search(r'class="lines"><path d="([^"]+)"', training["panels"][0]["svg"])
+    assert path is not None
+    places = [float(pair.split(",")[0]) for pair in re.split("[ML]", path[1])[1:]]
+    assert len(places) == 4
+    assert places == sorted(set(places))
+
+
 def test_a_run_without_an_audit_shows_the_answers_it_kept(tmp_path: Path) -> None:
     manifest = {
         "run": {"method": {"name": "npo"}, "model": "tiny", "seed": 3},

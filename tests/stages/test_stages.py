@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from staged import REQUEST, RETAIN, Killed, Staged, model, recipe
 
 from delible.context import Context
@@ -154,6 +155,18 @@ def test_stages_are_declared_and_done_once(second: str, message: str) -> None:
 
     with pytest.raises(RecipeError, match=message):
         Loose().apply(model(), REQUEST, Context())
+
+
+def test_a_search_looks_at_the_rate_and_the_length() -> None:
+    class Rated(Staged):
+        learning_rate: float = Field(1e-3, gt=0, description="Rate.")
+        epochs: int = Field(5, ge=1, description="Passes.")
+        max_steps: int | None = Field(None, ge=1, description="Steps.")
+
+    found = Rated().ranges()
+    assert set(found) == {"learning_rate", "epochs"}
+    assert (found["learning_rate"].low, found["learning_rate"].high) == pytest.approx((1e-4, 1e-2))
+    assert (found["epochs"].low, found["epochs"].high) == (2, 10)
 
 
 def test_parts_of_a_stage_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from delible.cli import flags, output
+from delible.errors import RecipeError
 
 
 @flags.flowing
@@ -44,16 +46,20 @@ def undo(target: Path, /, *, back: bool = False, only: list[str] | None = None) 
     Parameters
     ----------
     target
-        The run directory of 'delible unlearn'.
+        The run directory of 'delible unlearn', or the folder of a sequence of requests.
     back
         Put it on again, with all that was taken out of it.
     only
-        Take only this out: of a codebook a subject, or the id of an edit or a request.
+        Take only this out: of a codebook a subject, or the id of an edit or a request; of a
+        sequence one request, where that is exact.
     """
     with output.Reporter() as reporter:
         output.quiet_libraries()
+        from delible.sequence.result import is_sequence
         from delible.systems.opening import undo as taken_off
 
+        if is_sequence(target):
+            return _of_sequence(reporter, target, back, only or ())
         artefact = taken_off(target, back=back, only=only or ())
         if only:
             reporter.say(
@@ -67,4 +73,19 @@ def undo(target: Path, /, *, back: bool = False, only: list[str] | None = None) 
             if back
             else f"The {artefact.kind} is off: {target} answers as {base}. --back puts it on again."
         )
+    return 0
+
+
+def _of_sequence(reporter: output.Reporter, target: Path, back: bool, only: Sequence[str]) -> int:
+    """Undoes one request of a sequence."""
+    from delible.sequence.undoing import undo_request
+
+    if back or len(only) != 1:
+        raise RecipeError(
+            "of a sequence one request is undone.",
+            where=str(target),
+            hint="Say which: --only ID. What was taken off a run goes on again with its folder.",
+        )
+    left = undo_request(target, only[0])
+    reporter.say(f"Without request {only[0]}, bit by bit as if it had not been asked for: {left}")
     return 0

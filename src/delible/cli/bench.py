@@ -48,8 +48,8 @@ def bench(
     methods
         Names of methods of any kind, or recipe files, separated by commas; NAME@paper takes the
         schedule and weights of the method's paper. 'all', 'all-optimisation', 'all-editors',
-        'all-interventions' and 'all-guards' name many. The model before and, where
-        the benchmark trains one, the retrained reference are always in the table.
+        'all-interventions', 'all-procedures' and 'all-guards' name many. The model before and,
+        where the benchmark trains one, the retrained reference are always in the table.
     model
         What learns and unlearns: 'default', 'tiny' (minutes instead of hours), a hub id, a folder.
     seeds

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from delible.cli import flags, output
+from delible.cli import flags, output, sequence
 from delible.cli.data import read_refusals, read_request
 from delible.cli.options import check_options, chosen_slots, option_name, option_value
 from delible.cli.roles import read_roles
@@ -30,6 +30,7 @@ def unlearn(
     *,
     forget: flags.Data = None,
     subjects: flags.Subjects = None,
+    requests: Annotated[Path | None, Parameter(group=flags.DATA)] = None,
     retain: flags.Data = None,
     neighbours: flags.Data = None,
     holdout: flags.Data = None,
@@ -80,6 +81,10 @@ def unlearn(
     subjects
         Names of people, works or concepts to forget, separated by commas. Without --forget, a
         method that trains asks the model what it knows about them, and forgets that.
+    requests
+        Many requests instead of one, carried out one after the other: a file whose rows are
+        requests (rows with the same id are one; columns of records, or subjects), or a folder with
+        a file of records for each. After each, all earlier ones are measured again.
     retain
         Records to keep. Without them, methods that need some keep the model's own answers to
         general questions.
@@ -184,7 +189,26 @@ def unlearn(
         **{option_name(key): option_value(value) for key, value in options.items()},
     }
     roles = read_roles(role)
+    plan = {"method": method, "slots": slots, "strength": strength, "seed": seed, **given}
+    if requests is not None:
+        sequence.refuse({
+            "forget": forget, "subjects": subjects, "neighbours": neighbours, "holdout": holdout,
+            "column": column, "reference": reference, "generated": generated, "review": review,
+            "dry_run": dry_run, "memory": memory,
+        })  # fmt: skip
     with output.Reporter(error=dry_run) as reporter:
+        if requests is not None:
+            output.quiet_libraries()
+            from delible.resolving import resolve_method
+
+            check_options(resolve_method(method, slots=slots), given, unlearn)
+            chosen = resolve_method(method, slots=slots, options=given, strength=strength)
+            return sequence.run(
+                reporter, model, requests, plan, chosen=chosen, retain=retain, out=out,
+                given={"anchor": anchor, "refusals": read_refusals(refusals),
+                       "generator": generator},
+                roles=roles, verify=verify,
+            )  # fmt: skip
         request = read_request(
             reporter, forget=forget, subjects=subjects, retain=retain, neighbours=neighbours,
             holdout=holdout, column=column, drop_overlap=drop_overlap,
@@ -198,9 +222,6 @@ def unlearn(
         base = resolve_method(method, slots=slots)
         check_options(base, given, unlearn)
         chosen = resolve_method(method, slots=slots, options=given, strength=strength)
-        plan = {
-            "method": method, "slots": slots, "strength": strength, "seed": seed, **given,
-        }  # fmt: skip
         if memory is not None and not dry_run:
             raise RecipeError("--memory belongs to --dry-run.", where="--memory")
         if dry_run:
@@ -267,6 +288,12 @@ def _dry_run(
         reporter.say(
             "How long it takes depends on what the model knows about the names: --review asks it "
             "and stops."
+        )
+        return 0
+    if cost is None and "procedure" in spec:
+        reporter.say(
+            f"It runs in stages ('delible show {spec['procedure']['name']}'); how long they take "
+            "depends on what the first ones find."
         )
         return 0
     if cost is None:

@@ -7,10 +7,7 @@ fields of :class:`Wanted` a row holds a record in any form that delible reads (`
 
 from __future__ import annotations
 
-import difflib
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,13 +17,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from delible.component import Config
 from delible.errors import DataError, nearest
 from delible.loaders import read_records
-from delible.loaders.formats import Row
-from delible.loaders.mapping import KNOWN_COLUMNS, to_record
-from delible.loaders.sources import read_rows
-from delible.loaders.values import Notes
-from delible.records import Record, RecordBase, Text
-
-logger = logging.getLogger(__name__)
+from delible.loaders.requests import RowForm, grouped, joined, listed
+from delible.records import Record, Text
 
 #: A day, under another name than the field.
 Day = date
@@ -83,6 +75,9 @@ class Wanted(Config):
         return tuple(dict.fromkeys((*self.subjects, *about)))
 
 
+FORM = RowForm(Wanted.model_fields, LISTS, OTHERS, ("memories",))
+
+
 def wanted(values: Mapping[str, Any], where: str, *, today: date) -> Wanted:
     """A checked request; what is missing gets its default.
 
@@ -136,75 +131,9 @@ def read_wanted(
     Raises:
         DataError: A row cannot be used; tells file, line and field.
     """
-    rows = list(read_rows(source, name="requests"))
-    if not rows:
-        raise DataError("holds no requests.", where=str(source))
-    folder = Path(source).parent if isinstance(source, str | Path) else Path()
-    notes = Notes()
-    parts: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
-    for number, row in enumerate(rows):
-        values = _values(row, folder, notes)
-        parts.setdefault(values.get("id") or number, []).append((row.where, values))
-    for columns in notes.unused.values():
-        for column in columns:
-            close = difflib.get_close_matches(column, {*Wanted.model_fields, *OTHERS}, n=1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
-            logger.warning(f"{source}: the column '{column}' is not used{hint}.")
-    return [_joined(found, defaults, today) for found in parts.values()]
-
-
-def _values(row: Row, folder: Path, notes: Notes) -> dict[str, Any]:
-    """The fields of one row, its record among them."""
-    mine: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    content = row.content.model_dump() if isinstance(row.content, RecordBase) else row.content
-    for key, value in content.items():
-        name = OTHERS.get(str(key).strip().lower(), str(key).strip().lower())
-        if value is None or (isinstance(value, str) and not value.strip()):
-            continue
-        if name == "memories":
-            mine[name] = tuple(str((folder / one).absolute()) for one in _list(value))
-        elif name in LISTS:
-            mine[name] = _list(value)
-        elif name in Wanted.model_fields:
-            mine[name] = value.strip() if isinstance(value, str) else value
-        else:
-            rest[str(key)] = value
-    if isinstance(mine.get("id"), int):
-        mine["id"] = str(mine["id"])
-    given = mine.pop("records", None)
-    source = folder / given if isinstance(given, str) else given
-    records = read_records(source) if source is not None else []
-    if set(rest) == {"subject"}:
-        mine["subjects"] = (*mine.get("subjects", ()), str(rest["subject"]))
-    elif rest and (set(rest) & KNOWN_COLUMNS or not (records or mine.get("subjects"))):
-        records.append(to_record(replace(row, content=rest), {}, notes))
-    elif rest:
-        notes.unused.setdefault("requests", list(rest))
-    return {**mine, "records": tuple(records)}
-
-
-def _list(value: Any) -> tuple[str, ...]:
-    given = value.split(";") if isinstance(value, str) else value
-    given = given if isinstance(given, list | tuple) else [given]
-    return tuple(str(one).strip() for one in given if str(one).strip())
-
-
-def _joined(
-    rows: Sequence[tuple[str, dict[str, Any]]], defaults: Mapping[str, Any], today: date
-) -> Wanted:
-    """Rows of one request as one; what several say must be the same."""
-    where, whole = rows[0][0], dict(rows[0][1])
-    for place, values in rows[1:]:
-        for key, value in values.items():
-            if key in ("records", *LISTS):
-                whole[key] = tuple(dict.fromkeys((*whole.get(key, ()), *value)))
-            elif whole.setdefault(key, value) != value:
-                raise DataError(
-                    f"'{key}' is not what {where} says about the same request.", where=place
-                )
+    found = [joined(rows, LISTS) for rows in grouped(source, FORM)]
     given = {key: value for key, value in defaults.items() if value not in (None, ())}
-    return wanted({**given, **whole}, where, today=today)
+    return [wanted({**given, **values}, where, today=today) for where, values in found]
 
 
 def dialogue(ask: Callable[[str], str], defaults: Mapping[str, Any], *, today: date) -> Wanted:
@@ -230,7 +159,7 @@ def dialogue(ask: Callable[[str], str], defaults: Mapping[str, Any], *, today: d
         shown = "; ".join(known) if isinstance(known, tuple) else known
         answer = ask(f"{question}{f' [{shown}]' if shown else ''} ").strip() or known
         if answer:
-            values[field] = _list(answer) if field in LISTS else answer
+            values[field] = listed(answer) if field in LISTS else answer
     records: list[dict[str, str]] = []
     while question := ask("A question whose answer is to be forgotten (empty: no more)? ").strip():
         records.append({"question": question, "answer": ask("Its answer? ").strip()})

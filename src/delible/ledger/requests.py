@@ -7,7 +7,6 @@ of targets, the weights have not changed), *applied*, *failed* (it is tried agai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from delible.ledger.chain import Event
 from delible.ledger.form import Day, Wanted
 from delible.ledger.progress import Progress, Remembered, moved, remembered
 from delible.ledger.store import Draft, Ledger, PrivateText
-from delible.loaders.request import fact
+from delible.loaders.requests import Holds
 from delible.names import fold
 from delible.records import ForgetRequest, Record, to_json_line
 
@@ -191,7 +190,7 @@ def overlaps(new: Request, earlier: Iterable[Request]) -> list[Overlap]:
 
 def covers(one: Request, other: Request) -> bool:
     """Whether all that another request holds is in this one."""
-    return other.marks <= one.marks and other.about <= one.about
+    return Holds(one.marks, one.about).covers(Holds(other.marks, other.about))
 
 
 def add(ledger: Ledger, wanted: Sequence[Wanted]) -> tuple[list[Request], list[Overlap]]:
@@ -252,8 +251,9 @@ def extend(ledger: Ledger, old: str, new: str) -> list[str]:
 
 
 def _marks(ledger: Ledger, one: Wanted) -> dict[str, Any]:
-    facts = {ledger.keyed("fact", json.dumps(fact(record))) for record in one.records}
-    names = {ledger.keyed("name", fold(name).letters) for name in one.names}
+    holds = Holds.of(one.records, one.subjects)
+    facts = {ledger.keyed("fact", text) for text in holds.facts}
+    names = {ledger.keyed("name", name) for name in holds.names}
     asker = {"asker": ledger.keyed("asker", fold(one.asker).letters)} if one.asker else {}
     return {"marks": sorted(facts), "about": sorted(names), **asker}
 

@@ -84,6 +84,20 @@ def capture(
 
 
 @contextmanager
+def skipped(model: nn.Module, path: str) -> Iterator[None]:
+    """A block that gives what it receives: the residual stream passes it by.
+
+    Args:
+        path: Path of a block, whose output has the shape of its input.
+
+    Raises:
+        ModelError: There is no such module.
+    """
+    with capture(model, [path], "input") as seen, steer(model, path, lambda _: seen[path]):
+        yield
+
+
+@contextmanager
 def steer(
     model: nn.Module,
     path: str,

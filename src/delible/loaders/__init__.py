@@ -2,6 +2,7 @@
 
 from delible.loaders.mapping import Located, read_located, read_records
 from delible.loaders.request import build_request
+from delible.loaders.requests import read_requests
 from delible.loaders.sources import Source, read_lines
 from delible.loaders.writing import write_records
 
@@ -12,5 +13,6 @@ __all__ = [
     "read_lines",
     "read_located",
     "read_records",
+    "read_requests",
     "write_records",
 ]

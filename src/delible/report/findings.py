@@ -51,7 +51,7 @@ def render_findings(
         card=experiment.card,
         notes=findings.notes,
         panels=panels(findings.charts),
-        table=_table(findings.rows, findings.shaded),
+        table=table_of(findings.rows, findings.shaded),
         options=options_of(experiment),
         described=described,
         command=_command(experiment, described),
@@ -60,7 +60,7 @@ def render_findings(
     )  # fmt: skip
 
 
-def _table(rows: Sequence[Mapping[str, Any]], shaded: Sequence[str]) -> dict[str, Any] | None:
+def table_of(rows: Sequence[Mapping[str, Any]], shaded: Sequence[str]) -> dict[str, Any] | None:
     """Columns in the rows' order; numbers stand right and sort as numbers, shares are shaded."""
     if not rows:
         return None

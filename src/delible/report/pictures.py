@@ -181,12 +181,26 @@ def whole_systems(leaks: Sequence[Leak]) -> list[dict[str, Any]]:
     ]
 
 
+def _steps(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps in order, counted on through the stages of a run.
+
+    A resumed run repeats the steps after its last checkpoint: the later event counts.
+    """
+    stages: dict[Any, dict[float, dict[str, Any]]] = {}
+    for event in events:
+        if finite(event.get("step")):
+            stages.setdefault(event.get("stage"), {})[event["step"]] = event
+    found: list[dict[str, Any]] = []
+    for by_step in stages.values():
+        before = found[-1]["step"] if found else 0
+        found += [{**by_step[step], "step": before + step} for step in sorted(by_step)]
+    return found
+
+
 def training(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The log of training, a chart for each number; ``None`` where nothing was logged."""
     panels, missing = [], 0
-    # a resumed run repeats the steps after its last checkpoint: the later event counts
-    by_step = {event["step"]: event for event in events if finite(event.get("step"))}
-    steps = [by_step[step] for step in sorted(by_step)]
+    steps = _steps(events)
     wanted = (
         ("forget_loss", "Forget loss", "forget"),
         ("keep_loss", "Keep loss", "keep"),

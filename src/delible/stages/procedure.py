@@ -14,10 +14,14 @@ from typing import Any, ClassVar
 from delible.context import Context
 from delible.made import Made
 from delible.method import ComponentMethod, Outcome
+from delible.ranges import DECADE, Range
 from delible.records import ForgetRequest
 from delible.stages.work import Work
 from delible.system.base import System
 from delible.train.recipe import Recipe
+
+#: Options that say how long something is trained.
+LENGTHS = ("epochs", "max_steps")
 
 
 class Procedure(ComponentMethod):
@@ -42,6 +46,18 @@ class Procedure(ComponentMethod):
         Raises:
             DelibleError: It cannot be done.
         """
+
+    def ranges(self) -> dict[str, Range]:
+        """Scales among its options, its learning rate and its length."""
+        found = super().ranges()
+        for name in type(self).model_fields.keys() & {"learning_rate", *LENGTHS}:
+            value = getattr(self, name)
+            if value is not None and name == "learning_rate":
+                high = min(1.0, value * DECADE)
+                found[name] = Range(low=value / DECADE, high=high, log=True)
+            elif value is not None:
+                found[name] = Range(low=max(1, value // 2), high=2 * value, log=True)
+        return found
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
         work = Work(self, system, request, context)

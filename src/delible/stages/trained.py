@@ -24,6 +24,8 @@ from delible.train.recipe import Recipe
 _WEIGHTS, _ADAPTER, _TOLD = "weights.safetensors", "adapter", "trained.json"
 #: Between a module and the matrix below an adapter.
 _BELOW = "base_layer"
+#: Tensors whose numbers are their own; others are packed by a library.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def weights_below(lm: LM) -> dict[str, Tensor]:
     adapted = [name for name, module in lm.core.named_modules() if hasattr(module, _BELOW)]
     found = {}
     for name, value in lm.core.state_dict(keep_vars=True).items():
+        if type(value) not in PLAIN:  # packed weights, which do not move
+            continue
         inside = next((one for one in adapted if name.startswith(f"{one}.")), None)
         if inside is None:
             found[name] = value

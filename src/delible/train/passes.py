@@ -209,7 +209,16 @@ class Passes:
                 rows["retain"] = micro.retain
             if not rows:
                 continue
-            step = make_step(self.lm, self.forward, rows, self.reads, self.reference, self.units)
+            step = make_step(
+                self.lm,
+                self.forward,
+                rows,
+                self.reads,
+                self.reference,
+                self.units,
+                self.seed,
+                self.step,
+            )
             ready = self.accumulating(index < last) if self.accumulating else _nothing()
             with ready, around(step) if around else _nothing():
                 loss = self._loss(step, micro, totals, forget=forget, keep=keep)

@@ -27,6 +27,7 @@ from delible.lm.forward import (
     target_logprobs,
 )
 from delible.lm.lm import LM
+from delible.train.randomness import generator
 from delible.train.reference import Reference
 from delible.train.row import Row, Unit
 
@@ -325,9 +326,17 @@ class Step:
     questions with a refusal as answer) and what a generator makes (:data:`slots.Role`). All but
     ``retain`` are aligned row by row with ``forget``.
 
+    Attributes:
+        seed, number: Of the run, and of the optimiser step, from 0.
     """
 
     groups: Mapping[str, Group]
+    seed: int = 0
+    number: int = 0
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A random generator of this optimiser step; name the row, so that batches do not count."""
+        return generator(self.seed, *purpose, self.number)
 
     def units(self, role: str, unit: Unit) -> int:
         """Units that the rows of a role have in the whole optimiser step (:meth:`Group.units`)."""
@@ -375,6 +384,8 @@ def make_step(
     reads: Mapping[str, Sequence[Reads]],
     reference: Reference,
     totals: Mapping[str, Mapping[Unit, int]] | None = None,
+    seed: int = 0,
+    number: int = 0,
 ) -> Step:
     """A step over the given rows.
 
@@ -382,6 +393,7 @@ def make_step(
         forward: The wrapped :class:`Forward` (DDP, FSDP), or None for a plain one.
         reads: What will be read, by role; decides how much of the model is computed.
         totals: Units of the whole optimiser step, where this is only a part of it.
+        seed, number: Of the run, and of the optimiser step.
     """
     wanted = {what for role in rows for what in reads.get(role, ())}
     inside = tuple(sorted((what for what in wanted if what != "answers"), key=str))
@@ -395,5 +407,7 @@ def make_step(
                 (totals or {}).get(role),
             )
             for role, part in rows.items()
-        }
+        },
+        seed,
+        number,
     )  # fmt: skip

@@ -1,0 +1,158 @@
+"""What runs of many stages cost, as ratios measured in one run.
+
+Every part is a function that returns rows: what was measured, the ratio, and the limit that it is
+held to. Parts whose methods are not there yet are left out, and said to be.
+
+    requests    time and peak memory of the last ten of many requests over those of the first ten:
+                flat, at most 1.15
+
+Run: python performance/procedures.py [--model tiny] [--requests 50] [--method fit]
+     [--parts requests] [--json FILE] [--markdown docs/performance.md]
+     (some minutes on a tiny model; on the default model a minute or two per request)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from common import write_between
+
+from delible import registry
+from delible.loaders.requests import Named
+from delible.records import QA, ForgetRequest
+from delible.sequence.result import SequenceResult, Step
+from delible.sequence.run import unlearn_sequence
+from delible.world import World
+
+#: Requests at the beginning and at the end that are compared; the very first warms up.
+PART = 10
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One thing that was measured.
+
+    Attributes:
+        ratio: Of two measurements of this run; None where it could not be measured.
+        limit: It should not be above.
+        told: The two measurements in words.
+    """
+
+    what: str
+    ratio: float | None
+    limit: float
+    told: str
+
+    @property
+    def kept(self) -> str:
+        """Whether the limit is kept, in a word."""
+        return "–" if self.ratio is None else "yes" if self.ratio <= self.limit else "no"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the parts may use."""
+
+    model: str
+    requests: int
+    method: str
+    folder: Path
+
+
+def flat(result: SequenceResult, value: Callable[[Step], float | None]) -> tuple[float, float]:
+    """Medians over the first and the last requests that were done, without the very first."""
+    steps = [step for step in result.steps[1:] if step.what == "done"][1:]
+    part = min(PART, len(steps) // 2)
+    known = [[one for step in steps[s] if (one := value(step)) is not None]
+             for s in (slice(part), slice(-part, None))]  # fmt: skip
+    return median(known[0]), median(known[1])
+
+
+def requests(setting: Setting) -> list[Ratio]:
+    """Fifty requests: time and memory of each do not grow with those before."""
+    world = World(people=setting.requests + 8, seed=0, relations=2)
+    split = world.split(forget=setting.requests, holdout=1)
+    people: dict[str, list[QA]] = {}
+    for record in split.records("forget"):
+        if isinstance(record, QA) and record.subject:
+            people.setdefault(record.subject, []).append(record)
+    named = [
+        Named(f"{number:03d}", ForgetRequest(forget=tuple(rows)))
+        for number, rows in enumerate(people.values(), start=1)
+    ]
+    known = {"epochs": 1} if setting.method == "fit" else {"max_steps": 8}
+    result = unlearn_sequence(
+        setting.model, named, method=setting.method, out=setting.folder / "requests",
+        retain=split.records("retain")[:64], rows=2, verify=False, done=_tell, **known,
+    )  # fmt: skip
+    seconds = flat(result, lambda step: step.seconds)
+    memory = flat(result, lambda step: step.peak_bytes)
+    gib = [one / 2**30 for one in memory]
+    name = f"{len(named)} requests one after another, {setting.method}"
+    return [
+        Ratio(f"{name}: seconds", seconds[1] / seconds[0], 1.15,
+              f"{seconds[0]:.2f} s each at first, {seconds[1]:.2f} s at the end"),
+        Ratio(f"{name}: peak memory", memory[1] / memory[0], 1.15,
+              f"{gib[0]:.2f} GiB at first, {gib[1]:.2f} GiB at the end"),
+    ]  # fmt: skip
+
+
+def _tell(step: Step) -> None:
+    print(f"request {step.number}: {step.seconds:.2f} s", file=sys.stderr, flush=True)
+
+
+#: Parts by name, with the methods that they need. Add a function and a line.
+PARTS: dict[str, tuple[Callable[[Setting], list[Ratio]], tuple[str, ...]]] = {
+    "requests": (requests, ()),
+}
+
+
+def table(ratios: Sequence[Ratio], setting: Setting) -> str:
+    """The rows as Markdown."""
+    lines = ["| what | ratio | at most | kept | measured |", "|---|---|---|---|---|"]
+    for one in ratios:
+        ratio = "–" if one.ratio is None else f"{one.ratio:.2f}"
+        lines.append(f"| {one.what} | {ratio} | {one.limit:.2f} | {one.kept} | {one.told} |")
+    return "\n".join([*lines, "", f"Model: {setting.model}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--requests", type=int, default=50)
+    parser.add_argument("--method", default="fit")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="procedures-"))
+    setting = Setting(given.model, given.requests, given.method, folder)
+    known = {card.name for card in registry.cards()}
+    ratios: list[Ratio] = []
+    try:
+        for name in given.parts.split(","):
+            part, needed = PARTS[name]
+            if missing := [one for one in needed if one not in known]:
+                print(f"{name}: left out, {', '.join(missing)} is not there", file=sys.stderr)
+                continue
+            ratios += part(setting)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    text = table(ratios, setting)
+    print(text)
+    if given.json:
+        given.json.write_text(json.dumps([asdict(one) for one in ratios], indent=2), "utf-8")
+    if given.markdown:
+        write_between(given.markdown, "procedures", text)
+
+
+if __name__ == "__main__":
+    main()
