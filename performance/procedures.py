@@ -5,6 +5,8 @@ held to. Parts whose methods are not there yet are left out, and said to be.
 
     requests    time and peak memory of the last ten of many requests over those of the first ten:
                 flat, at most 1.15
+    assistant   time of answers with ULD's assistant over those without: at most its share of the
+                model's multiplications, and a tenth
 
 Run: python performance/procedures.py [--model tiny] [--requests 50] [--method fit]
      [--parts requests] [--json FILE] [--markdown docs/performance.md]
@@ -23,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from arithmetic import as_wide_as_default, assistant_costs
 from common import write_between
 
 from delible import registry
@@ -109,9 +112,22 @@ def _tell(step: Step) -> None:
     print(f"request {step.number}: {step.seconds:.2f} s", file=sys.stderr, flush=True)
 
 
+def assistant(setting: Setting) -> list[Ratio]:
+    """Answers with an assistant take its share of the multiplications longer, and a tenth.
+
+    On a random model as wide as the default one: in a tiny one calls cost more than numbers.
+    """
+    costs = assistant_costs(as_wide_as_default(12), 3)
+    return [
+        Ratio("answers with an assistant of 3 of 12 blocks, uld", costs["ratio"], costs["bound"],
+              f"{costs['share']:.2f} of the model's multiplications"),
+    ]  # fmt: skip
+
+
 #: Parts by name, with the methods that they need. Add a function and a line.
 PARTS: dict[str, tuple[Callable[[Setting], list[Ratio]], tuple[str, ...]]] = {
     "requests": (requests, ()),
+    "assistant": (assistant, ("uld",)),
 }
 
 
