@@ -95,6 +95,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
+    ("procedure", "uld"): {"max_steps": 4, "rank": 4},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }
