@@ -7,6 +7,8 @@ held to. Parts whose methods are not there yet are left out, and said to be.
                 flat, at most 1.15
     routing     a closed gate over the bare model (at most 1.05, the gate's look at each question
                 included), and a batch of rows with four adapters over one with one (at most 1.15)
+    assistant   time of answers with ULD's assistant over those without: at most its share of the
+                model's multiplications, and a tenth
 
 Run: python performance/procedures.py [--model tiny] [--requests 50] [--method fit]
      [--parts requests] [--json FILE] [--markdown docs/performance.md]
@@ -35,6 +37,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 import numpy as np
 import torch
+from arithmetic import as_wide_as_default, assistant_costs
 from common import write_between
 
 from delible import registry
@@ -214,10 +217,23 @@ def _adapter(lm: LM, draws: torch.Generator) -> LowRank:
     return LowRank(pairs, 2.0)
 
 
+def assistant(setting: Setting) -> list[Ratio]:
+    """Answers with an assistant take its share of the multiplications longer, and a tenth.
+
+    On a random model as wide as the default one: in a tiny one calls cost more than numbers.
+    """
+    costs = assistant_costs(as_wide_as_default(12), 3)
+    return [
+        Ratio("answers with an assistant of 3 of 12 blocks, uld", costs["ratio"], costs["bound"],
+              f"{costs['share']:.2f} of the model's multiplications"),
+    ]  # fmt: skip
+
+
 #: Parts by name, with the methods that they need. Add a function and a line.
 PARTS: dict[str, tuple[Callable[[Setting], list[Ratio]], tuple[str, ...]]] = {
     "requests": (requests, ()),
     "routing": (routing, ("o3",)),
+    "assistant": (assistant, ("uld",)),
 }
 
 

@@ -118,6 +118,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "precision": "float32",
     },
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
+    ("procedure", "uld"): {"max_steps": 4, "rank": 4},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
 }

@@ -219,8 +219,8 @@ def cache_argument(backbone: nn.Module) -> str:
 
 def arguments_of(backbone: nn.Module) -> Collection[str]:
     """What a backbone may be called with; of several models as one: what the first may."""
-    first: nn.Module = getattr(backbone, "leading", backbone)
-    return signature(type(first).forward).parameters
+    kind: Any = type(getattr(backbone, "leading", backbone))
+    return signature(kind.forward).parameters
 
 
 def scatter(values: Tensor, mask: Bool[Tensor, "batch answer"]) -> Float[Tensor, "batch answer"]:
