@@ -248,7 +248,7 @@ def test_a_mistake_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> 
 def test_place_is_an_option_of_procedures_and_no_other_slot_is() -> None:
     found = resolve_method("purge", slots={"place": "lora"}, options={"steps": 3})
     assert (found.value("place"), found.value("steps")) == ("lora", 3)
-    with pytest.raises(RecipeError, match="it has no slots. Drop harden"):
+    with pytest.raises(RecipeError, match=r"it has no slots\. Drop harden"):
         resolve_method("purge", slots={"place": "lora", "harden": "sam"})
 
 
