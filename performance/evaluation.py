@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from delible.benchmarks.tofu import TOFU
 from delible.component import build
-from delible.lm.body import shared_prefix
+from delible.lm.body import Body, shared_prefix
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
 from delible.lm.tree import NodeFunction, Prefix, Tree
@@ -195,34 +196,32 @@ class Counting(Straight):
         return [Tokens(one, one > 0, one) for _ in rows]
 
 
-class Weightless(LM):
-    """Counts the positions that would be computed on our side, padding included."""
+@contextmanager
+def counting_positions() -> Iterator[list[int]]:
+    """Scores are not computed; the positions that would be, padding included, are listed."""
+    positions = list[int]()
 
-    positions = 0
-
-    def _by_length(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: NodeFunction
+    def by_length(
+        lm: Body, rows: Sequence[Encoded], among: Sequence[int], function: NodeFunction
     ) -> Iterator[tuple[list[int], Tensor]]:
         order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
-        for indices in self.batches(order, [len(row.ids) for row in rows]):
+        for indices in lm.batches(order, [len(row.ids) for row in rows]):
             longest = len(rows[indices[0]].ids)
             shared = shared_prefix([rows[index].ids[: rows[index].start] for index in indices])
-            self.positions += shared + len(indices) * (longest - shared)
+            positions.append(shared + len(indices) * (longest - shared))
             yield indices, torch.zeros(sum(rows[index].answer_tokens for index in indices), 4)
 
-    def _by_prompt(
-        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: NodeFunction
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        prefixes: set[int] = set()
+    prefixes = list[Prefix]()
 
-        def values(lm: LM, prefix: Prefix, trees: Sequence[Tree], _: NodeFunction) -> Tensor:
-            self.positions += sum(len(tree.ids) for tree in trees)
-            self.positions += 0 if id(prefix) in prefixes else len(prefix.ids)
-            prefixes.add(id(prefix))
-            return torch.zeros(sum(len(one) for tree in trees for one in tree.targets), 4)
+    def values(lm: Body, prefix: Prefix, trees: Sequence[Tree], _: NodeFunction) -> Tensor:
+        positions.append(sum(len(tree.ids) for tree in trees))
+        if not any(prefix is known for known in prefixes):
+            positions.append(len(prefix.ids))
+            prefixes.append(prefix)
+        return torch.zeros(sum(len(one) for tree in trees for one in tree.targets), 4)
 
-        with mock.patch("delible.lm.lm.tree_values", values):
-            yield from super()._by_prompt(rows, groups, function)
+    with mock.patch.multiple("delible.lm.scoring", by_length=by_length, tree_values=values):
+        yield positions
 
 
 def computed_positions(model: str, splits: Splits) -> int:
@@ -234,9 +233,9 @@ def computed_positions(model: str, splits: Splits) -> int:
         for record in splits[name]
         for request in one.metric.requests(record, one.metric.prompt(record))  # type: ignore[union-attr,arg-type]
     ]
-    counting = Weightless.load(model)
-    measure(counting, requests)
-    return counting.positions
+    with counting_positions() as positions:
+        measure(LM.load(model), requests)
+    return sum(positions)
 
 
 def counted(arguments: argparse.Namespace) -> str:

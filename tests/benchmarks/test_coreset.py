@@ -18,7 +18,6 @@ from delible.experiments.coreset import runs as coreset
 from delible.experiments.coreset.connectivity import (
     CONNECTED,
     barrier,
-    interpolated,
     linear_connectivity,
 )
 from delible.experiments.coreset.keyword_records import keyword_records
@@ -26,6 +25,7 @@ from delible.experiments.coreset.length import epochs_grid, share_of_effect, sho
 from delible.experiments.coreset.row import CoresetRow
 from delible.experiments.coreset.runs import run
 from delible.files import read_json
+from delible.lm.between import interpolated
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.records import QA, Choice, ForgetRequest, Passage

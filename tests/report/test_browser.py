@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import runpy
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_opening import open_page
 
 from delible.bench.table import tabulate
 from delible.report import write
@@ -18,36 +17,7 @@ from delible.report.leaderboard import write_page
 EXAMPLE = runpy.run_path(str(Path(__file__).with_name("example.py")))
 BENCH = runpy.run_path(str(Path(__file__).with_name("leaderboard_example.py")))
 PAGES = ["rich", "minimal", "several", "leaderboard", "experiment"]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("chromium or chromedriver is not installed")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    session = webdriver.Chrome(options=options, service=Service(driver))
-    yield session
-    session.quit()
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +35,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         folder, BENCH["Question"](), BENCH["findings"](), described
     ).as_uri()
     return found
-
-
-def open_page(browser: Any, address: str, width: int, scheme: str = "light") -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia",
-        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
-    )
-    browser.get(address)
 
 
 @pytest.mark.parametrize("name", PAGES)

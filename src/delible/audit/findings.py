@@ -240,8 +240,8 @@ def write_items(path: Path, settings: Sequence[Setting]) -> None:
 
     ``record`` is the record's place among those that were asked; of a forget record among all of
     them, also under an attack that is judged on some only (probes that an attack made itself are
-    counted by themselves). ``forms`` are the values of the forms
-    in which an attack asked it.
+    counted by themselves). ``subject`` is whom a forget record is about, ``forms`` are the values
+    of the forms in which an attack asked it.
 
     Args:
         settings: The plain question first.
@@ -251,7 +251,7 @@ def write_items(path: Path, settings: Sequence[Setting]) -> None:
 
     kinds = {
         **dict.fromkeys(("system", "attack", "variant", "metric", "split"), arrow.string()),
-        "record": arrow.int64(), "value": arrow.float64(),
+        "subject": arrow.string(), "record": arrow.int64(), "value": arrow.float64(),
         "forms": arrow.list_(arrow.float64()), "reason": arrow.string(), "detail": arrow.string(),
     }  # fmt: skip
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -263,10 +263,12 @@ def write_items(path: Path, settings: Sequence[Setting]) -> None:
             for metric, by_split in values.items.items():
                 for split, items in by_split.items():
                     for number, item in enumerate(items):
-                        record = judged[number] if split == "forget" else number
+                        forgotten = split == "forget"
+                        record = judged[number] if forgotten else number
+                        about = place.records[number].subject if forgotten else None
                         row = (
-                            role, place.attack, place.variant, metric, split, record, item.value,
-                            list(item.forms), item.reason, item.detail,
+                            role, place.attack, place.variant, metric, split, about, record,
+                            item.value, list(item.forms), item.reason, item.detail,
                         )  # fmt: skip
                         for column, value in zip(columns.values(), row, strict=True):
                             column.append(value)

@@ -5,34 +5,29 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, wearing
 from delible.lm.anatomy import Anatomy
-from delible.lm.attention import attention_window
 from delible.lm.body import AfterHead, Budget, Road
 from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.derive import derive
-from delible.lm.forward import Forward, collate, map_logits
 from delible.lm.held import check_packing
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
 from delible.lm.load import ModelInfo, load_model
 from delible.lm.parts import has_other_parts, kind_of
+from delible.lm.scoring import NOT_FINITE, score
 from delible.lm.template import Encoded, Template, declared_ends
-from delible.lm.tree import NodeFunction, Prefix, Tree, shared_by, tree_values
-from delible.lm.values import token_values
 from delible.lm.worn import Removable, Worn
 from delible.precision import BasePrecision, Precision, Resolved
 from delible.system.asks import (
@@ -50,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 T = TypeVar("T")
-
-
-_NOT_FINITE = "the model gives values that are not finite numbers"
 
 
 class LM(Worn):
@@ -229,7 +221,7 @@ class LM(Worn):
         Where questions have several answers each (perturbed, paraphrased), a question is
         computed once for all of them; otherwise rows of like length share a batch.
         """
-        return self.by_adapter(requests, lambda mine: self._answered(mine, self._score))
+        return self.by_adapter(requests, lambda mine: self._answered(mine, self._scored))
 
     def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
         """Distributions, hidden states or gradient norms; requests of one kind."""
@@ -271,82 +263,18 @@ class LM(Worn):
                 results[index] = one
         return results
 
+    def _scored(
+        self, requests: Sequence[Score], rows: Sequence[Encoded]
+    ) -> list[TokenScores | NoAnswer]:
+        return score(self, requests, rows, self._tell)
+
     def _inspect(
         self, requests: Sequence[Inspection], rows: Sequence[Encoded]
     ) -> list[Array | NoAnswer]:
         return [
-            found if np.isfinite(found).all() else NoAnswer(_NOT_FINITE)
+            found if np.isfinite(found).all() else NoAnswer(NOT_FINITE)
             for found in inspect(self, requests, rows)
         ]
-
-    @torch.inference_mode()
-    def _score(
-        self, requests: Sequence[Score], encoded: Sequence[Encoded]
-    ) -> list[TokenScores | NoAnswer]:
-        trees, alone = self._sharing(encoded)
-        function = partial(token_values, moments=any(one.moments for one in requests))
-        results: list[TokenScores | NoAnswer] = [NoAnswer("")] * len(requests)
-        for indices, values in chain(
-            self._by_prompt(encoded, trees, function), self._by_length(encoded, alone, function)
-        ):
-            parts = values.split([encoded[index].answer_tokens for index in indices])
-            for index, part in zip(indices, parts, strict=True):
-                columns = part.T.numpy().copy()
-                results[index] = (
-                    TokenScores(columns[0], columns[1] > 0.5, encoded[index].has_end, *columns[2:])
-                    if np.isfinite(columns).all()
-                    else NoAnswer(_NOT_FINITE)
-                )
-            self._tell(len(indices))
-        return results
-
-    def _by_length(
-        self, rows: Sequence[Encoded], among: Sequence[int], function: NodeFunction
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches of rows of like length; values [tokens, …] of the answers' tokens."""
-        forward = Forward(self)
-
-        def each(logits: Tensor, targets: Tensor) -> Tensor:
-            return function(logits, torch.arange(len(targets), device=targets.device), targets)
-
-        order = sorted(among, key=lambda index: len(rows[index].ids), reverse=True)
-        for indices in self.batches(order, [len(row.ids) for row in rows]):
-            batch = collate([rows[index] for index in indices], self.pad_id, self.device)
-            states = forward(batch)[0]
-            yield (
-                indices,
-                map_logits(self.head, states, batch.targets, each, self.vocabulary).cpu(),
-            )
-
-    def _sharing(self, rows: Sequence[Encoded]) -> tuple[list[list[int]], list[int]]:
-        """Places of rows: in groups that share a tree, and those that must stay plain rows."""
-        window = attention_window(self) if self.grows_trees else 0
-        groups, alone = list[list[int]](), list[int]()
-        questions: dict[tuple[int, ...], list[int]] = {}
-        for index, row in enumerate(rows):
-            if len(row.ids) > window:  # a tree would let a token see what its layer forgets
-                alone.append(index)
-            else:
-                questions.setdefault(row.ids[: row.start], []).append(index)
-        for question, mine in questions.items():
-            lengths = [rows[index].answer_tokens for index in mine]
-            for places in shared_by(len(question), lengths, self.anatomy.hidden_size):
-                groups.append([mine[place] for place in places])
-        return groups, alone
-
-    def _by_prompt(
-        self, rows: Sequence[Encoded], groups: Sequence[Sequence[int]], function: NodeFunction
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Rows of trees, each of a question with a group of its answers."""
-        prompts = [rows[group[0]].ids[: rows[group[0]].start] for group in groups]
-        prefix = Prefix.of(prompts, self)
-        trees = [
-            Tree.grow(prompt[len(prefix.ids) :], [rows[index].ids[len(prompt) :] for index in mine])
-            for prompt, mine in zip(prompts, groups, strict=True)
-        ]
-        for places in self.filled([len(tree.ids) for tree in trees]):
-            values = tree_values(self, prefix, [trees[place] for place in places], function)
-            yield [index for place in places for index in groups[place]], values
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers up to the end of the turn, a stop text or the length limit."""
@@ -372,7 +300,7 @@ class LM(Worn):
                 seeds = [f"{decoding.seed}/{self.template.render(prompts[i])}" for i in indices]
                 texts = continue_rows(self, rows, decoding, seeds, self._tell)
                 for index, text in zip(indices, texts, strict=True):
-                    answers[index] = NoAnswer(_NOT_FINITE) if text is None else text
+                    answers[index] = NoAnswer(NOT_FINITE) if text is None else text
         return answers
 
     # ---- inside

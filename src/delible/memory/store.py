@@ -129,9 +129,8 @@ class Memory:
             DataError: It was not deleted.
         """
         with self._writing() as tables, exclusive(tables.database):
-            gone = tables.database.execute(
-                "DELETE FROM tombstones WHERE alike = ?", (tables.alike(text),)
-            )
+            alike = (tables.alike(text),)
+            gone = tables.database.execute("DELETE FROM tombstones WHERE alike = ?", alike)
             if gone.rowcount == 0:
                 raise DataError("this text was not deleted here.", where="memory")
 
@@ -389,7 +388,7 @@ class Memory:
                 hint="Open it with the encoder that it was made with.",
             )
         if not made_by:
-            tables.set("encoder", NO_ENCODER if self.encoder is None else self.encoder.identity)
+            tables.set("encoder", self.encoder.identity if self.encoder else NO_ENCODER)
             tables.set("width", "0" if vectors is None else str(vectors.shape[1]))
 
 

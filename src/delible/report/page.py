@@ -62,9 +62,8 @@ def _examples(data: ReportData) -> list[dict[str, Any]]:
     ]
 
 
-def _comparison(runs: Sequence[ReportData]) -> dict[str, Any] | None:
-    if not runs:
-        return None
+def comparison_of(runs: Sequence[ReportData]) -> dict[str, Any]:
+    """A table of runs, and a picture of where they stand if there are several."""
     rows = []
     points = []
     for index, run in enumerate(runs, start=1):
@@ -141,7 +140,7 @@ def render(data: ReportData) -> str:
         verdict=audit.verdict if audit else None,
         numbers=key_numbers(data),
         cost=cost_lines(manifest),
-        comparison=_comparison(data.runs),
+        comparison=comparison_of(data.runs) if data.runs else None,
         trade=forget_utility(audit) if audit else None,
         outcomes=outcomes(audit) if audit else [],
         classes=OUTCOMES,

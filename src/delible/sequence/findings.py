@@ -75,8 +75,9 @@ def _charts(result: SequenceResult) -> list[Chart]:
             )
             for step in result.steps[1:]
         ]
-    seconds = [(float(one.number), one.seconds) for one in result.steps[1:]]
-    peaks = [(float(s.number), s.peak_bytes / GIB) for s in result.steps[1:] if s.peak_bytes]
+    done = [one for one in result.steps if one.what == "done"]
+    seconds = [(float(one.number), one.seconds) for one in done]
+    peaks = [(float(s.number), s.peak_bytes / GIB) for s in done if s.peak_bytes]
     charts = [
         Chart("What is left of the requests", "requests done", "share left", forgetting),
         Chart("What is kept", "requests done", "share of the start", [Curve("retained", kept)]),

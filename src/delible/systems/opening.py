@@ -168,6 +168,15 @@ def opens_again(system: System) -> bool:
     return is_address(system.name) or artefacts.is_artefact(Path(system.name).expanduser())
 
 
+def open_base(folder: Path, context: Context = NO_CONTEXT) -> System:
+    """What an artefact stands on, or was made from.
+
+    Raises:
+        RunError: There is no artefact, or its base is gone or another one.
+    """
+    return _open_base(artefacts.read(folder), folder, (), context)
+
+
 def _open_base(
     artefact: Artefact, folder: Path, above: tuple[Path, ...], context: Context
 ) -> System:
@@ -305,6 +314,21 @@ def merge(folder: str, out: Path) -> LM:
     if isinstance(system, LM) and system.base_precision != "float32" and can_stream(system):
         merge_files(system, out)
         return LM.load(str(out), base_precision="bfloat16")
+    lm = _in_weights(system, folder)
+    lm.save(out)
+    return lm
+
+
+def merged_model(folder: str) -> LM:
+    """One plain model of a whole stack, in memory.
+
+    Raises:
+        RunError: A part cannot be expressed in weights (a guard, a hook); says which.
+    """
+    return _in_weights(open_system(folder), folder)
+
+
+def _in_weights(system: System, folder: str) -> LM:
     merged = getattr(system, "merged", None)
     if merged is None:
         raise RunError(
@@ -316,5 +340,4 @@ def merge(folder: str, out: Path) -> LM:
         lm: LM = merged()
     except DelibleError as error:
         raise RunError(error.problem, where=folder, hint=error.hint) from error
-    lm.save(out)
     return lm

@@ -8,11 +8,13 @@ compute (devices, number of processes, FSDP) is left to the environment: it chan
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
@@ -75,3 +77,10 @@ def open_processes() -> Accelerator:
             hint="Train in a process of its own, or set training.precision instead and make no "
             "Accelerator with mixed_precision.",
         ) from error
+
+
+@atexit.register
+def _parted() -> None:
+    """Processes that leave while their group stands may be aborted by its threads."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

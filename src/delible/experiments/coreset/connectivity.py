@@ -5,38 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from delible.component import build
-from delible.errors import RecipeError
 from delible.experiments.coreset.row import METRIC
+from delible.lm.between import interpolated
 from delible.lm.lm import LM
 from delible.measure.evaluate import evaluate
 from delible.records import RecordBase
 
 #: Two models are connected when no point between them is this much worse (ours).
 CONNECTED = 0.02
-
-
-def interpolated(first: LM, second: LM, share: float) -> LM:
-    """(1 - share) first + share second, weight by weight, in fp32; both stay as they are.
-
-    Raises:
-        RecipeError: Their parameters have other names or shapes.
-    """
-    result = first.copy()
-    theirs: dict[str, Tensor] = dict(second.model.named_parameters())
-    mine: dict[str, Tensor] = dict(result.model.named_parameters())
-    if {n: v.shape for n, v in mine.items()} != {n: v.shape for n, v in theirs.items()}:
-        raise RecipeError("only models with the same parameters have a line between them.")
-    with torch.no_grad():
-        for name, value in mine.items():
-            # not lerp: at 0 and at 1 the result must be the end itself
-            mixed = (1 - share) * value.float() + share * theirs[name].to(value.device).float()
-            value.copy_(mixed)
-    result.touch()
-    return result
 
 
 def linear_connectivity(

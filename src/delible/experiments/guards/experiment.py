@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -295,7 +296,7 @@ class GuardsCompared(Experiment):
                 "texts": [one.text for one in others],
             },
             "phtest": [one.refused for one in pseudo],
-            "recalls": [_mean(rouge(forget, plain)), _mean(rouge(kept, others))],
+            "recalls": [fmean(rouge(forget, plain)), fmean(rouge(kept, others))],
             "unanswered": sum(one.unanswered for one in (*plain, *others, *pseudo)),
             "quality": self._quality(plain),
             "examples": [
@@ -347,7 +348,7 @@ class GuardsCompared(Experiment):
         found = []
         for questions in (forget, _kept(request)[: self.kept_rows]):
             answers = said(system, [asked(one) for one in questions], decoding)
-            found.append(_mean(rouge(questions, answers)))
+            found.append(fmean(rouge(questions, answers)))
         return found
 
     def _over(self, recalls: Sequence[Sequence[float]]) -> Cell:
@@ -379,10 +380,6 @@ class GuardsCompared(Experiment):
 
 def _records(records: Sequence[Any]) -> Sequence[Record]:
     return cast(Sequence[Record], records)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _kept(request: ForgetRequest) -> list[QA]:
