@@ -17,7 +17,7 @@ from torch import Tensor
 
 import delible
 from delible.context import Context
-from delible.errors import MissingExtraError, RecipeError
+from delible.errors import MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.records import QA
 from delible.testing.contract.trial import require_same, tiny_lm, weights
@@ -311,6 +311,12 @@ def test_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(base, "send_telemetry", sent)
     run()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="one process so far"):
+        run()
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
