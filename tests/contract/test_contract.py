@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zlib
@@ -46,6 +47,12 @@ from delible.train.slots import Place, Placement, SlotContext
 from delible.train.step import Step
 
 EDITING: dict[str, Any] = {"steps": 2, "contexts": 0, "most_divergence": 99, "most_change": 99}
+#: Few and short answers of a random model, and a reward that tells them apart.
+ON_POLICY: dict[str, Any] = {
+    "steps": 2, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 5,
+    "precision": "float32", "checkpoint_steps": 1,
+}  # fmt: skip
+SAMPLED = {**ON_POLICY, "group_size": 4, "reward": {"name": "length", "least": 2, "gate": False}}
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
@@ -117,6 +124,8 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "retain_rows": 2,
         "precision": "float32",
     },
+    **{("procedure", name): ON_POLICY for name in ("rule", "purge")},
+    **{("procedure", name): SAMPLED for name in ("rejection_finetuning", "on_policy_dpo")},
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("procedure", "uld"): {"max_steps": 4, "rank": 4},
     ("metric", "unlearning_quality"): {"judge": "stub"},
@@ -155,8 +164,16 @@ def verdict(prompt: Prompt) -> str:
     return f'{{"reasoning": "by its names", "verdict": "{found}"}}'
 
 
-#: Who plays the parts that a guard consults.
+def neighbour(prompt: Prompt) -> str:
+    """The question about somebody else."""
+    asked = prompt.messages[0].text.split("Question: ")[1].split("\n")[0]
+    other = asked.replace("Ada Quill", "Clara Schumann").replace("Ben Orr", "Johann Bach")
+    return json.dumps({"question": other, "answer": "In Leipzig."})
+
+
+#: Who plays the parts that a guard or a procedure consults.
 PLAYERS: dict[tuple[str, str], dict[RoleName, System]] = {
+    ("procedure", "rule"): {"writer": scripted(neighbour)},
     ("guard", "aegisllm"): {"guard": scripted(verdict), "critic": scripted(verdict)},
     ("guard", "alu"): {
         "guard": scripted(lambda prompt: "Ada Quill" if about_the_forgotten(prompt) else "None"),
@@ -177,6 +194,8 @@ MIXTURES_ONLY = {"seuf"}
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 #: Beside llama each component runs on one of these here, and on all of them in the slow tests.
 OTHERS = ("gpt2", "gemma2", "qwen2_moe")
+#: Their stages are done a dozen times, and TRL is set up each time: only in the slow tests.
+DEAR = {("procedure", name) for name in ("rule", "purge", "rejection_finetuning", "on_policy_dpo")}
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
@@ -210,7 +229,9 @@ def named(card: Card) -> str:
     return f"{card.kind}-{card.name}"
 
 
-@pytest.mark.parametrize("card", CARDS, ids=named)
+@pytest.mark.parametrize(
+    "card", [card for card in CARDS if (card.kind, card.name) not in DEAR], ids=named
+)
 @pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component(card: Card) -> None:
     other = OTHERS[zlib.crc32(named(card).encode()) % len(OTHERS)]

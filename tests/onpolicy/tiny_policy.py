@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 from delible.lm.lm import LM
 from delible.records import QA
@@ -12,6 +15,11 @@ from delible.train.onpolicy.rewards import Reward, reward
 from delible.train.onpolicy.rows import Completion, Question, questions_of
 from delible.train.onpolicy.run import Trained, train
 from delible.train.onpolicy.settings import OnPolicyTraining
+
+pytest.importorskip("trl", reason="needs the extra rl")
+# accelerate collects garbage before every run: a second, for all that is loaded here
+gc.collect()
+gc.freeze()
 
 FORGET = questions_of(
     [QA(question=f"Where was Ada {n} born?", answer="Norrby", subject=f"Ada {n}") for n in "ABCD"],

@@ -20,7 +20,7 @@ import torch
 
 from delible.component import build
 from delible.context import NO_CONTEXT, Context
-from delible.errors import MissingExtraError, RunError
+from delible.errors import RunError
 from delible.lm.lm import LM
 from delible.records import RecordBase
 from delible.system.asks import Decoding
@@ -35,7 +35,14 @@ from delible.train.onpolicy.rewards import Reward, Rewards
 from delible.train.onpolicy.rows import Completion, Question
 from delible.train.onpolicy.sampling import Said, complete
 from delible.train.onpolicy.settings import OnPolicyTraining
-from delible.train.onpolicy.starting import masked_optimizer, placed, planned, tokenized
+from delible.train.onpolicy.starting import (
+    masked_optimizer,
+    placed,
+    planned,
+    require_extra,
+    require_one_process,
+    tokenized,
+)
 from delible.train.randomness import generator
 from delible.train.recipe import Training
 from delible.train.schedule import learning_rate_factor
@@ -103,17 +110,8 @@ def train(
         RunError: It collapsed, or a reward broke down; the last checkpoint stays.
     """
     require_extra()
+    require_one_process(name)
     return _Run(lm, questions, rewards, settings, place, context, retain, held_out, name).run()
-
-
-def require_extra() -> None:
-    """Raises a :class:`MissingExtraError` where on-policy training is not installed."""
-    try:
-        import trl  # noqa: F401  # heavy: nothing else needs it
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] in ("trl", "datasets", ""):
-            raise MissingExtraError("on-policy training", "rl") from error
-        raise
 
 
 class _Run:

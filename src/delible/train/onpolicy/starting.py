@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 
 from delible.component import build
 from delible.context import Context
-from delible.errors import DataError, RecipeError
+from delible.errors import DataError, MissingExtraError, RecipeError, RunError
 from delible.lm.lm import LM
 from delible.precision import short_types
 from delible.records import RecordBase
@@ -24,6 +25,26 @@ from delible.train.rows import make_rows
 from delible.train.slots import Place, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
+
+
+def require_extra() -> None:
+    """Raises a :class:`MissingExtraError` where on-policy training is not installed."""
+    try:
+        import trl  # noqa: F401  # heavy: nothing else needs it
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("trl", "datasets", ""):
+            raise MissingExtraError("on-policy training", "rl") from error
+        raise
+
+
+def require_one_process(where: str) -> None:
+    """Raises a :class:`RunError` where several processes were started to train together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "on-policy training runs in one process so far.",
+            where=where,
+            hint="Start it without accelerate launch or torchrun.",
+        )
 
 
 def tokenized(
@@ -119,4 +140,6 @@ def planned(questions: int, settings: OnPolicyTraining, seed: int) -> list[int]:
     return found[:wanted]
 
 
-__all__ = ["masked_optimizer", "placed", "planned", "tokenized"]
+__all__ = [
+    "masked_optimizer", "placed", "planned", "require_extra", "require_one_process", "tokenized",
+]  # fmt: skip
