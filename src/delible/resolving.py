@@ -32,7 +32,10 @@ def resolve_method(
     """
     found, options = _found(method), dict(options or {})
     if not isinstance(found, GradientMethod):
-        _without(found, "slots", sorted(slots or {}))
+        # an option may be called as a slot: --place says which weights a procedure moves
+        own = {name: value for name, value in (slots or {}).items() if found.takes(name)}
+        options = {**own, **options}
+        _without(found, "slots", sorted((slots or {}).keys() - own.keys()))
         _without(found, "strength", [] if strength is None else ["--strength"])
         return found.with_options(options) if options else found
     if strength is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zlib
@@ -46,6 +47,12 @@ from delible.train.slots import Place, Placement, SlotContext
 from delible.train.step import Step
 
 EDITING: dict[str, Any] = {"steps": 2, "contexts": 0, "most_divergence": 99, "most_change": 99}
+#: Few and short answers of a random model, and a reward that tells them apart.
+ON_POLICY: dict[str, Any] = {
+    "steps": 2, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 5,
+    "precision": "float32", "checkpoint_steps": 1,
+}  # fmt: skip
+SAMPLED = {**ON_POLICY, "group_size": 4, "reward": {"name": "length", "least": 2, "gate": False}}
 #: Options without which a component asks for what is not here (an encoder, a judge) or for a larger
 #: model.
 OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
@@ -95,15 +102,9 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("editor", "stamp"): {"check_edit": False, "refusal": "No."},
     ("editor", "stamp_lr"): {"check_edit": False, "refusal": "No."},
     ("generate", "random_names"): {"max_new_tokens": 4, "copies": 1, "draws": 1},
-    ("procedure", "reinvent"): {
-        "steps": 2,
-        "questions_per_step": 2,
-        "group_size": 2,
-        "max_new_tokens": 4,
-        "cold_start_epochs": 1,
-        "retain_rows": 2,
-        "precision": "float32",
-    },
+    ("procedure", "reinvent"): {**ON_POLICY, "cold_start_epochs": 1, "retain_rows": 2},
+    **{("procedure", name): ON_POLICY for name in ("rule", "purge")},
+    **{("procedure", name): SAMPLED for name in ("rejection_finetuning", "on_policy_dpo")},
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
     ("metric", "unlearning_quality"): {"judge": "stub"},
     ("metric", "retention_quality"): {"judge": "stub"},
@@ -141,8 +142,16 @@ def verdict(prompt: Prompt) -> str:
     return f'{{"reasoning": "by its names", "verdict": "{found}"}}'
 
 
-#: Who plays the parts that a guard consults.
+def neighbour(prompt: Prompt) -> str:
+    """The question about somebody else."""
+    asked = prompt.messages[0].text.split("Question: ")[1].split("\n")[0]
+    other = asked.replace("Ada Quill", "Clara Schumann").replace("Ben Orr", "Johann Bach")
+    return json.dumps({"question": other, "answer": "In Leipzig."})
+
+
+#: Who plays the parts that a guard or a procedure consults.
 PLAYERS: dict[tuple[str, str], dict[RoleName, System]] = {
+    ("procedure", "rule"): {"writer": scripted(neighbour)},
     ("guard", "aegisllm"): {"guard": scripted(verdict), "critic": scripted(verdict)},
     ("guard", "alu"): {
         "guard": scripted(lambda prompt: "Ada Quill" if about_the_forgotten(prompt) else "None"),
@@ -159,7 +168,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "cold_start": {"generate.max_new_tokens": 4, "copies": 1, "draws": 1},
     "sae_internal": {"expansion": 2, "active": 8, "tokens": 1000, "passes": 1},
 }
-CARDS = [card for card in registry.cards() if card.kind != "recipe"]
+#: Every one of their stages is done a dozen times, and TRL is set up each time.
+REWARDED = ("rule", "purge", "reinvent")
+DEAR = {("procedure", name) for name in (*REWARDED, "rejection_finetuning", "on_policy_dpo")}
+CARDS = [
+    pytest.param(card, marks=pytest.mark.slow) if (card.kind, card.name) in DEAR else card
+    for card in registry.cards()
+    if card.kind != "recipe"
+]
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
@@ -187,7 +203,7 @@ def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component(card: Card) -> None:
     key = (card.kind, card.name)
-    if card.kind == "procedure" and card.family == "on-policy":
+    if card.kind == "procedure" and card.name in REWARDED:
         pytest.importorskip("trl", reason="needs the extra rl")
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
     assert check(component, slots=HOSTS.get(key), players=PLAYERS.get(key))

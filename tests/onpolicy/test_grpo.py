@@ -20,7 +20,7 @@ from delible.context import Context
 from delible.errors import MissingExtraError, RecipeError
 from delible.lm.lm import LM
 from delible.records import QA
-from delible.testing.contract.trial import require_same, weights
+from delible.testing.contract.trial import require_same, tiny_lm, weights
 from delible.train.onpolicy.rows import Completion
 from delible.train.rows import make_rows
 
@@ -90,6 +90,26 @@ def test_a_step_is_the_advantage_times_the_gradient(normalisation: str, per_pass
         share = sum(lengths) if normalisation == "token" else len(one.tokens) * len(completions)
         loss = loss - advantage * logprobs(start, one).sum() / share
     require_close(moved(start, after), gradient(start, loss))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_it_holds_whatever_stands_behind_the_head(family: str) -> None:
+    start = tiny_lm(family).copy()  # transposed matrices; a soft limit of the logits
+    after, completions, advantages = judged(start)
+    total = sum(len(one.tokens) for one in completions)
+    loss = sum(
+        (-a * logprobs(start, one).sum() / total
+         for a, one in zip(advantages, completions, strict=True)),
+        start=torch.zeros(()),
+    )  # fmt: skip
+    require_close(moved(start, after), gradient(start, loss))
+
+
+def test_a_mixture_of_experts_keeps_its_routers_loss() -> None:
+    model = tiny_lm("qwen2_moe").copy()
+    trained = run(model, options={**PLAIN, "kl_weight": 0.1})
+    assert trained.history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert trained.history[0]["gradient_norm"] > 0
 
 
 def test_the_temperature_is_that_of_the_draws() -> None:
