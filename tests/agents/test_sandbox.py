@@ -124,6 +124,30 @@ def test_whom_it_runs_for_lives_on_and_nothing_is_left(tmp_path):
 
 
 @confines
+def test_an_interruption_leaves_nothing_running(monkeypatch):
+    started = []
+    real = subprocess.Popen
+
+    def start(*given, **options):
+        started.append(real(*given, **options))
+        return started[-1]
+
+    def interrupted(process):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(os, "pidfd_open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("import time; time.sleep(60)")
+    assert [one.poll() for one in started] == [-9]
+
+
+def test_both_sides_mean_the_same_by_exit_codes():
+    assert (sandbox.FORBIDDEN, sandbox.MEMORY) == (confined.FORBIDDEN, confined.MEMORY)
+    assert Path(confined.__file__) == sandbox.CONFINED
+
+
+@confines
 def test_endings_are_told_apart():
     small = Limits(seconds=1, output_bytes=10_000, megabytes=64)
     assert run("while True: pass", limits=small).ended == "time"

@@ -334,9 +334,14 @@ def test_sentences_follow_the_numbers(
 
 def test_a_model_that_can_do_nothing_says_nothing_about_unlearning() -> None:
     none = [False, False]
-    found = findings({BEFORE: [cell("a", none, none, none)], "npo": [cell("a", none, none, none)]},
-                     HINTS)  # fmt: skip
-    assert any("cannot do it tells nothing" in note for note in found.notes)
+    alone = findings({BEFORE: [cell("a", none, none, none)]}, HINTS)
+    assert any("cannot do it" in note for note in alone.notes)
+    both = {BEFORE: [cell("a", none, none, none)], "npo": [cell("a", none, none, none)]}
+    notes = findings(both, HINTS).notes
+    assert sum("cannot do it" in note for note in notes) == 1
+    assert not any("uses what is handed back" in note or "was lost than" in note for note in notes)
+    able = findings({BEFORE: [cell("a", none, none, [True, False])]}, HINTS)
+    assert not any("cannot do it" in note for note in able.notes)
 
 
 def test_facts_are_compared_with_a_model_that_can_only_read() -> None:

@@ -115,15 +115,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "watched": 2,
     },
     ("generate", "random_names"): {"max_new_tokens": 4, "copies": 1, "draws": 1},
-    ("procedure", "reinvent"): {
-        "steps": 2,
-        "questions_per_step": 2,
-        "group_size": 2,
-        "max_new_tokens": 4,
-        "cold_start_epochs": 1,
-        "retain_rows": 2,
-        "precision": "float32",
-    },
+    ("procedure", "reinvent"): {**ON_POLICY, "cold_start_epochs": 1, "retain_rows": 2},
     **{("procedure", name): ON_POLICY for name in ("rule", "purge")},
     **{("procedure", name): SAMPLED for name in ("rejection_finetuning", "on_policy_dpo")},
     ("procedure", "fit"): {"epochs": 1, "learning_rate": 1e-3, "precision": "float32"},
@@ -187,6 +179,7 @@ PLAYERS: dict[tuple[str, str], dict[RoleName, System]] = {
 }
 #: Options of a recipe without which it takes long on a tiny model.
 QUICK: dict[str, dict[str, Any]] = {
+    "cold_start": {"generate.max_new_tokens": 4, "copies": 1, "draws": 1},
     "sae_internal": {"expansion": 2, "active": 8, "tokens": 1000, "passes": 1},
 }
 #: What refuses dense models.
@@ -194,8 +187,9 @@ MIXTURES_ONLY = {"seuf"}
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
 #: Beside llama each component runs on one of these here, and on all of them in the slow tests.
 OTHERS = ("gpt2", "gemma2", "qwen2_moe")
-#: Their stages are done a dozen times, and TRL is set up each time: only in the slow tests.
-DEAR = {("procedure", name) for name in ("rule", "purge", "rejection_finetuning", "on_policy_dpo")}
+#: Every one of their stages is done a dozen times, and TRL is set up each time: only slow tests.
+REWARDED = ("rule", "purge", "reinvent")
+DEAR = {("procedure", name) for name in (*REWARDED, "rejection_finetuning", "on_policy_dpo")}
 RECIPES = [card.name for card in registry.cards("recipe")]
 
 
@@ -221,6 +215,8 @@ def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(card: Card, families: Sequence[str]) -> list[str]:
     key = (card.kind, card.name)
+    if card.kind == "procedure" and card.name in REWARDED:
+        pytest.importorskip("trl", reason="needs the extra rl")
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
     return check(component, families, slots=HOSTS.get(key), players=PLAYERS.get(key))
 

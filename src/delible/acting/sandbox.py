@@ -24,11 +24,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from delible.acting import confined
 from delible.component import Config
 from delible.errors import RunError
 
 Ended = Literal["finished", "raised", "forbidden", "time", "memory", "output", "crashed"]
+#: What runs inside; not imported, since it is a script, and of one system.
+CONFINED = Path(__file__).with_name("confined.py")
+#: Its exit codes for what was refused, and for too little memory.
+FORBIDDEN, MEMORY = 77, 78
 #: Wall-clock seconds per second of the limit, and besides: for machines that do other work, too.
 PATIENCE, GRACE_SECONDS = 3.0, 5.0
 _CHUNK = 65536
@@ -124,7 +127,7 @@ def _run(program: str, given: str, limits: Limits) -> Ran:
         most = -int(-limits.seconds // 1)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", confined.__file__,
+                [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(CONFINED),
                  str(path), str(tells), str(most), str(limits.megabytes * 2**20)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 pass_fds=(tells,), cwd=folder, env={"PYTHONHASHSEED": "0"}, start_new_session=True,
@@ -136,6 +139,10 @@ def _run(program: str, given: str, limits: Limits) -> Ran:
             os.close(tells)
         try:
             return _watched(process, told, given.encode(errors="replace"), limits)
+        except BaseException:  # an interruption, too, leaves nothing running
+            process.kill()
+            process.wait()
+            raise
         finally:
             os.close(told)
 
@@ -210,7 +217,7 @@ def _ended(code: int, spent: float, limits: Limits) -> Ended:
     if code == -signal.SIGKILL:  # the machine had no memory left
         return "memory"
     known: dict[int, Ended] = {
-        0: "finished", confined.FORBIDDEN: "forbidden", confined.MEMORY: "memory"
+        0: "finished", FORBIDDEN: "forbidden", MEMORY: "memory"
     }  # fmt: skip
     return "crashed" if code < 0 else known.get(code, "raised")
 

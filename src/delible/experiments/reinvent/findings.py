@@ -52,6 +52,12 @@ def findings(found: Mapping[str, Sequence[Cell]], hints: Sequence[int]) -> Findi
     by_name = {row["system"]: row for row in rows}
     # who never learned the facts can only read them; of an algorithm there is no such model
     bar = by_name.get(NEVER, by_name.get(BEFORE))
+    last = f"hint {max(hints)}"
+    if bar is not None and bar[last] == 0:
+        notes.append(
+            f"At {last} '{bar['system']}' uses nothing of what is handed back: a model that cannot "
+            "do it tells nothing about what was lost."
+        )
     for row in rows:
         if bar is not None and row["system"] not in (BEFORE, NEVER):
             notes += _notes(row, bar, hints)
@@ -102,11 +108,6 @@ def _notes(row: Mapping[str, Any], bar: Mapping[str, Any], hints: Sequence[int])
         elif then > 0:
             told.append(
                 f"{name} uses what is handed back: {now:.0%} at {last}, '{other}' {then:.0%}."
-            )
-        else:
-            told.append(
-                f"At {last} '{other}' uses nothing of what is handed back: a model that cannot do "
-                f"it tells nothing about {name}."
             )
     return told
 
