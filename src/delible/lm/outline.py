@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from delible.errors import ModelError
-from delible.lm import embedded, tiny
+from delible.lm import embedded, tiny, tiny_vlm
 from delible.lm.lm import LM
 from delible.lm.load_errors import nearest_path, read_json, told_of_loading
 from delible.lm.parts import class_of
@@ -61,8 +61,13 @@ def settings_place(name: str) -> str:
     Raises:
         ModelError: There is no such place.
     """
-    if name in ("default", "tiny"):
-        return str(embedded.default_model() if name == "default" else tiny.tiny_model())
+    made = {
+        "default": embedded.default_model,
+        "tiny": tiny.tiny_model,
+        "tiny-vlm": tiny_vlm.tiny_vlm,
+    }
+    if name in made:
+        return str(made[name]())
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.suffix == ".gguf" or folder.is_file() or name.count("/") > 1:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from delible.files import atomic_file
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 #: Rows among which those of like length meet in a step.
@@ -70,22 +74,62 @@ def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Se
     return made
 
 
-def train(
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Sequence[int]]],
-    options: TinyOptions,
+class Schedule(Protocol):
+    """How AdamW goes."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def warmup_steps(self) -> int: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int) -> Int[Tensor, "row token"]:
+    """Rows as one tensor, filled up on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+
+
+def weighted_loss(
+    logits: Float[Tensor, "row token vocab"],
+    ids: Int[Tensor, "row token"],
+    answering: Bool[Tensor, "row token"],
     *,
     padding: int,
-    assistant: int,
-    checkpoint: Path | None = None,
-) -> None:
-    """AdamW on the weighted mean of every token's negative log-likelihood, the first left out.
-
-    The learning rate rises linearly to its peak and falls linearly to nothing.
+    prompt_weight: float,
+) -> Float[Tensor, ""]:
+    """The weighted mean of every token's negative log-likelihood, the first left out.
 
     Args:
+        answering: Which tokens are of an answer; the first column is not looked at.
         padding: The token that fills up rows; it stands in no text.
-        assistant: The token before an answer.
+        prompt_weight: What the other tokens count.
+    """
+    targets = ids[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none"
+    ).view_as(targets)
+    weights = torch.where(answering[:, 1:], 1.0, prompt_weight) * (targets != padding)
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    model: PreTrainedModel,
+    steps: Sequence[T],
+    loss_of: Callable[[T], Float[Tensor, ""]],
+    options: Schedule,
+    *,
+    checkpoint: Path | None = None,
+) -> None:
+    """AdamW; the learning rate rises linearly to its peak and falls linearly to nothing.
+
+    Args:
+        steps: What each step learns from.
+        loss_of: Its loss.
+        options: Learning rate, warm-up and weight decay.
         checkpoint: File in which the state is kept while training lasts; one that is there is
             continued, to the same bits.
     """
@@ -102,19 +146,11 @@ def train(
     if first:
         logger.info(f"Going on after step {first:,} of {len(steps):,}.")
     began = kept = time.monotonic()
-    for step, rows in enumerate(steps[first:], start=first):
+    for step, one in enumerate(steps[first:], start=first):
         factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
-        targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        ).view_as(targets)
-        weights = torch.where(answering, 1.0, options.prompt_weight) * (targets != padding)
-        loss = (losses * weights).sum() / weights.sum()
+        loss = loss_of(one)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
