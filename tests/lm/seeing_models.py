@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 from delible.lm.lm import LM
-from delible.messages import ImagePart
-from delible.testing.tiny import VOCABULARY_SIZE, tiny_tokenizer
+from delible.testing.seeing import TEXT, VISION, llava, tokenizer_with, widened
+from delible.testing.seeing import picture as picture
 
-TEXT = {
-    "vocab_size": VOCABULARY_SIZE + 8, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "pad_token_id": 256, "bos_token_id": 258, "eos_token_id": 259,
-}  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-          "num_attention_heads": 4}  # fmt: skip
-CHAT = (
-    "{%% for message in messages %%}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
-    "{%% for part in message['content'] %%}"
-    "{%% if part['type'] == 'image' %%}{{ '%s' }}{%% else %%}{{ part['text'] }}{%% endif %%}"
-    "{%% endfor %%}{%% endif %%}{{ '<|im_end|>\n' }}{%% endfor %%}"
-    "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\n' }}{%% endif %%}"
-)
 FAMILIES = ("llava", "idefics3", "qwen2_5_vl", "qwen2_vl")
-
-
-def _tokenizer(*more: str, chat: str = "<image>") -> Any:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(more)})
-    tokenizer.chat_template = CHAT % chat
-    return tokenizer
-
-
-def llava() -> tuple[Any, Any]:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    tokenizer = _tokenizer("<image>")
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    processor = transformers.LlavaProcessor(
-        images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
-    )  # fmt: skip
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**TEXT),
-        vision_config=transformers.CLIPVisionConfig(**VISION, image_size=16, patch_size=8),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2,
-        image_seq_length=4,
-    )  # fmt: skip
-    return transformers.LlavaForConditionalGeneration(config), processor
 
 
 def idefics3() -> tuple[Any, Any]:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     marks = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
-    tokenizer = _tokenizer(*marks)
+    tokenizer = tokenizer_with(*marks)
     images = Idefics3ImageProcessorPil(
         size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
     )
@@ -81,7 +37,7 @@ def idefics3() -> tuple[Any, Any]:
 def paligemma() -> tuple[Any, Any]:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    tokenizer = _tokenizer("<image>")
+    tokenizer = tokenizer_with("<image>")
     images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     images.image_seq_length = 4
     processor = transformers.PaliGemmaProcessor(
@@ -119,7 +75,7 @@ def qwen(kind: str) -> tuple[Any, Any]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _tokenizer(*marks, chat="<|vision_start|><|image_pad|><|vision_end|>")
+    tokenizer = tokenizer_with(*marks, picture="<|vision_start|><|image_pad|><|vision_end|>")
     tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
     images = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2,
@@ -154,22 +110,9 @@ def seeing_model(family: str, seed: int = 0) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = makers[family]()
-        with torch.no_grad():
-            for one in model.parameters():
-                spread = 0.1 if one.dim() > 1 else 0.02
-                one.add_(torch.randn_like(one) * spread)
-    return model.eval(), processor
+    return widened(model, seed), processor
 
 
 def seeing_lm(family: str, seed: int = 0) -> LM:
     model, processor = seeing_model(family, seed)
     return LM(model, processor.tokenizer, precision="float32", processor=processor)
-
-
-def picture(seed: int = 0, width: int = 16, height: int = 16) -> ImagePart:
-    from PIL import Image
-
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    written = io.BytesIO()
-    Image.fromarray(levels).save(written, format="PNG")
-    return ImagePart.model_validate({"source": written.getvalue()})

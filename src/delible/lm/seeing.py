@@ -130,6 +130,7 @@ def of_pictures(lm: Body, numbers: Sequence[int]) -> list[Float[Tensor, "token h
     return [found[number] for number in numbers]
 
 
+@torch.no_grad()
 def look(lm: Body, images: Sequence[ImagePart]) -> list[Float[Tensor, "token hidden"]]:
     """What the language model reads of pictures, computed afresh; hooks in the tower act.
 

@@ -34,8 +34,7 @@ def as_turn(message: Message, *, sees: bool = False, in_parts: bool = False) -> 
     if message.images and not sees:
         raise ModelError(
             "the conversation holds a picture, and this model is given texts only.",
-            hint="Ask a model that sees ('tiny-vlm', or one behind an endpoint), or leave it "
-            "out.",
+            hint="Ask a model that sees ('tiny-vlm', or one behind an endpoint), or leave it out.",
         )
     content: Any = message.text
     if message.images or in_parts:
