@@ -68,6 +68,14 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("intervention", "grace"): {"steps": 3},
     ("intervention", "wise"): {"steps": 3, "contexts": 0, "ratio": 0.1},
+    ("intervention", "sauce"): {
+        "expansion": 2,
+        "active": 8,
+        "tokens": 1000,
+        "passes": 1,
+        "features": 8,
+        "most_frequent": 0.9,
+    },
     ("intervention", "sae_steering"): {
         "expansion": 2,
         "active": 8,
@@ -174,6 +182,8 @@ def stub_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component(card: Card) -> None:
     key = (card.kind, card.name)
+    if "pictures" in card.needs:
+        pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
     assert check(component, slots=HOSTS.get(key), players=PLAYERS.get(key))
 

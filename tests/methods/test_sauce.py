@@ -86,7 +86,7 @@ def latents_of(states: np.ndarray, sae: SAE) -> np.ndarray:
 
 
 def by_hand(
-    factor: float, form: str = "scale", request: ForgetRequest = REQUEST
+    factor: float, form: str = "scale", request: ForgetRequest = REQUEST, count: int = 6
 ) -> dict[int, tuple[float, float]]:
     """Latent -> (threshold, factor), float64."""
     sae, expected = drawn(32, 96, 12), dict[int, tuple[float, float]]()
@@ -98,7 +98,7 @@ def by_hand(
         score = score - kept.mean(0) / (kept.mean(0).sum() + 1e-8)
         score[(kept > 0).mean(0) > 0.9] = -np.inf
         threshold = np.concatenate([mine, kept]).mean(0)
-        for j in np.argsort(-score)[:6]:
+        for j in np.argsort(-score)[:count]:
             assert score[j] > 0
             by = factor * (mine.mean(0)[j] if form == "mean_scale" else 1.0)
             old = expected.get(int(j), (np.inf, np.inf))
@@ -164,7 +164,8 @@ def features_after(found: Fitted, record: QA) -> np.ndarray:
 
 
 def test_patches_are_changed_by_the_latents_that_fire_and_by_nothing_else(tmp_path: Path) -> None:
-    sae, found, expected = drawn(32, 96, 12), fitted(tmp_path, factor=-2.0), by_hand(-2.0)
+    sae, expected = drawn(32, 96, 12), by_hand(-2.0, count=1)
+    found = fitted(tmp_path, factor=-2.0, features=1)
     lm, changed = model(), 0
     for record in (*FORGET[:2], *RETAIN[:2]):
         (states,) = tower_states((record,))

@@ -9,16 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from delible.files import atomic_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +114,7 @@ def weighted_loss(
 
 
 def train(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     steps: Sequence[T],
     loss_of: Callable[[T], Float[Tensor, ""]],
     options: Schedule,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
@@ -36,9 +36,12 @@ SHAPES = {
 PLACES = {
     "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0),
 }  # fmt: skip
-SIZES = {"large": 0.27, "small": 0.16}
+SIZES = {"large": 0.29, "small": 0.19}
 
 Aspect = Literal["shape", "colour", "place", "size"]
+ASPECTS: dict[Aspect, Mapping[str, object]] = {
+    "shape": SHAPES, "colour": COLOURS, "place": PLACES, "size": SIZES,
+}  # fmt: skip
 #: Ways to ask for an attribute of what is shown; the first one is the usual.
 QUESTIONS: dict[Aspect, tuple[str, ...]] = {
     "shape": (
@@ -114,7 +117,7 @@ class Scene:
         tint = tuple(min(255, max(0, c + random.randint(-12, 12))) for c in COLOURS[self.colour])
         image = Image.new("RGB", (fine, fine), (ground, ground, ground))
         x, y = (
-            fine * (0.5 + 0.22 * step + random.uniform(-0.03, 0.03)) for step in PLACES[self.place]
+            fine * (0.5 + 0.20 * step + random.uniform(-0.03, 0.03)) for step in PLACES[self.place]
         )
         radius = fine * SIZES[self.size] * random.uniform(0.93, 1.07)
         _draw(ImageDraw.Draw(image), self.shape, x, y, radius, tint, (ground,) * 3)
@@ -175,10 +178,7 @@ def asked(
 ) -> QA:
     """An attribute, asked openly; its other ways of asking are paraphrases."""
     first, *others = QUESTIONS[aspect]
-    named: dict[Aspect, Iterable[str]] = {
-        "shape": SHAPES, "colour": COLOURS, "place": PLACES, "size": SIZES,
-    }  # fmt: skip
-    values = named[aspect]
+    values = ASPECTS[aspect]
     right = scene.value(aspect)
     return QA(
         question=first, answer=right, paraphrases=tuple(others), images=_some(image), group=aspect,

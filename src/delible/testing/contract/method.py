@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -12,14 +13,12 @@ from delible import registry
 from delible.context import Context
 from delible.lm.lm import LM
 from delible.method import Method
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.records import RecordBase
+from delible.system.asks import Decoding, NoAnswer
 from delible.system.base import Composed, System
 from delible.system.questions import ask
 from delible.systems.opening import described, keep, open_lm, open_system, undo
 from delible.testing.contract.trial import (
-    FORGET,
-    REQUEST,
-    RETAIN,
     Trial,
     answers,
     require,
@@ -28,7 +27,6 @@ from delible.testing.contract.trial import (
 )
 from delible.train.recipe import Recipe
 
-PROMPTS = [prompt for record in (*FORGET, *RETAIN) if (prompt := ask(record)) is not None]
 DECODING = Decoding(6)
 
 
@@ -40,28 +38,29 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     folder = trial.folder / "method"
     _begun(trial).save(folder / "base")
     base = _precise(open_lm(str(folder / "base")))
-    start, plain = _said(base), weights(cast(LM, base))
+    said = partial(_said, trial.asked)
+    start, plain = said(base), weights(cast(LM, base))
     below = described(base)
     torch.manual_seed(1)
-    outcome = cast(Method, trial.component).apply(base, REQUEST, Context())
-    made = _said(outcome.system)
+    outcome = cast(Method, trial.component).apply(base, trial.request, Context())
+    made = said(outcome.system)
     keep(outcome.kind, outcome.content, folder / "run", below, outcome.system)
     name = str(folder / "run")
-    require(_same(_said(_precise(open_system(name))), made), "opened, it answers otherwise")
+    require(_same(said(_precise(open_system(name))), made), "opened, it answers otherwise")
     parted = outcome.system
     require(isinstance(parted, Composed), "it does not say what can be taken off")
     found = cast(Composed, parted).taken_off()
     require(found is not None, "nothing can be taken off")
     assert found is not None
-    require(_same(_said(found[1]), start), "taken off, it does not answer as its base")
-    require(_same(_said(outcome.system), made), "taking it off changed the whole")
+    require(_same(said(found[1]), start), "taken off, it does not answer as its base")
+    require(_same(said(outcome.system), made), "taking it off changed the whole")
     undo(folder / "run")
     undone = _precise(open_system(name))
     require(isinstance(undone, LM), "undone, it is not its base")
     require_same(plain, weights(cast(LM, undone)), "undone, its weights are not those of its base")
-    require(_same(_said(undone), start), "undone, it does not answer as its base")
+    require(_same(said(undone), start), "undone, it does not answer as its base")
     undo(folder / "run", back=True)
-    require(_same(_said(_precise(open_system(name))), made), "put on again, it answers otherwise")
+    require(_same(said(_precise(open_system(name))), made), "put on again, it answers otherwise")
 
 
 def _begun(trial: Trial) -> LM:
@@ -83,10 +82,12 @@ def _precise(system: System) -> System:
     return system
 
 
-def _said(system: System) -> tuple[list[str | NoAnswer], list[np.ndarray]]:
-    prompts: Sequence[Prompt] = PROMPTS
+def _said(
+    records: Sequence[RecordBase], system: System
+) -> tuple[list[str | NoAnswer], list[np.ndarray]]:
+    prompts = [prompt for record in records if (prompt := ask(record)) is not None]
     texts = list(system.generate(prompts, DECODING))
-    return texts, answers(system)[0] if isinstance(system, LM) else []
+    return texts, answers(system, records)[0] if isinstance(system, LM) else []
 
 
 def _same(
