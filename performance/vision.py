@@ -2,8 +2,8 @@
 
     python performance/vision.py runs/vision docs/results/vision.md [--model tiny-vlm] [--seeds 1]
 
-Runs `delible bench vision` and writes its table, its findings, and what was built. A killed run goes
-on where it was: finished systems are kept in the folder.
+Runs `delible bench vision` and writes its table and its findings. A killed run goes on where it
+was: finished systems are kept in the folder.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from delible.measure.benchmark import Findings, Setting
 
 INTRO = """# A shape that is forgotten in pictures
 
-Made by `python performance/vision.py FOLDER docs/results/vision.md` (`delible bench vision` with its \
-table as a page). A model that sees (`{model}`, {weights:,} weights) is asked about {pictures} \
+Made by `python performance/vision.py FOLDER docs/results/vision.md` (`delible bench vision` as a \
+page). A model that sees (`{model}`, {weights:,} weights) is asked about {pictures} \
 pictures of {scenes} drawn scenes of which it never saw a picture. It forgets one shape of eight. \
 What the words mean: [pictures](../vision.md).
 """
@@ -53,7 +53,7 @@ def page(found: Findings, lm: LM, pictures: int, scenes: int, seconds: float, se
         "the floor).",
         "## What must stay",
         *table(found.rows, KEPT),
-        "Other shapes; colour, place and size of all pictures, those of the forgotten shape included.",
+        "Other shapes; colour, place and size of all pictures, also of the forgotten shape.",
         "## Around it",
         *table(found.rows, AROUND),
         "*corners*: how many it has, of a picture of it; *corners of its name*: the same without a "
