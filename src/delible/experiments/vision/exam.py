@@ -36,6 +36,10 @@ CHANCE: Mapping[str, float] = {
 }  # fmt: skip
 
 
+#: By what is asked: questions, and a name that an answer must mention (empty: it must be right).
+Questions = Mapping[str, Sequence[tuple[QA, str]]]
+
+
 @dataclass(frozen=True)
 class Shown:
     """A scene and a picture of it."""
@@ -88,7 +92,7 @@ def exam(shown: Sequence[Shown], concept: str, seed: int) -> dict[str, list[tupl
     return found
 
 
-def accuracies(lm: LM, questions: Mapping[str, Sequence[tuple[QA, str]]]) -> dict[str, float]:
+def accuracies(lm: LM, questions: Questions) -> dict[str, float]:
     """Share of right answers to each kind of question (of descriptions: that name the shape)."""
     every = [(kind, qa, name) for kind, part in questions.items() for qa, name in part]
     prompts = [prompt for _, qa, _ in every if (prompt := ask(qa)) is not None]
