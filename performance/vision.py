@@ -9,6 +9,7 @@ was: finished systems are kept in the folder.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,10 @@ def table(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[str]:
     return lines
 
 
-def page(found: Findings, lm: LM, pictures: int, scenes: int, seconds: float, seeds: int) -> str:
+def page(
+    found: Findings, lm: LM, pictures: int, scenes: int, seconds: float, seeds: int,
+    options: Mapping[str, Any],
+) -> str:  # fmt: skip
     """The page."""
     chance = " · ".join(f"{kind} {100 * value:.1f} %" for kind, value in CHANCE.items())
     weights = sum(one.numel() for one in lm.model.parameters())
@@ -60,7 +64,8 @@ def page(found: Findings, lm: LM, pictures: int, scenes: int, seconds: float, se
         "picture, which a change in the tower cannot touch.",
         "## Found",
         *(f"- {note}" for note in found.notes),
-        f"\nseeds {seeds}, {seconds / 60:.0f} minutes (other work on the machine included, cached "
+        f"\nOptions: {json.dumps(options) if options else 'those of the experiment'}; "
+        f"seeds {seeds}, {seconds / 60:.0f} minutes (other work on the machine included, cached "
         f"parts not) on {platform.machine()}, {torch.get_num_threads()} thread(s), torch "
         f"{torch.__version__}, transformers {transformers.__version__}.",
     ]  # fmt: skip
@@ -78,9 +83,13 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-vlm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--method", action="append", default=[])
+    parser.add_argument("--option", action="append", default=[], help="NAME=JSON of the experiment")
     given = parser.parse_args()
     began = time.perf_counter()
-    experiment = build("benchmark", "vision")
+    options = {
+        name: json.loads(value) for name, _, value in (o.partition("=") for o in given.option)
+    }
+    experiment = build("benchmark", {"name": "vision", **options})
     given.folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         given.model, given.method, given.seeds, given.folder,
@@ -91,7 +100,7 @@ def main() -> None:
     lm = LM.load(given.model)
     text = page(
         found, lm, len(shown), len({one.scene for one in shown}),
-        time.perf_counter() - began, given.seeds,
+        time.perf_counter() - began, given.seeds, options,
     )  # fmt: skip
     given.page.write_text(text, encoding="utf-8")
 

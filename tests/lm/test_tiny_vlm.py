@@ -20,7 +20,7 @@ from delible.world.pictures import Scene, asked, corners_of
 
 SMALL = VLMOptions(
     pixels=16, patch=8, vision_size=32, vision_layers=2, hidden_size=32, layers=1, vocabulary=320,
-    tower_steps=3, tower_batch=4, rows=12, batch=4,
+    tokenized=200, tower_steps=3, tower_batch=4, rows=12, batch=4,
 )  # fmt: skip
 
 

@@ -56,8 +56,6 @@ CHAT_TEMPLATE = (
 VERSION = 1
 #: Products this small are slower with two threads than with one, as soon as others compute, too.
 THREADS = 1
-#: Texts that the tokenizer learns from.
-TOKENIZED = 4000
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class VLMOptions:
         hidden_size: Of the language model; a multiple of 32.
         layers: Its blocks.
         vocabulary: Tokens, the 256 bytes and the special tokens included.
+        tokenized: Texts that the tokenizer learns from.
         tower_steps: Steps of the tower alone.
         tower_batch: Pictures per step of it.
         rows: Pictures to learn from with questions, each seen once.
@@ -89,6 +88,7 @@ class VLMOptions:
     hidden_size: int = 96
     layers: int = 4
     vocabulary: int = 448
+    tokenized: int = 4000
     tower_steps: int = 900
     tower_batch: int = 64
     rows: int = 14_400
@@ -276,7 +276,7 @@ def build_processor(options: VLMOptions) -> Any:
 
     texts = [
         _rendered(asked, False)
-        for asked in (_questions(options, number) for number in range(TOKENIZED))
+        for asked in (_questions(options, number) for number in range(options.tokenized))
     ]
     tokenizer = build_tokenizer(texts, options.vocabulary - 1)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
