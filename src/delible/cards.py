@@ -36,11 +36,12 @@ NEEDS = {
     "encoder": "a sentence encoder (built in: all-MiniLM-L6-v2)",
     "weights": "the weights of the model (white-box)",
     "activations": "activations or logits at inference time",
+    "pictures": "records with pictures (images), and a model that sees",
 }
 
 Need = Literal[
     "forget", "retain", "names", "reference", "refusals", "generator", "model_at_inference",
-    "encoder", "weights", "activations",
+    "encoder", "weights", "activations", "pictures",
 ]  # fmt: skip
 
 

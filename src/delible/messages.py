@@ -143,7 +143,8 @@ def _bytes_at(source: str) -> bytes:
         raise PydanticCustomError(
             "image",
             "the picture {source} cannot be read: {reason}",
-            {"source": source, "reason": reason},
+            # half a character has no place in a message
+            {"source": source.encode("utf-8", "backslashreplace").decode(), "reason": reason},
         ) from None
 
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from delible.messages import IDENTITY
+from delible.messages import IDENTITY, ImagePart
 from delible.messages import Message as Message
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -65,7 +65,25 @@ class RecordBase(BaseModel):
         return hashlib.sha256(self.model_dump_json(context=IDENTITY).encode()).hexdigest()
 
 
-class QA(RecordBase):
+class Shown(RecordBase):
+    """A record that may be asked about pictures.
+
+    Attributes:
+        images: What the question is about, shown before it. They are written, and hashed, only
+            where there are some, so that digests of plain records stay.
+    """
+
+    images: tuple[ImagePart, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        if not self.images:
+            found.pop("images", None)
+        return found
+
+
+class QA(Shown):
     """A question and its answer.
 
     Attributes:
@@ -91,7 +109,7 @@ class Passage(RecordBase):
     text: Text
 
 
-class Choice(RecordBase):
+class Choice(Shown):
     """A multiple-choice question with one letter per option, so 26 at most.
 
     Attributes:
@@ -120,6 +138,15 @@ class Dialogue(RecordBase):
 
     type: Literal["dialogue"] = "dialogue"
     messages: tuple[Message, ...] = Field(min_length=1)
+
+
+def images_of(record: RecordBase) -> tuple[ImagePart, ...]:
+    """The pictures that a record holds, in order; of a dialogue those of all turns."""
+    if isinstance(record, Shown):
+        return record.images
+    if isinstance(record, Dialogue):
+        return tuple(image for turn in record.messages for image in turn.images)
+    return ()
 
 
 Record = Annotated[QA | Passage | Choice | Dialogue, Field(discriminator="type")]

@@ -75,6 +75,14 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("intervention", "grace"): {"steps": 3},
     ("intervention", "wise"): {"steps": 3, "contexts": 0, "ratio": 0.1},
+    ("intervention", "sauce"): {
+        "expansion": 2,
+        "active": 8,
+        "tokens": 1000,
+        "passes": 1,
+        "features": 8,
+        "most_frequent": 0.9,
+    },
     ("intervention", "sae_steering"): {
         "expansion": 2,
         "active": 8,
@@ -217,6 +225,8 @@ def checked(card: Card, families: Sequence[str]) -> list[str]:
     key = (card.kind, card.name)
     if card.kind == "procedure" and card.name in REWARDED:
         pytest.importorskip("trl", reason="needs the extra rl")
+    if "pictures" in card.needs:
+        pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
     component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
     return check(component, families, slots=HOSTS.get(key), players=PLAYERS.get(key))
 

@@ -17,10 +17,17 @@ from delible.component import build
 from delible.errors import DataError
 from delible.intervene.base import Fitted
 from delible.intervene.sae import SAE
-from delible.intervene.sae_features import Activity, Features, chosen, scores, turned_down
+from delible.intervene.sae_features import (
+    Activity,
+    Features,
+    by_subject,
+    chosen,
+    features_of,
+    scores,
+    turned_down,
+)
 from delible.intervene.system import intervened
 from delible.lm.lm import LM
-from delible.methods.intervention.sae_steering import by_subject, features_of
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt, Score
 from delible.testing.tiny import tiny_model, tiny_tokenizer

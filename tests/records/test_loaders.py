@@ -190,7 +190,7 @@ def test_broken_json(put: Put, text: str, where: str, message: str) -> None:
         ('{"messages": [{"role": "tool", "content": "Hi"}]}', "names the call it answers", None),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image", "source": "no.png"}]}]}',
-            "the picture no.png cannot be read",
+            "no.png cannot be read",
             None,
         ),
         ('{"messages": [{"role": "user", "content": null}]}', "[0].content' is empty", None),

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from delible.context import Context
-from delible.errors import ModelError, RunError
+from delible.errors import DataError, ModelError, RunError
 from delible.files import atomic_folder
 from delible.lm.lm import LM, language_model
 from delible.lm.new_tokens import Vocabulary, add_tokens, put_back, tables, token_of, vocabulary_of
 from delible.method import ComponentMethod, Outcome
-from delible.records import ForgetRequest
+from delible.records import ForgetRequest, images_of
 from delible.system.base import System
 
 #: Key, in a patch's file, of the texts of the tokens that it adds; no parameter is called so.
@@ -237,6 +237,12 @@ class Editor(ComponentMethod):
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
         lm = language_model(system, f"editor '{self.name}'")
+        if any(images_of(record) for record in request.forget):
+            raise DataError(
+                "forget records have pictures, and an editor reads where words name a subject.",
+                where=f"editor '{self.name}'",
+                hint="Take a recipe ('npo') or an intervention ('sauce').",
+            )
         patch = self.edit(lm, request, seed=context.seed)
         patch.title = f"patch of {self.name}"
         if patch not in lm.patches:

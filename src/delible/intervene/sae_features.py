@@ -19,9 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from delible.intervene.sae import SAE
+from delible.records import RecordBase
 
 #: How latents are ranked: by the share of all that speaks, or by their mean alone.
 Score = Literal["selective", "mean"]
+#: What a latent is multiplied by: the factor, or the factor times its mean with the concept.
+Form = Literal["scale", "mean_scale"]
 #: Keeps a share of nothing from being no number.
 _TINY = 1e-8
 
@@ -103,6 +106,43 @@ def chosen(
     top = score.topk(min(count, len(score)))
     found: Tensor = top.indices[top.values > 0].sort().values
     return found
+
+
+def by_subject(records: Sequence[RecordBase]) -> list[list[RecordBase]]:
+    """Records of one subject together, in the order in which subjects come."""
+    groups: dict[str | None, list[RecordBase]] = {}
+    for record in records:
+        groups.setdefault(record.subject, []).append(record)
+    return list(groups.values())
+
+
+def features_of(
+    with_concept: Activity,
+    without: Activity,
+    count: int,
+    most: float,
+    how: Score,
+    factor: float,
+    form: Form = "scale",
+) -> Features:
+    """The latents of one concept.
+
+    Args:
+        with_concept, without: What latents do on records with it, and on those that are kept.
+        count: How many at most.
+        most: Share of kept states in which a latent may speak.
+        how: How they are ranked.
+        factor: By what they are multiplied.
+        form: Whether each one's factor is scaled by its mean with the concept.
+    """
+    score = scores(with_concept.mean, without.mean, how)
+    latents = chosen(score, count, without.frequency <= most)
+    both = (with_concept.sums + without.sums) / (with_concept.count + without.count)
+    thresholds = both[latents].float()
+    factors = torch.full_like(thresholds, factor)
+    if form == "mean_scale":
+        factors = factors * with_concept.mean[latents].float()
+    return Features(latents, thresholds, factors)
 
 
 def turned_down(

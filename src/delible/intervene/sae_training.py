@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,36 @@ def trained_sae(
         DataError: There is too little text.
         ModelError: The model lacks the site, or the cache cannot be written.
     """
-    texts, stage = _within(rows, training.tokens), stage or _logged()
+    texts = _within(rows, training.tokens)
     text = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+    def read_states(stage: Stage) -> Read:
+        return states_of(lm, site, texts, stage)
+
+    return kept_sae(lm, site, text, read_states, training, seed=seed, stage=stage)
+
+
+#: States for training, held-out ones, and their layer.
+Read = tuple[Float[Tensor, "token width"], Float[Tensor, "token width"], int | None]
+
+
+def kept_sae(
+    lm: LM,
+    site: Site,
+    text: str,
+    read_states: Callable[[Stage], Read],
+    training: Training,
+    *,
+    seed: int = 0,
+    stage: Stage | None = None,
+) -> SAE:
+    """The autoencoder of a site, of states that are read when it is not in the cache.
+
+    Args:
+        text: Hash of what the states are of.
+        read_states: Reads them.
+    """
+    stage = stage or _logged()
     content = {
         "version": VERSION, "model": lm.fingerprint, "site": site.model_dump(mode="json"),
         "text": text, "training": asdict(training), "seed": seed,
@@ -111,7 +139,7 @@ def trained_sae(
     known = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def make(work: Path) -> Path:
-        states, held, layer = states_of(lm, site, texts, stage)
+        states, held, layer = read_states(stage)
         sae = fit_sae(
             states, training, seed=seed, stage=stage, checkpoint=work / "checkpoint",
             device=lm.device,
@@ -133,7 +161,8 @@ def trained_sae(
     )
     if told["unexplained"] >= POOR:
         logger.warning(
-            "The sparse autoencoder explains the states poorly: more text or more passes help, or "
+            "The sparse autoencoder explains the states poorly: more texts (or pictures) or more "
+            "passes help, or "
             "an autoencoder of your own (sae=FOLDER)."
         )
     return found
@@ -188,11 +217,16 @@ def states_of(
         found[place] = values[1:].cpu()
     if not found:
         raise DataError("there is no text to train a sparse autoencoder on.")
-    length = torch.cat([one.norm(dim=1) for one in found.values()]).median()
-    usual = [found[place][found[place].norm(dim=1) <= LONG * length] for place in range(len(found))]
+    return (*parted([found[place] for place in range(len(found))]), layer)
+
+
+def parted(found: Sequence[Float[Tensor, "token width"]]) -> tuple[Tensor, Tensor]:
+    """States of texts or pictures for training, and held-out ones, without outliers."""
+    length = torch.cat([one.norm(dim=1) for one in found]).median()
+    usual = [one[one.norm(dim=1) <= LONG * length] for one in found]
     held = usual[HELD_OUT - 1 :: HELD_OUT]
     rest = [one for place, one in enumerate(usual) if place % HELD_OUT != HELD_OUT - 1]
-    return torch.cat(rest), torch.cat(held) if held else rest[0][:0], layer
+    return torch.cat(rest), torch.cat(held) if held else rest[0][:0]
 
 
 class _Fit:

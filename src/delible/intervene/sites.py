@@ -19,6 +19,7 @@ from delible.errors import ModelError
 from delible.lm.body import Body
 from delible.lm.gates import gate_of
 from delible.lm.layout import Layout
+from delible.lm.pictures import without_pictures
 
 What = Literal[
     "block_input", "block", "attention", "mlp_gate", "mlp_inner", "mlp_out", "mlp", "embedding",
@@ -182,6 +183,7 @@ def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 def _spans(tokenizer: Any, ids: tuple[int, ...]) -> tuple[str, list[tuple[int, int]]]:
     """The text of tokens, and where in it each of them begins and ends."""
+    ids = tuple(without_pictures(ids, tokenizer))
     text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if tokenizer.is_fast:
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

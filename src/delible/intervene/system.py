@@ -23,6 +23,7 @@ from delible.intervene.taps import Tap, Taps, Where
 from delible.lm.body import Budget
 from delible.lm.layout import asked, padded_rows, told
 from delible.lm.lm import LM
+from delible.lm.seeing import look, ramp
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +291,8 @@ def _three_tokens(lm: LM) -> Tensor:
 
 def _picture(lm: LM) -> Tensor:
     """What the tower for images gives the language model, of a picture of a ramp."""
+    if lm.pictures is not None:
+        return look(lm, [ramp()])[0]
     settings = lm.core.config.vision_config
     size = settings.image_size
     height, width = (size, size) if isinstance(size, int) else size

@@ -33,6 +33,7 @@ class Where:
         what: Of the site.
         layer: Index of the layer; None for what a model has once.
         received: What the module received at the same tokens, if the states are what it gives.
+        shape: Rows and tokens in which the states came, before they were put one after the other.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Where:
     _tokens: int
     _chosen: Int[Tensor, " token"] | None
     received: Float[Tensor, "token inner"] | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -203,7 +205,9 @@ class Taps:
         if received is not None:
             received = received.reshape(-1, received.shape[-1])
             received = received if chosen is None else received[chosen]
-        new = tap.function(part, Where(place.what, place.layer, len(flat), chosen, received))
+        shape = tuple(states.shape[:-1])
+        where = Where(place.what, place.layer, len(flat), chosen, received, shape)
+        new = tap.function(part, where)
         if new is None:
             return states
         if new.shape != part.shape:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from delible.lm.anatomy import Anatomy
+from delible.lm.pictures import Pictures
 from delible.lm.template import Template
 from delible.precision import Resolved, computing_in
 
@@ -162,6 +163,13 @@ class Body:
 
     def intervening(self) -> AbstractContextManager[None]:
         """Context of a call of the backbone, in which interventions are in their places."""
+        return nullcontext()
+
+    #: What it can be shown; None: it reads texts alone.
+    pictures: Pictures | None = None
+
+    def seeing(self) -> AbstractContextManager[None]:
+        """Context of a call of the backbone, in which tokens of pictures are taken."""
         return nullcontext()
 
     def alike(self, shared: int, prompts: Callable[[], Sequence[Sequence[int]]]) -> int:

@@ -32,7 +32,7 @@ def derive(model: nn.Module) -> Anatomy:
     found: dict[str, str] = {}
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = _embeddings(model, names, found)
-    blocks = _find_blocks(model, found)
+    blocks = _find_blocks(model, embedding, found)
     backbone, _, _ = blocks.rpartition(".")
     block_list = list(model.get_submodule(blocks).children())
     hidden_size = _hidden_size(model, block_list[0], embedding)
@@ -91,8 +91,11 @@ def _embeddings(
     return paths[0], paths[1]
 
 
-def _find_blocks(model: nn.Module, found: dict[str, str]) -> str:
-    """Path of the list of modules with the most parameters, as many as the model has blocks."""
+def _find_blocks(model: nn.Module, embedding: str, found: dict[str, str]) -> str:
+    """Path of the list of modules with the most parameters, as many as the model has blocks.
+
+    One beside the embedding, if there is one: a tower for images may have as many blocks.
+    """
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     text = get_text_config(decoder=True) if get_text_config else config
@@ -107,7 +110,9 @@ def _find_blocks(model: nn.Module, found: dict[str, str]) -> str:
     if not sizes or max(sizes.values()) == 0:
         told = " of equal modules" if expected is None else f" of {expected} modules"
         raise missing(model, f"list of blocks (a ModuleList{told})", found)
-    found["blocks"] = max(sizes, key=lambda path: sizes[path])
+    beside = embedding.rpartition(".")[0]
+    near = {path: path.startswith(f"{beside}.") if beside else True for path in sizes}
+    found["blocks"] = max(sizes, key=lambda path: (near[path], sizes[path]))
     return found["blocks"]
 
 

@@ -103,7 +103,7 @@ def told(lm: Body, make: Make, step: Callable[[], int] = lambda: 0) -> Iterator[
         make: Makes the layout; called at most once for each value of ``step``.
         step: Counts the calls of the backbone, where there are several.
     """
-    with turn(lm.core), lm.intervening(), asked(lm.interveners):
+    with turn(lm.core), lm.intervening(), asked(lm.interveners), lm.seeing():
         lm.about_to_call(make)
         before = _CURRENT.set(_Told(make, step))
         try:

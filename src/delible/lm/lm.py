@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,7 +27,11 @@ from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
 from delible.lm.load import ModelInfo, load_model
 from delible.lm.parts import has_other_parts, kind_of
+from delible.lm.pictures import Pictures
+from delible.lm.pretrained import processor_of
 from delible.lm.scoring import NOT_FINITE, score
+from delible.lm.seeing import check as cannot_see
+from delible.lm.seeing import seeing
 from delible.lm.template import Encoded, Template, declared_ends
 from delible.lm.worn import Removable, Worn
 from delible.precision import BasePrecision, Precision, Resolved
@@ -57,6 +62,7 @@ class LM(Worn):
         precision: Of the computation, see :mod:`delible.precision`.
         origin: Where these weights can be loaded again; None: nowhere.
         outline: The model has no numbers (:mod:`delible.lm.outline`): nothing is tried.
+        processor: What reads pictures for it; without one it is given texts only.
 
     Raises:
         ModelError: The architecture's parts cannot be derived, or the parts do not
@@ -76,6 +82,7 @@ class LM(Worn):
         precision: Precision = "auto",
         origin: ModelInfo | None = None,
         outline: bool = False,
+        processor: Any = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.origin = model, tokenizer, name, origin
         #: Files of other parts (an image processor), which a saved model needs too.
@@ -99,6 +106,8 @@ class LM(Worn):
             return
         with self.evaluating():
             self._understood(lambda core: check(self))
+        if processor is not None:
+            self._opens_its_eyes(processor)
 
     @classmethod
     def load(
@@ -124,7 +133,10 @@ class LM(Worn):
         dtype = torch.float32 if base_precision == "float32" else torch.bfloat16
         model, tokenizer, info = load_model(name, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        lm = cls(model.to(device), tokenizer, name=name, precision=precision, origin=info)
+        lm = cls(
+            model.to(device), tokenizer, name=name, precision=precision, origin=info,
+            processor=processor_of(model, tokenizer, info.place, info.revision),
+        )  # fmt: skip
         lm.hold(base_precision)
         if lm.road == "plain":
             logger.warning(
@@ -143,6 +155,26 @@ class LM(Worn):
         language = (self.anatomy.backbone, self.anatomy.head, self.anatomy.embedding)
         own = {id(one) for path in language for one in self.core.get_submodule(path).parameters()}
         return frozenset(id(one) for one in self.core.parameters()) - own
+
+    def _opens_its_eyes(self, processor: Any) -> None:
+        """Takes pictures from here on, if the engine gives what the model itself does."""
+        try:
+            self.pictures = self.template.pictures = Pictures(processor)
+            with self.evaluating():
+                trouble = cannot_see(self)
+        except ModelError as error:
+            trouble = error.problem
+        if trouble:
+            self.pictures = self.template.pictures = None
+            logger.warning(
+                f"{type(self.core).__name__} is given texts only, no pictures: {trouble}"
+            )
+        else:
+            self.capabilities = self.capabilities | {"images"}
+
+    def seeing(self) -> AbstractContextManager[None]:
+        """Context of a call of the backbone, in which tokens of pictures are taken."""
+        return nullcontext() if self.pictures is None else seeing(self)
 
     # ---- identity
 
@@ -204,6 +236,8 @@ class LM(Worn):
             )
         with atomic_folder(folder) as target:
             self.model.save_pretrained(target, safe_serialization=True)
+            if self.pictures is not None:
+                self.pictures.processor.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
             for name, content in self.companions.items():
                 (target / name).write_bytes(content)

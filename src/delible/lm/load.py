@@ -14,7 +14,7 @@ import torch
 
 from delible import kept
 from delible.errors import ModelError
-from delible.lm import embedded, moe, tiny
+from delible.lm import embedded, moe, tiny, tiny_vlm
 from delible.lm.load_errors import (
     nearest_path,
     only_pickled,
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = Literal["default", "tiny", "moe", "folder", "run", "adapter", "gguf", "hub"]
+Source = Literal[
+    "default", "tiny", "tiny-vlm", "moe", "folder", "run", "adapter", "gguf", "hub"
+]  # fmt: skip
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -113,6 +115,8 @@ def load_model(
         return _load_folder(name, tiny.tiny_model(), "tiny", options)
     if name == "moe":
         return _load_folder(name, moe.moe_model(), "moe", options)
+    if name == "tiny-vlm":
+        return _load_folder(name, tiny_vlm.tiny_vlm(), "tiny-vlm", options)
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         kept.use(path)  # if it is one that benchmarks taught
@@ -203,6 +207,8 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any]) -> Loaded:
         base = "tiny"
     elif moe.is_folder_name(Path(base).name):
         base = "moe"
+    elif Path(base).name == tiny_vlm.folder_name(tiny_vlm.TINY_VLM):
+        base = "tiny-vlm"
     try:
         below = load_model(base, revision=settings.get("revision"), **options)
     except ModelError as error:

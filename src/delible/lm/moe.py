@@ -170,9 +170,10 @@ def build(
         logger.info(f"Its logits differ from those of the dense model by at most {apart:.2g}.")
         del dense
         _free(model)
+        padding = int(tokenizer.pad_token_id or 0)
+        loss_of = partial(loss, model, options=options, padding=padding)
         train(
-            model, batches(rows, options), options,
-            loss=partial(loss, options=options, padding=int(tokenizer.pad_token_id or 0)),
+            model, batches(rows, options), loss_of, options,
             checkpoint=checkpoint, seconds=SECONDS_BETWEEN_CHECKPOINTS,
         )  # fmt: skip
     return model.requires_grad_(True).eval(), tokenizer

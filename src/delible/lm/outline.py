@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from delible.errors import ModelError
-from delible.lm import embedded, moe, tiny
+from delible.lm import embedded, moe, tiny, tiny_vlm
 from delible.lm.lm import LM
 from delible.lm.load_errors import nearest_path, read_json, told_of_loading
 from delible.lm.parts import class_of
@@ -61,7 +61,12 @@ def settings_place(name: str) -> str:
     Raises:
         ModelError: There is no such place.
     """
-    made = {"default": embedded.default_model, "tiny": tiny.tiny_model, "moe": moe.moe_model}
+    made = {
+        "default": embedded.default_model,
+        "tiny": tiny.tiny_model,
+        "tiny-vlm": tiny_vlm.tiny_vlm,
+        "moe": moe.moe_model,
+    }
     if name in made:
         return str(made[name]())
     folder = Path(name).expanduser()

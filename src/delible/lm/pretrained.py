@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from delible.lm.load_errors import (
     first_line,
     told_of_loading,
 )
-from delible.lm.parts import class_of, dropped_tensors
+from delible.lm.parts import class_of, dropped_tensors, has_other_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +80,36 @@ def pretrained_tokenizer(
             where=place,
             hint="Save the tokenizer next to the model: tokenizer.save_pretrained(folder).",
         ) from error
+
+
+def processor_of(
+    model: PreTrainedModel, tokenizer: Any, place: str, revision: str | None = None
+) -> Any:
+    """What reads pictures for a model that sees, with this tokenizer; None: there is none.
+
+    Why there is none is told: then the model is given texts only.
+    """
+    if not has_other_parts(model.config) or not hasattr(model, "get_image_features"):
+        return None
+    from transformers import AutoProcessor
+
+    where = {"revision": revision} if revision and not Path(place).is_dir() else {}
+    try:
+        with embedded.quiet():
+            found = AutoProcessor.from_pretrained(place, trust_remote_code=False, **where)
+        if getattr(found, "image_processor", None) is None:
+            raise ValueError("it has none for pictures")
+    except Exception as error:  # transformers raises many kinds, and Pillow may be missing
+        needs = "" if find_spec("PIL") else " Looking at pictures needs the extra 'vision'."
+        logger.warning(
+            f"{place} is given texts only, no pictures: its processor cannot be loaded "
+            f"({first_line(error)}).{needs}"
+        )
+        return None
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = getattr(found, "chat_template", None)
+    found.tokenizer = tokenizer
+    return found
 
 
 def has_tokenizer(folder: Path) -> bool:

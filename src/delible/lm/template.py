@@ -17,9 +17,10 @@ from itertools import pairwise
 from typing import Any
 
 from delible.errors import ModelError, RefusedConversationError
+from delible.lm.pictures import Pictures
 from delible.lm.reasoning import written
 from delible.lm.tools import CALL, as_turn
-from delible.messages import Message, Tool
+from delible.messages import ImagePart, Message, Tool
 from delible.system.asks import Prompt
 
 #: Used when a tokenizer has no chat template (base models).
@@ -59,14 +60,17 @@ class Template:
         max_length: Longest row in tokens; :meth:`encode` gives longer ones cut, for measuring,
             which leaves them out. What training does with them is in :mod:`delible.train.fitting`.
         declared_ends: Tokens at which the model's own settings end an answer.
+        pictures: What the model can be shown; None: texts alone.
     """
 
     tokenizer: Any
     max_length: int = 2048
     declared_ends: frozenset[int] = frozenset()
     merged_boundaries: int = 0
+    pictures: Pictures | None = None
     _end: tuple[int, str] | None = field(default=None, repr=False)
     _closes: bool | None = field(default=None, repr=False)
+    _parts: bool | None = field(default=None, repr=False)
 
     @property
     def has_chat(self) -> bool:
@@ -94,6 +98,8 @@ class Template:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())
         described.update(vocabulary.encode())
+        if self.pictures is not None:
+            described.update(self.pictures.fingerprint.encode())
         if self.ends != {self.tokenizer.eos_token_id}:
             described.update(repr((self.end_of_turn[0], sorted(self.ends))).encode())
         return described.hexdigest()
@@ -113,13 +119,14 @@ class Template:
             PLAIN_QUESTION.format(question=turn["content"])
             if turn["role"] == "user"
             else turn["content"]
-            for turn in map(as_turn, prompt.messages)
+            for turn in map(as_turn, prompt.messages)  # without a template pictures have no place
         ]
         return "\n".join(turns) + (f" {prompt.prefill}" if prompt.prefill else "")
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of the prompt alone, the beginning-of-text token included if there is one."""
-        return self._ids(self.render(prompt), special=self._adds_special(prompt))
+        images = images_in(prompt)
+        return self._ids(self.render(prompt), special=self._adds_special(prompt), images=images)
 
     def encode(self, prompt: Prompt, answer: str) -> Encoded:
         """Token ids of prompt and answer, at most ``max_length`` (see :attr:`Encoded.cut`)."""
@@ -141,8 +148,9 @@ class Template:
             if joint.strip():  # an empty thinking block: given to the model, not learned
                 prompt_text, joint = prompt_text + joint, ""
             full_text = prompt_text + joint + answer + self.end_of_turn[1]
-        before = self._ids(prompt_text, special=special)
-        joined = tuple(self._tokenize(full_text, special=special))
+        images = images_in(prompt)
+        before = self._ids(prompt_text, special=special, images=images)
+        joined = tuple(self._tokenize(full_text, special=special, images=images))
         if joined[: len(before)] != before:
             self.merged_boundaries += bool(prompt_text)
             joined = before + tuple(self._tokenize(full_text[len(prompt_text) :], special=False))
@@ -216,7 +224,7 @@ class Template:
         generation: bool = False,
         tools: tuple[Tool, ...] = (),
     ) -> str:
-        turns = [as_turn(message) for message in messages]
+        turns = [self._turn(message) for message in messages]
         offered = {"tools": [tool.declared() for tool in tools]} if tools else {}
         try:
             found = str(
@@ -240,6 +248,19 @@ class Template:
                     hint="Use a model whose template takes tools.",
                 )
         return found
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A turn as the chat template takes it."""
+        if self.pictures is None:
+            return as_turn(message)
+        if self._parts is None:  # some templates of models that see take lists of parts alone
+            asked = [{"role": "user", "content": _STAND_IN}]
+            try:
+                told = str(self.tokenizer.apply_chat_template(asked, tokenize=False))
+            except Exception:  # a template is a program of its author: any error can come
+                told = ""
+            self._parts = _STAND_IN not in told
+        return as_turn(message, sees=True, in_parts=self._parts)
 
     def _advice(self, turns: list[dict[str, Any]]) -> str:
         """What to do about a conversation that the template refuses."""
@@ -304,8 +325,10 @@ class Template:
             return prompt_text, before[len(prompt_text) :], answer
         return before, "", answer
 
-    def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
-        ids = tuple(self._tokenize(text, special=special))
+    def _ids(
+        self, text: str, *, special: bool, images: tuple[ImagePart, ...] = ()
+    ) -> tuple[int, ...]:
+        ids = tuple(self._tokenize(text, special=special, images=images))
         if not ids:
             start = self.tokenizer.bos_token_id
             ids = (start if start is not None else self.end_of_turn[0],)
@@ -315,10 +338,16 @@ class Template:
         """A chat template writes its own beginning-of-text token; plain text needs it added."""
         return prompt.text is not None or not self.has_chat
 
-    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+    def _tokenize(
+        self, text: str, *, special: bool, images: tuple[ImagePart, ...] = ()
+    ) -> list[int]:
+        if images and self.pictures is not None:
+            text = self.pictures.told(text, images)
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if special and text and self._closes_texts:
             ids.pop()  # a prompt must stay open, and an answer has its end already
+        if images and self.pictures is not None:
+            ids = self.pictures.numbered(ids, images)
         return ids
 
     @property
@@ -350,6 +379,11 @@ def _of_tools(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Iterato
             yield "a turn that calls a tool", call.name
         if message.role == "tool":
             yield "a tool's turn", message.text.strip()
+
+
+def images_in(prompt: Prompt) -> tuple[ImagePart, ...]:
+    """The pictures of a conversation, in order."""
+    return tuple(image for turn in prompt.messages for image in turn.images)
 
 
 def _beginning(prompt: Prompt) -> str:

@@ -26,7 +26,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -36,7 +35,14 @@ import torch
 from delible import kept
 from delible.files import explain_disk
 from delible.lm import embedded
-from delible.lm.tiny_training import TinyOptions, batches, loss, threads, train
+from delible.lm.tiny_training import (
+    TinyOptions,
+    batches,
+    padded,
+    threads,
+    train,
+    weighted_loss,
+)
 from delible.prompts import read_lines
 from delible.records import QA, Message
 from delible.system.questions import answer_of, ask
@@ -133,13 +139,16 @@ def build(
         tokenizer = build_tokenizer(texts, options.vocabulary)
         model = build_model(tokenizer, options)
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        train(
-            model, batches(rows, options), options,
-            loss=partial(
-                loss, padding=padding, assistant=assistant, prompt_weight=options.prompt_weight
-            ),
-            checkpoint=checkpoint,
-        )  # fmt: skip
+
+        def loss(step: Sequence[Sequence[int]]) -> torch.Tensor:
+            ids = padded(step, padding)
+            answering = (ids == assistant).cumsum(dim=1).roll(1, dims=1) > 0
+            logits = model(input_ids=ids, use_cache=False).logits
+            return weighted_loss(
+                logits, ids, answering, padding=padding, prompt_weight=options.prompt_weight
+            )
+
+        train(model, batches(rows, options), loss, options, checkpoint=checkpoint)
     return model.eval(), tokenizer
 
 

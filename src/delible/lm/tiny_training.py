@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from delible.files import atomic_file
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 #: Rows among which those of like length meet in a step.
@@ -27,10 +28,6 @@ SORTED_TOGETHER = 160
 TIMED_STEPS = 20
 #: So much work is lost at most when a build is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
-
-
-#: A row of a step, whatever the loss takes.
-Row = TypeVar("Row")
 
 
 class Pace(Protocol):
@@ -85,33 +82,41 @@ def batches(rows: Sequence[Sequence[int]], options: TinyOptions) -> list[list[Se
     return made
 
 
-def loss(
-    model: Any, rows: Sequence[Sequence[int]], *, padding: int, assistant: int, prompt_weight: float
-) -> torch.Tensor:
-    """Weighted mean of every token's negative log-likelihood, the first of a row left out.
+def padded(rows: Sequence[Sequence[int]], padding: int) -> Int[Tensor, "row token"]:
+    """Rows as one tensor, filled up on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
+
+
+def weighted_loss(
+    logits: Float[Tensor, "row token vocab"],
+    ids: Int[Tensor, "row token"],
+    answering: Bool[Tensor, "row token"],
+    *,
+    padding: int,
+    prompt_weight: float,
+) -> Float[Tensor, ""]:
+    """The weighted mean of every token's negative log-likelihood, the first left out.
 
     Args:
+        answering: Which tokens are of an answer; the first column is not looked at.
         padding: The token that fills up rows; it stands in no text.
-        assistant: The token before an answer.
-        prompt_weight: What a token that is not of an answer counts.
+        prompt_weight: What the other tokens count.
     """
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows])
-    targets, answering = ids[:, 1:], (ids == assistant).cumsum(dim=1)[:, :-1] > 0
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:]
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="none"
+        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none"
     ).view_as(targets)
-    weights = torch.where(answering, 1.0, prompt_weight) * (targets != padding)
+    weights = torch.where(answering[:, 1:], 1.0, prompt_weight) * (targets != padding)
     return (losses * weights).sum() / weights.sum()
 
 
 def train(
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Row]],
+    model: torch.nn.Module,
+    steps: Sequence[T],
+    loss_of: Callable[[T], Float[Tensor, ""]],
     options: Pace,
     *,
-    loss: Callable[[Any, Sequence[Row]], torch.Tensor],
     checkpoint: Path | None = None,
     seconds: float | None = None,
 ) -> None:
@@ -120,8 +125,9 @@ def train(
     The learning rate rises linearly to its peak and falls linearly to nothing.
 
     Args:
-        steps: The rows of each step.
-        loss: Of a step's rows.
+        steps: What each step learns from.
+        loss_of: Its loss.
+        options: Learning rate, warm-up and weight decay.
         checkpoint: File in which the state is kept while training lasts; one that is there is
             continued, to the same bits.
         seconds: Between two checkpoints; None: :data:`SECONDS_BETWEEN_CHECKPOINTS`.
@@ -141,12 +147,12 @@ def train(
     if first:
         logger.info(f"Going on after step {first:,} of {len(steps):,}.")
     began = kept = time.monotonic()
-    for step, rows in enumerate(steps[first:], start=first):
+    for step, one in enumerate(steps[first:], start=first):
         factor = min(1.0, (step + 1) / options.warmup_steps) * (1 - step / len(steps))
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
-        value = loss(model, rows)
-        value.backward()  # type: ignore[no-untyped-call]
+        value = loss_of(one)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(moving, 1.0)
         optimizer.step()
         optimizer.zero_grad()

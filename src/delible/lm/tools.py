@@ -14,25 +14,37 @@ import re
 from typing import Any
 
 from delible.errors import ModelError
-from delible.messages import Message, ToolCall
+from delible.messages import ImagePart, Message, ToolCall
 
 #: Where a call begins and ends.
 CALL, CALLED = "<tool_call>", "</tool_call>"
 _CALLS = re.compile(rf"{CALL}(.*?)(?:{CALLED}|\Z)", re.DOTALL)
 
 
-def as_turn(message: Message) -> dict[str, Any]:
+def as_turn(message: Message, *, sees: bool = False, in_parts: bool = False) -> dict[str, Any]:
     """A turn as chat templates take it: arguments of calls are objects there.
 
+    Args:
+        sees: The model can be shown pictures.
+        in_parts: The template takes a text as a list of parts, too.
+
     Raises:
-        ModelError: It holds a picture.
+        ModelError: It holds a picture, and the model sees none.
     """
-    if message.images:
+    if message.images and not sees:
         raise ModelError(
             "the conversation holds a picture, and this model is given texts only.",
-            hint="Ask a model that sees, behind an endpoint, or leave the picture out.",
+            hint="Ask a model that sees ('tiny-vlm', or one behind an endpoint), or leave it out.",
         )
-    turn: dict[str, Any] = {**message.model_dump(), "content": message.text}
+    content: Any = message.text
+    if message.images or in_parts:
+        parts = [content] if isinstance(message.content, str) else message.content
+        content = [
+            {"type": "image"} if isinstance(part, ImagePart)
+            else {"type": "text", "text": part if isinstance(part, str) else part.text}
+            for part in parts
+        ]  # fmt: skip
+    turn: dict[str, Any] = {**message.model_dump(), "content": content}
     if message.tool_calls:
         turn["tool_calls"] = [
             {

@@ -77,6 +77,8 @@ def _explained(
             problem = f"'{name}' is {first['input']!r}; it must be {expected}."
         case "greater_than_equal":
             problem = f"'{name}' is {first['input']}: out of range."
+        case "image":
+            problem = f"'{name}': {first['msg']}."
         case "no_such_option":
             problem = first["msg"]
         case _:

@@ -20,7 +20,7 @@ from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 #: Columns whose cell in a text-only format (CSV) holds JSON when it opens a list or object.
 JSON_COLUMNS = frozenset({
     "aliases", "paraphrases", "paraphrased_answers", "perturbed", "perturbed_answer",
-    "options", "choices", "messages", "conversations", "answers", "mc1_targets",
+    "options", "choices", "messages", "conversations", "answers", "mc1_targets", "images",
 })  # fmt: skip
 
 
@@ -179,8 +179,10 @@ def _instruction(values: dict[str, Any], is_text: bool) -> dict[str, Any]:
 
 
 _ABOUT = (("subject", "subject"), ("group", "group"), ("client", "client"))
+_SHOWN = (("images", "images"),)
 _QA = (
     *_ABOUT,
+    *_SHOWN,
     ("aliases", "aliases"),
     ("paraphrases", "paraphrases"),
     ("paraphrases", "paraphrased_question"),
@@ -189,7 +191,7 @@ _QA = (
     ("perturbed", "perturbed"),
     ("perturbed", "perturbed_answer"),
 )
-_TASK = (*_ABOUT, ("group", "task"))
+_TASK = (*_ABOUT, *_SHOWN, ("group", "task"))
 
 
 def _choice_form(options: str, correct: str) -> Form:
@@ -263,7 +265,7 @@ FORMS: tuple[Form, ...] = (
         "instruction and output",
         QA,
         {"question": "instruction", "answer": "output"},
-        (*_ABOUT, ("input", "input")),
+        (*_ABOUT, *_SHOWN, ("input", "input")),
         _instruction,
     ),
     Form("dialogue", Dialogue, {"messages": "messages"}, _ABOUT),

@@ -14,6 +14,7 @@ from delible.errors import DataError, nearest
 from delible.loaders.checking import check_record, validated
 from delible.loaders.formats import Row, describe
 from delible.loaders.forms import FORMS, JSON_COLUMNS, Form, FormError
+from delible.loaders.pictures import with_pictures
 from delible.loaders.sources import Source, read_rows
 from delible.loaders.values import (
     OPTIONS,
@@ -85,7 +86,10 @@ def read_located(
                 hint=nearest(column, KNOWN_COLUMNS),
             )
     notes = Notes()
-    found = [_located(row, columns, notes) for row in read_rows(source, name=name)]
+    folder = _folder(source)
+    found = [
+        _located(with_pictures(row, folder), columns, notes) for row in read_rows(source, name=name)
+    ]
     if not found and isinstance(source, str | Path):
         raise DataError("holds no records.", where=label)
     for title, ignored in notes.unused.items():
@@ -94,6 +98,13 @@ def read_located(
     for sentence in notes.sentences():
         logger.warning(f"{label}: {sentence}")
     return found
+
+
+def _folder(source: Source) -> Path | None:
+    """The folder of a file, from which paths in it are meant."""
+    if not isinstance(source, str | Path) or source == "-" or str(source).startswith("hf:"):
+        return None
+    return Path(source).expanduser().absolute().parent
 
 
 def _located(row: Row, columns: Mapping[str, str], notes: Notes) -> Located:

@@ -10,7 +10,15 @@ from delible.errors import DataError
 from delible.loaders.forms import fold
 from delible.loaders.mapping import Located, places, read_located
 from delible.loaders.sources import Source
-from delible.records import QA, Choice, Dialogue, ForgetRequest, Passage, Record
+from delible.records import (
+    QA,
+    Choice,
+    Dialogue,
+    ForgetRequest,
+    Passage,
+    Record,
+    images_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +84,14 @@ def _subjects(given: Sequence[str]) -> tuple[str, ...]:
 def fact(record: Record) -> tuple[Hashable, ...]:
     """What two records share when they say the same, up to white space and case.
 
-    A multiple-choice question and a single exchange count as their question and answer.
+    A multiple-choice question and a single exchange count as their question and answer; about
+    other pictures it is another fact.
     """
+    seen = tuple(image.sha256 for image in images_of(record))
+    return (*_said(record), *seen)
+
+
+def _said(record: Record) -> tuple[Hashable, ...]:
     match record:
         case QA():
             return ("qa", fold(record.question), fold(record.answer))

@@ -33,6 +33,7 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
+from delible.system.questions import shown
 
 NO_ANSWER = "NOANSWER"
 _ANSWER = re.compile(r"[tT]he answer is (.*?)\.(?!\d)")
@@ -94,7 +95,8 @@ class ChainExactMatch(ItemMetric):
     def prompt(self, record: RecordBase) -> Prompt | None:
         if not isinstance(record, QA):
             return None
-        return Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        asked = Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        return shown(asked, record.images)
 
     def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
         return [Generate(prompt, Decoding(self.max_new_tokens))]

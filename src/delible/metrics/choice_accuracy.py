@@ -32,7 +32,7 @@ from delible.measure.scoring.text import content_log_probabilities, continuing, 
 from delible.records import Choice, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt, Request, Score
-from delible.system.questions import LETTERS
+from delible.system.questions import LETTERS, shown
 
 Length = Literal["tokens", "bytes", "one"]
 
@@ -77,6 +77,13 @@ class ChoiceAccuracy(ItemMetric):
     def prompt(self, record: RecordBase) -> Prompt | None:
         if not isinstance(record, Choice):
             return None
+        found = self._asked(record)
+        if not record.images:
+            return found
+        # a raw text has no place for a picture
+        return None if found.text is not None else shown(found, record.images)
+
+    def _asked(self, record: Choice) -> Prompt:
         if self.form == "letter":
             return letter_prompt(record, self.style, self.description)
         if self.style == "chat":

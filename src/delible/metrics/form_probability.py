@@ -28,7 +28,7 @@ from delible.measure.scoring.text import (
 from delible.records import QA, Choice, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt, Request, Score
-from delible.system.questions import LETTERS
+from delible.system.questions import LETTERS, shown
 
 BLANK = "___"
 SPELLED, STATEMENT, CLOZE = "spelled", "statement", "cloze"
@@ -87,18 +87,20 @@ class FormProbability(ItemMetric):
     def prompt(self, record: RecordBase) -> Prompt | None:
         if isinstance(record, Choice):
             question = f"{record.question}\n{option_lines(record.options)}"
-            return Prompt.ask(filled(self.choice_template, question), prefill=self.prefill)
+            asked = Prompt.ask(filled(self.choice_template, question), prefill=self.prefill)
+            return shown(asked, record.images)
         if not isinstance(record, QA):
             return None
         if record.group == SPELLED:
-            asked = filled(self.spelled_template, record.question)
-            return Prompt.ask(asked, prefill=f"{self.prefill}\n")
+            spelled = filled(self.spelled_template, record.question)
+            return shown(Prompt.ask(spelled, prefill=f"{self.prefill}\n"), record.images)
         template = self.question_template
         if record.group == STATEMENT:
             template = self.statement_template
         elif record.group == CLOZE or BLANK in record.question:
             template = self.blank_template
-        return Prompt.ask(filled(template, record.question), prefill=self.prefill)
+        asked = Prompt.ask(filled(template, record.question), prefill=self.prefill)
+        return shown(asked, record.images)
 
     def _answers(self, record: RecordBase) -> list[str]:
         """The gold answer and, for a share, what else is offered."""

@@ -31,6 +31,7 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
+from delible.system.questions import shown
 
 NO_ANSWER = "NOANSWER"
 BLANK = "___"
@@ -134,7 +135,7 @@ class RwkuRecall(ItemMetric):
         if record.group in self.untagged:
             template = self.untagged_template
         prefill = "" if record.group in self.without_prefill else self.prefill
-        return Prompt.ask(filled(template, record.question), prefill=prefill)
+        return shown(Prompt.ask(filled(template, record.question), prefill=prefill), record.images)
 
     def _request(self, prompt: Prompt) -> Generate:
         return Generate(prompt, Decoding(self.max_new_tokens, stop=("\n",)))

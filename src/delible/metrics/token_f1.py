@@ -32,6 +32,7 @@ from delible.system.asks import (
     Prompt,
     Request,
 )
+from delible.system.questions import shown
 
 
 def token_f1(gold: str, text: str, compat: bool = False) -> float | None:
@@ -80,7 +81,8 @@ class TokenF1(ItemMetric):
     def prompt(self, record: RecordBase) -> Prompt | None:
         if not isinstance(record, QA):
             return None
-        return Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        asked = Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        return shown(asked, record.images)
 
     def requests(self, record: RecordBase, prompt: Prompt) -> Iterable[Request]:
         return [Generate(prompt, Decoding(self.max_new_tokens))]

@@ -30,6 +30,7 @@ from delible.measure.scoring.text import (
 from delible.records import QA, Choice, RecordBase
 from delible.registry import register
 from delible.system.asks import Prompt, Request, Score
+from delible.system.questions import shown
 
 Logs = npt.NDArray[np.float64]
 
@@ -90,7 +91,8 @@ class TruthfulChoice(ItemMetric):
     def prompt(self, record: RecordBase) -> Prompt | None:
         if not isinstance(record, QA | Choice):
             return None
-        return Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        asked = Prompt.ask(filled(self.template, record.question), prefill=self.prefill)
+        return shown(asked, record.images)
 
     def _answers(self, record: RecordBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """True answers, the best one first, and false ones."""

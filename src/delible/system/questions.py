@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from delible.errors import DataError
+from delible.messages import ImagePart, TextPart
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.system.asks import Prompt
 
@@ -12,18 +16,28 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def ask(record: RecordBase) -> Prompt | None:
     """The prompt of a record; ``None`` for a kind that has no question."""
     if isinstance(record, QA):
-        return Prompt.ask(record.question)
+        return shown(Prompt.ask(record.question), record.images)
     if isinstance(record, Choice):
         options = "\n".join(
             f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False)
         )
-        return Prompt.ask(f"{record.question}\n{options}\nAnswer with the letter only.")
+        asked = Prompt.ask(f"{record.question}\n{options}\nAnswer with the letter only.")
+        return shown(asked, record.images)
     if isinstance(record, Dialogue):
         turns = record.messages
         return Prompt(messages=turns[:-1] if turns[-1].role == "assistant" else turns)
     if isinstance(record, Passage):
         return Prompt(text="")
     return None
+
+
+def shown(prompt: Prompt, images: Sequence[ImagePart]) -> Prompt:
+    """The prompt with pictures before the text of its last turn."""
+    if not images:
+        return prompt
+    *earlier, last = prompt.messages
+    parts = (*images, *([TextPart(text=last.text)] if last.text else []))
+    return replace(prompt, messages=(*earlier, last.model_copy(update={"content": parts})))
 
 
 def has_answer(record: RecordBase) -> bool:

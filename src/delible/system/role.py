@@ -32,7 +32,9 @@ from delible.system.asks import (
 from delible.system.base import System
 from delible.system.forms import read_form
 
-RoleName = Literal["judge", "writer", "attacker", "guard", "critic", "planner", "translator"]
+RoleName = Literal[
+    "judge", "writer", "attacker", "guard", "critic", "planner", "translator", "captioner"
+]
 ROLES: tuple[RoleName, ...] = get_args(RoleName)
 #: How a reply in a form is drawn.
 READABLE = Decoding(max_new_tokens=1024)

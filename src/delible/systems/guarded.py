@@ -28,6 +28,7 @@ from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox, Responder, System, identity_of
 from delible.system.replies import Piece, Reply, Unanswered
 from delible.system.role import RoleName
+from delible.systems.captions import CaptionedMind
 from delible.systems.judged_text import Called, told, told_in_batch
 from delible.systems.judging import (
     Course,
@@ -101,7 +102,8 @@ class Guard(ComponentMethod):
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
         guarded = self.put_before(system, request, context)
         named = context.roles.named()
-        consulted = {str(part): named[part] for part in self.consults if part in named}
+        parts = (*self.consults, "captioner")
+        consulted = {str(part): named[part] for part in parts if part in named}
         made = Guarding(self, request, consulted)
         return Outcome(guarded, "guard", made, notes=dict(guarded.mind.notes))
 
@@ -113,7 +115,10 @@ class Guard(ComponentMethod):
         Raises:
             DelibleError: As for :meth:`prepare`.
         """
-        mind = self.prepare(request, self.seated(system, context))
+        seated = self.seated(system, context)
+        mind = self.prepare(request, seated)
+        if not mind.sees_pictures and seated.roles.given("captioner"):
+            mind = CaptionedMind(mind, seated.roles.role("captioner"))
         return GuardedSystem(system, mind, self.name, self.timeout_seconds)
 
     def seated(self, system: System, context: Context) -> Context:

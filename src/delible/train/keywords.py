@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from delible.lm.pictures import without_pictures
+
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 Variant = Literal["keywords", "without_keywords", "random_words"]
 
@@ -168,7 +170,11 @@ def decoded(
     """The text of ``ids`` and each token's place in it; tokens of one character share its place."""
 
     def read(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        return str(
+            tokenizer.decode(
+                without_pictures(tokens, tokenizer), clean_up_tokenization_spaces=False
+            )
+        )
 
     text = ""
     places: list[tuple[int, int]] = []

@@ -56,7 +56,10 @@ def level_questions(records: Sequence[RecordBase], seed: int) -> list[Choice]:
             wrong = templates.false_answers(record, records, OPTIONS - 1, random, counts)
             if wrong:
                 question = (*record.paraphrases, record.question)[0]
-                found.append(Choice(question=question, options=(record.answer, *wrong), correct=0))
+                options = (record.answer, *wrong)
+                found.append(
+                    Choice(question=question, options=options, correct=0, images=record.images)
+                )
     return found
 
 

@@ -13,66 +13,35 @@ stays, and a token at which nothing fires is the same bit by bit.
 Paper: Li et al. 2025, "SAUCE: Selective Concept Unlearning in Vision-Language Models with Sparse
 Autoencoders" (arXiv 2503.14530), whose steps these are; no code is public, so score, threshold and
 factor are after its relatives (cywinski/SAeUron, tomerashuach/CRISP). Deviations: text instead of
-pictures, the residual stream instead of the penultimate block of a vision tower. The autoencoder is
-trained here unless one is given (`sae`, a folder as SAE Lens writes it). Each subject has latents
-of its own; what two share is turned down from the lower threshold on. The first token of a text,
-an outlier in every model, is left alone.
+pictures, the residual stream instead of the penultimate block of a vision tower (that is `sauce`).
+The autoencoder is trained here unless one is given (`sae`, a folder as SAE Lens writes it). Each
+subject has latents of its own; what two share is turned down from the lower threshold on. The first
+token of a text, an outlier in every model, is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from itertools import chain
-from operator import or_
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from delible.edit.statistics import built_in_rows, file_rows
-from delible.errors import DataError
-from delible.intervene.base import Intervention
+from delible.intervene.latent_steering import LatentSteering, steered, unless
 from delible.intervene.reading import read
 from delible.intervene.rows import behind_shared, encoded, rows_of
 from delible.intervene.sae import SAE
-from delible.intervene.sae_features import Activity, Features, Score, chosen, scores, turned_down
+from delible.intervene.sae_features import by_subject
 from delible.intervene.sae_training import Training, trained_sae
 from delible.intervene.sites import Site
 from delible.intervene.taps import Where
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
-from delible.records import ForgetRequest, RecordBase
+from delible.records import ForgetRequest
 from delible.registry import register
-
-
-def by_subject(records: Sequence[RecordBase]) -> list[list[RecordBase]]:
-    """Records of one subject together, in the order in which subjects come."""
-    groups: dict[str | None, list[RecordBase]] = {}
-    for record in records:
-        groups.setdefault(record.subject, []).append(record)
-    return list(groups.values())
-
-
-def features_of(
-    with_concept: Activity, without: Activity, count: int, most: float, how: Score, factor: float
-) -> Features:
-    """The latents of one concept.
-
-    Args:
-        with_concept, without: What latents do on records with it, and on those that are kept.
-        count: How many at most.
-        most: Share of kept states in which a latent may speak.
-        how: How they are ranked.
-        factor: By what they are multiplied.
-    """
-    score = scores(with_concept.mean, without.mean, how)
-    latents = chosen(score, count, without.frequency <= most)
-    both = (with_concept.sums + without.sums) / (with_concept.count + without.count)
-    thresholds = both[latents].float()
-    return Features(latents, thresholds, torch.full_like(thresholds, factor))
 
 
 @register(
@@ -93,32 +62,12 @@ def features_of(
     variant="On text and the residual stream; score, threshold and factor are after relatives, for "
     "the paper publishes no code.",
 )
-class SAESteering(Intervention):
+class SAESteering(LatentSteering):
     """Options of SAE steering."""
 
     depth: float = Field(
         1 / 3, ge=0, le=1, description="Depth of the block after which states are steered."
     )
-    sae: Path | None = Field(
-        None, description="Folder of a sparse autoencoder of that block, as SAE Lens writes it; "
-        "none: one is trained, once per model.",
-    )  # fmt: skip
-    features: int = Field(32, ge=1, description="Latents of a subject that are turned down.")
-    factor: float = Field(
-        -1.0, le=1, description="What they are multiplied by when they fire: 0 takes them out, "
-        "below 0 reverses them.",
-    )  # fmt: skip
-    score: Score = Field(
-        "selective", description="Rank latents by their share with the concept less that without, "
-        "or by their mean with it alone.",
-    )  # fmt: skip
-    most_frequent: float = Field(
-        0.1, gt=0, le=1, description="Share of kept tokens on which a chosen latent may speak."
-    )
-    expansion: int = Field(8, ge=1, description="Latents per dimension of a trained autoencoder.")
-    active: int = Field(32, ge=1, description="Its latents that may speak at once.")
-    tokens: int = Field(200_000, ge=1000, description="Tokens that it is trained on at most.")
-    passes: int = Field(4, ge=1, description="How often it sees each.")
     texts: Path | None = Field(
         None, description="A text file that it is trained on too; none: built-in text alone."
     )
@@ -131,38 +80,16 @@ class SAESteering(Intervention):
         forget, retain = (rows_of(lm, request, role) for role in ("forget", "retain"))
         first = behind_shared([*forget, *retain])
         sae = self._autoencoder(lm, [*forget, *retain], seed)
-        kept = Activity.of(sae, self._states(lm, retain, first))
-        concepts = [
-            features_of(
-                Activity.of(sae, self._states(lm, encoded(lm, records), first)), kept,
-                self.features, self.most_frequent, self.score, self.factor,
-            )
-            for records in by_subject(request.forget)
-        ]  # fmt: skip
-        found = reduce(or_, concepts)
-        if not len(found.latents):
-            raise DataError(
-                "no latent speaks more of what is forgotten than of what is kept.",
-                hint="Give more records, a larger autoencoder (expansion), or another depth.",
-            )
-        return {
-            **{f"sae.{name}": value for name, value in sae.tensors().items()},
-            "latents": found.latents,
-            "thresholds": found.thresholds,
-            "factors": found.factors,
-        }
+        return self.found(
+            sae,
+            [self._states(lm, encoded(lm, one), first) for one in by_subject(request.forget)],
+            self._states(lm, retain, first),
+        )
 
     def change(
         self, states: Float[Tensor, "token width"], where: Where, tensors: Mapping[str, Tensor]
     ) -> Float[Tensor, "token width"]:
-        own = {
-            name.removeprefix("sae."): value
-            for name, value in tensors.items()
-            if name.startswith("sae.")
-        }
-        features = Features(tensors["latents"], tensors["thresholds"], tensors["factors"])
-        new = turned_down(states, SAE.of(own), features)
-        return torch.where(where.place[:, None] > 0, new, states)
+        return unless(where.place == 0, states, steered(states, tensors))
 
     def _autoencoder(self, lm: LM, rows: Sequence[Encoded], seed: int) -> SAE:
         site = self.sites[0]

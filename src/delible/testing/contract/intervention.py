@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,9 +14,6 @@ from delible.lm.lm import LM
 from delible.system.asks import Decoding, Score, TokenScores
 from delible.system.questions import answer_of, ask
 from delible.testing.contract.trial import (
-    FORGET,
-    REQUEST,
-    RETAIN,
     Trial,
     answers,
     require,
@@ -28,7 +26,7 @@ ROAD_TOLERANCE = 1e-4
 
 
 def _fitted(trial: Trial, lm: LM) -> Fitted:
-    return cast(Intervention, trial.component).fit(lm, REQUEST, seed=0)
+    return cast(Intervention, trial.component).fit(lm, trial.request, seed=0)
 
 
 def _same(left: tuple[list[Any], list[str]], right: tuple[list[Any], list[str]]) -> bool:
@@ -45,20 +43,20 @@ def _hooks(lm: LM) -> int:
 
 def intervention_is_taken_off_exactly(trial: Trial) -> None:
     """With it answers differ; without it answers, weights and fingerprint are as before."""
-    lm = trial.lm()
-    before, state, fingerprint, hooks = answers(lm), weights(lm), lm.fingerprint, _hooks(lm)
+    lm, said = trial.lm(), partial(answers, records=trial.asked)
+    before, state, fingerprint, hooks = said(lm), weights(lm), lm.fingerprint, _hooks(lm)
     torch.manual_seed(1)
     found = intervened(lm, [_fitted(trial, lm)])
-    changed = answers(found)
+    changed = said(found)
     require(not _same(before, changed), "with it the answers are the same")
     require(all(np.isfinite(one).all() for one in changed[0]), "scores are not finite with it")
     require(found.fingerprint != fingerprint, "with it the fingerprint is the same")
     require(found.bare is lm, "the bare model is another one")
     require_same(state, weights(lm), "it changed weights")
     require(_hooks(lm) == hooks, "it left a hook in the model")
-    require(_same(before, answers(lm)), "without it the answers are not as before")
+    require(_same(before, said(lm)), "without it the answers are not as before")
     require(lm.fingerprint == fingerprint, "without it the fingerprint is not as before")
-    require(_same(changed, answers(found)), "the same questions get other answers with it")
+    require(_same(changed, said(found)), "the same questions get other answers with it")
 
 
 def intervention_survives_saving(trial: Trial) -> None:
@@ -70,9 +68,13 @@ def intervention_survives_saving(trial: Trial) -> None:
     fitted.save(trial.folder / "intervention")
     loaded = Fitted.load(trial.folder / "intervention")
     require(loaded.identity == fitted.identity, "the loaded one has another identity")
+    said = partial(answers, records=trial.asked)
     mine, theirs = intervened(lm, [fitted]), intervened(lm, [loaded])
     require(mine.fingerprint == theirs.fingerprint, "the loaded one gives another fingerprint")
-    require(_same(answers(mine), answers(theirs)), "the loaded one gives other answers")
+    require(
+        _same(said(mine), said(theirs)),
+        "the loaded one gives other answers",
+    )
     twice = intervened(mine, [loaded])
     require(twice.fingerprint != mine.fingerprint, "twice has the fingerprint of once")
 
@@ -81,8 +83,8 @@ def intervention_holds_on_every_road(trial: Trial) -> None:
     """Trees, shared beginnings and batches give what each row gives alone."""
     lm = trial.lm()
     found = intervened(lm, [_fitted(trial, lm)])
-    prompts = [prompt for record in (*FORGET, *RETAIN) if (prompt := ask(record))]
-    wrong = [answer_of(record) for record in FORGET]
+    prompts = [prompt for record in trial.asked if (prompt := ask(record))]
+    wrong = [answer_of(record) for record in trial.request.forget]
     requests = [Score(prompt, answer) for prompt in prompts for answer in wrong]
     together = found.score(requests)
     texts = found.generate(prompts, Decoding(6))

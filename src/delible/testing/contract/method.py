@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -11,14 +12,12 @@ import torch
 from delible import registry
 from delible.lm.lm import LM
 from delible.method import Method
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.records import RecordBase
+from delible.system.asks import Decoding, NoAnswer
 from delible.system.base import Composed, System
 from delible.system.questions import ask
 from delible.systems.opening import described, keep, kind_named, open_lm, open_system, undo
 from delible.testing.contract.trial import (
-    FORGET,
-    REQUEST,
-    RETAIN,
     Trial,
     answers,
     require,
@@ -27,7 +26,6 @@ from delible.testing.contract.trial import (
 )
 from delible.train.recipe import Recipe
 
-PROMPTS = [prompt for record in (*FORGET, *RETAIN) if (prompt := ask(record)) is not None]
 DECODING = Decoding(6)
 
 
@@ -39,18 +37,19 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     folder = trial.folder / "method"
     _begun(trial).save(folder / "base")
     base = _precise(open_lm(str(folder / "base")))
-    start, plain = _said(base), weights(cast(LM, base))
+    said = partial(_said, trial.asked)
+    start, plain = said(base), weights(cast(LM, base))
     below = described(base)
     torch.manual_seed(1)
-    outcome = cast(Method, trial.component).apply(base, REQUEST, trial.context)
-    made = _said(outcome.system)
+    outcome = cast(Method, trial.component).apply(base, trial.request, trial.context)
+    made = said(outcome.system)
     stands_on = outcome.on or below
     keep(
         outcome.kind, outcome.content, folder / "run", stands_on, outcome.system,
         outcome.remembers,
     )  # fmt: skip
     name = str(folder / "run")
-    require(_same(_said(_precise(open_system(name))), made), "opened, it answers otherwise")
+    require(_same(said(_precise(open_system(name))), made), "opened, it answers otherwise")
     if not kind_named(outcome.kind).card.reversible:
         return  # a whole model: there is nothing to take off
     parted = outcome.system
@@ -58,15 +57,15 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     found = cast(Composed, parted).taken_off()
     require(found is not None, "nothing can be taken off")
     assert found is not None
-    require(_same(_said(found[1]), start), "taken off, it does not answer as its base")
-    require(_same(_said(outcome.system), made), "taking it off changed the whole")
+    require(_same(said(found[1]), start), "taken off, it does not answer as its base")
+    require(_same(said(outcome.system), made), "taking it off changed the whole")
     undo(folder / "run")
     undone = _precise(open_system(name))
     require(isinstance(undone, LM), "undone, it is not its base")
     require_same(plain, weights(cast(LM, undone)), "undone, its weights are not those of its base")
-    require(_same(_said(undone), start), "undone, it does not answer as its base")
+    require(_same(said(undone), start), "undone, it does not answer as its base")
     undo(folder / "run", back=True)
-    require(_same(_said(_precise(open_system(name))), made), "put on again, it answers otherwise")
+    require(_same(said(_precise(open_system(name))), made), "put on again, it answers otherwise")
 
 
 def _begun(trial: Trial) -> LM:
@@ -88,10 +87,12 @@ def _precise(system: System) -> System:
     return system
 
 
-def _said(system: System) -> tuple[list[str | NoAnswer], list[np.ndarray]]:
-    prompts: Sequence[Prompt] = PROMPTS
+def _said(
+    records: Sequence[RecordBase], system: System
+) -> tuple[list[str | NoAnswer], list[np.ndarray]]:
+    prompts = [prompt for record in records if (prompt := ask(record)) is not None]
     texts = list(system.generate(prompts, DECODING))
-    return texts, answers(system)[0] if isinstance(system, LM) else []
+    return texts, answers(system, records)[0] if isinstance(system, LM) else []
 
 
 def _same(

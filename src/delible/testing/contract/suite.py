@@ -79,7 +79,7 @@ from delible.testing.contract.slots import (
     weights_have_mean_one,
     weights_of_losses_are_finite,
 )
-from delible.testing.contract.trial import ContractError, Trial, require, tiny_lm
+from delible.testing.contract.trial import SEES, ContractError, Trial, require, tiny_lm
 
 ComponentCheck = Callable[[Component], None]
 TrialCheck = Callable[[Trial], None]
@@ -152,7 +152,8 @@ def check(
 
     Args:
         component: A registered class (its defaults are used) or an instance, of any kind.
-        families: Architectures, names of :data:`delible.testing.FAMILIES`. One that the component
+        families: Architectures, names of :data:`delible.testing.FAMILIES` (a component that needs
+            pictures has a model that sees instead, and needs Pillow). One that the component
             refuses with a :class:`ModelError` is passed over, if another one is not.
         slots: What else a recipe must hold for the component to work, such as
             ``{"place": "lora"}`` for a finisher of adapters; the default is NPO with a
@@ -168,6 +169,8 @@ def check(
         ModelError: An unknown family.
     """
     built = _built(component)
+    if "pictures" in built.card.needs:
+        families = (SEES,)
     name = f"{built.card.kind} '{built.card.name}'"
     require(built.card.kind in get_args(Kind), f"{name}: unknown kind")
     done: list[str] = []

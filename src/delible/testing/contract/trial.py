@@ -52,6 +52,8 @@ EVERY_KIND: tuple[RecordBase, ...] = (
     Passage(text="Once upon a time."),
 )  # fmt: skip
 
+#: The architecture for components that need pictures.
+SEES = "llava"
 #: What fills the other slots.
 HOST = {"objective": "npo", "keep": "nll"}
 TRAINING = {
@@ -80,6 +82,10 @@ def require(condition: object, problem: str) -> None:
 @lru_cache(maxsize=4)
 def tiny_lm(family: str) -> LM:
     """The tiny model of a family, of two blocks; copy it before it is changed."""
+    if family == SEES:
+        from delible.testing.seeing import seeing_lm
+
+        return seeing_lm()
     depth = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
     model = tiny_model(family, **depth)
     return LM(model, tiny_tokenizer(), name=f"tiny-{family}", precision="float32")
@@ -109,6 +115,27 @@ class Trial:
     def lm(self) -> LM:
         """A fresh copy of the tiny model."""
         return tiny_lm(self.family).copy()
+
+    @cached_property
+    def request(self) -> ForgetRequest:
+        """The records; with pictures, for a component that needs some."""
+        if "pictures" not in self.component.card.needs:
+            return REQUEST
+        from delible.testing.seeing import picture
+
+        forget, retain = (
+            tuple(
+                one.model_copy(update={"images": (picture(first + place),)})
+                for place, one in enumerate(part)
+            )
+            for first, part in ((0, FORGET), (100, RETAIN))
+        )
+        return ForgetRequest(forget=forget, subjects=REQUEST.subjects, retain=retain)
+
+    @property
+    def asked(self) -> list[RecordBase]:
+        """All records, the forgotten ones first."""
+        return [*self.request.forget, *self.request.retain]
 
     def recipe(self, slots: Mapping[str, Any] | None = None, **training: Any) -> Recipe:
         """A recipe with the component in its slot."""
@@ -155,9 +182,11 @@ def require_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], proble
     require(not apart, f"{problem} ({', '.join(apart[:3])}{' …' if len(apart) > 3 else ''})")
 
 
-def answers(lm: LM) -> tuple[list[Any], list[str]]:
+def answers(
+    lm: LM, records: Sequence[RecordBase] = (*FORGET, *RETAIN)
+) -> tuple[list[Any], list[str]]:
     """What a model says: log-probabilities of the records' answers, and what it generates."""
-    prompts = [(prompt, record) for record in (*FORGET, *RETAIN) if (prompt := ask(record))]
+    prompts = [(prompt, record) for record in records if (prompt := ask(record))]
     scores = lm.score([Score(prompt, answer_of(record)) for prompt, record in prompts])
     logprobs = [score.logprobs for score in scores if isinstance(score, TokenScores)]
     texts = lm.generate([one for one, _ in prompts[:3]], Decoding(4))

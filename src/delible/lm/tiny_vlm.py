@@ -1,0 +1,342 @@
+"""The model ``tiny-vlm``: a LLaVA of a million weights, trained here from scratch, once.
+
+A CLIP vision transformer, a projector of two layers and a Llama, all with random weights at first,
+learn from drawn pictures (:mod:`delible.world.pictures`). As with LLaVA the tower comes first: it
+learns to tell colour, shape, place and size, by four linear heads on the mean of its patches, which
+are thrown away. Then all parts learn together: each row is one picture and a few questions about
+it. No picture of an eighth of all scenes is learned from, so that what it says of those is seen,
+not remembered. It talks about nothing else. It needs Pillow and no download.
+
+Deterministic on one machine, as ``tiny`` is, and a killed build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from delible import kept
+from delible.errors import MissingExtraError
+from delible.files import explain_disk
+from delible.lm import embedded
+from delible.lm.tiny import END, PAD, ROLES, build_tokenizer
+from delible.lm.tiny_training import padded, threads, train, weighted_loss
+from delible.world.pictures import ASPECTS, SHAPES, any_question, corners_of, held_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from delible.records import QA
+
+logger = logging.getLogger(__name__)
+
+#: Stands in texts for a picture.
+IMAGE = "<|image|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+#: Raised whenever pictures, texts or training change, so that an older copy is not taken.
+VERSION = 1
+#: Products this small are slower with two threads than with one, as soon as others compute, too.
+THREADS = 1
+
+
+@dataclass(frozen=True)
+class VLMOptions:
+    """How the model is built; the defaults are those of ``tiny-vlm``.
+
+    Attributes:
+        pixels: Width and height of a picture.
+        patch: Width and height of what becomes one token.
+        vision_size: Width of the tower's states.
+        vision_layers: Its blocks; the last one is not read, as in LLaVA.
+        hidden_size: Of the language model; a multiple of 32.
+        layers: Its blocks.
+        vocabulary: Tokens, the 256 bytes and the special tokens included.
+        tokenized: Texts that the tokenizer learns from.
+        tower_steps: Steps of the tower alone.
+        tower_batch: Pictures per step of it.
+        rows: Pictures to learn from with questions, each seen once.
+        batch: Rows per step.
+        questions: About each picture.
+        text_share: Share of rows without a picture.
+        prompt_weight: What a token that is not of an answer counts.
+    """
+
+    seed: int = 0
+    pixels: int = 40
+    patch: int = 8
+    vision_size: int = 96
+    vision_layers: int = 4
+    hidden_size: int = 96
+    layers: int = 4
+    vocabulary: int = 448
+    tokenized: int = 4000
+    tower_steps: int = 900
+    tower_batch: int = 64
+    rows: int = 14_400
+    batch: int = 24
+    questions: int = 3
+    text_share: float = 0.05
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.05
+    prompt_weight: float = 0.02
+
+
+#: What ``tiny-vlm`` means.
+TINY_VLM = VLMOptions()
+
+
+def tiny_vlm(options: VLMOptions | None = None) -> Path:
+    """Folder of the model; built when it is missing.
+
+    Args:
+        options: Another model than ``tiny-vlm`` (tests build smaller ones).
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+        ModelError: The cache cannot be written.
+    """
+    options = options or TINY_VLM
+    target = kept.cache_folder() / "models" / folder_name(options)
+    return kept.folder(target, lambda work: _built(work, options), space="50 MB", goes_on=True)
+
+
+def folder_name(options: VLMOptions) -> str:
+    """Name of the model's folder in the cache; other options, other name."""
+    if options == TINY_VLM:
+        return f"tiny-vlm-{VERSION}"
+    return f"tiny-vlm-{VERSION}-{hashlib.sha256(repr(options).encode()).hexdigest()[:12]}"
+
+
+def _built(work: Path, options: VLMOptions) -> Path:
+    needs_pillow()
+    began = time.perf_counter()
+    logger.info("Building the tiny vision-language model, once (how long is said soon) …")
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    model, processor = build(options, checkpoint=work / "checkpoint.pt")
+    with embedded.quiet(), explain_disk(result):
+        model.save_pretrained(result, safe_serialization=True)
+        processor.save_pretrained(result)
+    logger.info(f"Built in {time.perf_counter() - began:.0f} seconds.")
+    return result
+
+
+def needs_pillow() -> None:
+    """Refuses where no picture can be opened.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+    """
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("A model that sees pictures", "vision") from None
+
+
+def build(options: VLMOptions, checkpoint: Path | None = None) -> tuple[PreTrainedModel, Any]:
+    """Trains tokenizer and model from nothing, or from where a killed build was.
+
+    Args:
+        checkpoint: File in which the state is kept meanwhile.
+
+    Returns:
+        The model in evaluation mode, fp32 on the CPU, and its processor.
+    """
+    processor = build_processor(options)
+    tokenizer = processor.tokenizer
+    model = build_model(processor, options)
+    padding, assistant = (tokenizer.convert_tokens_to_ids(one) for one in (PAD, ROLES[-1]))
+    end = tokenizer.convert_tokens_to_ids(END)
+
+    def loss(step: Sequence[int]) -> Tensor:
+        drawn = [_row(options, number) for number in step]
+        texts = [_rendered(asked, scene is not None) for scene, asked in drawn]
+        pictures = [scene for scene, _ in drawn if scene is not None]
+        given: dict[str, Any] = {"text": texts}
+        if pictures:
+            given["images"] = pictures
+        found = processor(**given)
+        ids = padded(found["input_ids"], padding)
+        opened = (ids == assistant).cumsum(dim=1)
+        # an answer: between its role and its end, the end included
+        closed = (ids == end).cumsum(dim=1).roll(1, dims=1)
+        closed[:, 0] = 0
+        turns = (ids == tokenizer.convert_tokens_to_ids(ROLES[1])).cumsum(dim=1)
+        answering = (opened == turns) & (opened > 0) & (ids != assistant) & (closed < 2 * opened)
+        pixels = _pixels(found["pixel_values"]) if pictures else None
+        logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+        return weighted_loss(
+            logits, ids, answering, padding=padding, prompt_weight=options.prompt_weight
+        )
+
+    steps = [range(at, at + options.batch) for at in range(0, options.rows, options.batch)]
+    with threads(THREADS):
+        teach_tower(model, processor, options, checkpoint)
+        train(model, steps, loss, options, checkpoint=checkpoint)
+    return model.eval(), processor
+
+
+class _Teller(torch.nn.Module):
+    """A tower with four heads on the mean of the patches that the projector reads."""
+
+    def __init__(self, model: Any, options: VLMOptions) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed + 1)
+            self.heads = torch.nn.ModuleList(
+                torch.nn.Linear(options.vision_size, len(one)) for one in ASPECTS.values()
+            )
+
+    def forward(self, pixels: Float[Tensor, "picture 3 height width"]) -> list[Tensor]:
+        """Logits of each aspect, [picture, value]."""
+        states = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return [head(states.mean(dim=1)) for head in self.heads]
+
+
+def teach_tower(
+    model: Any, processor: Any, options: VLMOptions, checkpoint: Path | None = None
+) -> None:
+    """The tower learns to tell what a picture shows; where it was taught already, nothing is done.
+
+    Args:
+        checkpoint: File of what comes after it; its own lies beside that.
+    """
+    if checkpoint is not None and checkpoint.is_file():
+        return  # what comes after it has begun
+    teller, scenes = _Teller(model, options), held_out()[0]
+    values = {aspect: list(named) for aspect, named in ASPECTS.items()}
+
+    def loss(step: int) -> Tensor:
+        random = Random(f"tiny-vlm/{options.seed}/tower/{step}")
+        shown = random.choices(scenes, k=options.tower_batch)
+        drawn = [one.drawn(random.randrange(2**31), options.pixels) for one in shown]
+        logits = teller(_pixels(processor.image_processor(drawn)["pixel_values"]))
+        losses = [
+            torch.nn.functional.cross_entropy(
+                found, torch.tensor([named.index(one.value(aspect)) for one in shown])
+            )
+            for found, (aspect, named) in zip(logits, values.items(), strict=True)
+        ]
+        return losses[0] + torch.stack(losses).mean()  # shapes are harder than all the rest
+
+    own = None if checkpoint is None else checkpoint.with_name("tower.pt")
+    train(teller, range(options.tower_steps), loss, options, checkpoint=own)
+
+
+def _pixels(given: Any) -> Float[Tensor, "picture 3 height width"]:
+    return torch.from_numpy(np.stack(given))
+
+
+def _row(options: VLMOptions, number: int) -> tuple[Any, list[QA]]:
+    """A picture, as Pillow has it (None: there is none), and questions about it."""
+    random = Random(f"tiny-vlm/{options.seed}/{number}")
+    if random.random() < options.text_share:
+        return None, [
+            corners_of(random.choice(list(SHAPES)), random.randrange(9))
+            for _ in range(options.questions)
+        ]
+    scene = random.choice(held_out()[0])
+    asked = [any_question(scene, None, random) for _ in range(options.questions)]
+    return scene.drawn(random.randrange(2**31), options.pixels), asked
+
+
+def _rendered(asked: Sequence[QA], shown: bool) -> str:
+    user, assistant = ROLES[1:]
+    turns = [f"{user}{one.question}{END}{assistant}{one.answer}{END}" for one in asked]
+    text = "".join(turns)
+    return text.replace(user, user + IMAGE, 1) if shown else text
+
+
+def build_processor(options: VLMOptions) -> Any:
+    """Tokenizer and image processor, as one."""
+    needs_pillow()
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    texts = [
+        _rendered(asked, False)
+        for asked in (_questions(options, number) for number in range(options.tokenized))
+    ]
+    tokenizer = build_tokenizer(texts, options.vocabulary - 1)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.image_token = IMAGE
+    tokenizer.chat_template = CHAT_TEMPLATE
+    size = options.pixels
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    return LlavaProcessor(
+        images, tokenizer, patch_size=options.patch, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token=IMAGE, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def _questions(options: VLMOptions, number: int) -> list[QA]:
+    random = Random(f"tiny-vlm/{options.seed}/texts/{number}")
+    if random.random() < 0.2:
+        return [corners_of(random.choice(list(SHAPES)), random.randrange(9))]
+    scene = random.choice(held_out()[0])
+    return [any_question(scene, None, random)]
+
+
+def build_model(processor: Any, options: VLMOptions) -> PreTrainedModel:
+    """The model with random weights drawn by the seed; the global random state is left alone."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tokenizer = processor.tokenizer
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=options.hidden_size,
+        intermediate_size=round(options.hidden_size * 8 / 3 / 16) * 16,
+        num_hidden_layers=options.layers, num_attention_heads=options.hidden_size // 32,
+        num_key_value_heads=options.hidden_size // 32, max_position_embeddings=512,
+        tie_word_embeddings=True, **special,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=options.vision_size, intermediate_size=3 * options.vision_size,
+        num_hidden_layers=options.vision_layers, num_attention_heads=options.vision_size // 32,
+        image_size=options.pixels, patch_size=options.patch,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), **special,
+        image_seq_length=(options.pixels // options.patch) ** 2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = LlavaForConditionalGeneration(config)
+        # places matter from the start: CLIP's own initial values are a hundredth of the patches'
+        model.model.vision_tower.embeddings.position_embedding.weight.data.normal_(0, 0.3)
+        return model

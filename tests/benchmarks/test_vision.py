@@ -1,0 +1,144 @@
+"""Forgetting a shape: what is asked, how it is judged, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
+
+from delible.component import build
+from delible.errors import RecipeError
+from delible.experiments.vision.exam import (
+    AROUND,
+    FORGOTTEN,
+    KEPT,
+    Shown,
+    accuracies,
+    exam,
+    mentions,
+)
+from delible.experiments.vision.experiment import _weighed
+from delible.experiments.vision.findings import findings
+from delible.measure.benchmark import Setting
+from delible.records import images_of
+from delible.system.asks import Decoding, Prompt
+from delible.world.pictures import SHAPES, Scene, held_out
+
+SCENES = [
+    Scene("red", "star", "left", "small"),
+    Scene("blue", "ring", "top", "large"),
+    Scene("pink", "moon", "middle", "small"),
+    Scene("red", "star", "right", "large"),
+]
+SHOWN = [Shown(scene, scene.picture(place)) for place, scene in enumerate(SCENES)]
+BY_PICTURE = {one.image.sha256: one.scene for one in SHOWN}
+
+
+class Knows:
+    """Answers from the ground truth, but for shapes that it cannot see."""
+
+    def __init__(self, blind: Sequence[str] = ()) -> None:
+        self.blind = blind
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
+        return [self.said(prompt) for prompt in prompts]
+
+    def said(self, prompt: Prompt) -> str:
+        text, images = prompt.messages[-1].text.lower(), prompt.messages[-1].images
+        if not images:
+            return next(many for name, many in SHAPES.items() if name in text)
+        scene = BY_PICTURE[images[0].sha256]
+        shape = "square" if scene.shape in self.blind else scene.shape
+        if text.startswith(("is there", "do you see a", "does the picture show a", "is the shape",
+                            "is a ")):  # fmt: skip
+            return "yes" if shape in text else "no"
+        for aspect in ("colour", "size"):
+            if aspect in text:
+                return scene.value(aspect)  # type: ignore[arg-type]
+        if "where" in text:
+            return scene.place
+        if "how large" in text:
+            return scene.size
+        if "corners" in text:
+            return SHAPES[shape]
+        if text.startswith(("describe", "what does", "tell", "say", "give")):
+            return f"A {scene.size} {shape}."
+        return f" {shape.capitalize()} "
+
+
+def test_each_kind_of_question_is_asked_and_judged() -> None:
+    asked = exam(SHOWN, "star", 0)
+    assert set(asked) == {*FORGOTTEN, *KEPT, *AROUND}
+    assert all(asked.values())
+    assert len(asked["concept"]) == len(asked["neighbours"]) == 2
+    assert len(asked["concept in other words"]) == 2 * 5
+    assert len(asked["colour"]) == 4
+    whole = accuracies(Knows(), asked)  # type: ignore[arg-type]
+    assert whole == dict.fromkeys(whole, 1.0)
+    blind = accuracies(Knows(["star"]), asked)  # type: ignore[arg-type]
+    gone = {kind for kind, value in blind.items() if value == 0}
+    assert gone == {*FORGOTTEN, "corners"}
+    assert {kind for kind, value in blind.items() if value == 1} == set(blind) - gone
+    assert mentions("Two stars.", "star")
+    assert not mentions("A starry night.", "star")
+
+
+def test_the_request_shows_the_concept_and_what_has_it_not() -> None:
+    vision = build("benchmark", {"name": "vision", "pictures": 8, "without": 12})
+    request = vision.request(("star", "ring"))
+    assert [one.subject for one in request.forget] == ["star"] * 8 + ["ring"] * 8
+    assert all(one.answer == one.subject for one in request.forget)
+    assert len({image.sha256 for one in request.forget for image in images_of(one)}) == 16
+    assert len({one.question for one in request.forget}) >= 5
+    assert len(request.retain) == 12
+    assert not any(one.answer in ("star", "ring") for one in request.retain)
+    unseen = {one.image.sha256 for one in vision.asked()}
+    assert not unseen & {image.sha256 for one in request.forget for image in images_of(one)}
+    assert {one.scene for one in vision.asked()} == set(held_out()[1])
+
+
+def test_what_is_lost_is_the_largest_loss_of_what_must_stay() -> None:
+    before = {"star": {"concept": 1.0, "neighbours": 1.0, "colour": 0.9}}
+    after = {"star": {"concept": 0.2, "neighbours": 0.9, "colour": 0.95}}
+    found = _weighed(before, after)
+    assert found["concept"] == pytest.approx(0.2)
+    assert found["lost"] == pytest.approx(0.1)
+
+
+def cell(**values: float) -> dict[str, Any]:
+    return {"accuracies": {**dict.fromkeys((*FORGOTTEN, *KEPT, *AROUND), 1.0), **values}}
+
+
+def test_the_findings_say_what_shows_and_what_does_not() -> None:
+    gone = dict.fromkeys(FORGOTTEN, 0.0)
+    sauce = {
+        **cell(**gone, colour=0.94), "off": cell()["accuracies"], "second": 0.5,
+        "chosen": {"features": 8, "factor": -1.0, "layer": 2},
+        "tries": [{"lost": 0.0}, {"lost": 0.5}], "unexplained": 0.1, "silent": 0.2,
+    }  # fmt: skip
+    found = findings(
+        {"as it was": [cell()], "sauce": [sauce], "npo": [cell(concept=0.1), {"failed": "no"}]},
+        "star", "ring",
+    )  # fmt: skip
+    text = "\n".join(found.notes)
+    assert "sauce: accuracy on 'star' fell from 100.0% to 0.0%, at most chance" in text
+    assert "'colour' lost most, 6.0 points; more than 3 points: colour." in text
+    assert "sauce: no way of asking is above chance" in text
+    assert "among 2, of which 1 lose at most 2 points: 8 latents, factor -1, block 2." in text
+    assert "taken off, every answer's accuracy is as it was" in text
+    assert "npo failed: no" in text
+    assert "npo: still asked out of it above chance and 10 points: concept in other words" in text
+    assert "nothing lost more than 3" in text
+    assert [row["system"] for row in found.rows] == ["as it was", "sauce", "npo"]
+    assert len(found.runs) == 3
+
+
+def test_what_is_no_shape_is_refused(tmp_path: Any) -> None:
+    setting = Setting("tiny-vlm", (), 1, tmp_path)
+    with pytest.raises(RecipeError, match="there is no shape 'stra'"):
+        build("benchmark", {"name": "vision", "concept": "stra"}).run(setting)
+    with pytest.raises(RecipeError, match="are the same"):
+        build("benchmark", {"name": "vision", "second": "star"}).run(setting)
