@@ -338,7 +338,7 @@ def test_from_the_command_line_it_is_made_audited_opened_and_taken_off(
         write_records(records, tmp_path / f"{name}.jsonl")
     run = tmp_path / "run"
     given = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in SHORT.items()]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in SHORT.items() if value]
     assert main(["unlearn", str(tmp_path / "base"), *given, "--method", "uld", *options,
                  "--max-steps=60", "--out", str(run)]) == 0  # fmt: skip
     system = delible.open(str(run))
