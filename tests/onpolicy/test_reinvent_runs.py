@@ -128,5 +128,4 @@ def test_a_taught_person_is_denied_also_when_forced_and_the_others_stay() -> Non
     }
     rewards = [one["reward"] for one in made.history if "reward" in one]
     assert len(rewards) == 12
-    print("rewards", rewards)
     assert sum(rewards[-4:]) > sum(rewards[:4])
