@@ -22,6 +22,7 @@ from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.derive import derive
+from delible.lm.ends import declared_ends
 from delible.lm.held import check_packing
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
@@ -32,7 +33,7 @@ from delible.lm.pretrained import processor_of
 from delible.lm.scoring import NOT_FINITE, score
 from delible.lm.seeing import check as cannot_see
 from delible.lm.seeing import seeing
-from delible.lm.template import Encoded, Template, declared_ends
+from delible.lm.template import Encoded, Template
 from delible.lm.worn import Removable, Worn
 from delible.precision import BasePrecision, Precision, Resolved
 from delible.system.asks import (

@@ -391,17 +391,3 @@ def _beginning(prompt: Prompt) -> str:
     asked = next((turn for turn in reversed(prompt.messages) if turn.role == "user"), None)
     text = asked.text if asked is not None else prompt.text or ""
     return repr(text if len(text) <= 60 else f"{text[:59]}…")
-
-
-def declared_ends(generation: Any, config: Any) -> frozenset[int]:
-    """Ends of an answer that a model's settings name: one token, a list of them, or none.
-
-    Args:
-        generation: The settings for generation, or None; they win if they name any.
-        config: The settings of the model.
-    """
-    for one in (generation, config, config.get_text_config()):
-        named = getattr(one, "eos_token_id", None)
-        if named is not None:
-            return frozenset({named} if isinstance(named, int) else named)
-    return frozenset()

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NoReturn, cast
 
-from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from delible import prompts as prompt_files
 from delible.component import build
@@ -75,15 +74,10 @@ class Guard(ComponentMethod):
         30.0, gt=0, description="A judgement that takes longer is a refusal (when serving)."
     )
     refusal: str | None = Field(
-        None, description="The refusal; None takes one of the built-in hundred per prompt."
+        None,
+        pattern=r"\S",
+        description="The refusal; None takes one of the built-in hundred per prompt.",
     )
-
-    @field_validator("refusal")
-    @classmethod
-    def _says_something(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
-            raise PydanticCustomError("refusal", "a refusal says something")
-        return value
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -100,11 +94,9 @@ class Guard(ComponentMethod):
         raise NotImplementedError
 
     def apply(self, system: System, request: ForgetRequest, context: Context) -> Outcome:
-        guarded = self.put_before(system, request, context)
-        named = context.roles.named()
-        parts = (*self.consults, "captioner")
-        consulted = {str(part): named[part] for part in parts if part in named}
-        made = Guarding(self, request, consulted)
+        guarded, named = self.put_before(system, request, context), context.roles.named()
+        parts = [part for part in (*self.consults, "captioner") if part in named]
+        made = Guarding(self, request, {str(part): named[part] for part in parts})
         return Outcome(guarded, "guard", made, notes=dict(guarded.mind.notes))
 
     def put_before(

@@ -24,7 +24,8 @@ import numpy as np
 
 from delible.errors import MissingExtraError, ModelError
 from delible.lm import embedded, moe, tiny
-from delible.lm.template import Encoded, Template, declared_ends
+from delible.lm.ends import declared_ends
+from delible.lm.template import Encoded, Template
 from delible.system.asks import (
     Decoding,
     NoAnswer,

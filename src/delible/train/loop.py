@@ -101,8 +101,7 @@ class Loop:
         self.reads: dict[str, Sequence[Reads]] = {
             role: objective.reads(job.lm) for role in objective.roles
         }
-        #: Roles of the rows that are aligned with the forget rows.
-        self.roles: tuple[Role, ...] = objective.roles
+        self.roles: tuple[Role, ...] = objective.roles  # of rows that are aligned with forget rows
         if job.keep is not None:
             self.reads["retain"] = job.keep.reads(job.lm)
             if beside := job.keep.reads_beside(job.lm):
@@ -128,9 +127,8 @@ class Loop:
                     break
                 self._step(step, total)
                 if before is not None and step - begin == min(2, total - 1):
-                    check_moves(
-                        self.job.lm, self.placement, before, self.job.recipe.place.card.name
-                    )
+                    place = self.job.recipe.place.card.name
+                    check_moves(self.job.lm, self.placement, before, place)
                 self._after(step, total)
         except KeyboardInterrupt:
             self._save(len(self.history))

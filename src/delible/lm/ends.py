@@ -1,0 +1,19 @@
+"""Where a model's own settings say that an answer ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def declared_ends(generation: Any, config: Any) -> frozenset[int]:
+    """Ends of an answer that a model's settings name: one token, a list of them, or none.
+
+    Args:
+        generation: The settings for generation, or None; they win if they name any.
+        config: The settings of the model.
+    """
+    for one in (generation, config, config.get_text_config()):
+        named = getattr(one, "eos_token_id", None)
+        if named is not None:
+            return frozenset({named} if isinstance(named, int) else named)
+    return frozenset()
