@@ -11,8 +11,9 @@ from torch import Tensor
 
 from delible.lm import forward
 from delible.lm.lm import LM
-from delible.methods.objective.ihl import IHL, inverted_hinge
+from delible.methods.objective.ihl import IHL
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train.hinge import inverted_hinge
 
 
 def probabilities(logits: list[float]) -> list[float]:

@@ -74,9 +74,7 @@ class Guard(ComponentMethod):
         30.0, gt=0, description="A judgement that takes longer is a refusal (when serving)."
     )
     refusal: str | None = Field(
-        None,
-        pattern=r"\S",
-        description="The refusal; None takes one of the built-in hundred per prompt.",
+        None, pattern=r"\S", description="The refusal; None: one of the built-in hundred a prompt."
     )
 
     @property

@@ -16,23 +16,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from delible.registry import register
+from delible.train.hinge import inverted_hinge
 from delible.train.losses import Objective
 from delible.train.row import Unit
 from delible.train.step import Step
-
-
-def inverted_hinge(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
-) -> Float[Tensor, " tokens"]:
-    """Inverted hinge loss per token, in [0, 2]; 1 where another token is as likely."""
-    probabilities = logits.softmax(dim=1)
-    own = probabilities.gather(1, targets[:, None])[:, 0]
-    others = probabilities.scatter(1, targets[:, None], 0.0)
-    return 1 + own - others.amax(dim=1)
 
 
 @register(
