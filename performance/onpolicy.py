@@ -1,14 +1,5 @@
 """How much faster and smaller an on-policy step is than plain TRL's, with the same group size.
 
-<<<<<<< HEAD
-Seconds are those of the processor, which other work on the machine does not change. Both sides get
-the same model, questions, group size, lengths, precision, reference and optimiser, in processes of
-their own, in turn. Plain TRL is `GRPOTrainer` with a folder as the model (it then
-loads its reference itself), a reward function, and its own generation; without gradient
-checkpointing and in float32 (its defaults, `--defaults`, are slower on a processor). Completions
-that ended early are short on both sides; what is compared is seconds per generated token and step,
-and the peak of the resident memory.
-=======
 Seconds are those of the processor, which other work on the machine hardly changes. Both sides get
 the same model, questions, group size, lengths, precision, reference and optimiser, in processes of
 their own, in turn. Plain TRL is `GRPOTrainer` with a folder as the model (it then loads its
@@ -16,7 +7,6 @@ reference itself), a reward function, and its own generation; without gradient c
 float32 (its defaults, `--defaults`, are slower on a processor). Completions that ended early are
 short on both sides; what is compared is seconds per generated token and step, and the peak of the
 resident memory.
->>>>>>> onpolicy
 
 Run: python performance/onpolicy.py [--model tiny] [--steps 4] [--questions 1] [--group 8]
      [--tokens 64]
