@@ -188,3 +188,18 @@ def test_data_urls_are_known_by_their_bytes() -> None:
     body = base64.b64encode(b"GIF89acat").decode()
     url = ImagePart.model_validate({"source": f"data:image/gif;base64,{body}"})
     assert url == image("cat")
+
+
+def test_answers_that_are_judged_whole_are_judged_with_what_the_picture_shows() -> None:
+    from delible.systems.captions import CaptionedMind
+
+    class Whole(GuardMind):
+        fingerprint = "whole"  # type: ignore[assignment]
+
+        def after(self, prompt: Prompt, answer: str, since: int = 0) -> Judged:
+            return self.refuse(prompt) if "ADA" in prompt.messages[-1].text else None
+
+    model = Seeing(lambda _: "Yes.", fingerprint="m")
+    system = GuardedSystem(model, CaptionedMind(Whole(), captioner(CAPTIONS)), "whole")
+    assert finishes(system, showing("badge")) == "content_filter"
+    assert finishes(system, showing("cat")) == "stop"

@@ -43,7 +43,7 @@ def findings(
         notes += _of_sauce(title, good[0], before)
         if title == "sauce, two shapes" and "second" in good[0]:
             value = good[0]["second"]
-            notes.append(f"{title}: accuracy on '{second}' is {value:.1%} too.")
+            notes.append(f"{title}: accuracy on '{second}' is {value:.1%}.")
     return Findings(rows, [], notes, runs)
 
 
