@@ -47,8 +47,9 @@ class RecordBase(BaseModel):
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = write(self)
-        if self.client is None:  # so that digests of other records stay
-            found.pop("client", None)
+        for name in ("client", "images"):  # so that digests of records without them stay
+            if not found.get(name, True):
+                del found[name]
         return found
 
     @cached_property
@@ -74,13 +75,6 @@ class Shown(RecordBase):
     """
 
     images: tuple[ImagePart, ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = write(self)
-        if not self.images:
-            found.pop("images", None)
-        return found
 
 
 class QA(Shown):

@@ -79,9 +79,10 @@ def test_pages_follow_from_their_numbers(effects: Any, path: Path) -> None:
 
 #: Recipes that were written after the sweeps, which take hours.
 LATER = (
-    "attention_shifting", "elm", "fila", "ga_lat", "icku", "ihl", "kuda", "mcu", "mcu_rmu",
-    "random_mapping", "reva", "rmu_lat", "rr", "sae_internal", "seuf_ga", "seuf_graddiff",
-    "seuf_npo", "seuf_rmu", "simnpo_sam", "tar", "vila", "vila_graddiff", "vila_npo",
+    "attention_shifting", "cold_start", "elm", "fila", "ga_lat", "icku", "ihl", "kuda", "mcu",
+    "mcu_rmu", "random_mapping", "reva", "rmu_lat", "rr", "sae_internal", "seuf_ga",
+    "seuf_graddiff", "seuf_npo", "seuf_rmu", "simnpo_sam", "tar", "vila", "vila_graddiff",
+    "vila_npo",
 )  # fmt: skip
 
 

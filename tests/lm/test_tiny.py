@@ -7,13 +7,13 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from delible.errors import ModelError
 from delible.lm import tiny, tiny_training
@@ -250,8 +250,14 @@ def test_the_time_that_is_left_is_measured(
     monkeypatch.setattr(tiny_training.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(tiny_training, "TIMED_STEPS", 2)
     rows = [[[10, 11, 12]]] * 12
-    loss = partial(tiny_training.loss, padding=0, assistant=5, prompt_weight=0.3)
-    tiny_training.train(tiny.build_model(built[1], SMALL), rows, SMALL, loss=loss)
+    model = tiny.build_model(built[1], SMALL)
+
+    def loss(step: Sequence[Sequence[int]]) -> Tensor:
+        ids = tiny_training.padded(step, 0)
+        logits, answers = model(input_ids=ids).logits, torch.ones_like(ids, dtype=torch.bool)
+        return tiny_training.weighted_loss(logits, ids, answers, padding=0, prompt_weight=1.0)
+
+    tiny_training.train(model, rows, loss, SMALL)
     assert [line.partition(",")[0] for line in caplog.messages] == [
         f"Step {step} of 12" for step in (2, 3, 6, 9, 12)
     ]

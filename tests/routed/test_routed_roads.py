@@ -208,6 +208,6 @@ def test_copies_are_independent_and_other_weights_are_refused() -> None:
     assert twin.fingerprint != found.fingerprint
     with pytest.raises(ModelError, match="another model"):
         routed(twin.bare, found.router)
-    with pytest.raises(ModelError, match="interventions cannot stand"):
+    with pytest.raises(ModelError, match="no more can act above"):
         intervened(found, [])
     assert found.taken_off() == ("router", lm)

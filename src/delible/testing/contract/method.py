@@ -49,7 +49,11 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
         outcome.remembers,
     )  # fmt: skip
     name = str(folder / "run")
-    require(_same(said(_precise(open_system(name))), made), "opened, it answers otherwise")
+
+    def opened() -> System:
+        return _precise(open_system(name, context=trial.context))
+
+    require(_same(said(opened()), made), "opened, it answers otherwise")
     if not kind_named(outcome.kind).card.reversible:
         return  # a whole model: there is nothing to take off
     parted = outcome.system
@@ -60,12 +64,12 @@ def outcome_is_kept_opened_and_taken_off(trial: Trial) -> None:
     require(_same(said(found[1]), start), "taken off, it does not answer as its base")
     require(_same(said(outcome.system), made), "taking it off changed the whole")
     undo(folder / "run")
-    undone = _precise(open_system(name))
+    undone = opened()
     require(isinstance(undone, LM), "undone, it is not its base")
     require_same(plain, weights(cast(LM, undone)), "undone, its weights are not those of its base")
     require(_same(said(undone), start), "undone, it does not answer as its base")
     undo(folder / "run", back=True)
-    require(_same(said(_precise(open_system(name))), made), "put on again, it answers otherwise")
+    require(_same(said(opened()), made), "put on again, it answers otherwise")
 
 
 def _begun(trial: Trial) -> LM:
