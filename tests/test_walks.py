@@ -49,7 +49,10 @@ def walk(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     access.setLevel(kept[2])
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "door",
+    [pytest.param(one, marks=pytest.mark.slow) if one == "researcher" else one for one in DOORS],
+)
 def test_the_walk_of_a_door(door: str, walk: Walk) -> None:
     if door == "owner":
         pytest.importorskip("cryptography")
