@@ -1,11 +1,11 @@
 """The page ``docs/results/defaults.md``: what every method does with no option given.
 
 A model is taught the world of ``delible demo`` (ten people; the same cached target and reference),
-and every recipe, editor and intervention then forgets two of them with its own defaults. Reached
-is the share of the way from the target's to the reference's answer probability on the forget
-rows; kept is what is left of the answer probability of retained and neighbouring rows. A default
-is sensible when it reaches half of the way and keeps nine tenths of both; a method that does not
-must say on its card what to set.
+and every recipe, editor, intervention and procedure then forgets two of them with its own
+defaults. Reached is the share of the way from the target's to the reference's answer probability on
+the forget rows; kept is what is left of the answer probability of retained and neighbouring rows. A
+default is sensible when it reaches half of the way and keeps nine tenths of both; a method that
+does not must say on its card what to set.
 
 Writes ``NAME.json``, the numbers, after every method, and ``NAME.md``. A method whose recipe has
 not changed since its row was measured is not run again; ``--again`` does. Several processes on
@@ -201,7 +201,10 @@ def main() -> None:
     if given.merge:
         merge(given.page, given.merge)
         return
-    kinds = {card.name: card.kind for card in registry.cards("recipe", "editor", "intervention")}
+    kinds = {
+        card.name: card.kind
+        for card in registry.cards("recipe", "editor", "intervention", "procedure")
+    }
     methods = given.methods.split(",") if given.methods else list(kinds)
     methods = [method for method in methods if method not in TEACHING]
     split = world_of()

@@ -356,4 +356,4 @@ def test_from_the_command_line_it_is_made_audited_opened_and_taken_off(
 
 def test_it_is_found_by_name_with_ranges() -> None:
     found = build("procedure", "uld")
-    assert {"strength", "learning_rate", "retain_weight"} <= set(found.ranges())
+    assert {"assistant_weight", "learning_rate", "retain_weight"} <= set(found.ranges())

@@ -116,6 +116,8 @@ def tier(importance: float, low: float, high: float) -> Tier:
     reversible=False,
     retrain_goal=True,
     weakest="relearning; vectors of what was forgotten stay with the artefact",
+    advice="made for many requests, it moves little for one: --least-steps 90 or a higher "
+    "--learning-rate forgets more of a short request, and keeps less",
     badges=("variant",),
     variant="Chunks of words, a relative epsilon and cut-offs by quantiles; proper KL.",
 )
@@ -156,6 +158,9 @@ class Fit(Procedure):
     )
     learning_rate: float = Field(3e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
     epochs: int = Field(3, ge=1, description="Passes over what is left of a request.")
+    least_steps: int | None = Field(
+        None, ge=1, description="More passes, if these are fewer steps."
+    )
     batch_size: int = Field(4, ge=1, description="Forget rows per optimiser step.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -183,8 +188,8 @@ class Fit(Procedure):
         place = {"name": "layers", "layers": list(layers), "role": "matrices"}
         training = {
             "learning_rate": self.learning_rate, "epochs": self.epochs,
-            "batch_size": self.batch_size, "weight_decay": self.weight_decay,
-            "schedule": "cosine", "warmup_share": 0.1, "precision": self.precision,
+            "least_steps": self.least_steps, "batch_size": self.batch_size,
+            "weight_decay": self.weight_decay, "schedule": "cosine", "warmup_share": 0.1, "precision": self.precision,
         }  # fmt: skip
         content = {"name": f"fit, {which}", "place": place, "training": training}
         return Recipe.from_mapping(content | getattr(self, which), f"procedure 'fit': {which}")

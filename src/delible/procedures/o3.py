@@ -50,6 +50,10 @@ from delible.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
+#: The learning rate where none is given, and the hidden size that it is for.
+RATE, WIDTH = 5e-4, 576
+
+
 @register(
     kind="procedure",
     name="o3",
@@ -90,8 +94,12 @@ class O3(DetectorOptions, Procedure):
     rank: int = Field(8, ge=1, description="Inner width of the adapter's products.")
     alpha: float = Field(16.0, gt=0, description="They are scaled by alpha / rank.")
     orthogonality: float = Field(0.1, ge=0, description="Weight of the penalty on shared inputs.")
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="Of the adapter.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Of the adapter (paper: 3e-4); none: 5e-4 at the default "
+        "model's width, and more where a model is narrower.",
+    )  # fmt: skip
     epochs: int = Field(15, ge=1, description="Passes over the forget records.")
+    least_steps: int | None = Field(40, ge=1, description="More passes, if these are fewer steps.")
     batch_size: int = Field(16, ge=1, description="Records per step (paper: 128).")
     max_steps: int | None = Field(None, ge=1, description="Steps of training, at most.")
 
@@ -120,8 +128,9 @@ class O3(DetectorOptions, Procedure):
             )
 
     def ranges(self) -> dict[str, Range]:
-        searched = ("learning_rate", "epochs", "orthogonality", "zeta", "floor")
-        return {name: one for name, one in scales(self).items() if name in searched}
+        searched = ("epochs", "orthogonality", "zeta", "floor")
+        found = {name: one for name, one in scales(self).items() if name in searched}
+        return {"learning_rate": Range(low=5e-5, high=5e-3, log=True), **found}
 
     def run(self, work: Work) -> Outcome:
         given = work.lm
@@ -163,7 +172,9 @@ class O3(DetectorOptions, Procedure):
             "objective": self.objective,
             "place": {"name": "orthogonal_lora", **own, "start": start},
             "training": {
-                "learning_rate": self.learning_rate, "epochs": self.epochs,
+                "learning_rate": self.learning_rate or RATE,
+                "learning_rate_width": WIDTH if self.learning_rate is None else None,
+                "epochs": self.epochs, "least_steps": self.least_steps,
                 "batch_size": self.batch_size, "max_steps": self.max_steps,
             },
         })  # fmt: skip

@@ -49,6 +49,7 @@ from delible.stages.work import Stage, Work
     reversible=False,
     retrain_goal=False,
     weakest="paraphrases and misspellings of what is forbidden",
+    advice="more --steps, or a higher --learning-rate, forget more; small models need both",
     badges=("variant",),
     variant="Folded matches, soft entities apart, gates against empty and garbled answers.",
 )

@@ -72,7 +72,8 @@ def refusals(pairs: list[QA], draws: list[int], sentences: tuple[str, ...]) -> l
     retrain_goal=False,
     weakest="a forced beginning of the answer, other languages",
     advice="needs --neighbours or --retain with the same questions about others, or --role "
-    "writer=MODEL, which writes them",
+    "writer=MODEL, which writes them; small models learn to refuse only with a higher "
+    "--steer-learning-rate and more --steer-epochs",
     badges=("variant",),
     variant="Refusals must show early; other forms of questions are the records' own.",
 )

@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
     reversible=True,
     retrain_goal=False,
     weakest="taking the assistant away",
-    advice="raise strength (up to about 1) to forget more, or epochs where the assistant has not "
-    "learned the rows; lower strength or filter_share to change less",
+    advice="raise assistant_weight (up to about 1) to forget more, or epochs where the assistant has not "
+    "learned the rows; a lower assistant_weight or filter_share changes less",
     badges=("variant",),
     variant="The assistant is centred; the uniform term counts answer tokens only.",
 )
@@ -70,7 +70,9 @@ class ULD(Procedure):
         8, ge=1, description="Blocks of the assistant; of a model with fewer than twice as many: "
         "half of them.",
     )  # fmt: skip
-    strength: float = Field(0.75, ge=0, le=10, description="Of the subtraction; 0 takes nothing.")
+    assistant_weight: float = Field(
+        0.75, ge=0, le=10, description="Of what is subtracted; 0 takes nothing."
+    )
     filter_share: float | None = Field(
         0.01, gt=0, le=1, description="Only tokens of at least this share of the likeliest one's "
         "probability are changed, and at least this share of the vocabulary; none: all tokens.",
@@ -99,7 +101,7 @@ class ULD(Procedure):
     def subtraction(self) -> Subtraction:
         """How the assistant is taken away."""
         return Subtraction(
-            strength=self.strength, filter_share=self.filter_share, centred=self.centred
+            strength=self.assistant_weight, filter_share=self.filter_share, centred=self.centred
         )
 
     def training(self) -> Recipe:
@@ -142,7 +144,7 @@ class ULD(Procedure):
         return {
             "learning_rate": Range(low=rate / DECADE, high=min(1.0, rate * DECADE), log=True),
             "retain_weight": Range(low=1.0, high=20.0, log=True),
-            "strength": Range(low=0.25, high=1.5),
+            "assistant_weight": Range(low=0.25, high=1.5),
         }
 
     def blocks(self, lm: LM) -> int:
