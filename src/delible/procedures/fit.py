@@ -189,7 +189,8 @@ class Fit(Procedure):
         training = {
             "learning_rate": self.learning_rate, "epochs": self.epochs,
             "least_steps": self.least_steps, "batch_size": self.batch_size,
-            "weight_decay": self.weight_decay, "schedule": "cosine", "warmup_share": 0.1, "precision": self.precision,
+            "weight_decay": self.weight_decay, "schedule": "cosine", "warmup_share": 0.1,
+            "precision": self.precision,
         }  # fmt: skip
         content = {"name": f"fit, {which}", "place": place, "training": training}
         return Recipe.from_mapping(content | getattr(self, which), f"procedure 'fit': {which}")

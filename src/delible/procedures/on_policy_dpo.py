@@ -41,8 +41,8 @@ from delible.stages.work import Work
     reversible=False,
     retrain_goal=False,
     weakest="what no sampled answer does is not learned",
-    advice="a baseline: it learns only from what the model says by itself, and small models decline "
-    "nothing by themselves; more --steps and a higher --learning-rate go further",
+    advice="a baseline: it learns only from what the model says by itself, and small models "
+    "decline nothing by themselves; more --steps and a higher --learning-rate go further",
 )
 class OnPolicyDPO(SampledProcedure):
     """Options of DPO from own answers."""
