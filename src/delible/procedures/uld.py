@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
     reversible=True,
     retrain_goal=False,
     weakest="taking the assistant away",
-    advice="raise assistant_weight (up to about 1) to forget more, or epochs where the assistant has not "
-    "learned the rows; a lower assistant_weight or filter_share changes less",
+    advice="raise assistant_weight (up to about 1) to forget more, or epochs where the assistant "
+    "has not learned the rows; a lower assistant_weight or filter_share changes less",
     badges=("variant",),
     variant="The assistant is centred; the uniform term counts answer tokens only.",
 )
