@@ -136,7 +136,7 @@ def check(
 
     Every request that was carried out at MODEL is asked about, and the answers are compared with
     those of the day when it was; memories that forgot are searched. With --depth or --attacks the
-    system is attacked, too. Exit code 1: a request leaks.
+    system is attacked, too. Exit code 1: a request leaks, or was never forgotten well enough.
 
     Parameters
     ----------
@@ -166,8 +166,8 @@ def check(
         reporter.say("Loading the libraries …")
         output.quiet_libraries()
         import delible
+        from delible.ledger.checking import OUTCOMES, promised
         from delible.ledger.checking import check as look
-        from delible.ledger.checking import promised
 
         chosen = names_in(only)
         promised(opened, model, chosen)  # before a model is opened
@@ -180,16 +180,19 @@ def check(
         )  # fmt: skip
         cells = [(one.request, one.outcome, one.told) for one in looked]
         reporter.console.print(output.table(("request", "outcome", "why"), cells))
-        leaking = [one.request for one in looked if one.outcome in ("leaks", "as before")]
-        unasked = [one.request for one in looked if one.outcome == "not asked"]
+        by = {kind: [one.request for one in looked if one.outcome == kind] for kind in OUTCOMES}
+        leaking, left, unasked = by["leaks"], by["as before"], by["not asked"]
         if unasked:
             reporter.say(f"Nothing can be said of: {', '.join(unasked)}.")
         if leaking:
             reporter.say(f"{system} leaks: {', '.join(leaking)}.")
-        elif len(unasked) < len(looked):
+        if left:
+            reporter.say(f"Never forgotten well enough, and no worse now: {', '.join(left)}.")
+        if by["holds"] and not leaking and not left:
             attacked = "" if audit else ", asked plainly"
-            reporter.say(f"None of the others leaks from {system}{attacked}.")
-    return EXIT_THRESHOLD_FAILED if leaking else EXIT_DONE
+            none = "None of the others leaks" if unasked else "Nothing leaks"
+            reporter.say(f"{none} from {system}{attacked}.")
+    return EXIT_THRESHOLD_FAILED if leaking or left else EXIT_DONE
 
 
 def _audit(before: str, depth: Any, attacks: Any, seed: int) -> Callable[[Any, Any], Any]:

@@ -124,7 +124,8 @@ def unlearn(
         Passes over the forget rows, all of them; without this (and max_steps) a method stops by
         itself once the forget answers are improbable enough.
     max_steps
-        Stop after this many optimiser steps, and not before.
+        So many optimiser steps at most: fewer where --epochs, or the passes of the method, are over
+        before. What was forgotten by then does not end it.
     batch_size
         Forget rows per optimiser step.
     generate

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from delible.achieved import SMALLEST, STILL_SAID, Measured, compare, probabilities
 from delible.errors import DataError, DelibleError
@@ -25,6 +25,7 @@ from delible.ledger.store import Draft, Ledger
 from delible.records import ForgetRequest, RecordBase
 
 Outcome = Literal["holds", "leaks", "as before", "not asked"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 #: Without numbers of the day: answers may be this probable, on average.
 PROBABLE = 0.1
 
