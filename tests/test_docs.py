@@ -78,3 +78,11 @@ def test_the_builders_are_pinned_and_the_site_is_not_committed() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
     assert all("==" in one for one in (*groups["docs"], *groups["sbom"]))
     assert "/build/" in (ROOT / ".gitignore").read_text("utf-8").split()
+
+
+def test_the_shim_of_the_offline_search_is_our_own() -> None:
+    """Without one the builder's plugin puts a script of somebody's server into every page."""
+    content = tomllib.loads((ROOT / "zensical.toml").read_text("utf-8"))["project"]
+    shims = [path for path in content["extra"]["polyfills"] if "iframe-worker" in path]
+    assert len(shims) == 1
+    assert (DOCS / shims[0]).is_file()

@@ -193,8 +193,8 @@ QUICK: dict[str, dict[str, Any]] = {
 #: What refuses dense models.
 MIXTURES_ONLY = {"seuf"}
 CARDS = [card for card in registry.cards() if card.kind != "recipe"]
-#: Beside llama each component runs on one of these here, and on all of them in the slow tests.
-OTHERS = ("gpt2", "gemma2", "qwen2_moe")
+#: Each component runs on one of these here, and on all of them in the slow tests.
+FAMILIES = ("llama", "gpt2", "gemma2", "qwen2_moe")
 #: Every one of their stages is done a dozen times, and TRL is set up each time: only slow tests.
 REWARDED = ("rule", "purge", "reinvent")
 DEAR = {("procedure", name) for name in (*REWARDED, "rejection_finetuning", "on_policy_dpo")}
@@ -240,15 +240,23 @@ def named(card: Card) -> str:
 )
 @pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component(card: Card) -> None:
-    other = OTHERS[zlib.crc32(named(card).encode()) % len(OTHERS)]
-    assert checked(card, ("llama", "qwen2_moe" if card.name in MIXTURES_ONLY else other))
+    family = FAMILIES[zlib.crc32(named(card).encode()) % len(FAMILIES)]
+    family = "qwen2_moe" if card.name in MIXTURES_ONLY else family
+    if card.kind == "metric":  # what a judge is told is longer than a tiny GPT-2 reads
+        family = "llama"
+    try:
+        assert checked(card, (family,))
+    except ContractError as error:
+        if "refuses every one" not in str(error):
+            raise
+        assert checked(card, ("llama",))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS, ids=named)
 @pytest.mark.usefixtures("stub_judge", "stub_encoder")
 def test_component_on_every_architecture(card: Card) -> None:
-    assert checked(card, ("llama", *OTHERS))
+    assert checked(card, FAMILIES)
 
 
 @pytest.mark.parametrize("name", RECIPES)

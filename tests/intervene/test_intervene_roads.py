@@ -65,8 +65,13 @@ def forests() -> Iterator[list[tuple[int, int, int]]]:
         yield seen
 
 
+#: One of each kind of block; on the others every site and road is tried in the slow tests.
+CORE = ("llama", "gpt2", "gemma2", "mixtral")
+ALL = [one if one in CORE else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+
+
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.what)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_answers_are_those_of_plain_rows(family: str, site: Site) -> None:
     lm = bare(family)
     if site.what in ("mlp_inner", "mlp_gate") and lm.anatomy.mlp_out is None:
@@ -101,7 +106,7 @@ def test_what_is_looked_into_is_that_of_plain_rows(family: str) -> None:
 
 
 @pytest.mark.parametrize("road", get_args(Road))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_every_road_gives_the_same(family: str, road: Road) -> None:
     lm, site = bare(family), Site(what="block", layers=(1,))
     for at in KINDS:
