@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import walk_model
+from delible import precision
 from delible.gateway.telling import access
 from delible.lm import embedded
 from walks import DOCS, Command, Walk, commands, masked, missing, walking
@@ -18,6 +19,16 @@ DOORS = {
     "owner": "ledger.md", "researcher": "researching.md", "red team": "reading-an-audit.md",
     "operator": "gateway.md",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_fp32() -> Iterator[None]:
+    """Toys answer otherwise in bf16, which a CPU computes in if it is the faster one just then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_rate", lambda *given, **options: 1.0)
+        precision.resolve.cache_clear()
+        yield
+    precision.resolve.cache_clear()
 
 
 @pytest.fixture(scope="module")

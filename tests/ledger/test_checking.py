@@ -8,7 +8,7 @@ import pytest
 from ledger_at_work import SENTINELS, rows
 
 from delible.errors import DataError
-from delible.ledger.checking import check, outcome
+from delible.ledger.checking import check, compared, outcome
 from delible.ledger.requests import add, requests_of
 from delible.ledger.store import Draft, Ledger
 from delible.system.asks import Decoding, Prompt
@@ -51,6 +51,26 @@ def numbers(before: float, after: float, said: tuple[int, int] | None, rows: int
 )
 def test_it_leaks_when_a_fifth_of_the_way_is_undone(then: Any, now: Any, expected: str) -> None:
     assert outcome(then, now)[0] == expected
+
+
+def test_a_mean_over_the_records_of_another_request_is_no_number_of_the_day() -> None:
+    """Five answers, two of them still said: of the one that is asked about that tells nothing."""
+    five, one = numbers(0.97, 0.47, (5, 2), rows=5), numbers(0, 0.998, (1, 1), rows=1)
+    applied = {"achieved": {"forget": five}, "same_as": "r-1"}
+    among = "; that day they were counted among those of r-1"
+    assert compared(applied, one) == ("leaks", f"1 of 1 answers are said{among}")
+    # not said, and as probable as before: 0.47 of that day and a fifth of the way are 0.57
+    kind, words = compared(applied, numbers(0, 0.60, (0, 0), rows=1))
+    assert kind == "leaks"
+    assert words == f"their probability is 0.600 (0.470 then, 0.970 before){among}"
+    assert compared(applied, numbers(0, 0.55, (0, 0), rows=1))[0] == "holds"
+    # its own run, or as many records: the numbers of the day are its own
+    assert compared({"achieved": {"forget": five}}, one)[1].startswith(
+        "1 of 1 answers are said again"
+    )
+    same = {"achieved": {"forget": numbers(0.97, 0.97, (1, 1), rows=1)}, "same_as": "r-1"}
+    assert compared(same, one) == ("as before", "1 of 1 answers are said, as then")
+    assert compared({}, one) == outcome(None, one)
 
 
 def test_a_system_that_gives_texts_only_is_judged_by_what_it_says() -> None:

@@ -84,6 +84,25 @@ def outcome(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[Out
     return "holds", f"{words}, probability {now['after']}"
 
 
+def compared(applied: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Outcome, str]:
+    """As :func:`outcome`, against what the ledger says of the run that carried a request out.
+
+    A run of another request, with more records than this one has, was measured as a mean over all
+    of these. How many of them were said then tells nothing of these few, so none may be said.
+
+    Args:
+        applied: Of the run; empty if there was none.
+        now: Numbers of today.
+    """
+    then = (applied.get("achieved") or {}).get("forget")
+    if then is None or "same_as" not in applied or then["rows"] == now["rows"]:
+        return outcome(then, now)
+    found, told = outcome(None, now)
+    if found == "holds":
+        found, told = outcome({**then, "said": None}, now)
+    return found, f"{told}; that day they were counted among those of {applied['same_as']}"
+
+
 def _said(numbers: Mapping[str, Any]) -> tuple[int, int]:
     said = numbers.get("said")
     return (said["after"], said["rows"]) if said else (0, 0)
@@ -182,9 +201,7 @@ def _look(
             now = numbers_now(probabilities(system, asked))
             if now is None:
                 return Looked(request.id, "not asked", "none of its records can be asked about")
-            achieved = progress.applied.body["achieved"] if progress.applied else None
-            then = None if achieved is None else achieved.get("forget")
-            found, told = outcome(then, now)
+            found, told = compared(progress.applied.body if progress.applied else {}, now)
             tested = None if audit is None else _tested(audit(system, asked), secrets)
     except DelibleError as error:
         words = str(error) if show else redacted(str(error), secrets)
