@@ -20,6 +20,9 @@ DOORS = {
     "operator": "gateway.md",
 }  # fmt: skip
 
+#: Walks that train and attack for half a minute.
+LONG = ("researcher", "red team")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def in_fp32() -> Iterator[None]:
@@ -62,7 +65,7 @@ def walk(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.mark.parametrize(
     "door",
-    [pytest.param(one, marks=pytest.mark.slow) if one == "researcher" else one for one in DOORS],
+    [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in DOORS],
 )
 def test_the_walk_of_a_door(door: str, walk: Walk) -> None:
     if door == "owner":
