@@ -234,8 +234,22 @@ def test_what_came_back_is_said(tmp_path: Path) -> None:
     notes = findings(SequenceResult(tmp_path, "npo", "m", ("a", "b", "c"), steps)).notes
     assert "It was interrupted before request c." in notes
     assert "Forgotten, and back after later requests: a." in notes
-    assert any("48% of the forgotten" in one and "75% of request a" in one for one in notes)
-    assert "Of the retained answers' probability 25% is kept." in notes
+    assert any("48% of the probability" in one and "75% of request a" in one for one in notes)
+    assert not any(one.startswith("Not forgotten") for one in notes)
+    assert (
+        "Of the retained answers' probability 25% is kept: the model lost most of what it should "
+        "keep, so its forgetting shows little." in notes
+    )
+
+
+def test_an_untouched_model_is_said_to_have_forgotten_nothing(tmp_path: Path) -> None:
+    """Every request was carried out, and none of them did anything."""
+    values = {"a": [0.8], "b": [0.5], "retain": [0.4]}
+    steps = (step(0, "", **values), step(1, "a", **values), step(2, "b", **values))
+    notes = findings(SequenceResult(tmp_path, "npo", "m", ("a", "b"), steps)).notes
+    assert "Not forgotten, more than half of it is left: a, b." in notes
+    assert "Of the retained answers' probability 100% is kept." in notes
+    assert not any("back after" in one for one in notes)
 
 
 # ---- undoing

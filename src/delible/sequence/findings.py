@@ -108,14 +108,19 @@ def _notes(result: SequenceResult) -> list[str]:
     if known:
         worst = max(known, key=lambda name: known[name])
         notes.append(
-            f"At the end {fmean(known.values()):.0%} of the forgotten answers' probability is left "
-            f"on average, and {known[worst]:.0%} of request {worst}, the most."
+            f"At the end {fmean(known.values()):.0%} of the probability of the answers to forget "
+            f"is left on average, and {known[worst]:.0%} of request {worst}, the most."
         )
     back = [name for name, value in known.items() if _came_back(result, name, value)]
     if back:
         notes.append(f"Forgotten, and back after later requests: {', '.join(back)}.")
+    never = [name for name, value in known.items() if value > BACK and name not in back]
+    if never:
+        notes.append(f"Not forgotten, more than half of it is left: {', '.join(never)}.")
     if (kept := result.kept(last)) is not None:
-        notes.append(f"Of the retained answers' probability {min(kept, 1.0):.0%} is kept.")
+        ruined = ": the model lost most of what it should keep, so its forgetting shows little"
+        told = f"Of the retained answers' probability {min(kept, 1.0):.0%} is kept"
+        notes.append(f"{told}{ruined if kept < BACK else ''}.")
     measured = [one for one in steps if one.what == "done"]
     if len(measured) > 1:
         first, end = measured[0], measured[-1]
