@@ -305,3 +305,15 @@ def test_what_is_not_said_but_has_its_probability_is_hidden() -> None:
     # where answers cannot tell, probabilities are all there is
     plain.erased["outcome"] = None
     assert label(plain)[0] == "incomplete"
+
+
+def test_what_took_the_place_of_the_reference_is_said_only_if_something_did() -> None:
+    known: Any = {"knowledge": {MEASURE: {"original": 0.9}}}
+    for plain, expected in (
+        (GONE.model_copy(update=known), "records that it never saw was taken instead"),
+        (row(None).model_copy(update=known), "There was no retrain reference to compare with"),
+        (row(None), "neither a retrain reference nor the original"),
+    ):
+        _, told = label(plain, without_reference=True)
+        assert expected in told
+        assert ("taken instead" in told) == ("taken instead" in expected)

@@ -72,6 +72,8 @@ def verdict(
         reasons.append(
             "There was no retrain reference: what the original scores on records that it never saw "
             "was taken instead."
+            if known and any(value is not None for value in plain.erased.values())
+            else "There was no retrain reference to compare with."
             if known
             else "There was neither a retrain reference nor the original to compare with."
         )
