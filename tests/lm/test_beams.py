@@ -66,6 +66,14 @@ def test_a_model_that_answers_alone_gives_the_same() -> None:
     assert beam_search(lm, ids_of(lm), fine, beams=3, max_new_tokens=TOKENS) == batch
 
 
+def test_beams_end_where_the_context_is_full() -> None:
+    lm = tiny("gpt2")
+    prompt = [7] * (lm.context - 3)
+    beams = beam_search(lm, [prompt], fine, beams=2, max_new_tokens=TOKENS)[0]
+    assert beams
+    assert max(map(len, beams)) == 3
+
+
 def test_penalties_are_taken_off_the_log_probabilities() -> None:
     lm = tiny("llama")
 

@@ -8,10 +8,12 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from delible.lm import decode
+from delible.lm import decode, speaker
+from delible.lm.body import Road
 from delible.lm.decode import _closed_up
 from delible.lm.lm import LM
 from delible.lm.roomy import RoomyLayer
+from delible.lm.speaker import Row
 from delible.system.asks import (
     Decoding,
     Distribution,
@@ -142,6 +144,23 @@ def test_what_cannot_be_answered_says_why() -> None:
     assert "finite" in lm.score([Score(PROMPTS[0], "a")])[0].reason  # type: ignore[union-attr]
     assert isinstance(lm.generate(PROMPTS[:1], Decoding(2))[0], NoAnswer)
     assert isinstance(lm.inspect([Distribution(PROMPTS[0], "a")])[0], NoAnswer)
+
+
+@pytest.mark.parametrize("road", ["trees", "plain"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_answer_ends_where_the_context_is_full(
+    family: str, road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lm_of(family)
+    lm.model.eval()
+    lm.road = road
+    monkeypatch.setattr(speaker, "_stops", lambda *_: False)
+    monkeypatch.setattr(type(lm), "ends", frozenset[int]())  # so that nothing else ends an answer
+    prompts = [[7] * (lm.context - left) for left in (6, 3)]
+    rows = [Row(Decoding(20)) for _ in prompts]
+    with torch.inference_mode():
+        decode.speak(lm, rows, prompts)
+    assert [(len(row.said), row.finish) for row in rows] == [(6, "length"), (3, "length")]
 
 
 # ---- white-box values, against the whole model in float64

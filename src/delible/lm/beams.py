@@ -43,7 +43,7 @@ def beam_search(
         prompts: Token ids; they go through the model as one batch.
         judge: Gives penalties >= 0; called with the candidates of one beam.
         beams: Beams per prompt, at least 2.
-        max_new_tokens: Tokens at most.
+        max_new_tokens: Tokens at most; the context of the model may take fewer.
         candidates: Likeliest next tokens of a beam that are judged; all others are dropped. None:
             as many as the search itself would look at.
 
@@ -84,6 +84,7 @@ class _Searching:
     def spoken(self, max_new_tokens: int) -> list[list[list[int]] | None]:
         ids, mask, _ = self.lm.padded(self.prompts, sharing=False)
         self.width = ids.shape[1]
+        most = min(max_new_tokens, self.lm.context - self.width)
         rows = [prompt for prompt in self.prompts for _ in range(self.beams)]
         first = beside_padding(rows, mask.repeat_interleave(self.beams, dim=0), self.width)
         later = one_more(lambda: rows, lambda: [self.steps] * len(rows), self.lm.device)
@@ -95,7 +96,7 @@ class _Searching:
             made = self.lm.core.generate(
                 ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=most,
                 num_beams=self.beams,
                 num_return_sequences=self.beams,
                 do_sample=False,
@@ -112,7 +113,7 @@ class _Searching:
             own = range(place * self.beams, (place + 1) * self.beams)
             answers = [said[one][: lengths[one]] for one in own if lengths[one]]
             # where too few beams came to an end, the library fills up with some that did not
-            whole = [one for one in answers if self._ended(one) or len(one) == max_new_tokens]
+            whole = [one for one in answers if self._ended(one) or len(one) == most]
             spoken = [one[:-1] if self._ended(one) else one for one in whole]
             found.append(None if place in self.broken else spoken)
         return found

@@ -6,6 +6,7 @@ on top of it answers with them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from delible.lm.anatomy import Anatomy
+from delible.lm.ends import context_tokens
 from delible.lm.pictures import Pictures
 from delible.lm.template import Template
 from delible.precision import Resolved, computing_in
@@ -137,6 +139,11 @@ class Body:
     def computing(self) -> Any:
         """Context in which the model computes (see ``precision``)."""
         return computing_in(self.precision, self.device.type)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together; where the model sets no bound, very many."""
+        return context_tokens(self.core.config) or sys.maxsize
 
     @property
     def ends(self) -> frozenset[int]:

@@ -289,6 +289,7 @@ def plain_settings(lm: Body) -> Iterator[None]:
 
 def _speak_alone(lm: Body, row: Row, prompt: Sequence[int], choose: Choose) -> None:
     """Continues one row by the library's own generation."""
+    row.prompt = prompt
 
     def forced(ids: Tensor, logits: Tensor) -> Tensor:
         token = choose(logits.float(), [row])[0]

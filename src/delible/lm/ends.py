@@ -1,4 +1,4 @@
-"""Where a model's own settings say that an answer ends."""
+"""Where a model's own settings say that an answer ends: at a token, or where its context is full."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def declared_ends(generation: Any, config: Any) -> frozenset[int]:
         if named is not None:
             return frozenset({named} if isinstance(named, int) else named)
     return frozenset()
+
+
+def context_tokens(config: Any) -> int | None:
+    """Tokens of a prompt and its answer together that a model is made for; None: it names none."""
+    named = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(named) if named else None

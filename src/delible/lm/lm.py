@@ -22,7 +22,7 @@ from delible.lm.budget import measure_budget
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.derive import derive
-from delible.lm.ends import declared_ends
+from delible.lm.ends import context_tokens, declared_ends
 from delible.lm.held import check_packing
 from delible.lm.identity import Identity, settings_of
 from delible.lm.inspection import inspect
@@ -93,7 +93,7 @@ class LM(Worn):
         self.anatomy: Anatomy = self._understood(derive)
         self.template = Template(
             tokenizer,
-            max_length=min(2048, self._context_length()),
+            max_length=min(2048, context_tokens(self.core.config) or 2048),
             declared_ends=self._declared_ends(),
         )
         self.capabilities = self.capabilities | self.template.capabilities
@@ -362,10 +362,6 @@ class LM(Worn):
         """Ends that the model's settings name, without those that it cannot say."""
         ends = declared_ends(getattr(self.core, "generation_config", None), self.core.config)
         return frozenset(token for token in ends if 0 <= token < self.vocabulary)
-
-    def _context_length(self) -> int:
-        config = self.core.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2048)
 
 
 def language_model(system: System, who: str) -> LM:

@@ -62,7 +62,12 @@ def heard(lm: Body, row: Row, token: int) -> Finish | None:
     row.said.append(token)
     if _stops(lm, row.said, row.decoding.stop):
         return "stop"
-    return "length" if len(row.said) >= row.decoding.max_new_tokens else None
+    return "length" if len(row.said) >= room(lm, row.prompt, row.decoding) else None
+
+
+def room(lm: Body, prompt: Sequence[int], decoding: Decoding) -> int:
+    """Tokens that an answer may have: as many as are wanted, or as the context still takes."""
+    return min(decoding.max_new_tokens, lm.context - len(prompt))
 
 
 def choose_tokens(logits: Float[Tensor, "batch vocab"], rows: Sequence[Row]) -> list[int]:
