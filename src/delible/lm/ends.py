@@ -1,4 +1,4 @@
-"""Where a model's own settings say that an answer ends: at a token, or where its context is full."""
+"""Where an answer ends: at a token that a model's settings name, or where its context is full."""
 
 from __future__ import annotations
 
