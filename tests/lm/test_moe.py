@@ -15,6 +15,7 @@ from delible.lm import moe, tiny, tiny_training
 from delible.lm.digest import weights_digest
 from delible.lm.lm import LM
 from delible.lm.load import load_model
+from delible.lm.named import name_of
 from delible.lm.outline import outline
 from delible.lm.upcycling import difference, upcycled
 from delible.system.asks import Decoding, Prompt
@@ -151,8 +152,8 @@ def test_it_is_loaded_by_name_and_answers(made: Path, monkeypatch: pytest.Monkey
     assert loaded.info.source == "moe"
     assert Path(loaded.info.place) == made
     assert made.name == f"moe-{moe.VERSION}"
-    assert moe.is_folder_name(made.name)
-    assert not moe.is_folder_name("moe-1-0123")
+    assert name_of(made.name) == "moe"
+    assert name_of("moe-1-0123") is None
     lm = LM.load("moe", precision="float32")
     (said,) = lm.generate([Prompt.ask("Who?")], Decoding(4))
     assert isinstance(said, str)

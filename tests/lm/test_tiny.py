@@ -20,6 +20,7 @@ from delible.lm import tiny, tiny_training
 from delible.lm.digest import weights_digest
 from delible.lm.lm import LM
 from delible.lm.load import load_model
+from delible.lm.named import name_of
 from delible.prompts import read_lines
 from delible.records import QA, ForgetRequest, Message
 from delible.system.asks import Decoding, Prompt, Score
@@ -305,7 +306,8 @@ def test_adapter_of_another_machine_finds_its_base(tmp_path: Path) -> None:
     assert base is not None
     assert Path(base).is_dir()
     assert Path(base).name == f"tiny-{tiny.VERSION}"
-    assert not tiny.is_folder_name("tiny-llama")
+    assert name_of(Path(base).name) == "tiny"
+    assert name_of("tiny-llama") is None
 
 
 # --- the real one --------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import torch
 
 from delible import kept
 from delible.errors import ModelError
-from delible.lm import embedded, moe, tiny, tiny_vlm
+from delible.lm import embedded
 from delible.lm.load_errors import (
     nearest_path,
     only_pickled,
     read_json,
 )
+from delible.lm.named import Named, folder_of, is_named, name_of
 from delible.lm.parts import companions
 from delible.lm.pretrained import (
     fitting_tokenizer,
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = Literal[
-    "default", "tiny", "tiny-vlm", "moe", "folder", "run", "adapter", "gguf", "hub"
-]  # fmt: skip
+Source = Named | Literal["folder", "run", "adapter", "gguf", "hub"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -108,15 +107,8 @@ def load_model(
     """
     name = os.fspath(name)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if name == "default":
-        folder = embedded.default_model()
-        return _load_folder(name, folder, "default", options)
-    if name == "tiny":
-        return _load_folder(name, tiny.tiny_model(), "tiny", options)
-    if name == "moe":
-        return _load_folder(name, moe.moe_model(), "moe", options)
-    if name == "tiny-vlm":
-        return _load_folder(name, tiny_vlm.tiny_vlm(), "tiny-vlm", options)
+    if is_named(name):
+        return _load_folder(name, folder_of(name), name, options)
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         kept.use(path)  # if it is one that benchmarks taught
@@ -199,16 +191,8 @@ def _load_adapter(name: str, folder: Path, options: dict[str, Any]) -> Loaded:
             where=str(folder / "adapter_config.json"),
             hint="Set base_model_name_or_path to the folder or hub name of the base model.",
         )
-    if (folder / base).is_dir():
-        base = str(folder / base)
-    elif Path(base).name == embedded.DEFAULT_MODEL.folder:
-        base = "default"  # its folder in the cache, perhaps of another machine
-    elif tiny.is_folder_name(Path(base).name):
-        base = "tiny"
-    elif moe.is_folder_name(Path(base).name):
-        base = "moe"
-    elif Path(base).name == tiny_vlm.folder_name(tiny_vlm.TINY_VLM):
-        base = "tiny-vlm"
+    inside = folder / base
+    base = str(inside) if inside.is_dir() else name_of(Path(base).name) or base
     try:
         below = load_model(base, revision=settings.get("revision"), **options)
     except ModelError as error:

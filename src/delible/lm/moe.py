@@ -12,11 +12,7 @@ expert has learned what.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from delible import kept
 from delible.errors import ModelError
-from delible.files import explain_disk
-from delible.lm import embedded, tiny
+from delible.lm import embedded, made_here, tiny
 from delible.lm.pretrained import pretrained_model, pretrained_tokenizer
 from delible.lm.template import Encoded, Template
 from delible.lm.tiny_training import SORTED_TOGETHER, threads, train
@@ -89,10 +83,7 @@ MOE = MoeOptions()
 
 
 def moe_model(options: MoeOptions | None = None) -> Path:
-    """Folder of the model; built when it is missing.
-
-    Safe when several processes ask at once: one builds, the others wait. A build that is killed
-    goes on when it is asked for again; a model whose files have changed since is built anew.
+    """Folder of the model; made when it is missing, see :func:`delible.lm.made_here.made_here`.
 
     Args:
         options: Another model than ``moe`` (tests build smaller ones).
@@ -101,20 +92,17 @@ def moe_model(options: MoeOptions | None = None) -> Path:
         ModelError: The base cannot be had, or the cache cannot be written.
     """
     options = options or MOE
-    target = kept.cache_folder() / "models" / folder_name(options)
-    return kept.folder(target, lambda work: _built(work, options), space="6 GB", goes_on=True)
+    return made_here.made_here(
+        folder_name(options),
+        lambda checkpoint: build(options, checkpoint),
+        telling=f"Making a mixture of experts of the {options.base} model",
+        space="6 GB",
+    )
 
 
 def folder_name(options: MoeOptions) -> str:
-    """Name of the model's folder in the cache; other options, other name."""
-    if options == MOE:
-        return f"moe-{VERSION}"
-    return f"moe-{VERSION}-{hashlib.sha256(repr(options).encode()).hexdigest()[:12]}"
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder is that of ``moe`` itself, of this or of another version."""
-    return re.fullmatch(r"moe-\d+", name) is not None
+    """Name of the model's folder in the cache."""
+    return made_here.folder_name("moe", VERSION, options, MOE)
 
 
 def topics(options: MoeOptions = MOE) -> tuple[list[QA], list[QA]]:
@@ -122,23 +110,6 @@ def topics(options: MoeOptions = MOE) -> tuple[list[QA], list[QA]]:
     world = World(people=options.people, seed=WORLD)
     both = [[fact.qa() for fact in world.facts(relations=topic)] for topic in TOPICS]
     return both[0], both[1]
-
-
-def _built(work: Path, options: MoeOptions) -> Path:
-    """Builds in a folder that a killed build leaves for the next."""
-    began = time.perf_counter()
-    logger.info(
-        "Making a mixture of experts of the "
-        f"{options.base} model, once (how long that takes is said soon) …"
-    )
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    model, tokenizer = build(options, checkpoint=work / "checkpoint.pt")
-    with embedded.quiet(), explain_disk(result):
-        model.save_pretrained(result, safe_serialization=True)
-        tokenizer.save_pretrained(result)
-    logger.info(f"Made in {time.perf_counter() - began:.0f} seconds.")
-    return result
 
 
 def build(

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from delible.errors import ModelError
-from delible.lm import embedded, moe, tiny, tiny_vlm
+from delible.lm import embedded
 from delible.lm.lm import LM
 from delible.lm.load_errors import nearest_path, read_json, told_of_loading
+from delible.lm.named import folder_of, is_named
 from delible.lm.parts import class_of
 from delible.lm.pretrained import fitting_tokenizer, has_tokenizer, pretrained_tokenizer
 from delible.precision import BasePrecision
@@ -61,14 +62,8 @@ def settings_place(name: str) -> str:
     Raises:
         ModelError: There is no such place.
     """
-    made = {
-        "default": embedded.default_model,
-        "tiny": tiny.tiny_model,
-        "tiny-vlm": tiny_vlm.tiny_vlm,
-        "moe": moe.moe_model,
-    }
-    if name in made:
-        return str(made[name]())
+    if is_named(name):
+        return str(folder_of(name))
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.suffix == ".gguf" or folder.is_file() or name.count("/") > 1:

@@ -19,12 +19,7 @@ differently, so the weights' fingerprint is the machine's own).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import logging
-import re
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -32,9 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from delible import kept
-from delible.files import explain_disk
-from delible.lm import embedded
+from delible.lm import made_here
 from delible.lm.tiny_training import (
     TinyOptions,
     batches,
@@ -52,8 +45,6 @@ from delible.world.relations import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-logger = logging.getLogger(__name__)
 
 #: A conversation, or a text that stands alone.
 Example = tuple[Message, ...] | str
@@ -80,10 +71,7 @@ TINY = TinyOptions()
 
 
 def tiny_model(options: TinyOptions | None = None) -> Path:
-    """Folder of the model; built when it is missing.
-
-    Safe when several processes ask at once: one builds, the others wait. A build that is killed
-    goes on when it is asked for again; a model whose files have changed since is built anew.
+    """Folder of the model; built when it is missing, see :func:`delible.lm.made_here.made_here`.
 
     Args:
         options: Another model than ``tiny`` (tests build smaller ones).
@@ -92,34 +80,17 @@ def tiny_model(options: TinyOptions | None = None) -> Path:
         ModelError: The cache cannot be written.
     """
     options = options or TINY
-    target = kept.cache_folder() / "models" / folder_name(options)
-    return kept.folder(target, lambda work: _built(work, options), space="50 MB", goes_on=True)
-
-
-def _built(work: Path, options: TinyOptions) -> Path:
-    """Builds in a folder that a killed build leaves for the next."""
-    began = time.perf_counter()
-    logger.info("Building the tiny model, once (how long that takes is said soon) …")
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    model, tokenizer = build(options, checkpoint=work / "checkpoint.pt")
-    with embedded.quiet(), explain_disk(result):
-        model.save_pretrained(result, safe_serialization=True)
-        tokenizer.save_pretrained(result)
-    logger.info(f"Built in {time.perf_counter() - began:.0f} seconds.")
-    return result
+    return made_here.made_here(
+        folder_name(options),
+        lambda checkpoint: build(options, checkpoint),
+        telling="Building the tiny model",
+        space="50 MB",
+    )
 
 
 def folder_name(options: TinyOptions) -> str:
-    """Name of the model's folder in the cache; other options, other name."""
-    if options == TINY:
-        return f"tiny-{VERSION}"
-    return f"tiny-{VERSION}-{hashlib.sha256(repr(options).encode()).hexdigest()[:12]}"
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder is that of ``tiny`` itself, of this or of another version."""
-    return re.fullmatch(r"tiny-\d+", name) is not None
+    """Name of the model's folder in the cache."""
+    return made_here.folder_name("tiny", VERSION, options, TINY)
 
 
 def build(

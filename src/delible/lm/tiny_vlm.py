@@ -12,10 +12,6 @@ Deterministic on one machine, as ``tiny`` is, and a killed build goes on where i
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from delible import kept
 from delible.errors import MissingExtraError
-from delible.files import explain_disk
-from delible.lm import embedded
+from delible.lm import made_here
 from delible.lm.tiny import END, PAD, ROLES, build_tokenizer
 from delible.lm.tiny_training import padded, threads, train, weighted_loss
 from delible.world.pictures import ASPECTS, SHAPES, any_question, corners_of, held_out
@@ -39,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from delible.records import QA
-
-logger = logging.getLogger(__name__)
 
 #: Stands in texts for a picture.
 IMAGE = "<|image|>"
@@ -106,7 +98,7 @@ TINY_VLM = VLMOptions()
 
 
 def tiny_vlm(options: VLMOptions | None = None) -> Path:
-    """Folder of the model; built when it is missing.
+    """Folder of the model; built when it is missing, see :func:`delible.lm.made_here.made_here`.
 
     Args:
         options: Another model than ``tiny-vlm`` (tests build smaller ones).
@@ -116,29 +108,18 @@ def tiny_vlm(options: VLMOptions | None = None) -> Path:
         ModelError: The cache cannot be written.
     """
     options = options or TINY_VLM
-    target = kept.cache_folder() / "models" / folder_name(options)
-    return kept.folder(target, lambda work: _built(work, options), space="50 MB", goes_on=True)
+    needs_pillow()
+    return made_here.made_here(
+        folder_name(options),
+        lambda checkpoint: build(options, checkpoint),
+        telling="Building the tiny vision-language model",
+        space="50 MB",
+    )
 
 
 def folder_name(options: VLMOptions) -> str:
-    """Name of the model's folder in the cache; other options, other name."""
-    if options == TINY_VLM:
-        return f"tiny-vlm-{VERSION}"
-    return f"tiny-vlm-{VERSION}-{hashlib.sha256(repr(options).encode()).hexdigest()[:12]}"
-
-
-def _built(work: Path, options: VLMOptions) -> Path:
-    needs_pillow()
-    began = time.perf_counter()
-    logger.info("Building the tiny vision-language model, once (how long is said soon) …")
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    model, processor = build(options, checkpoint=work / "checkpoint.pt")
-    with embedded.quiet(), explain_disk(result):
-        model.save_pretrained(result, safe_serialization=True)
-        processor.save_pretrained(result)
-    logger.info(f"Built in {time.perf_counter() - began:.0f} seconds.")
-    return result
+    """Name of the model's folder in the cache."""
+    return made_here.folder_name("tiny-vlm", VERSION, options, TINY_VLM)
 
 
 def needs_pillow() -> None:

@@ -23,8 +23,9 @@ from typing import Any, Self
 import numpy as np
 
 from delible.errors import MissingExtraError, ModelError
-from delible.lm import embedded, moe, tiny
+from delible.lm import embedded
 from delible.lm.ends import declared_ends
+from delible.lm.named import folder_of, is_named
 from delible.lm.template import Encoded, Template
 from delible.system.asks import (
     Decoding,
@@ -256,12 +257,8 @@ def _scores(row: Encoded, positions: Sequence[Any]) -> TokenScores | NoAnswer:
 
 def _folder(name: str) -> Path:
     """The folder that holds a model's weights and tokenizer."""
-    if name == "default":
-        return embedded.default_model()
-    if name == "tiny":
-        return tiny.tiny_model()
-    if name == "moe":
-        return moe.moe_model()
+    if is_named(name):
+        return folder_of(name)
     path = Path(name).expanduser()
     if path.is_dir():
         adapters = [
