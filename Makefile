@@ -2,6 +2,7 @@
 # make test   sets everything up and runs the tests (SLOW=1: also the slow ones)
 # make site   builds the documentation site into build/site; a broken link is an error
 # make dist   builds wheel and sdist into dist, the same bytes for the same commit
+# make installed   tries the wheel in an environment without any extra
 # make sbom   lists every package of the environment as CycloneDX in build/sbom.json
 PYTHON ?= python3
 VENV := .venv
@@ -12,11 +13,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test lint bench docs site dist sbom clean
+.PHONY: help demo test lint bench docs site dist installed sbom clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | lint | bench | docs | site | dist | sbom | clean"
+	@echo "make demo | test | lint | bench | docs | site | dist | installed | sbom | clean"
 
 # A new lock or a new pyproject.toml brings the environment up to date.
 $(READY): requirements.lock pyproject.toml
@@ -61,6 +62,14 @@ dist: $(READY)
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
 	  $(BIN)/python -m build --no-isolation
 	@cd dist && sha256sum *
+
+# The wheel in an environment that has nothing but what it needs.
+installed: dist
+	rm -rf build/installed-venv
+	$(PYTHON) -m venv build/installed-venv
+	build/installed-venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-compile --constraint requirements.lock dist/*.whl
+	build/installed-venv/bin/python .ci/installed.py
 
 sbom: $(READY) build/sbom-venv/.ready
 	build/sbom-venv/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
