@@ -245,6 +245,28 @@ def test_earlier_edits_are_kept_over_a_chain_of_patches(
     assert lm.patches == []
 
 
+def test_an_edit_below_another_is_not_taken_off_alone(texts: Path) -> None:
+    """Its weights hold the earlier edit, so that undoing it would bring that back."""
+    lm = make_lm(num_hidden_layers=3)
+    base = weights_of(lm)
+    second = REQUEST.model_copy(update={"forget": RECORDS[1:2]})
+    below = editor("rome", texts).edit(lm, ONE, seed=0)
+    beside = editor("rome", texts, layer=2).edit(lm, second, seed=0)
+    above = editor("rome", texts).edit(lm, second, seed=0)
+    both = weights_of(lm)
+    with pytest.raises(ModelError, match=r"a later edit .*is on the same weights"):
+        below.undo(lm)
+    assert same(lm, both)
+    assert lm.patches == [below, beside, above]
+    above.undo(lm)
+    below.undo(lm)  # what is on other weights may stay
+    assert lm.patches == [beside]
+    place = down_projection(lm, 2).parameter
+    assert torch.equal(lm.core.get_parameter(place), both[place])
+    beside.undo(lm)
+    assert same(lm, base)
+
+
 def test_batches_of_one_request_keep_earlier_ones(texts: Path) -> None:
     lm = make_lm()
     patch = editor("alphaedit", texts, batch=2).edit(lm, REQUEST, seed=0)
