@@ -29,7 +29,7 @@ from editing import (
 from torch import Tensor
 
 from delible.component import build
-from delible.edit.verify import Bounds, Checked, other_questions
+from delible.edit.verify import Before, Bounds, Checked, other_questions
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
@@ -144,6 +144,23 @@ def test_what_is_checked_is_what_is_said(texts: Path) -> None:
     assert checked["target_after"] == pytest.approx(sum(probabilities) / 3, rel=1e-2)
     delta = (weight(lm, LAYER) - weight(before, LAYER)).norm() / weight(before, LAYER).norm()
     assert checked["changes"][str(LAYER)] == pytest.approx(float(delta), rel=1e-3)
+
+
+def test_said_is_the_share_of_questions_at_which_each_token_is_the_likeliest() -> None:
+    lm = make_lm()
+    rows = [torch.tensor([lm.template.prompt_ids(Prompt.ask(one.question))]) for one in RECORDS]
+    with torch.no_grad():
+        states = torch.stack([lm.core.model(input_ids=row)[0][0, -1] for row in rows])
+        head = lm.core.get_output_embeddings().weight
+        head.zero_()
+        head[lm.tokenizer("E", add_special_tokens=False)["input_ids"][0]] = states.mean(0)
+    assert bool((states @ states.mean(0) > 0).all())  # they say E, and go on otherwise than with z
+    targets = list(zip(RECORDS, ("E", "E", "Ez"), strict=True))
+    checked = Before(lm, targets, RETAIN, ends=False).after(lm, {})
+    assert checked.said == pytest.approx(2 / 3)
+    assert checked.target_before == checked.target_after
+    assert (checked.divergence, checked.moved) == (0, 0)
+    assert Before(lm, targets, RETAIN).after(lm, {}).said == 0  # the turn does not end there
 
 
 def test_the_same_edit_twice_gives_the_same_bits(texts: Path) -> None:
