@@ -193,6 +193,16 @@ def test_subjects_of_the_request_serve_records_without_one(texts: Path) -> None:
     assert patch.notes["edits"][0]["subject"] == "Ada Quill"  # type: ignore[index]
 
 
+@pytest.mark.parametrize("subjects", [("Ada", "Ada Quill"), ("Ada Quill", "Ada")])
+def test_a_subject_that_is_part_of_another_one_is_not_meant(
+    subjects: tuple[str, ...], texts: Path
+) -> None:
+    record = QA(question="Where was Ada Quill born?", answer="Norrby")
+    request = ForgetRequest(forget=(record,), subjects=subjects, retain=RETAIN)
+    patch = editor("rome", texts).edit(make_lm(), request, seed=0)
+    assert patch.notes["edits"][0]["subject"] == "Ada Quill"  # type: ignore[index]
+
+
 def test_layers_are_depths_or_indices(texts: Path) -> None:
     lm = make_lm(num_hidden_layers=30)
     assert build("editor", "rome").chosen_layers(lm, None) == [5]
