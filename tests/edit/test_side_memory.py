@@ -310,6 +310,25 @@ def test_training_parts_edited_questions_from_others() -> None:
     assert loudness(long) < 0.9 * loudness(loose)
 
 
+@pytest.mark.parametrize("ratio", [0.05, 1.0])
+def test_what_is_routed_is_counted(ratio: float) -> None:
+    lm = make_lm()
+    method = wise(ratio=ratio)
+    notes, tensors = (fitted := method.fit(lm, REQUEST)).notes, fitted.tensors
+    asked, _ = method._asked(lm, REQUEST, 0)
+    limit = ratio * float(tensors["epsilons"].double())
+
+    def share(rows: Sequence[Any]) -> float:
+        keys = torch.cat(states_at(lm, rows, method.inner, PROMPT_END)).double()
+        return float(((keys @ tensors["changes"][0].double().T).norm(dim=1) > limit).double().mean())
+
+    assert notes["routed"] == pytest.approx(share(asked.rows(lm)), abs=1e-4)
+    assert notes["others_routed"] == pytest.approx(share(asked.unrelated), abs=1e-4)
+    # the least of the edited ones is the threshold itself
+    assert notes["routed"] == pytest.approx(2 / 3 if ratio == 1 else 1, abs=1e-4)
+    assert (notes["others_routed"] > 0.9) == (ratio < 1)
+
+
 def test_questions_that_are_not_routed_answer_bit_by_bit_as_before() -> None:
     lm = make_lm()
     fitted = wise().fit(lm, REQUEST)
