@@ -33,7 +33,7 @@ from delible.edit.verify import Before, Bounds, Checked, other_questions
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
-from delible.system.asks import Prompt
+from delible.system.asks import NoAnswer, Prompt
 from delible.world import general
 
 # ---- statistics
@@ -161,6 +161,20 @@ def test_said_is_the_share_of_questions_at_which_each_token_is_the_likeliest() -
     assert checked.target_before == checked.target_after
     assert (checked.divergence, checked.moved) == (0, 0)
     assert Before(lm, targets, RETAIN).after(lm, {}).said == 0  # the turn does not end there
+
+
+def test_a_question_that_gets_no_answer_any_more_counts_as_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = make_lm()
+    targets = [(record, "No.") for record in RECORDS[:2]]
+    before, whole = Before(lm, targets, RETAIN), lm.score
+    one = Before(lm, targets[1:], RETAIN).after(lm, {})
+    monkeypatch.setattr(
+        lm, "score", lambda asked: [NoAnswer("not finite"), *whole(list(asked)[1:])]
+    )
+    checked = before.after(lm, {})
+    assert checked.target_after == pytest.approx(one.target_after / 2)
 
 
 def test_the_same_edit_twice_gives_the_same_bits(texts: Path) -> None:
