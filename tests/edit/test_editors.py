@@ -227,8 +227,10 @@ def test_alphaedit_is_the_solution_of_the_whole_system(
     keys = torch.stack([key_of(lm, record)[0] for record in RECORDS], dim=1)
     before, projection = weight(lm, LAYER), null_projection(lm)
     seen = wanted(monkeypatch)
-    editor("alphaedit", texts, rho=0.3).edit(lm, REQUEST, seed=0)
+    patch = editor("alphaedit", texts, rho=0.3).edit(lm, REQUEST, seed=0)
     ((_, found),) = seen
+    share = float(projection.trace()) / len(projection)
+    assert patch.notes["null_space_share"] == {str(LAYER): pytest.approx(share, abs=1e-4)}
     l2 = 0.3 * torch.stack([key @ projection @ key for key in keys.T]).mean()
     left = projection @ keys @ keys.T + l2 * torch.eye(len(keys), dtype=torch.float64)
     full = torch.linalg.solve(left, projection @ keys @ found.delta).T
