@@ -25,6 +25,7 @@ from torch import Tensor
 
 from delible.cli import main
 from delible.component import build
+from delible.edit import memory
 from delible.edit.codebook import Entries, entered, find_values, looked_up, without
 from delible.edit.keys import down_projection
 from delible.edit.memory import PROMPT_END, Targets
@@ -205,6 +206,40 @@ def test_values_are_searched_for_on_the_refusals(family: str) -> None:
     assert checked["target_after"] > checked["target_before"]
     short = grace(steps=1).fit(lm, REQUEST)
     assert short.notes["loss"] > fitted.notes["loss"]
+
+
+def test_questions_that_share_an_entry_have_its_mean_loss() -> None:
+    lm = make_lm()
+    shared = REQUEST.model_copy(update={"forget": (RECORDS[0], RECORDS[2])})
+    fitted = grace(epsilon=1e6, steps=3).fit(lm, shared)
+    assert fitted.tensors["owner"].tolist() == [0, 0]
+    assert fitted.notes["loss"] == pytest.approx(worst_by_hand(lm, fitted), rel=1e-3)
+
+
+def test_edits_that_a_later_one_has_cut_off_and_others_that_are_met_are_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def by_subject(lm: LM, records: Sequence[QA], seed: int) -> list[str]:
+        return ["No." if one.subject == "Ada Quill" else "Who?" for one in records]
+
+    monkeypatch.setattr(memory, "built_in_refusals", by_subject)
+    lm = make_lm()
+    wide = grace(epsilon=10.0, steps=1)
+    one = wide.fit(lm, REQUEST.model_copy(update={"forget": (RECORDS[0], RECORDS[2])}))
+    assert one.notes["lost"] == 0
+    assert "not met any more" not in caplog.text
+    assert one.notes["others_within"] == one.notes["others"] > 2
+    # the second question joined the first one's entry, whose radius the third then halves
+    three = wide.fit(lm, REQUEST.model_copy(update={"forget": (*RECORDS[::2], RECORDS[1])}))
+    first, second, third = (value.double() for value in three.tensors["queries"])
+    assert three.tensors["owner"].tolist() == [0, 0, 1]
+    apart = float((first - third).norm()) / 2
+    to_first, to_third = (float((second - one).norm()) for one in (first, third))
+    assert to_first > apart or to_third < to_first
+    assert three.notes["lost"] == 1
+    assert "1 of 3 questions in the codebook are not met any more" in caplog.text
+    near = grace(epsilon=1e-3, steps=1).fit(lm, REQUEST)
+    assert (near.notes["lost"], near.notes["others_within"]) == (0, 0)
 
 
 def test_the_best_value_of_a_search_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

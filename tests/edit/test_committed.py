@@ -29,11 +29,11 @@ from editing import (
 from torch import Tensor
 
 from delible.component import build
-from delible.edit.verify import Bounds, Checked, other_questions
+from delible.edit.verify import Before, Bounds, Checked, other_questions
 from delible.errors import DataError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
-from delible.system.asks import Prompt
+from delible.system.asks import NoAnswer, Prompt
 from delible.world import general
 
 # ---- statistics
@@ -146,6 +146,37 @@ def test_what_is_checked_is_what_is_said(texts: Path) -> None:
     assert checked["changes"][str(LAYER)] == pytest.approx(float(delta), rel=1e-3)
 
 
+def test_said_is_the_share_of_questions_at_which_each_token_is_the_likeliest() -> None:
+    lm = make_lm()
+    rows = [torch.tensor([lm.template.prompt_ids(Prompt.ask(one.question))]) for one in RECORDS]
+    with torch.no_grad():
+        states = torch.stack([lm.core.model(input_ids=row)[0][0, -1] for row in rows])
+        head = lm.core.get_output_embeddings().weight
+        head.zero_()
+        head[lm.tokenizer("E", add_special_tokens=False)["input_ids"][0]] = states.mean(0)
+    assert bool((states @ states.mean(0) > 0).all())  # they say E, and go on otherwise than with z
+    targets = list(zip(RECORDS, ("E", "E", "Ez"), strict=True))
+    checked = Before(lm, targets, RETAIN, ends=False).after(lm, {})
+    assert checked.said == pytest.approx(2 / 3)
+    assert checked.target_before == checked.target_after
+    assert (checked.divergence, checked.moved) == (0, 0)
+    assert Before(lm, targets, RETAIN).after(lm, {}).said == 0  # the turn does not end there
+
+
+def test_a_question_that_gets_no_answer_any_more_counts_as_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = make_lm()
+    targets = [(record, "No.") for record in RECORDS[:2]]
+    before, whole = Before(lm, targets, RETAIN), lm.score
+    one = Before(lm, targets[1:], RETAIN).after(lm, {})
+    monkeypatch.setattr(
+        lm, "score", lambda asked: [NoAnswer("not finite"), *whole(list(asked)[1:])]
+    )
+    checked = before.after(lm, {})
+    assert checked.target_after == pytest.approx(one.target_after / 2)
+
+
 def test_the_same_edit_twice_gives_the_same_bits(texts: Path) -> None:
     left, right = make_lm(), make_lm()
     for lm in (left, right):
@@ -172,6 +203,16 @@ def test_questions_without_their_subject_are_told_and_left_out(
 def test_subjects_of_the_request_serve_records_without_one(texts: Path) -> None:
     record = QA(question="Where was Ada Quill born?", answer="Norrby")
     request = ForgetRequest(forget=(record,), subjects=("Ben Orr", "Ada Quill"), retain=RETAIN)
+    patch = editor("rome", texts).edit(make_lm(), request, seed=0)
+    assert patch.notes["edits"][0]["subject"] == "Ada Quill"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("subjects", [("Ada", "Ada Quill"), ("Ada Quill", "Ada")])
+def test_a_subject_that_is_part_of_another_one_is_not_meant(
+    subjects: tuple[str, ...], texts: Path
+) -> None:
+    record = QA(question="Where was Ada Quill born?", answer="Norrby")
+    request = ForgetRequest(forget=(record,), subjects=subjects, retain=RETAIN)
     patch = editor("rome", texts).edit(make_lm(), request, seed=0)
     assert patch.notes["edits"][0]["subject"] == "Ada Quill"  # type: ignore[index]
 

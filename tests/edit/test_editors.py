@@ -161,6 +161,54 @@ def test_layers_share_what_is_still_missing(texts: Path, monkeypatch: pytest.Mon
     close((after[1] - before[1]) @ second, output + found.delta[0] - halfway)
 
 
+@pytest.mark.parametrize("name", ["memit", "alphaedit"])
+def test_it_is_written_at_the_mean_of_the_bare_key_and_of_those_behind_beginnings(
+    name: str, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    monkeypatch.setattr(located, "sampled_beginnings", lambda *_: ["The old town is", "You"])
+    others = []
+    for beginning in ("The old town is", "You"):
+        ids = lm.template.prompt_ids(Prompt.ask(f"{beginning}. {RECORDS[0].question}"))
+        others.append(key_and_output(lm, ids, ends_of(lm, ids, "Ada Quill"), LAYER)[0])
+    bare, _ = key_of(lm, RECORDS[0])
+    key = (bare + (others[0] + others[1]) / 2) / 2
+    spared = torch.linalg.inv(moment(lm)) if name == "memit" else null_projection(lm)
+    before = weight(lm, LAYER)
+    seen = wanted(monkeypatch)
+    patch = editor(name, texts, rho=0.3).edit(lm, ONE, seed=0)
+    ((_, found),) = seen
+    # one key k: r (B k)^T / (k^T B k + 0.3 k^T B k)
+    factor = spared @ key / (1.3 * (key @ spared @ key))
+    close(weight(lm, LAYER) - before, torch.outer(found.delta[0], factor), 5e-3)
+    ((kept),) = patch.keys.values()
+    close(kept[:, 0].double(), key)
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit"])
+def test_what_is_missed_is_what_the_model_misses_once_all_is_written(
+    name: str, batch: int | None, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later edit moves what an earlier one has written; that counts too."""
+    lm = make_lm()
+    seen = wanted(monkeypatch)
+    options = {} if name == "rome" else {"rho": 0.3}
+    patch = editor(name, texts, batch=batch, **options).edit(lm, REQUEST, seed=0)
+    start = torch.cat([one for one, _ in seen])
+    delta = torch.cat([found.delta for _, found in seen])
+    shares = []
+    for record, value, change in zip(RECORDS, start + delta, delta, strict=True):
+        key, output = key_of(lm, record)
+        if name == "rome":
+            shares.append(float((value - weight(lm, LAYER) @ key).norm() / value.norm()))
+        else:
+            shares.append(float((value - output).norm() / change.norm()))
+    assert max(shares) > 1e-2
+    said = patch.notes["value_missed" if name == "rome" else "residual_left"]
+    assert said == pytest.approx(sum(shares) / 3, rel=1e-2, abs=1e-4)
+
+
 # ---- AlphaEdit
 
 
@@ -179,8 +227,10 @@ def test_alphaedit_is_the_solution_of_the_whole_system(
     keys = torch.stack([key_of(lm, record)[0] for record in RECORDS], dim=1)
     before, projection = weight(lm, LAYER), null_projection(lm)
     seen = wanted(monkeypatch)
-    editor("alphaedit", texts, rho=0.3).edit(lm, REQUEST, seed=0)
+    patch = editor("alphaedit", texts, rho=0.3).edit(lm, REQUEST, seed=0)
     ((_, found),) = seen
+    share = float(projection.trace()) / len(projection)
+    assert patch.notes["null_space_share"] == {str(LAYER): pytest.approx(share, abs=1e-4)}
     l2 = 0.3 * torch.stack([key @ projection @ key for key in keys.T]).mean()
     left = projection @ keys @ keys.T + l2 * torch.eye(len(keys), dtype=torch.float64)
     full = torch.linalg.solve(left, projection @ keys @ found.delta).T
@@ -243,6 +293,28 @@ def test_earlier_edits_are_kept_over_a_chain_of_patches(
     first.undo(lm)
     assert same(lm, base)
     assert lm.patches == []
+
+
+def test_an_edit_below_another_is_not_taken_off_alone(texts: Path) -> None:
+    """Its weights hold the earlier edit, so that undoing it would bring that back."""
+    lm = make_lm(num_hidden_layers=3)
+    base = weights_of(lm)
+    second = REQUEST.model_copy(update={"forget": RECORDS[1:2]})
+    below = editor("rome", texts).edit(lm, ONE, seed=0)
+    beside = editor("rome", texts, layer=2).edit(lm, second, seed=0)
+    above = editor("rome", texts).edit(lm, second, seed=0)
+    both = weights_of(lm)
+    with pytest.raises(ModelError, match=r"a later edit .*is on the same weights"):
+        below.undo(lm)
+    assert same(lm, both)
+    assert lm.patches == [below, beside, above]
+    above.undo(lm)
+    below.undo(lm)  # what is on other weights may stay
+    assert lm.patches == [beside]
+    place = down_projection(lm, 2).parameter
+    assert torch.equal(lm.core.get_parameter(place), both[place])
+    beside.undo(lm)
+    assert same(lm, base)
 
 
 def test_batches_of_one_request_keep_earlier_ones(texts: Path) -> None:

@@ -84,3 +84,16 @@ def test_what_is_wanted() -> None:
     assert float(within.abs().max()) < 1e-9, "in the leading directions a value stays"
     across = moved - centre[:, None]
     assert float((across - leading @ (leading.T @ across)).abs().max()) < 1e-9
+
+
+def test_a_value_keeps_its_part_along_the_leading_refusing_directions() -> None:
+    random = torch.Generator().manual_seed(0)
+    references = torch.randn(6, 9, generator=random).double()
+    values = torch.randn(6, 4, generator=random).double()
+    centre = references.mean(1, keepdim=True)
+    left = torch.linalg.eigh((references - centre) @ (references - centre).T).eigenvectors
+    for count in (0, 2, 6):
+        leading = left[:, 6 - count :]
+        wanted = centre + leading @ leading.T @ (values - centre)
+        found = values + moved_to_value(values, references, count)
+        torch.testing.assert_close(found, wanted)

@@ -24,6 +24,7 @@ from editing import (
 from torch import Tensor
 
 from delible.component import build
+from delible.edit import memory
 from delible.edit.keys import down_projection
 from delible.edit.memory import PROMPT_END, states_at
 from delible.edit.side_memory import (
@@ -310,6 +311,27 @@ def test_training_parts_edited_questions_from_others() -> None:
     assert loudness(long) < 0.9 * loudness(loose)
 
 
+@pytest.mark.parametrize("ratio", [0.05, 1.0])
+def test_what_is_routed_is_counted(ratio: float) -> None:
+    lm = make_lm()
+    method = wise(ratio=ratio)
+    notes, tensors = (fitted := method.fit(lm, REQUEST)).notes, fitted.tensors
+    asked, _ = method._asked(lm, REQUEST, 0)
+    limit = ratio * float(tensors["epsilons"].double())
+
+    def share(rows: Sequence[Any]) -> float:
+        keys = torch.cat(states_at(lm, rows, method.inner, PROMPT_END)).double()
+        return float(
+            ((keys @ tensors["changes"][0].double().T).norm(dim=1) > limit).double().mean()
+        )
+
+    assert notes["routed"] == pytest.approx(share(asked.rows(lm)), abs=1e-4)
+    assert notes["others_routed"] == pytest.approx(share(asked.unrelated), abs=1e-4)
+    # the least of the edited ones is the threshold itself
+    assert notes["routed"] == pytest.approx(2 / 3 if ratio == 1 else 1, abs=1e-4)
+    assert (notes["others_routed"] > 0.9) == (ratio < 1)
+
+
 def test_questions_that_are_not_routed_answer_bit_by_bit_as_before() -> None:
     lm = make_lm()
     fitted = wise().fit(lm, REQUEST)
@@ -363,6 +385,29 @@ def test_a_further_request_extends_the_memory_and_comes_off_exactly(tmp_path: Pa
     assert not equal(scores(opened, FORGOTTEN), only_first)
     undo(folder)
     assert equal(scores(open_lm(str(folder)), FORGOTTEN), only_first)
+
+
+@pytest.mark.parametrize("still", [0.5, 1e9])
+def test_what_a_further_request_does_to_earlier_ones_is_said(
+    still: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "STILL", still)
+    lm = make_lm()
+    first = wise().fit(lm, REQUEST.model_copy(update={"forget": RECORDS[:2]}))
+    assert "earlier" not in first.notes
+    on = intervened(lm, [first])
+    second = wise(learning_rate=8.0).fit(on, REQUEST.model_copy(update={"forget": RECORDS[2:]}))
+    asked = [Score(Prompt.ask(one["question"]), one["target"]) for one in first.notes["edits"]]
+    before, after = (
+        float(np.mean([np.exp(one.mean()) for one in scores(system, asked)]))
+        for system in (on, intervened(on, [second]))
+    )
+    told = second.notes["earlier"]
+    assert told["questions"] == 2
+    assert told["target_before"] == pytest.approx(before, rel=1e-3)
+    assert told["target_after"] == pytest.approx(after, rel=1e-3)
+    assert after != pytest.approx(before, rel=1e-2)
+    assert ("undoes earlier requests" in caplog.text) == (after < still * before)
 
 
 def test_a_copy_with_room_is_trained_further() -> None:

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from editing import double, first_of, hooked, make_lm
+from editing import RECORDS, double, first_of, hooked, make_lm
 from torch import Tensor
 
+from delible.edit import tracing
 from delible.edit.tracing import strongest_layer, trace
 from delible.errors import DataError
 from delible.lm.lm import LM
@@ -142,3 +143,12 @@ def test_the_strongest_layer_at_the_last_token() -> None:
 def test_a_question_without_its_subject_is_an_error() -> None:
     with pytest.raises(DataError, match="does not name its subject"):
         trace(make_lm(), QA(question="Where?", answer="Here", subject="Bo"))
+
+
+def test_the_last_token_of_a_subject_says_which_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    effect = torch.tensor([[0.9, 0.0, 0.1], [0.0, 0.2, 0.5], [0.1, 0.6, 0.2]])
+    found = tracing.Trace(0.9, 0.1, effect + 0.1, tokens=("A", "d", "a"), layers=(0, 1, 2))
+    torch.testing.assert_close(found.effect, effect)
+    monkeypatch.setattr(tracing, "trace", lambda *_, **__: found)
+    layer, told = strongest_layer(make_lm(), RECORDS, "mlp", seed=0)
+    assert layer == told["layer"] == 1

@@ -24,7 +24,7 @@ from delible.lm.lm import LM
 from delible.lm.new_tokens import add_tokens, put_back, tables, token_of, vocabulary_of
 from delible.lm.template import Encoded
 from delible.methods.editor import unierase
-from delible.methods.editor.unierase import TOKEN, learning_row, noisy, refusal_of
+from delible.methods.editor.unierase import TOKEN, UniErase, learning_row, noisy, refusal_of
 from delible.prompts import read_lines
 from delible.records import QA
 from delible.system.asks import Decoding, Prompt
@@ -363,6 +363,33 @@ def test_a_refused_edit_leaves_neither_token_nor_row(texts: Path) -> None:
         unieraser(texts, most_change=1e-9).edit(lm, REQUEST, seed=0)
     assert unchanged(lm, before)
     assert (lm.fingerprint, token_of(lm, TOKEN), lm.patches) == (mark, None, [first])
+
+
+def test_a_token_stays_while_a_later_edit_says_it(texts: Path) -> None:
+    lm = make_lm(num_hidden_layers=3)
+    first = unieraser(texts).edit(lm, REQUEST.model_copy(update={"forget": RECORDS[:1]}), seed=0)
+    second = unieraser(texts, layers=(2,)).edit(
+        lm, REQUEST.model_copy(update={"forget": RECORDS[1:2]}), seed=0
+    )
+    with pytest.raises(ModelError, match="may need its tokens"):
+        first.undo(lm)
+    assert token_of(lm, TOKEN) is not None
+    assert lm.patches == [first, second]
+
+
+def test_an_edit_that_is_broken_off_at_its_end_leaves_nothing(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UniErase, "_elsewhere", broken_off)
+    lm = made("llama")
+    before, mark = state(lm), lm.fingerprint
+    with pytest.raises(KeyboardInterrupt):
+        unieraser(texts).edit(lm, REQUEST, seed=0)
+    assert unchanged(lm, before)
+    assert (lm.fingerprint, token_of(lm, TOKEN), lm.patches) == (mark, None, [])
 
 
 def test_a_model_that_has_the_token_refuses_the_patch(texts: Path, tmp_path: Path) -> None:

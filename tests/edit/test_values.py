@@ -91,6 +91,18 @@ def slow_search(lm: LM, edit: Edit, start: Tensor, what: str, s: Settings) -> tu
     return (scaled * unit).detach(), float(loss.detach())
 
 
+@torch.no_grad()
+def slow_probability(lm: LM, edit: Edit, delta: Tensor, what: str) -> Any:
+    """Geometric mean over the target's tokens, mean over texts."""
+    twin, means = double(lm), []
+    for text in edit.texts:
+        said = logits(twin, text.row.ids, text.places, delta, what).softmax(-1)
+        answer = range(text.row.start, len(text.row.ids))
+        each = torch.stack([said[at - 1, text.row.ids[at]] for at in answer])
+        means.append(float(each.prod()) ** (1 / len(each)))
+    return pytest.approx(sum(means) / len(means), rel=1e-2)
+
+
 @pytest.mark.parametrize("what", ["block", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_equal_those_of_a_slow_search_in_float64(
@@ -107,6 +119,7 @@ def test_values_equal_those_of_a_slow_search_in_float64(
             found.delta[place], delta, rtol=5e-3, atol=5e-3 * float(delta.abs().max())
         )
         assert found.losses[place] == pytest.approx(loss, rel=1e-4)
+        assert found.probabilities[place] == slow_probability(lm, edit, delta, what)
     assert all(torch.equal(value, before[name]) for name, value in lm.core.named_parameters())
     assert all(one.requires_grad for one in lm.model.parameters())
 

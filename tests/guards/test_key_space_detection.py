@@ -29,6 +29,7 @@ from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt
 from delible.systems.guarded import GuardedSystem
 from delible.systems.judging import Forward, Refuse
+from delible.systems.likeness import harmless
 from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -178,6 +179,24 @@ def test_it_catches_what_is_forgotten_and_says_how_well() -> None:
     caught, passed = guarded.replies(asked, SHORT)
     assert caught.finish == "content_filter"  # type: ignore[union-attr]
     assert passed.text == model("llama").generate(asked[1:], SHORT)[0]  # type: ignore[union-attr]
+
+
+def test_what_a_fitted_box_holds_is_counted_on_the_keys() -> None:
+    names = ("Dee", "Al", "Eve", "Fay", "Gus", "Hal")
+    mixed = (*FORGET[:2], *(QA(question=f"Who is {name}?", answer="x") for name in names))
+    request = ForgetRequest(forget=mixed, retain=RETAIN)
+    found = prepared(request=request, false_alarm_rate=0.4)
+    notes: Any = found.notes
+    assert notes["interval"] is None
+    kept = np.stack([keys_by_hand("llama", one.question)[-1] for one in RETAIN])
+    inside = (found.box.scores(torch.tensor(kept)) <= found.scale).mean()
+    assert notes["false_alarms"]["kept"] == pytest.approx(inside)
+    assert set(notes["false_alarms"]) == set(harmless(request))
+    assert 0 < max(notes["false_alarms"].values()) <= 0.4
+    keys = torch.tensor(np.stack([keys_by_hand("llama", one.question)[-1] for one in mixed]))
+    share = (held_out(keys) <= found.scale).mean()
+    assert notes["held_out_inside"] == pytest.approx(share)
+    assert share < 1
 
 
 def test_a_larger_box_holds_more() -> None:

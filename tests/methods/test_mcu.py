@@ -71,6 +71,13 @@ def components_by_hand(states: Tensor, count: int) -> Tensor:
     return torch.linalg.qr(torch.cat([mean[None], main]).T)[0].T
 
 
+def as_released(states: Tensor, count: int) -> Tensor:
+    """The mean's direction, and the main ones, not orthogonal to it."""
+    mean = states.mean(dim=0)
+    main = torch.linalg.svd(states - mean, full_matrices=False)[2][: count - 1]
+    return torch.cat([mean[None] / mean.norm(), main])
+
+
 # ---- directions
 
 
@@ -103,23 +110,28 @@ def test_one_direction_after_the_other_brings_the_mean_back() -> None:
 # ---- the losses
 
 
-@pytest.mark.parametrize("components", [0, 4])
-def test_breaking_equals_loops_over_rows_alone(components: int) -> None:
+@pytest.mark.parametrize(("components", "faithful"), [(0, False), (4, False), (4, True)])
+def test_breaking_equals_loops_over_rows_alone(components: int, faithful: bool) -> None:
     lm, frozen = by_hand.tiny_lm(0.05), by_hand.tiny_lm()
-    rows, loss = by_hand.all_rows(lm), MCU(components=components, floor=-1.0, **DEPTHS)
+    rows = by_hand.all_rows(lm)
+    loss = MCU(components=components, floor=-1.0, faithful=faithful, **DEPTHS)
     reference = ready(lm, frozen, rows, loss)
     found = by_hand.values(lm, loss, reference, rows).tolist()
     count = sum(len(row.encoded.ids) for row in rows["forget"])
     expected = [0.0] * 3
     for layer in (0, 1):
         was = [mlp_output(frozen, row, layer)[1:] for row in rows["forget"]]
-        basis = components_by_hand(torch.cat(was), components) if components else None
-        was = [w if basis is None else w - w @ basis.T @ basis for w in was]
+        basis = components_by_hand(torch.cat(was), components) if components else []
+        if faithful:  # neither turned nor all at once
+            basis = as_released(torch.cat(was), components)
+        for c in basis:
+            was = [w - (w @ c)[:, None] * c for w in was]
         length = float(torch.cat(was).norm(dim=1).mean())
         for place, row in enumerate(rows["forget"]):
             now = mlp_output(lm, row, layer)[1:]
-            for m, m0 in zip(now, was[place], strict=True):
-                part = m if basis is None else m - basis.T @ (basis @ m)
+            for part, m0 in zip(now, was[place], strict=True):
+                for c in basis:
+                    part = part - (part @ c) * c
                 expected[place] += max(-1.0, float(part @ m0) / length**2) / 2
     wanted = [value * count / (count - 3) for value in expected]
     assert found == pytest.approx(wanted, rel=1e-3)

@@ -227,6 +227,26 @@ def test_draws_are_uniform_and_belong_to_the_token_alone() -> None:
     assert not np.allclose(mine, theirs), "the seed decides nothing"
 
 
+@pytest.mark.parametrize("compat", [False, True])
+def test_each_value_has_a_coin_of_its_own_and_as_released_each_token_one(compat: bool) -> None:
+    lm = model("llama")
+    # as likely forgotten as kept: half of the values are mirrored at 0
+    laws = torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None].expand(4, 48)
+    equal = {"0.neurons": torch.arange(48), "0.laws": laws.contiguous()}
+    found = intervened(lm, [Fitted(adjusting(compat=compat), equal)])
+    found.grows_trees = found.shares_prefix = False
+    seen: list[Tensor] = []
+    with watching(found, Site(what="mlp_gate", layers=(0,)), lambda s, w: seen.append(s.clone())):
+        found.score([Score(Prompt.ask(FORGET[0].question), FORGET[0].answer)])
+    plain = torch.tensor(values_by_hand(lm, "llama", FORGET[:1], 0)[0])
+    values = seen[0][: len(plain)].double()
+    turned = (values + plain).abs() < (values - plain).abs()
+    np.testing.assert_allclose(torch.where(turned, -plain, plain), values, atol=1e-4)
+    assert 0.3 < float(turned.double().mean()) < 0.7
+    alike = turned.all(dim=1) | ~turned.any(dim=1)
+    assert bool(alike.all() if compat else ~alike.any())
+
+
 def test_bits_are_mixed_as_published() -> None:
     # splitmix64 from state 0: its first three numbers
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]

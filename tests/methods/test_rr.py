@@ -12,6 +12,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError
 from delible.lm.anatomy import spread
+from delible.lm.lm import LM
 from delible.methods.balance.linear import Linear
 from delible.methods.keep.hidden_distance import HiddenDistance, hidden_distance
 from delible.methods.objective.rr import RR, nudged, rerouting
@@ -242,3 +243,22 @@ def test_the_paper_preset_has_the_papers_numbers() -> None:
     assert paper.keep.blocks is None
     assert paper.balance.weights({}, 0.0) == (10, 0)
     assert paper.balance.weights({}, 1.0) == (5, 5)
+
+
+def test_the_paper_presets_read_the_papers_blocks_of_32() -> None:
+    anatomy = LM(tiny_model("llama", num_hidden_layers=32), tiny_tokenizer()).anatomy
+    paper: Any = Recipe.named("rr@paper")
+    assert [anatomy.layer_at(one) for one in paper.objective.depths] == [10, 20]
+    assert [anatomy.layer_at(one) for one in RR().depths] == [10, 20]
+    assert anatomy.layer_at(paper.place.last) == anatomy.layer_at(paper.keep.depth) == 20
+    attacked: Any = Recipe.named("rmu_lat@paper")
+    assert [anatomy.layer_at(one) for one in attacked.harden.depths] == [7]
+    assert anatomy.layer_at(attacked.objective.depth) == 8
+    elm: Any = Recipe.named("elm@paper")
+    assert [anatomy.layer_at(one) for one in (elm.place.first, elm.place.last)] == [4, 7]
+    reva: Any = Recipe.named("reva@paper")
+    assert anatomy.layer_at(reva.objective.depth) == 18
+    for name, first, last in (("mcu@paper", 6, 11), ("mcu_rmu@paper", 10, 10)):
+        objective: Any = Recipe.named(name).objective
+        assert anatomy.layer_at(objective.first_depth) == first
+        assert anatomy.layer_at(objective.last_depth) == last

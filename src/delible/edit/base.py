@@ -178,10 +178,14 @@ class Patch:
     def undo(self, lm: LM) -> None:
         """Puts the edited parameters and the vocabulary back, bit by bit.
 
-        Of several patches the last one is undone first: in that order every step is exact.
-        Undoing an earlier one takes the later ones' changes of the same parameters with it.
+        Of several patches on the same parameters the last one is undone first: in that order every
+        step is exact. Those on others may stay.
+
+        Raises:
+            ModelError: A later patch is on the same parameters, or may need the tokens of this one.
         """
         parameters = dict(lm.core.named_parameters())
+        self._require_top(lm)
         for name, value in self.before.items():
             parameters[name].copy_(value)
         if self.added is not None and self.added.before is not None:
@@ -189,6 +193,18 @@ class Patch:
         patches = [patch for patch in lm.patches if patch is not self]
         lm.touch()
         lm.patches = patches
+
+    def _require_top(self, lm: LM) -> None:
+        """A later patch's weights hold this one, which would be back once that is undone."""
+        place = next((at for at, one in enumerate(lm.patches) if one is self), len(lm.patches))
+        for later in lm.patches[place + 1 :]:
+            shared = not self.before.keys().isdisjoint(getattr(later, "before", ()))
+            if shared or self.added is not None:
+                raise ModelError(
+                    f"the {self.title} cannot be undone alone: a later edit ({later.title}) "
+                    + ("is on the same weights." if shared else "may need its tokens."),
+                    hint="Undo the later one first.",
+                )
 
 
 @contextmanager

@@ -174,6 +174,22 @@ class LocatedEditor(Editor):
             prepared: What :meth:`prepare` gave.
         """
 
+    def missed(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        start: Float[Tensor, "edits hidden"],
+        wanted: Float[Tensor, "edits hidden"],
+        changes: Mapping[int, Writing],
+    ) -> dict[str, object]:
+        """How much of what was wanted is missing once all is written, to be noted.
+
+        |z - h| / |z - z_0| at the bare questions, mean over edits: 0 is all there, 1 is nothing.
+        """
+        left = (wanted - read_edits(lm, edits, list(changes)).outputs).norm(dim=1)
+        way = (wanted - start).norm(dim=1).clamp(min=1e-30)
+        return {"residual_left": round(float((left / way).mean()), 4)}
+
     def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Makes the model answer the forget questions with targets.
 
@@ -225,10 +241,8 @@ class LocatedEditor(Editor):
                         other_questions(request, names), ends=self.ends)  # fmt: skip
         with writing(lm, layers) as (changes, patch):
             began = time.perf_counter()
-            notes["edits"] = [
-                note
-                for mine, their in self._chunks(records, targets)
-                for note in self._edited(
+            parts = [
+                self._edited(
                     lm,
                     edits_of(
                         lm, mine, their, beginnings=beginnings, merge=self.merge,
@@ -236,7 +250,13 @@ class LocatedEditor(Editor):
                     ),
                     changes, prepared, notes,
                 )
+                for mine, their in self._chunks(records, targets)
             ]  # fmt: skip
+            notes["edits"] = [note for part in parts for note in _notes(*part)]
+            edits = [edit for part, _, _ in parts for edit in part]
+            start = torch.cat([one for _, one, _ in parts])
+            delta = torch.cat([values.delta for _, _, values in parts])
+            notes |= self.missed(lm, edits, start, start + delta, changes)
             notes["seconds"] = round(time.perf_counter() - began, 2)
             checked = before.after(lm, {layer: change.change for layer, change in changes.items()})
             notes["checked"] = checked.notes()
@@ -280,15 +300,15 @@ class LocatedEditor(Editor):
         changes: Mapping[int, Writing],
         prepared: Any,
         notes: dict[str, object],
-    ) -> list[dict[str, object]]:
-        """Finds the values of some edits and writes them; returns a note for each."""
+    ) -> tuple[list[Edit], Float[Tensor, "edits hidden"], Values]:
+        """Finds the values of some edits and writes them; returns them with z_0 and the values."""
         start = self.start(lm, edits, changes)
         site = Site(what=self.site, layers=(max(changes),))
         seen = [edit.within(self.value_contexts) for edit in edits]
         values = find_values(lm, seen, site, start, self.search)
         with torch.no_grad():
             notes |= self.write(lm, edits, start + values.delta, changes, prepared)
-        return _notes(edits, start, values)
+        return edits, start, values
 
     def _tell(self, checked: Checked) -> None:
         logger.info(

@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 #: Other questions that a memory is told apart from, at most.
 UNRELATED = 128
+#: Edits of earlier requests that are looked at after a further one, at most.
+EARLIER = 24
+#: Earlier refusals whose probability falls below this share are undone.
+STILL = 0.5
 PROMPT_END = Positions(kind="prompt_end")
 
 
@@ -158,9 +162,31 @@ class Memory(Intervention):
         )
         if checked.target_after < 0.5:
             logger.warning(f"{self.name}: that is hardly an edit. Raise steps or learning_rate.")
-        return replace(found, notes={**found.notes, "checked": checked.notes()})
+        told = {"checked": checked.notes(), **self._earlier_edits(lm, found, known)}
+        return replace(found, notes={**found.notes, **told})
 
     # ---- parts
+
+    def _earlier_edits(
+        self, lm: LM, found: Fitted, known: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """What became of the latest edits of earlier requests, to be noted."""
+        latest = [
+            (QA(question=one["question"], answer=one["target"]), one["target"])
+            for one in known[-EARLIER:]
+        ]
+        if not latest:
+            return {}
+        kept = Before(lm, latest, []).after(intervened(lm, [found]), {})
+        if kept.target_after < STILL * kept.target_before:
+            logger.warning(
+                f"{self.name}: this undoes earlier requests: a token of their refusals went from a "
+                f"probability of {kept.target_before:.2g} to {kept.target_after:.2g}."
+            )
+        return {"earlier": {
+            "questions": len(latest), "target_before": float(f"{kept.target_before:.4g}"),
+            "target_after": float(f"{kept.target_after:.4g}"),
+        }}  # fmt: skip
 
     def _asked(self, lm: LM, request: ForgetRequest, seed: int) -> tuple[Asked, dict[str, Any]]:
         every = {one.question: one for one in request.forget if isinstance(one, QA)}

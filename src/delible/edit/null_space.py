@@ -93,4 +93,5 @@ class NullSpaceEditor(LocatedEditor):
             return factors(keys, within, l2, changes[layer].protected)
 
         protected = {str(layer): len(change.earlier) for layer, change in changes.items()}
-        return {"earlier_edits": protected, **spread(lm, edits, wanted, changes, factors_of)}
+        spread(lm, edits, wanted, changes, factors_of)
+        return {"earlier_edits": protected}

@@ -99,7 +99,8 @@ class Edit:
 def editable(request: ForgetRequest, where: str, *, some: bool = True) -> tuple[list[QA], list[QA]]:
     """The forget records whose question names their subject, each once, and those that do not.
 
-    A record without a subject gets the first of the request's subjects that its question names.
+    A record without a subject gets the first of the request's subjects that its question names,
+    not only as a part of another one.
 
     Args:
         request: What is to be forgotten.
@@ -115,7 +116,7 @@ def editable(request: ForgetRequest, where: str, *, some: bool = True) -> tuple[
         if not isinstance(record, QA):
             continue
         names = (record.subject,) if record.subject else request.subjects
-        named = next((name for name in names if occurrences(record.question, name)), None)
+        named = next((name for name in names if occurrences(record.question, name, names)), None)
         if named is None:
             left.append(record)
             continue

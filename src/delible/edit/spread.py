@@ -29,28 +29,19 @@ def spread(
     wanted: Float[Tensor, "edits hidden"],
     changes: Mapping[int, Writing],
     factors_of: Callable[[int, Float[Tensor, "width edits"]], Float[Tensor, "width edits"]],
-) -> dict[str, object]:
+) -> None:
     """Writes the values, layer by layer, and says which keys were written to.
 
     Args:
         wanted: Z.
         changes: The down-projections by layer, ascending.
         factors_of: X of a layer's keys K.
-
-    Returns:
-        How much of |Z - H| is left, mean over edits, to be noted.
     """
     layers = list(changes)
-    missing = None
     for step, (layer, change) in enumerate(changes.items()):
         now = read_edits(lm, edits, layers)
-        if missing is None:
-            missing = (wanted - now.outputs).norm(dim=1)
         residual = (wanted - now.outputs) / (len(layers) - step)
         change.write(residual.T, factors_of(layer, now.mean[layer].T))
     after = read_edits(lm, edits, layers)
     for layer, change in changes.items():
         change.wrote(after.mean[layer].T)
-    left = (wanted - after.outputs).norm(dim=1)
-    assert missing is not None
-    return {"residual_left": round(float((left / missing.clamp(min=1e-30)).mean()), 4)}

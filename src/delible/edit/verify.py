@@ -187,15 +187,18 @@ def _probabilities(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> tupl
     Args:
         ends: With the end of the turn behind them.
     """
-    scores = [one for one in lm.score(asked) if not isinstance(one, NoAnswer)]
-    if not scores:
+    if not asked:
         return 0.0, 0.0
-    counts = [len(one.logprobs) - (one.has_end and not ends) for one in scores]
-    means = [
-        float(np.exp(one.logprobs[:count].mean()))
-        for one, count in zip(scores, counts, strict=True)
-    ]
-    hits = [bool(one.hits[:count].all()) for one, count in zip(scores, counts, strict=True)]
+    means: list[float] = []
+    hits: list[bool] = []
+    for one in lm.score(asked):
+        if isinstance(one, NoAnswer):  # it counts: as nothing
+            means.append(0.0)
+            hits.append(False)
+            continue
+        count = len(one.logprobs) - (one.has_end and not ends)
+        means.append(float(np.exp(one.logprobs[:count].mean())))
+        hits.append(bool(one.hits[:count].all()))
     return float(np.mean(means)), float(np.mean(hits))
 
 

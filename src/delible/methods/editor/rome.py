@@ -118,5 +118,16 @@ class ROME(RefusalEditor):
             residual = value - change.values(key[None])[0]
             change.write(residual[:, None], rank_one(mean, key, prepared)[:, None])
         change.wrote(read.mean[layer].T)
-        missed = (wanted - change.values(read.bare[layer])).norm(dim=1) / wanted.norm(dim=1)
-        return {"value_missed": round(float(missed.mean()), 6)}
+        return {}
+
+    def missed(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        start: Float[Tensor, "edits hidden"],
+        wanted: Float[Tensor, "edits hidden"],
+        changes: Mapping[int, Writing],
+    ) -> dict[str, object]:
+        """|v* - W k*| / |v*|, mean over questions."""
+        left = (wanted - self.start(lm, edits, changes)).norm(dim=1) / wanted.norm(dim=1)
+        return {"value_missed": round(float(left.mean()), 6)}

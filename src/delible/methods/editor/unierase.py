@@ -245,18 +245,20 @@ class UniErase(NullSpaceEditor):
             ModelError: The model cannot be edited, or the edit costs more than it may.
         """
         before, patches, origin = vocabulary_of(lm), list(lm.patches), lm.origin
-        is_new = token_of(lm, TOKEN) is None
+        is_new, patch = token_of(lm, TOKEN) is None, None
         try:
             patch = super().edit(lm, request, seed=seed)
+            if is_new:
+                patch.added = Added.of(lm, (TOKEN,), before)
+            probability, share = self._elsewhere(lm, request)
         except BaseException:
+            if patch is not None:
+                patch.undo(lm)
             if is_new and token_of(lm, TOKEN) is not None:
                 put_back(lm, before)
-                lm.touch()
-                lm.patches, lm.origin = patches, origin
+            lm.touch()
+            lm.patches, lm.origin = patches, origin
             raise
-        if is_new:
-            patch.added = Added.of(lm, (TOKEN,), before)
-        probability, share = self._elsewhere(lm, request)
         patch.notes["token_at_others"] = {
             "probability": float(f"{probability:.4g}"), "likeliest": round(share, 4),
         }  # fmt: skip

@@ -24,6 +24,7 @@ zjunlp/EasyEdit. Deviations:
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +41,8 @@ from delible.intervene.taps import Where
 from delible.lm.lm import LM
 from delible.ranges import Range, scales
 from delible.registry import register
+
+logger = logging.getLogger(__name__)
 
 
 def spread(queries: Float[Tensor, "token width"]) -> float:
@@ -146,9 +149,15 @@ class Grace(Memory):
         _, hit = looked_up(others, keys, radii)
         near, mine = looked_up(queries, keys, radii)
         says = torch.tensor(labels)[list(entries.founders)][near] == torch.tensor(labels)
+        lost = int((~(mine & says)).sum())
+        if lost:
+            logger.warning(
+                f"grace: {lost} of {len(labels)} questions in the codebook are not met any more: "
+                "others with another refusal lie too near. A smaller radius keeps them apart."
+            )
         return tensors, {
             "entries": len(entries.founders), "radius": float(f"{first[-1]:.4g}"),
-            "loss": float(f"{max(losses):.4g}"), "lost": int((~(mine & says)).sum()),
+            "loss": float(f"{max(losses):.4g}"), "lost": lost,
             "others_within": int(hit.sum()), "others": len(others),
         }  # fmt: skip
 

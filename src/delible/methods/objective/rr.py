@@ -15,7 +15,7 @@ digits.
 Paper: arXiv 2406.04313. Reference code: github.com/GraySwanAI/circuit-breakers.
 Deviations: the nudge, which 0 turns off; padding does not count, as in the released code. Rows are
 the forget records as they are: no blanked user turns, no mix of refusals in the retain set.
-Target blocks are depths; 10 / 32 and 20 / 32 are blocks 10 and 20 of a 32-block model.
+Target blocks are depths; 10 / 31 and 20 / 31 are blocks 10 and 20 of a 32-block model.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RR(Objective):
     """Options of representation rerouting."""
 
     depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
-        (10 / 32, 20 / 32), description="Depths of the target blocks: 0 the first, 1 the last."
+        (10 / 31, 20 / 31), description="Depths of the target blocks: 0 the first, 1 the last."
     )
     nudge: float = Field(
         0.01, ge=0, lt=1, description="Turn of the reference, a share of its length; 0: none."
