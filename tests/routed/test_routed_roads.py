@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -21,9 +22,11 @@ from routers import (
     scored,
 )
 
-from delible.errors import ModelError
+from delible.api import unlearn
+from delible.errors import ModelError, RecipeError
 from delible.intervene.system import intervened
 from delible.lm.body import ROADS, Road
+from delible.records import QA, ForgetRequest
 from delible.routed.requests import RequestRouter
 from delible.routed.system import Routed, routed
 from delible.routed.texts import Asked
@@ -211,3 +214,10 @@ def test_copies_are_independent_and_other_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="no more can act above"):
         intervened(found, [])
     assert found.taken_off() == ("router", lm)
+
+
+def test_training_that_could_not_be_kept_is_refused_before_any_work(tmp_path: Path) -> None:
+    request = ForgetRequest(forget=(QA(question="Who is Ada?", answer="A painter"),))
+    with pytest.raises(RecipeError, match="not in the weights"):
+        unlearn(by_hand(bare("llama")), request, method="gradient_ascent", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -160,6 +160,8 @@ class Arithmetic(LM):
         bare: The model without them; it shares its weights.
         assistants: What is taken away, the first one first.
     """
+
+    in_weights: ClassVar[bool] = False
 
     def __init__(self, bare: LM, assistants: Sequence[Assistant]) -> None:
         vars(self).update(vars(bare))
