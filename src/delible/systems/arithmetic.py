@@ -36,6 +36,7 @@ from delible.files import atomic_folder
 from delible.lm.body import AfterHead
 from delible.lm.derive import derive
 from delible.lm.identity import Identity
+from delible.lm.layout import Make
 from delible.lm.joint import Joint, joint_anatomy
 from delible.lm.lm import LM
 from delible.lm.saved_adapter import with_adapter
@@ -266,7 +267,21 @@ class Arithmetic(LM):
     def leading(self) -> LM:
         return self.bare.leading  # type: ignore[return-value]
 
-    # ---- interventions on the model stay
+    # ---- interventions on the model stay, and so does its router
+
+    @property
+    def routes(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        return self.bare.routes
+
+    def routing(self, names: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        return self.bare.routing(names)
+
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        """Lets the model's router note how sure the whole is."""
+        self.bare.spoken(rows, logits)
+
+    def about_to_call(self, make: Make) -> None:
+        self.bare.about_to_call(make)
 
     def intervening(self) -> AbstractContextManager[None]:
         """Within it the model's own interventions are in their places."""
