@@ -220,14 +220,15 @@ class _Sequence:
     def _covered(self, number: int, one: Named) -> Step | None:
         """A request all of whose records and names were done before."""
         mine = Holds.of(one.request.forget, one.request.subjects)
-        names = " and ".join(covering(mine, self.before))
+        names = covering(mine, self.before)
         if not names:
             return None
-        told = f"All that it holds was done for {names}: nothing is trained."
+        told = f"All that it holds was done for {' and '.join(names)}: nothing is trained."
         logger.info(f"Request {one.id}: {told}")
         state = self._state(number)
         return self._measured(
-            Step(number, one.id, "covered", told, state), open_system(state, context=self.context)
+            Step(number, one.id, "covered", told, state, by=names),
+            open_system(state, context=self.context),
         )
 
     def _state(self, number: int) -> str:
