@@ -295,6 +295,25 @@ def test_where_all_earn_the_same_there_is_nothing_to_learn() -> None:
         applied("on_policy_dpo", reward={"name": "length", "least": 0, "gate": False})
 
 
+def test_a_reward_that_failed_is_named_where_nothing_is_left_to_learn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"reward": {"name": "length", "least": 0, "gate": False}}
+    score = type(build("reward", "length")).score
+    monkeypatch.setattr(
+        "delible.rewards.length.Length.score",
+        lambda self, said: [Scored(None, reason="line is busy") for _ in said],
+    )
+    with pytest.raises(RunError, match=r"no answer had a value \(length: line is busy\)"):
+        applied("on_policy_dpo", **given)
+    monkeypatch.setattr(
+        "delible.rewards.length.Length.score",
+        lambda self, said: [Scored(None, reason="line is busy"), *score(self, said)[1:]],
+    )
+    with pytest.raises(RunError, match=r"earned the same \(2 had no value\)"):
+        applied("on_policy_dpo", **given)
+
+
 def test_dpo_prefers_what_earned_more() -> None:
     outcome, after = applied("on_policy_dpo", learning_rate=1e-3, epochs=4)
     assert outcome.notes["learned_from"] > 0
