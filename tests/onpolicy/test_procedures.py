@@ -22,7 +22,7 @@ from delible.method import Outcome
 from delible.names import Names
 from delible.records import QA, ForgetRequest
 from delible.resolving import resolve_method
-from delible.rundir import RunDirectory
+from delible.rundir import OtherRunError, RunDirectory
 from delible.stages.sampled import paired
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import System
@@ -38,6 +38,8 @@ TINY: dict[str, Any] = {
     "steps": 2, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 5,
     "precision": "float32", "checkpoint_steps": 1,
 }  # fmt: skip
+#: How a judge is tried on a refusal.
+REFUSED = "I don't know anything about that"
 #: A reward that tells a random model's answers apart.
 APART: dict[str, Any] = {"reward": {"name": "length", "least": 2, "gate": False}}
 EVERY = {
@@ -312,6 +314,27 @@ def test_a_reward_that_failed_is_named_where_nothing_is_left_to_learn(
     )
     with pytest.raises(RunError, match=r"earned the same \(2 had no value\)"):
         applied("on_policy_dpo", **given)
+
+
+def test_another_judge_does_not_go_on_with_the_answers_of_the_first(tmp_path: Path) -> None:
+    class Judge(Scripted):
+        def __init__(self, name: str) -> None:
+            super().__init__({}, name=name)
+
+        def generate(self, prompts: Any, decoding: Any) -> list[str | NoAnswer]:
+            replies = [one.messages[0].text.split("[Reply]")[1] for one in prompts]
+            return [json.dumps({
+                "knows": any(one.answer in reply for one in REQUEST.forget)  # type: ignore[union-attr]
+                or (len(reply) % 2 == 0 and REFUSED not in reply),
+                "invents": False, "readable": "~~" not in reply,
+            }) for reply in replies]  # fmt: skip
+
+    given = {"reward": {"name": "judged_ignorance", "judge": "role"}, "group_size": 6}
+    first = applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("a")}, **given)
+    again = applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("a")}, **given)
+    assert first[0].notes["learned_from"] == again[0].notes["learned_from"]
+    with pytest.raises(OtherRunError, match="the stage 'sample' was begun with other inputs"):
+        applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("b")}, **given)
 
 
 def test_dpo_prefers_what_earned_more() -> None:

@@ -22,7 +22,7 @@ from delible.stages.rewarded import (
 )
 from delible.stages.work import Stage, Work
 from delible.system.base import System
-from delible.train.onpolicy.rewards import Rewards
+from delible.train.onpolicy.rewards import Reward, Rewards, asked_by
 from delible.train.onpolicy.rows import Question, questions_of
 from delible.train.onpolicy.samples import Group, sampled_groups
 from delible.train.onpolicy.starting import planned
@@ -76,7 +76,8 @@ class SampledProcedure(RewardedProcedure):
                     "no_value": dict(rewards.tally.no_value)}  # fmt: skip
             return Made({"pairs": pairs, "told": told})
 
-        return work.stage("sample", make)
+        main: Reward = build("reward", self.main)
+        return work.stage("sample", make, inputs=asked_by([main], work.context))
 
     def _nothing_to_learn(self, groups: Sequence[Group], rewards: Rewards) -> RunError:
         where, failed = f"procedure '{self.name}'", rewards.tally.no_value
