@@ -121,6 +121,17 @@ def test_covered_by_several_and_by_an_earlier_sequence(
     assert more.state == whole.state
 
 
+def test_a_neighbour_that_another_request_forgets_is_not_kept(start: str, tmp_path: Path) -> None:
+    near = ForgetRequest(forget=(FORGET[0],), neighbours=(FORGET[2], RETAIN[0]))
+    found = carried_out(start, tmp_path / "run", B, near, retain=RETAIN[1:])
+    folder = tmp_path / "run" / "requests" / "002-002" / "data"
+    assert read_records(folder / "neighbours.jsonl") == [RETAIN[0]]
+    assert len(found.steps[0].values["retain"]) == len(RETAIN)
+    after = carried_out(str(found.folder), tmp_path / "more", A, retain=(*RETAIN, FORGET[2]))
+    assert after.steps[1].what == "covered"
+    assert len(after.steps[1].values["retain"]) == len(RETAIN)  # an earlier sequence forgot it
+
+
 def test_names_alone_do_not_cover_other_names(start: str) -> None:
     done = Holds.of([FORGET[0]], ["Ben  Orr"])
     assert done.covers(Holds.of([], ["ben orr"]))
