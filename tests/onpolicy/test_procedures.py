@@ -23,8 +23,8 @@ from delible.names import Names
 from delible.records import QA, ForgetRequest
 from delible.resolving import resolve_method
 from delible.rundir import OtherRunError, RunDirectory
-from delible.stages.sampled import paired
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.stages.sampled import SampledProcedure, paired
+from delible.system.asks import Decoding, NoAnswer, Prompt, Score
 from delible.system.base import System
 from delible.system.role import RoleName
 from delible.system.roles import Roles
@@ -335,6 +335,36 @@ def test_another_judge_does_not_go_on_with_the_answers_of_the_first(tmp_path: Pa
     assert first[0].notes["learned_from"] == again[0].notes["learned_from"]
     with pytest.raises(OtherRunError, match="the stage 'sample' was begun with other inputs"):
         applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("b")}, **given)
+
+
+@pytest.mark.parametrize("name", ["on_policy_dpo", "rejection_finetuning"])
+def test_the_best_answers_are_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[dict[str, Any]] = []
+    sampled = SampledProcedure.sampled
+
+    def recorded(self: SampledProcedure, work: Any) -> Any:
+        made = sampled(self, work)
+        pairs.extend(made["pairs"])
+        return made
+
+    monkeypatch.setattr(SampledProcedure, "sampled", recorded)
+    _, after = applied(name, learning_rate=1e-3, epochs=4)
+    assert pairs
+    reward = build("reward", APART["reward"])
+    asked = Question(Prompt.ask("?"), "forget", "?")
+    for which, earned in (("best", 1.0), ("worst", 0.0)):
+        found = [Completion(asked, one[which]) for one in pairs]
+        assert {one.value for one in reward.score(found)} == {earned}
+
+    def likelihood(model: LM, which: str) -> float:
+        asked = [Score(Prompt.ask(one["question"]), one[which]) for one in pairs]
+        return float(sum(one.logprobs.sum() for one in model.score(asked)))  # type: ignore[union-attr]
+
+    best, worst = (likelihood(after, one) - likelihood(lm(), one) for one in ("best", "worst"))
+    if name == "on_policy_dpo":
+        assert best > worst + 0.1
+    else:
+        assert best > 0.1
 
 
 def test_dpo_prefers_what_earned_more() -> None:
