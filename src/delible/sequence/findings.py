@@ -120,7 +120,9 @@ def _notes(result: SequenceResult) -> list[str]:
         notes.append(f"Not forgotten, more than half of it is left: {', '.join(never)}.")
     new = [one.id for one in steps if result.start_of(one.id) == 0]
     if new:
-        notes.append(f"Not known before, so that nothing of it could be forgotten: {', '.join(new)}.")
+        notes.append(
+            f"Not known before, so that nothing of it could be forgotten: {', '.join(new)}."
+        )
     silent = [name for name, value in lefts.items() if value is None and name not in new]
     if silent:
         notes.append(f"Not measured, since its records cannot be asked: {', '.join(silent)}.")

@@ -36,8 +36,8 @@ from delible.files import atomic_folder
 from delible.lm.body import AfterHead
 from delible.lm.derive import derive
 from delible.lm.identity import Identity
-from delible.lm.layout import Make
 from delible.lm.joint import Joint, joint_anatomy
+from delible.lm.layout import Make
 from delible.lm.lm import LM
 from delible.lm.saved_adapter import with_adapter
 from delible.lm.shortened import shortened
