@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed
             break
     if training.max_steps is not None and 0 < len(steps) < training.max_steps:
         logger.info(
-            f"training: {epoch} passes over {len(forget)} forget rows are {len(steps)} steps, fewer "
-            f"than the {training.max_steps} that are allowed; more --epochs are more steps."
+            f"training: {epoch} passes over {len(forget)} forget rows are {len(steps)} steps, "
+            f"fewer than the {training.max_steps} that are allowed; more --epochs are more steps."
         )
     return Plan(tuple(steps), per_epoch)
