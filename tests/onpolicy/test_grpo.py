@@ -216,7 +216,7 @@ def test_the_second_step_on_the_same_completions_is_clipped(dual_clip: float | N
 def test_a_retain_term_is_the_mean_over_its_tokens(temperature: float) -> None:
     start, after = lm(), lm()
     options = {**PLAIN, "unlearn_weight": 0.0, "retain_weight": 2.0, "completions_per_pass": 3}
-    run(after, retain=RETAIN, options={**options, "temperature": temperature})
+    trained = run(after, retain=RETAIN, options={**options, "temperature": temperature})
     rows = make_rows(start.template, RETAIN, role="retain")
     total, nats = 0, torch.zeros(())
     for row in rows:
@@ -225,6 +225,11 @@ def test_a_retain_term_is_the_mean_over_its_tokens(temperature: float) -> None:
         nats = nats - found[row.encoded.start - 1 :].sum()
         total += row.encoded.answer_tokens
     require_close(moved(start, after), gradient(start, 2.0 * nats / total))
+    told = trained.history[0]["retain_loss"]
+    assert told == pytest.approx(float(nats.detach()) / total, rel=1e-4)
+    more = run(retain=RETAIN, options={**options, "temperature": temperature,
+                                       "completions_per_pass": 1})  # fmt: skip
+    assert more.history[0]["retain_loss"] == pytest.approx(told, rel=1e-4)  # passes without a row
 
 
 def test_without_a_retain_weight_it_is_plain() -> None:

@@ -116,7 +116,7 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         retain = self.hooks.retain(self.state.global_step, self.passes % count, count)
         if retain is None:
             return loss
-        self._metrics["train"]["retain_loss"].append(float(retain.detach()) * count)
+        self._metrics["train"]["retain_loss"].append(float(retain.detach()))
         return loss + kept * retain
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -125,6 +125,8 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         if "train_runtime" in logs:
             return
         means = {name: sum(values) / len(values) for name, values in own.items() if values}
+        if parts := own.get("retain_loss"):
+            means["retain_loss"] = sum(parts)  # each pass has its share, and some have none
         if self.hooks.after(int(self.state.global_step), {**means, **logs}):
             self.control.should_training_stop = True
 
