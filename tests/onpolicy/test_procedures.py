@@ -32,6 +32,7 @@ from delible.systems.scripted import Scripted
 from delible.testing.contract.trial import REQUEST, require_same, weights
 from delible.train.onpolicy.rows import Completion, Question, Scored, Total
 from delible.train.onpolicy.samples import Group
+from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.world import World, filters
 
 TINY: dict[str, Any] = {
@@ -230,6 +231,63 @@ def test_purge_holds_questions_out_and_lists_entities(tmp_path: Path) -> None:
         "Ada Quill", "Ben Orr", "Norrby", "a mill at Casta", "Cy",
     ]  # fmt: skip
     assert made["soft"] == ["lute"]
+
+
+def handed(name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """What a procedure hands to its stage that trains by rewards."""
+    seen: dict[str, Any] = {}
+
+    def stop(
+        work: Any, stage: str, questions: Any, rewards: Any, settings: Any, **more: Any
+    ) -> Any:
+        seen.update(work=work, stage=stage, questions=questions, rewards=rewards,
+                    settings=settings, **more)  # fmt: skip
+        raise RunError("enough")
+
+    monkeypatch.setattr(f"delible.procedures.{name}.train_on_policy", stop)
+    with pytest.raises(RunError, match="enough"):
+        applied(name, **options)
+    return seen
+
+
+def test_rule_trains_by_its_table_from_the_steered_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = handed("rule", monkeypatch, halved=True)
+    settings: OnPolicyTraining = seen["settings"]
+    assert (settings.clip_low, settings.clip_high, settings.dual_clip) == (0.2, 0.3, 3.0)
+    assert (settings.kl_weight, settings.weight_decay) == (0.01, 0.01)
+    assert (settings.normalisation, settings.advantage, settings.temperature) == (
+        "token",
+        "group",
+        1,
+    )
+    assert (settings.inner_steps, settings.schedule, settings.warmup_steps) == (1, "constant", 0)
+    assert seen["rewards"] == [
+        {"name": "refusal_boundary", "variant": "two_stage_target", "halved": True}
+    ]
+    tags = [one.tag for one in seen["questions"]]
+    assert tags.count("forget") == tags.count("boundary") == 4
+    with pytest.raises(AssertionError, match="steered"):
+        require_same(weights(lm()), weights(seen["work"].lm), "steered")
+
+
+def test_purge_averages_each_answer_first_and_looks_at_other_questions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = handed("purge", monkeypatch, players={}, held_out=0.5)
+    settings: OnPolicyTraining = seen["settings"]
+    assert (settings.normalisation, settings.advantage) == ("sequence", "group")
+    assert (settings.kl_weight, settings.stop_at_reward, settings.stop_reward_steps) == (
+        0.04,
+        0.9,
+        5,
+    )
+    trained, held = ({one.text for one in seen[part]} for part in ("questions", "held_out"))
+    assert not trained & held
+    assert trained | held == {one.question for one in REQUEST.forget}  # type: ignore[union-attr]
+    assert [one["name"] for one in seen["rewards"]] == [
+        "forbidden_entities", "length", "well_formed",
+    ]  # fmt: skip
+    assert seen["rewards"][0]["form"] == "binary"
 
 
 def test_a_mistake_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
