@@ -116,6 +116,8 @@ class Method(ABC):
     needs_model: ClassVar[bool] = True
     #: It works on a model with its adapter on; false: the adapter is merged into the weights first.
     keeps_adapter: ClassVar[bool] = False
+    #: It trains the model that it is given, and that model, or an adapter on it, is the result.
+    trains_the_model: ClassVar[bool] = False
 
     def given(self) -> dict[str, Any]:
         """What it takes beside records and options, as plain data."""

@@ -10,6 +10,7 @@ from delible.cards import METHODS
 from delible.context import Context
 from delible.errors import RecipeError
 from delible.generation import elicited
+from delible.lm.lm import LM
 from delible.measure.engine import measure
 from delible.method import Method
 from delible.records import QA, ForgetRequest, RecordBase
@@ -46,6 +47,8 @@ def prepared(
         DelibleError: The request gives the method nothing to go by, or it cannot work on the
             system.
     """
+    if context.run is not None and method.trains_the_model:
+        _must_lie_in_weights(system, method)
     if elicits(method, request) and not request.subjects:
         others = ", ".join(card.name for card in registry.cards(*METHODS) if "names" in card.needs)
         raise RecipeError(
@@ -59,6 +62,22 @@ def prepared(
         request = request.model_copy(update={"retain": rows})
     method.check(system, with_stand_in(method, request))
     return request
+
+
+def _must_lie_in_weights(system: System, method: Method) -> None:
+    """Refuses to train what could not be kept afterwards.
+
+    Raises:
+        RecipeError: A part of what answers is not in the model's weights.
+    """
+    if isinstance(system, LM) and not system.in_weights:
+        raise RecipeError(
+            f"the model is '{system.name}': a part of it is not in the weights that would be "
+            "trained, so the result could not be saved.",
+            where=f"method '{method.name}'",
+            hint="Take that part off first ('delible undo RUN'), or give the model below it; or "
+            "keep nothing (no out=…).",
+        )
 
 
 def with_stand_in(method: Method, request: ForgetRequest) -> ForgetRequest:

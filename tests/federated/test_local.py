@@ -243,6 +243,23 @@ def test_adapters_go_on_models_that_they_fit() -> None:
             assert float(value.std()) == pytest.approx(value.shape[1] ** -0.5 / 3**0.5, rel=0.5)
 
 
+def test_what_clients_train_by_in_rounds_that_teach() -> None:
+    options = Federation(aggregation="fedprox", proximal=0.05, epochs=4, learning_rate=2e-4,
+                         learning_rate_width=None, batch_size=3, frozen_a=True)  # fmt: skip
+    order = options.order()
+    assert (order.on, order.proximal, order.frozen_a) == ("retain", 0.05, True)
+    recipe = Recipe.from_mapping(dict(order.recipe))
+    training = recipe.training
+    assert recipe.objective.card.name == "finetune"
+    assert (training.epochs, training.learning_rate, training.batch_size) == (4, 2e-4, 3)
+    assert training.learning_rate_width is None
+    assert options.order("both").on == "both"
+    plain = Federation()
+    assert (plain.momentum, plain.beta1, plain.beta2) == (0.9, 0.9, 0.99)
+    assert (plain.tau, plain.server_learning_rate, plain.proximal) == (1e-3, 1e-3, 0.01)
+    assert plain.order().proximal == 0  # fedavg has none
+
+
 def test_an_order_is_plain_data() -> None:
     order = Federation().order()
     assert json.loads(json.dumps(order.recipe)) == order.recipe

@@ -50,10 +50,15 @@ def read(path: Path = LIST) -> list[Mutation]:
     """All mutations.
 
     Raises:
-        ValueError: One does not fit the source (its text is not there exactly once).
+        ValueError: One does not fit the source (its text is not there exactly once), or two have
+            one name.
     """
     found = []
-    for name, given in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    text = path.read_text(encoding="utf-8")
+    names = [one[:-1] for one in text.splitlines() if one.endswith(":") and not one.startswith(" ")]
+    if twice := {name for name in names if names.count(name) > 1}:  # YAML keeps the last, silently
+        raise ValueError(f"more than one mutation is named {', '.join(sorted(twice))}")
+    for name, given in yaml.safe_load(text).items():
         tests = given["tests"]
         mutation = Mutation(
             name, given["file"], given["find"], given["replace"],

@@ -169,10 +169,58 @@ def test_the_divergence_is_from_the_model_as_it_was_given(place: str) -> None:
         require_close(moved(once, twice, 0.05), gradient(once, 0.7 * divergence))
 
 
-def test_a_retain_term_is_the_mean_over_its_tokens() -> None:
+def test_the_entropy_of_the_tokens_is_wanted() -> None:
+    start, after = lm(), lm()
+    reward = {"name": "length", "least": 0, "gate": False}  # equal: no advantage beside it
+    SEEN.clear()
+    options = {**PLAIN, "entropy_weight": 0.5, "learning_rate": 1.0, "completions_per_pass": 6}
+    run(after, rewards=[reward, Recording(weight=0.0)], options=options)
+    sums, count = torch.zeros(()), 0
+    for one in SEEN[0]:
+        ids = list(start.template.prompt_ids(one.question.prompt))
+        logits = start.core(torch.tensor([ids + list(one.tokens)])).logits[0, len(ids) - 1 : -1]
+        logs = logits.log_softmax(-1)
+        sums, count = sums - (logs.exp() * logs).sum(), count + len(one.tokens)
+    require_close(moved(start, after, 1.0), gradient(start, -0.5 * sums / count))
+
+
+@pytest.mark.parametrize(("high", "dual_clip"), [(0.5, None), (0.1, 1.2)])
+def test_the_second_step_on_the_same_completions_is_clipped(
+    high: float, dual_clip: float | None
+) -> None:
+    start, once, twice = lm(), lm(), lm()
+    options = {**PLAIN, "learning_rate": 0.5, "clip_low": 0.02, "clip_high": high,
+               "dual_clip": dual_clip}  # fmt: skip
+    SEEN.clear()
+    run(once, rewards=[Recording()], options=options)
+    run(twice, rewards=[Recording()], options={**options, "steps": 2, "inner_steps": 2})
+    first, second = SEEN  # one batch of completions in either run
+    assert [one.tokens for one in first] == [one.tokens for one in second]
+    values = [letters().score([one])[0].value for one in first]
+    loss, total, cut = torch.zeros(()), sum(len(one.tokens) for one in first), set[str]()
+    for place, one in enumerate(first):
+        group = values[place // 3 * 3 : place // 3 * 3 + 3]
+        advantage = (values[place] - statistics.mean(group)) / (statistics.stdev(group) + 1e-6)  # type: ignore[operator, type-var]
+        ratio = (logprobs(once, one) - logprobs(start, one).detach()).exp()
+        if advantage > 0:
+            cut |= {"high"} if bool((ratio > 1 + high).any()) else set()
+            cut |= {"between"} if bool(((ratio > 1.02) & (ratio < 1 + high)).any()) else set()
+            loss = loss - (advantage * ratio.clamp(max=1 + high)).sum() / total
+        else:
+            cut |= {"low"} if bool((ratio < 0.98).any()) else set()
+            cut |= {"dual"} if bool((ratio > 1.2).any()) else set()
+            held = ratio if dual_clip is None else ratio.clamp(max=dual_clip)
+            loss = loss - (advantage * held.clamp(min=0.98)).sum() / total
+    wanted = {"high", "low", "dual"} | ({"between"} if high > 0.1 else set())
+    assert cut == wanted, "each limit must count somewhere"
+    require_close(moved(once, twice, 0.5), gradient(once, loss))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])  # of the draws: what is learned has none
+def test_a_retain_term_is_the_mean_over_its_tokens(temperature: float) -> None:
     start, after = lm(), lm()
     options = {**PLAIN, "unlearn_weight": 0.0, "retain_weight": 2.0, "completions_per_pass": 3}
-    run(after, retain=RETAIN, options=options)
+    trained = run(after, retain=RETAIN, options={**options, "temperature": temperature})
     rows = make_rows(start.template, RETAIN, role="retain")
     total, nats = 0, torch.zeros(())
     for row in rows:
@@ -181,6 +229,11 @@ def test_a_retain_term_is_the_mean_over_its_tokens() -> None:
         nats = nats - found[row.encoded.start - 1 :].sum()
         total += row.encoded.answer_tokens
     require_close(moved(start, after), gradient(start, 2.0 * nats / total))
+    told = trained.history[0]["retain_loss"]
+    assert told == pytest.approx(float(nats.detach()) / total, rel=1e-4)
+    more = run(retain=RETAIN, options={**options, "temperature": temperature,
+                                       "completions_per_pass": 1})  # fmt: skip
+    assert more.history[0]["retain_loss"] == pytest.approx(told, rel=1e-4)  # passes without a row
 
 
 def test_without_a_retain_weight_it_is_plain() -> None:
@@ -341,7 +394,7 @@ def test_one_file_knows_trl() -> None:
         for path in package.rglob("*.py")
         if "trl_adapter import" in (text := path.read_text("utf-8")) or "import trl_adapter" in text
     ]
-    assert set(above) == {"run.py", "retained.py"}
+    assert set(above) == {"run.py"}
 
 
 def test_both_tags_are_asked_over_the_epochs() -> None:

@@ -22,9 +22,9 @@ from delible.method import Outcome
 from delible.names import Names
 from delible.records import QA, ForgetRequest
 from delible.resolving import resolve_method
-from delible.rundir import RunDirectory
-from delible.stages.sampled import paired
-from delible.system.asks import Decoding, NoAnswer, Prompt
+from delible.rundir import OtherRunError, RunDirectory
+from delible.stages.sampled import SampledProcedure, paired
+from delible.system.asks import Decoding, NoAnswer, Prompt, Score
 from delible.system.base import System
 from delible.system.role import RoleName
 from delible.system.roles import Roles
@@ -32,12 +32,15 @@ from delible.systems.scripted import Scripted
 from delible.testing.contract.trial import REQUEST, require_same, weights
 from delible.train.onpolicy.rows import Completion, Question, Scored, Total
 from delible.train.onpolicy.samples import Group
+from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.world import World, filters
 
 TINY: dict[str, Any] = {
     "steps": 2, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 5,
     "precision": "float32", "checkpoint_steps": 1,
 }  # fmt: skip
+#: How a judge is tried on a refusal.
+REFUSED = "I don't know anything about that"
 #: A reward that tells a random model's answers apart.
 APART: dict[str, Any] = {"reward": {"name": "length", "least": 2, "gate": False}}
 EVERY = {
@@ -230,6 +233,63 @@ def test_purge_holds_questions_out_and_lists_entities(tmp_path: Path) -> None:
     assert made["soft"] == ["lute"]
 
 
+def handed(name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """What a procedure hands to its stage that trains by rewards."""
+    seen: dict[str, Any] = {}
+
+    def stop(
+        work: Any, stage: str, questions: Any, rewards: Any, settings: Any, **more: Any
+    ) -> Any:
+        seen.update(work=work, stage=stage, questions=questions, rewards=rewards,
+                    settings=settings, **more)  # fmt: skip
+        raise RunError("enough")
+
+    monkeypatch.setattr(f"delible.procedures.{name}.train_on_policy", stop)
+    with pytest.raises(RunError, match="enough"):
+        applied(name, **options)
+    return seen
+
+
+def test_rule_trains_by_its_table_from_the_steered_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = handed("rule", monkeypatch, halved=True)
+    settings: OnPolicyTraining = seen["settings"]
+    assert (settings.clip_low, settings.clip_high, settings.dual_clip) == (0.2, 0.3, 3.0)
+    assert (settings.kl_weight, settings.weight_decay) == (0.01, 0.01)
+    assert (settings.normalisation, settings.advantage, settings.temperature) == (
+        "token",
+        "group",
+        1,
+    )
+    assert (settings.inner_steps, settings.schedule, settings.warmup_steps) == (1, "constant", 0)
+    assert seen["rewards"] == [
+        {"name": "refusal_boundary", "variant": "two_stage_target", "halved": True}
+    ]
+    tags = [one.tag for one in seen["questions"]]
+    assert tags.count("forget") == tags.count("boundary") == 4
+    with pytest.raises(AssertionError, match="steered"):
+        require_same(weights(lm()), weights(seen["work"].lm), "steered")
+
+
+def test_purge_averages_each_answer_first_and_looks_at_other_questions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = handed("purge", monkeypatch, players={}, held_out=0.5)
+    settings: OnPolicyTraining = seen["settings"]
+    assert (settings.normalisation, settings.advantage) == ("sequence", "group")
+    assert (settings.kl_weight, settings.stop_at_reward, settings.stop_reward_steps) == (
+        0.04,
+        0.9,
+        5,
+    )
+    trained, held = ({one.text for one in seen[part]} for part in ("questions", "held_out"))
+    assert not trained & held
+    assert trained | held == {one.question for one in REQUEST.forget}  # type: ignore[union-attr]
+    assert [one["name"] for one in seen["rewards"]] == [
+        "forbidden_entities", "length", "well_formed",
+    ]  # fmt: skip
+    assert seen["rewards"][0]["form"] == "binary"
+
+
 def test_a_mistake_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options, found in (
         ("rule", {"variant": "two_stages"}, "two_stages"),
@@ -293,6 +353,74 @@ def test_a_token_budget_bounds_what_is_sampled() -> None:
 def test_where_all_earn_the_same_there_is_nothing_to_learn() -> None:
     with pytest.raises(RunError, match="all answers to each of 4 questions earned the same"):
         applied("on_policy_dpo", reward={"name": "length", "least": 0, "gate": False})
+
+
+def test_a_reward_that_failed_is_named_where_nothing_is_left_to_learn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"reward": {"name": "length", "least": 0, "gate": False}}
+    score = type(build("reward", "length")).score
+    monkeypatch.setattr(
+        "delible.rewards.length.Length.score",
+        lambda self, said: [Scored(None, reason="line is busy") for _ in said],
+    )
+    with pytest.raises(RunError, match=r"no answer had a value \(length: line is busy\)"):
+        applied("on_policy_dpo", **given)
+    monkeypatch.setattr(
+        "delible.rewards.length.Length.score",
+        lambda self, said: [Scored(None, reason="line is busy"), *score(self, said)[1:]],
+    )
+    with pytest.raises(RunError, match=r"earned the same \(2 had no value\)"):
+        applied("on_policy_dpo", **given)
+
+
+def test_another_judge_does_not_go_on_with_the_answers_of_the_first(tmp_path: Path) -> None:
+    class Judge(Scripted):
+        def __init__(self, name: str) -> None:
+            super().__init__({}, name=name)
+
+        def generate(self, prompts: Any, decoding: Any) -> list[str | NoAnswer]:
+            replies = [one.messages[0].text.split("[Reply]")[1] for one in prompts]
+            return [json.dumps({
+                "knows": any(one.answer in reply for one in REQUEST.forget)  # type: ignore[union-attr]
+                or (len(reply) % 2 == 0 and REFUSED not in reply),
+                "invents": False, "readable": "~~" not in reply,
+            }) for reply in replies]  # fmt: skip
+
+    given = {"reward": {"name": "judged_ignorance", "judge": "role"}, "group_size": 6}
+    first = applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("a")}, **given)
+    again = applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("a")}, **given)
+    assert first[0].notes["learned_from"] == again[0].notes["learned_from"]
+    with pytest.raises(OtherRunError, match="the stage 'sample' was begun with other inputs"):
+        applied("on_policy_dpo", run=tmp_path / "run", players={"judge": Judge("b")}, **given)
+
+
+@pytest.mark.parametrize("name", ["on_policy_dpo", "rejection_finetuning"])
+def test_the_best_answers_are_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[dict[str, Any]] = []
+    sampled = SampledProcedure.sampled
+
+    def recorded(self: SampledProcedure, work: Any) -> Any:
+        made = sampled(self, work)
+        pairs.extend(made["pairs"])
+        return made
+
+    monkeypatch.setattr(SampledProcedure, "sampled", recorded)
+    _, after = applied(name, learning_rate=1e-3, epochs=4)
+    assert pairs
+    reward = build("reward", APART["reward"])
+    asked = Question(Prompt.ask("?"), "forget", "?")
+    for which, earned in (("best", 1.0), ("worst", 0.0)):
+        found = [Completion(asked, one[which]) for one in pairs]
+        assert {one.value for one in reward.score(found)} == {earned}
+
+    def likelihood(model: LM, which: str) -> float:
+        asked = [Score(Prompt.ask(one["question"]), one[which]) for one in pairs]
+        return float(sum(one.logprobs.sum() for one in model.score(asked)))  # type: ignore[union-attr]
+
+    best, worst = (likelihood(after, one) - likelihood(lm(), one) for one in ("best", "worst"))
+    assert best > worst + 0.1
+    assert best > 0 or name == "on_policy_dpo"
 
 
 def test_dpo_prefers_what_earned_more() -> None:

@@ -11,6 +11,7 @@ import torch
 from delible.bench.prepare import learned
 from delible.component import build
 from delible.context import Context
+from delible.errors import RunError
 from delible.experiments.reinvent.experiment import Reinvention
 from delible.experiments.reinvent.knowing import share
 from delible.lm.lm import LM
@@ -65,6 +66,22 @@ def test_without_the_retain_term_no_retain_row_counts() -> None:
     plain = {"unlearn_weight": 1.0, "retain_weight": 0.0}
     assert apart(run(**plain), run(retain=RETAIN[:1], **plain)) == pytest.approx(0.0, abs=1e-6)
     assert apart(run(prefix="", **plain), run(prefix="I know it:", **plain)) > 1e-4
+
+
+def test_as_many_retain_rows_as_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(work: Any, name: str, questions: Any, rewards: Any, settings: Any, **_: Any) -> None:
+        seen.append(settings)
+        raise RunError("enough")
+
+    monkeypatch.setattr("delible.procedures.reinvent.train_on_policy", stop)
+    for given, wanted in ((None, 2 * 4), (3, 3)):
+        with pytest.raises(RunError, match="enough"):
+            run(retain_rows=given, entropy_weight=0.25, dual_clip=4.0)
+        settings = seen.pop()
+        assert (settings.retain_rows, settings.completions) == (wanted, 2 * 4)
+        assert (settings.entropy_weight, settings.dual_clip) == (0.25, 4.0)
 
 
 def test_stages_are_told_and_read_back(tmp_path: Path) -> None:

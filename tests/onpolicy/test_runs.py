@@ -21,6 +21,7 @@ from delible.system.asks import NoAnswer, Prompt
 from delible.system.roles import Roles
 from delible.systems.scripted import Scripted
 from delible.testing.contract.trial import require_same, weights
+from delible.train.onpolicy.guards import Guards
 from delible.train.onpolicy.numbers import rates
 from delible.train.onpolicy.rewards import reward
 from delible.train.onpolicy.rows import Completion, Question, Scored
@@ -143,6 +144,13 @@ def test_it_stops_at_a_leak_target_on_held_out_questions() -> None:
                   held_out=FORGET[:1])  # fmt: skip
     assert trained.stopped == "the leak target was reached at step 2 (0.000)"
     assert "held_out_leak_rate" not in trained.history[0]
+
+
+@pytest.mark.parametrize(("leak", "stops"), [(0.5, False), (0.2, True), (0.1, True), (None, False)])
+def test_a_leak_target_is_reached_from_above(leak: float | None, stops: bool) -> None:
+    guards = Guards(OnPolicyTraining(stop_at_leak_rate=0.2))
+    told = {"step": 3.0} if leak is None else {"step": 3.0, "held_out_leak_rate": leak}
+    assert (guards.stopped(told, 0) is not None) == stops
 
 
 def test_a_used_up_utility_budget_brings_the_weights_back() -> None:

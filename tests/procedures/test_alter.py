@@ -18,7 +18,7 @@ from delible.loaders import write_records
 from delible.procedures.alter import Alter, domains_of, encoded, k_means
 from delible.records import QA, ForgetRequest
 from delible.routed.system import Routed
-from delible.routed.tokens import TokenRouter
+from delible.routed.tokens import ByToken, TokenRouter
 from delible.stages.experts import ExpertTraining, Moves
 from delible.stages.work import Stage, Work
 from delible.system.asks import Decoding, Prompt
@@ -48,7 +48,7 @@ def test_two_domains_are_forgotten_and_the_rest_is_kept() -> None:
 
 
 def training(tmp: Path | None = None, **options: Any) -> tuple[ExpertTraining, Any]:
-    lm, alter = taught(), Alter(**OPTIONS, **options)
+    lm, alter = taught(), Alter(**{**OPTIONS, **options})
     work = Work(alter, lm, REQUEST, Context())
     forget = encoded(lm, REQUEST.forget)
     started = work.stage("domains", lambda stage: alter._start(stage, lm, REQUEST, forget))
@@ -196,6 +196,29 @@ def test_a_domain_is_taken_back_from_the_command_line(
     assert left.fingerprint != whole.fingerprint
     assert main(["undo", run]) == 0
     assert delible.open(run).fingerprint == delible.open(str(tmp_path / "model")).fingerprint
+
+
+def test_structure_and_experts_go_by_entropies_of_their_own_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, start = training(structure_epochs=1, epochs=1, structure_order=0.9, order=1.1)
+    made.forget, made.retain = made.forget[:4], made.retain[:2]
+    made.domains = [rows[:2] for rows in made.domains]
+    seen = list[float]()
+    entropies = ByToken._read
+
+    def read(self: ByToken, *given: Any) -> Any:
+        seen.append(self.routing.order)
+        return entropies(self, *given)
+
+    monkeypatch.setattr(ByToken, "_read", read)
+    with made.at_work():
+        made.structure(Stage("structure", Context()))
+        assert set(seen) == {0.9}
+        seen.clear()
+        made.experts(Stage("experts", Context()), start)
+        assert set(seen) == {1.1}
+    assert made.options.routing() == made.options.routing(1.1)
 
 
 def test_a_stage_is_told_step_by_step() -> None:

@@ -243,6 +243,22 @@ def test_cut_offs_are_quantiles_of_what_is_kept_and_stay() -> None:
     assert again.notes["cutoffs"] == made.notes["cutoffs"]
 
 
+def test_what_each_importance_is_trained_by() -> None:
+    method = Fit()
+    kinds = {"low": ("random_label", "none"), "middle": ("npo", "none"), "high": ("npo", "kl")}
+    for which, wanted in kinds.items():
+        recipe = method.recipe(which, [1, 3])  # type: ignore[arg-type]
+        assert (recipe.objective.card.name, recipe.keep.card.name) == wanted
+        place, training = recipe.place.spec(), recipe.training
+        assert (place["name"], place["role"]) == ("layers", "matrices")
+        assert list(place["layers"]) == [1, 3]
+        assert (training.learning_rate, training.epochs, training.weight_decay) == (3e-5, 3, 0.1)
+        assert (training.schedule, training.warmup_share) == ("cosine", 0.1)
+        if wanted[0] == "npo":
+            assert recipe.objective.spec()["beta"] == pytest.approx(0.1)
+    assert (method.tau, method.epsilon, method.layers) == (0.9, 0.2, 8)
+
+
 def test_importance_routes() -> None:
     assert [tier(one, 6.0, 12.0) for one in (5.9, 6.0, 11.9, 12.0)] == [
         "low", "middle", "middle", "high"

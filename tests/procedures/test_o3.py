@@ -269,6 +269,25 @@ def test_a_tuned_encoder_is_kept_with_its_request(walk: Walk, tmp_path: Path) ->
     )
 
 
+def test_what_the_adapter_is_trained_by() -> None:
+    for given, start in ({}, "fresh"), ({"adapters": "cumulative", "rank": 4}, "last"):
+        method = O3(**given, alpha=12.0, orthogonality=0.3, max_steps=7)  # type: ignore[arg-type]
+        recipe = method.recipe()
+        place = recipe.place.spec()
+        assert (recipe.objective.card.name, recipe.keep.card.name) == ("idk", "none")
+        assert (place["name"], place["rank"], place["alpha"]) == (
+            "orthogonal_lora", given.get("rank", 8), 12.0,
+        )  # fmt: skip
+        assert (place["orthogonality"], place["start"]) == (0.3, start)
+        training = recipe.training
+        assert (training.epochs, training.least_steps, training.batch_size) == (15, 40, 16)
+        assert (training.max_steps, training.learning_rate_width) == (7, 576)
+    assert O3(learning_rate=3e-4).recipe().training.learning_rate_width is None
+    plain = O3()
+    assert (plain.orthogonality, plain.gamma, plain.zeta, plain.offset) == (0.1, 1000, 10, 2)
+    assert (plain.nu, plain.floor, plain.encoder_rank, plain.encoder_alpha) == (0.1, 0.2, 8, 32)
+
+
 def test_passages_are_read_as_they_are() -> None:
     assert texts_of([Passage(text="Ada was born."), *about("bo")[:1]]) == [
         "Ada was born.", "where was bo born ?", "in which town was bo born ?",

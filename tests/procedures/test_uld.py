@@ -26,7 +26,7 @@ from delible.records import QA, ForgetRequest
 from delible.rundir import RunDirectory
 from delible.stages.folder import stages_of
 from delible.system.asks import Decoding, Distribution, Prompt, Score
-from delible.systems.arithmetic import Arithmetic, cost_share
+from delible.systems.arithmetic import Arithmetic, Subtraction, cost_share
 from delible.systems.opening import described, keep, open_lm, undo
 from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
@@ -269,6 +269,25 @@ def test_a_model_of_few_blocks_gets_a_shorter_assistant_and_says_so(
     block = sum(one.numel() for one in lm.anatomy.block(lm.core, 0).parameters())
     assert outcome.notes["adds"] == pytest.approx((block + head) / (3 * block + head), abs=1e-3)
     assert cost_share(outcome.system, 1) == pytest.approx(outcome.notes["adds"], abs=1e-3)
+
+
+def test_the_assistant_is_trained_as_in_the_paper_unless_it_is_told_otherwise() -> None:
+    own = ULD()
+    assert own.subtraction == Subtraction(strength=0.75, filter_share=0.01, centred=True)
+    recipe = own.training()
+    assert (recipe.objective.card.name, recipe.keep.card.name) == ("finetune", "uniform")
+    assert recipe.balance.spec() == {
+        "name": "weighted_sum", "forget_weight": 1.0, "retain_weight": 6.5,
+    }  # fmt: skip
+    place, rows = recipe.place.spec(), recipe.generate.spec()
+    assert (place["name"], place["rank"], place["alpha"]) == ("lora", 32, 32.0)
+    assert (rows["name"], rows["paraphrases"], rows["perturbed"]) == ("augmented", 2, 2)
+    training = recipe.training
+    assert (training.learning_rate, training.epochs, training.batch_size) == (1e-3, 10, 32)
+    assert (training.warmup_share, training.weight_decay) == (0.1, 0.01)
+    told = ULD(retain_weight=2.0, assistant_weight=0.5, filter_share=None, centred=False)
+    assert told.training().balance.spec()["retain_weight"] == pytest.approx(2.0)
+    assert told.subtraction == Subtraction(strength=0.5, filter_share=None, centred=False)
 
 
 def test_a_recipe_that_would_change_the_model_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,16 +16,20 @@ from routers import (
     adapter,
     bare,
     by_hand,
+    detector,
     gate,
     merged,
     said,
     scored,
 )
 
-from delible.errors import ModelError
+from delible.api import unlearn
+from delible.errors import ModelError, RecipeError
 from delible.intervene.system import intervened
 from delible.lm.body import ROADS, Road
-from delible.routed.requests import RequestRouter
+from delible.records import QA, ForgetRequest
+from delible.routed.detector import Detector
+from delible.routed.requests import Member, RequestRouter
 from delible.routed.system import Routed, routed
 from delible.routed.texts import Asked
 from delible.system.asks import Decoding, Distribution, Hidden, Prompt, Score
@@ -177,9 +182,38 @@ def test_what_is_read_is_what_was_asked() -> None:
     assert read(template.prompt_ids(Prompt(text="Ada was"))) == ("Ada was",)
     turns = Prompt.ask("Who is Ada?").messages
     talk = Prompt((*turns, type(turns[0])(role="assistant", content="A poet"), *turns))
-    pieces = read(template.prompt_ids(talk))
-    assert "Who is Ada?" in pieces
-    assert "A poet" in "".join(pieces)
+    assert read(template.prompt_ids(talk)) == (
+        "Who is Ada?\nA poet\nWho is Ada?", "Who is Ada?", "A poet"
+    )  # fmt: skip
+    told = Prompt((type(turns[0])(role="system", content="Be brief."), *turns))
+    assert read(template.prompt_ids(told)) == ("Be brief.\nWho is Ada?", "Be brief.", "Who is Ada?")
+
+
+@pytest.mark.parametrize(("loads", "wanted"), [("own", [[0.9, 0.4], [0.0, 0.4], [0.0, 0.0]]),
+                                               ("cumulative", [[0.9], [0.4], [0.0]])])  # fmt: skip
+def test_the_turn_that_opens_a_gate_most_counts(loads: Any, wanted: list[list[float]]) -> None:
+    lm = bare("llama")
+
+    class Sure(Detector):
+        def weights(self, vectors: Any) -> Any:
+            return vectors[:, 0, int(self.tensors["numbers"][0])]
+
+    class Read:
+        identity = "by hand"
+
+        def __call__(self, texts: Any, *_: Any) -> Any:
+            return np.array([[[0.9 * (one == "Ada?"), 0.4 * (one == "Bo?")]] for one in texts])
+
+    parts = [
+        Member(name, adapter(lm, place), Sure(**vars(detector(place))))
+        for place, name in enumerate(REQUESTS)
+    ]
+    acting: Any = routed(lm, RequestRouter(parts, loads, lm.identity)).acting
+    acting._sources = {("states", None): Read()}
+    ada, bo = (Prompt.ask(text).messages[0] for text in ("Ada?", "Bo?"))
+    talk = Prompt((ada, type(ada)(role="assistant", content="A poet"), bo))
+    asked = [lm.template.prompt_ids(one) for one in (talk, Prompt.ask("Bo?"), Prompt.ask("Cy?"))]
+    np.testing.assert_allclose(acting.weights(asked), wanted)
 
 
 def test_fingerprint_follows_whatever_changes_answers() -> None:
@@ -211,3 +245,10 @@ def test_copies_are_independent_and_other_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="no more can act above"):
         intervened(found, [])
     assert found.taken_off() == ("router", lm)
+
+
+def test_training_that_could_not_be_kept_is_refused_before_any_work(tmp_path: Path) -> None:
+    request = ForgetRequest(forget=(QA(question="Who is Ada?", answer="A painter"),))
+    with pytest.raises(RecipeError, match="not in the weights"):
+        unlearn(by_hand(bare("llama")), request, method="gradient_ascent", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -12,9 +12,11 @@ from routers import bare, logits_of, matrices
 from delible.errors import ModelError, RunError
 from delible.lm.body import Road
 from delible.lm.lm import LM
+from delible.lm.shortened import shortened
 from delible.routed.system import Routed, routed
 from delible.routed.tokens import Routing, TokenRouter, gates, largest, tsallis
 from delible.system.asks import Decoding, Hidden, Prompt, Score
+from delible.systems.arithmetic import Assistant, Subtraction, subtracted, together
 from delible.train.hinge import inverted_hinge
 
 DOMAINS = ("ada", "bo", "cy")
@@ -245,8 +247,8 @@ def test_a_question_can_name_a_domain() -> None:
     named = found.generate([Prompt(one.messages, adapter="bo") for one in PROMPTS], Decoding(6))
     assert named != found.generate(PROMPTS, Decoding(6))
     mixed = [Prompt(PROMPTS[0].messages, adapter=name) for name in ("", "bo", None)]
-    together = found.generate(mixed, Decoding(6))
-    assert together == [found.generate([one], Decoding(6))[0] for one in mixed]
+    at_once = found.generate(mixed, Decoding(6))
+    assert at_once == [found.generate([one], Decoding(6))[0] for one in mixed]
     with pytest.raises(ModelError, match="no adapter 'dee'"):
         found.generate([Prompt(PROMPTS[0].messages, adapter="dee")], Decoding(2))
 
@@ -267,3 +269,29 @@ def test_it_is_saved_and_read_again(tmp_path: object) -> None:
     (folder / "experts" / "tensors.safetensors").unlink()
     with pytest.raises(RunError, match="cannot be read"):
         TokenRouter.load(folder, parts)
+
+
+def test_an_assistant_stands_on_experts_and_its_difference_routes_them() -> None:
+    lm, how = bare("llama"), Subtraction(strength=0.7, filter_share=None)
+    found = routed(lm, router(lm))
+    small = shortened(lm, 1, "assistant")
+    both, made = together(found, [Assistant(small, how)]), found.router
+    assert isinstance(made, TokenRouter)
+    tokens = 5
+    for prompt in PROMPTS:
+        ids = list(lm.template.prompt_ids(prompt))
+        start, known = len(ids), entropies(lm, made, ids)
+        while len(ids) - start < tokens:
+            whole = alone(lm, made, ids, known)[-1:].double()
+            logits = subtracted(whole, logits_of(small.core, ids)[-1:].double(), how)
+            if (token := int(logits.argmax())) in lm.ends:
+                break
+            known.append(float(tsallis(logits, made.routing.order)))
+            ids.append(token)
+        wanted = str(lm.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+        assert both.generate([prompt], Decoding(tokens)) == [wanted]
+    plain = together(lm, [Assistant(small, how)])
+    none = [Prompt(one.messages, adapter="") for one in PROMPTS]
+    assert both.generate(none, Decoding(tokens)) == plain.generate(PROMPTS, Decoding(tokens))
+    with pytest.raises(ModelError, match="no adapter 'dee'"):
+        both.generate([Prompt(PROMPTS[0].messages, adapter="dee")], Decoding(2))

@@ -20,13 +20,14 @@ from delible.loaders.requests import Holds, Named
 from delible.measure.evaluate import evaluate
 from delible.records import QA, ForgetRequest
 from delible.report.sequence import render_sequence
+from delible.rundir import RunDirectory
 from delible.sequence import run
 from delible.sequence.findings import findings
 from delible.sequence.result import SequenceResult, Step, is_sequence, read_sequence
 from delible.sequence.run import unlearn_sequence
 from delible.sequence.undoing import undo_request
 from delible.system.artefact import read
-from delible.systems.opening import identity_of, open_lm, open_system
+from delible.systems.opening import identity_of, open_lm, open_system, undo
 from delible.testing.contract.trial import FORGET, RETAIN
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -118,6 +119,17 @@ def test_covered_by_several_and_by_an_earlier_sequence(
     assert more.steps[1].what == "covered"
     assert more.steps[1].told.startswith("All that it holds was done for 001-001 and 004-004:")
     assert more.state == whole.state
+
+
+def test_a_neighbour_that_another_request_forgets_is_not_kept(start: str, tmp_path: Path) -> None:
+    near = ForgetRequest(forget=(FORGET[0],), neighbours=(FORGET[2], RETAIN[0]))
+    found = carried_out(start, tmp_path / "run", B, near, retain=RETAIN[1:])
+    folder = tmp_path / "run" / "requests" / "002-002" / "data"
+    assert read_records(folder / "neighbours.jsonl") == [RETAIN[0]]
+    assert len(found.steps[0].values["retain"]) == len(RETAIN)
+    after = carried_out(str(found.folder), tmp_path / "more", A, retain=(*RETAIN, FORGET[2]))
+    assert after.steps[1].what == "covered"
+    assert len(after.steps[1].values["retain"]) == len(RETAIN)  # an earlier sequence forgot it
 
 
 def test_names_alone_do_not_cover_other_names(start: str) -> None:
@@ -252,6 +264,23 @@ def test_an_untouched_model_is_said_to_have_forgotten_nothing(tmp_path: Path) ->
     assert not any("back after" in one for one in notes)
 
 
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    """A ruined model looks forgotten where nothing else is asked; so does what was never known."""
+    steps = (
+        step(0, "", a=[0.8], b=[0.0], c=[None]),
+        step(1, "a", a=[0.01], b=[0.0], c=[None]),
+        step(2, "b", a=[0.01], b=[0.0], c=[None]),
+        step(3, "c", a=[0.01], b=[0.0], c=[None]),
+    )
+    notes = findings(SequenceResult(tmp_path, "npo", "m", ("a", "b", "c"), steps)).notes
+    assert "Not known before, so that nothing of it could be forgotten: b." in notes
+    assert "Not measured, since its records cannot be asked: c." in notes
+    assert (
+        "What else the model knows was not measured (there are no records to keep that it knew "
+        "before): a model that lost everything would look the same." in notes
+    )
+
+
 # ---- undoing
 
 
@@ -266,16 +295,45 @@ def test_undoing_the_last_is_the_result_before_it(whole: SequenceResult) -> None
         undo_request(whole.folder, "x")
 
 
-def test_one_of_several_is_taken_out_of_a_codebook_exactly(start: str, tmp_path: Path) -> None:
+def test_one_of_several_is_taken_out_of_a_codebook_exactly(
+    start: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options: dict[str, Any] = {"method": "grace", "steps": 2, "depth": 0.5}
     found = unlearn_sequence(
-        start, [A, B], out=tmp_path / "both", retain=RETAIN, verify=False, **options
-    )
+        start, [A, B, Named("again", B)], out=tmp_path / "both", retain=RETAIN, verify=False,
+        **options,
+    )  # fmt: skip
     left = undo_request(found.folder, "001")
     assert left == found.state
     assert read(Path(left)).without is not None
-    back = undo_request(found.folder, "002")
-    assert back == found.steps[1].state
+    assert not [one for one in caplog.messages if "is undone with it" in one]
+    assert undo_request(found.folder, "002") == left  # and not what the first one left
+    assert getattr(open_system(left), "acting", ())[0].notes["edits"] == []
+    assert any(one.startswith("What again asked for was done") for one in caplog.messages)
+
+
+def test_what_was_undone_stays_undone_whatever_is_undone_next(start: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "grace", "steps": 2, "depth": 0.5, "verify": False}
+    third = ForgetRequest(forget=(FORGET[3],))
+    found = unlearn_sequence(start, [A, B, third], out=tmp_path / "all", retain=RETAIN, **options)
+    ids = [RunDirectory(Path(one.state)).manifest["request"] for one in found.steps[1:]]
+
+    def held(place: str) -> set[str]:
+        """Which requests the codebook of the model in a place holds."""
+        books: list[Any] = list(getattr(open_system(place), "acting", ()))
+        return {edit["request"] for book in books for edit in book.notes["edits"]}
+
+    assert held(found.state) == set(ids)
+    undo_request(found.folder, "001")
+    left = undo_request(found.folder, "003")  # the last one: the result before it knows no undoing
+    assert held(left) == {ids[1]}
+    assert "Undone since, so that it is known again: 001, 003." in findings(found).notes
+    undo(found.state, back=True)
+    assert held(undo_request(found.folder, "003")) == set(ids[:2])
+    assert undo_request(found.folder, "003") == found.steps[2].state  # as before
+    left = undo_request(found.folder, "001")  # the last result is taken off already
+    assert held(left) == {ids[1]}
+    assert "Undone since, so that it is known again: 001, 003." in findings(found).notes
 
 
 # ---- reading

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from delible.api import unlearn
 from delible.component import build
 from delible.context import Context
 from delible.edit.base import Patch
@@ -488,3 +489,19 @@ def test_what_does_not_say_how_it_subtracts_is_told(base: str, tmp_path: Path) -
 def test_a_strength_below_nothing_is_no_option() -> None:
     with pytest.raises(RecipeError, match="strength"):
         Subtraction.build("test", strength=-0.1)
+
+
+@pytest.mark.parametrize("method", ["npo", "fit"])
+def test_training_that_could_not_be_kept_is_refused_before_any_work(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lm_of()
+    both = together(lm, [assistant_of(lm)])
+    begun: list[str] = []
+    monkeypatch.setattr("delible.finishing.answers", lambda *given: begun.append("answers"))
+    monkeypatch.setattr("delible.preparing.automatic_retain", lambda *given: begun.append("rows"))
+    with pytest.raises(RecipeError, match="not in the weights") as caught:
+        unlearn(both, REQUEST, method=method, out=tmp_path / "run")
+    assert "undo" in str(caught.value)
+    assert begun == []
+    assert not (tmp_path / "run").exists()

@@ -37,6 +37,17 @@ def test_few_rows_are_passed_more_often(rows: int, training: dict[str, Any], ste
     assert planned(rows, **training) == steps
 
 
+def test_passes_that_end_before_the_steps_that_are_allowed_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        assert planned(10, epochs=3, batch_size=16, max_steps=3) == 3
+        assert not caplog.messages
+        assert planned(10, epochs=3, batch_size=16, max_steps=60) == 3
+    (told,) = caplog.messages
+    assert "3 passes over 10 forget rows are 3 steps, fewer than the 60" in told
+
+
 @pytest.mark.parametrize(
     ("meant", "width", "rate"),
     [(576, 576, 2e-5), (576, 288, 4e-5), (576, 4608, 2.5e-6), (None, 8, 2e-5)],

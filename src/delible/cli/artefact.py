@@ -87,5 +87,5 @@ def _of_sequence(reporter: output.Reporter, target: Path, back: bool, only: Sequ
             hint="Say which: --only ID. What was taken off a run goes on again with its folder.",
         )
     left = undo_request(target, only[0])
-    reporter.say(f"Without request {only[0]}, bit by bit as if it had not been asked for: {left}")
+    reporter.say(f"Without request {only[0]}; all else is as it was, bit by bit: {left}")
     return 0

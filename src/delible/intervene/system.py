@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Intervened(LM):
         interventions: What is on it, in this order.
         acting: Those of them that act: one that a later one extends is in that already.
     """
+
+    in_weights: ClassVar[bool] = False
 
     def __init__(self, bare: LM, interventions: Sequence[Acting]) -> None:
         vars(self).update(vars(bare))

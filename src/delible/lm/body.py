@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -150,6 +150,8 @@ class Body:
         """Tokens that end an answer."""
         return self.template.ends
 
+    #: All that answers lies in its weights, so that it can be saved as a model.
+    in_weights: ClassVar[bool] = True
     #: Whose interventions act when this model is asked; a bare model has none.
     interveners: object | None = None
     #: Ids of the requests whose adapters a router chooses among; None: there is no router.

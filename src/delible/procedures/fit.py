@@ -130,6 +130,7 @@ class Fit(Procedure):
         "weigh": "how strongly the model holds it, and so which loss",
         "update": "training of those layers by that loss",
     }
+    trains_the_model: ClassVar[bool] = True
 
     layers: int = Field(8, ge=1, description="Layers that move, at most half of the model's.")
     tau: float = Field(0.9, ge=-1, le=1, description="Cosine from which a chunk is like another.")

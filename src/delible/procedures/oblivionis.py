@@ -91,6 +91,7 @@ class Oblivionis(Procedure, Federation, Dealing):
         "retrain": "rounds over what every client keeps, from an adapter that knows nothing",
     }
     keeps_adapter: ClassVar[bool] = True
+    trains_the_model: ClassVar[bool] = True
 
     unlearn: str = Field(
         "npo", description="How the asking client unlearns: a recipe by name or file, or 'retrain' "

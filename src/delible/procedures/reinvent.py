@@ -13,10 +13,9 @@ Whether what is lost can be found again is another question: ``delible bench rei
 
 Paper: arXiv 2604.05716, and a description of its released code. Deviations: questions are made from
 the records, not written by hand; a failed call of the judge is no value instead of the worst one;
-no masks over the ends of answers, and no noise-and-distil stage; at another temperature than 1 the
-retain loss is that of the tempered model. ``kl_target`` adapts beta, and ``advantage: tempered``
-takes the temperature of the paper's test-time training: both are options here and not what the
-paper unlearns with.
+no masks over the ends of answers, and no noise-and-distil stage. ``kl_target`` adapts beta, and
+``advantage: tempered`` takes the temperature of the paper's test-time training: both are options
+here and not what the paper unlearns with.
 """
 
 from __future__ import annotations

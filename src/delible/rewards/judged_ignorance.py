@@ -30,7 +30,7 @@ from delible.names import Names
 from delible.prompts import read_text
 from delible.registry import register
 from delible.system.asks import Decoding, NoAnswer
-from delible.system.role import Role
+from delible.system.role import Role, RoleName
 from delible.train.onpolicy.rewards import Reward, Score
 from delible.train.onpolicy.rows import Completion, Question, Scored, subjects_of
 from delible.world import filters
@@ -170,6 +170,10 @@ class JudgedIgnorance(Reward):
     subjects: tuple[str, ...] = Field(
         (), description="Names of what is forgotten; none: the forget questions' subjects."
     )
+
+    @property
+    def roles(self) -> tuple[RoleName, ...]:
+        return ("judge",) if self.judge == "role" else ()
 
     def ready(self, questions: Sequence[Question], context: Context = NO_CONTEXT) -> Score:
         subjects = list(self.subjects) or subjects_of(questions)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class Routed(LM):
         bare: The model without the router; it shares its weights.
         router: Which adapters act, and when.
     """
+
+    in_weights: ClassVar[bool] = False
 
     def __init__(self, bare: LM, router: Router) -> None:
         vars(self).update(vars(bare))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from typing import Literal
 
+from delible.errors import ModelError
 from delible.lm.template import Template
+from delible.messages import Message
 from delible.system.asks import Prompt
 
 #: Stands for a question; no template contains it.
@@ -25,16 +28,16 @@ class Asked:
     def __call__(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """The words of a prompt: as a whole and, of several turns, turn by turn.
 
-        What the template puts before a first question and behind a question is left out, wherever
-        it stands; a prompt in another form is read as it is. The beginning of an answer that was
-        given with it counts as a turn.
+        What the template puts before a first turn, between turns and behind a question is left
+        out; a prompt in another form is read as it is. A system text, and the beginning of an
+        answer that was given with it, count as turns.
         """
         text = self._decoded(ids)
-        before, behind, control = self._around
-        if before and text.startswith(before):
-            text = text[len(before) :]
-        if behind:
-            text = text.replace(behind, "\0")
+        begins, joins, control = self._around
+        if begin := next((one for one in begins if text.startswith(one)), ""):
+            text = text[len(begin) :]
+        for one in joins:
+            text = text.replace(one, "\0")
         if control is not None:
             text = control.sub("\0", text)
         turns = [turn.strip() for turn in text.split("\0") if turn.strip()]
@@ -43,12 +46,27 @@ class Asked:
         return tuple(dict.fromkeys(["\n".join(turns), *turns]))
 
     @cached_property
-    def _around(self) -> tuple[str, str, re.Pattern[str] | None]:
-        whole = self._decoded(self.template.prompt_ids(Prompt.ask(_STAND_IN)))
-        before, found, behind = whole.partition(_STAND_IN)
+    def _around(self) -> tuple[list[str], list[str], re.Pattern[str] | None]:
+        """What conversations begin with, what joins their turns, and single control tokens."""
+        plain = self._written("user")
+        begins, joins = ({plain[0]}, {plain[1]}) if plain else (set[str](), set[str]())
+        for roles in (("user", "assistant", "user"), ("system", "user")):
+            if pieces := self._written(*roles):
+                begins.add(pieces[0])
+                joins |= {one for one in pieces[1:] if one.strip()}
         special = sorted(self.template.tokenizer.all_special_tokens, key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, special))) if special else None
-        return (before, behind, control) if found else ("", "", control)
+        longest = [sorted(filter(None, some), key=len, reverse=True) for some in (begins, joins)]
+        return longest[0], longest[1], control if plain else None
+
+    def _written(self, *roles: Literal["system", "user", "assistant"]) -> list[str] | None:
+        """What the template writes before, between and behind turns; None: it takes none such."""
+        turns = tuple(Message(role=role, content=_STAND_IN) for role in roles)
+        try:
+            pieces = self._decoded(self.template.prompt_ids(Prompt(turns))).split(_STAND_IN)
+        except ModelError:
+            return None
+        return pieces if len(pieces) == len(roles) + 1 else None
 
     def _decoded(self, ids: tuple[int, ...]) -> str:
         return str(self.template.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 from delible.measure.benchmark import Chart, Curve, Findings
 from delible.sequence.result import SequenceResult, Step
+from delible.sequence.undoing import undone
 
 #: A request with more of its probability left than this has come back, or was not forgotten.
 BACK = 0.5
@@ -117,7 +118,23 @@ def _notes(result: SequenceResult) -> list[str]:
     never = [name for name, value in known.items() if value > BACK and name not in back]
     if never:
         notes.append(f"Not forgotten, more than half of it is left: {', '.join(never)}.")
-    if (kept := result.kept(last)) is not None:
+    new = [one.id for one in steps if result.start_of(one.id) == 0]
+    if new:
+        notes.append(
+            f"Not known before, so that nothing of it could be forgotten: {', '.join(new)}."
+        )
+    silent = [name for name, value in lefts.items() if value is None and name not in new]
+    if silent:
+        notes.append(f"Not measured, since its records cannot be asked: {', '.join(silent)}.")
+    if since := undone(result):
+        notes.append(f"Undone since, so that it is known again: {', '.join(since)}.")
+    kept = result.kept(last)
+    if kept is None:
+        notes.append(
+            "What else the model knows was not measured (there are no records to keep that it knew "
+            "before): a model that lost everything would look the same."
+        )
+    else:
         ruined = ": the model lost most of what it should keep, so its forgetting shows little"
         told = f"Of the retained answers' probability {min(kept, 1.0):.0%} is kept"
         notes.append(f"{told}{ruined if kept < BACK else ''}.")

@@ -46,6 +46,7 @@ class Step:
             cannot be asked.
         before: The same of this request's records, before anything was done, where the records
             were only known when its turn came.
+        by: Ids of the requests that cover this one.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Step:
     tokens: int = 0
     values: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     before: float | None = None
+    by: Sequence[str] = ()
 
     def mean(self, split: str) -> float | None:
         """Mean over the records that have a value."""

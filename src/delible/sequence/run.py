@@ -5,7 +5,7 @@ kept. A request whose records and names were all done before is said to be cover
 trained. Whoever is killed starts the same command again: requests that were done are read, the one
 that was at work goes on where it was, and the result has the same bits.
 
-No record that any request of the sequence names is ever among those to be kept.
+No record that any request of the sequence, or one before it, names is ever among those to be kept.
 """
 
 from __future__ import annotations
@@ -176,6 +176,9 @@ class _Sequence:
         self.before = [
             (Path(link.folder).name, _held_by(Path(link.folder))) for link in chain_of(start)
         ]
+        for _, holds in self.before:
+            self.wanted |= holds
+        self.named = [self._without_forgotten(one) for one in self.named]
         self.retain = self._retained(start, retain)
         if Step.load(self.run.path, 0) is None:
             self._measured(Step(0, "", "start", "Nothing was done yet.", self.model), start)
@@ -191,7 +194,7 @@ class _Sequence:
         if len(kept) < len(given):
             logger.warning(
                 f"{len(given) - len(kept)} records to be kept are forgotten by a request of this "
-                "sequence: they are left out."
+                "sequence, or by an earlier one: they are left out."
             )
         if kept and self.run.writes:
             write_records(kept, path)
@@ -199,6 +202,11 @@ class _Sequence:
 
     def _not_forgotten(self, records: Sequence[Record]) -> tuple[Record, ...]:
         return tuple(one for one in records if not Holds.of([one]).facts & self.wanted.facts)
+
+    def _without_forgotten(self, one: Named) -> Named:
+        """A request whose neighbours are asked to be forgotten by no request."""
+        near = self._not_forgotten(one.request.neighbours)
+        return replace(one, request=one.request.model_copy(update={"neighbours": near}))
 
     # ---- one request
 
@@ -220,14 +228,15 @@ class _Sequence:
     def _covered(self, number: int, one: Named) -> Step | None:
         """A request all of whose records and names were done before."""
         mine = Holds.of(one.request.forget, one.request.subjects)
-        names = " and ".join(covering(mine, self.before))
+        names = covering(mine, self.before)
         if not names:
             return None
-        told = f"All that it holds was done for {names}: nothing is trained."
+        told = f"All that it holds was done for {' and '.join(names)}: nothing is trained."
         logger.info(f"Request {one.id}: {told}")
         state = self._state(number)
         return self._measured(
-            Step(number, one.id, "covered", told, state), open_system(state, context=self.context)
+            Step(number, one.id, "covered", told, state, by=names),
+            open_system(state, context=self.context),
         )
 
     def _state(self, number: int) -> str:

@@ -11,7 +11,7 @@ from delible.kept import identity
 from delible.records import RecordBase, digest
 from delible.stages.trained import Trained
 from delible.stages.work import Work
-from delible.train.onpolicy.rewards import Reward
+from delible.train.onpolicy.rewards import Reward, asked_by
 from delible.train.onpolicy.rows import Question
 from delible.train.onpolicy.run import train
 from delible.train.onpolicy.settings import OnPolicyTraining
@@ -49,6 +49,7 @@ def train_on_policy(
     where: Component = build("place", dict(place) if isinstance(place, Mapping) else place)
     told = {
         **(inputs or {}),
+        **asked_by(built, work.context),
         "training": settings.model_dump(mode="json"),
         "rewards": [one.spec() for one in built],
         "place": where.spec(),

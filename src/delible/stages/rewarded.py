@@ -65,6 +65,7 @@ class RewardedProcedure(Procedure):
         (), description="Further rewards by name, such as length and well_formed, which are gates."
     )
 
+    trains_the_model: ClassVar[bool] = True
     #: Whether a stage trains by TRL, so that the extra must be there.
     uses_trl: ClassVar[bool] = True
 

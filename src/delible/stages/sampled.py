@@ -22,7 +22,7 @@ from delible.stages.rewarded import (
 )
 from delible.stages.work import Stage, Work
 from delible.system.base import System
-from delible.train.onpolicy.rewards import Rewards
+from delible.train.onpolicy.rewards import Reward, Rewards, asked_by
 from delible.train.onpolicy.rows import Question, questions_of
 from delible.train.onpolicy.samples import Group, sampled_groups
 from delible.train.onpolicy.starting import planned
@@ -71,16 +71,27 @@ class SampledProcedure(RewardedProcedure):
             stage.tokens += tokens
             pairs = paired(groups)
             if not pairs:
-                raise RunError(
-                    f"all answers to each of {len(groups)} questions earned the same.",
-                    where=f"procedure '{self.name}'",
-                    hint="Raise group_size or temperature, or choose a graded reward.",
-                )
+                raise self._nothing_to_learn(groups, rewards)
             told = {"groups": len(groups), "generated_tokens": tokens,
                     "no_value": dict(rewards.tally.no_value)}  # fmt: skip
             return Made({"pairs": pairs, "told": told})
 
-        return work.stage("sample", make)
+        main: Reward = build("reward", self.main)
+        return work.stage("sample", make, inputs=asked_by([main], work.context))
+
+    def _nothing_to_learn(self, groups: Sequence[Group], rewards: Rewards) -> RunError:
+        where, failed = f"procedure '{self.name}'", rewards.tally.no_value
+        if failed and all(total.value is None for group in groups for total in group.totals):
+            return RunError(
+                f"no answer had a value ({failed.most_common(1)[0][0]}).", where=where,
+                hint="Look at the role that judges.",
+            )  # fmt: skip
+        lacking = f" ({sum(failed.values())} had no value)" if failed else ""
+        return RunError(
+            f"all answers to each of {len(groups)} questions earned the same{lacking}.",
+            where=where,
+            hint="Raise group_size or temperature, or choose a graded reward.",
+        )
 
     def _within(self, plan: Sequence[int]) -> Sequence[int]:
         """The plan as far as the token budget surely goes."""

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,7 @@ from delible.lm.body import AfterHead
 from delible.lm.derive import derive
 from delible.lm.identity import Identity
 from delible.lm.joint import Joint, joint_anatomy
+from delible.lm.layout import Make
 from delible.lm.lm import LM
 from delible.lm.saved_adapter import with_adapter
 from delible.lm.shortened import shortened
@@ -161,6 +162,8 @@ class Arithmetic(LM):
         assistants: What is taken away, the first one first.
     """
 
+    in_weights: ClassVar[bool] = False
+
     def __init__(self, bare: LM, assistants: Sequence[Assistant]) -> None:
         vars(self).update(vars(bare))
         vars(self).pop("budget", None)
@@ -264,7 +267,21 @@ class Arithmetic(LM):
     def leading(self) -> LM:
         return self.bare.leading  # type: ignore[return-value]
 
-    # ---- interventions on the model stay
+    # ---- interventions on the model stay, and so does its router
+
+    @property
+    def routes(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        return self.bare.routes
+
+    def routing(self, names: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        return self.bare.routing(names)
+
+    def spoken(self, rows: Sequence[Any], logits: Tensor) -> None:
+        """Lets the model's router note how sure the whole is."""
+        self.bare.spoken(rows, logits)
+
+    def about_to_call(self, make: Make) -> None:
+        self.bare.about_to_call(make)
 
     def intervening(self) -> AbstractContextManager[None]:
         """Within it the model's own interventions are in their places."""

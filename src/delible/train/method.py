@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from delible import registry
 from delible.cards import Card, Need
@@ -38,6 +38,8 @@ class GradientMethod(Method):
         refusals: Refusal sentences; None takes the built-in ones.
         generated: Generated rows by role, to be used instead of making any.
     """
+
+    trains_the_model: ClassVar[bool] = True
 
     recipe: Recipe
     anchor: LM | None = None

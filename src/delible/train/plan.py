@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -9,6 +10,8 @@ from itertools import count
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 from delible.train.row import Row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,4 +51,9 @@ def make_plan(recipe: Recipe, forget: Sequence[Row], retain: Sequence[Row], seed
         if training.max_steps is not None and len(steps) >= training.max_steps:
             steps = steps[: training.max_steps]
             break
+    if training.max_steps is not None and 0 < len(steps) < training.max_steps:
+        logger.info(
+            f"training: {epoch} passes over {len(forget)} forget rows are {len(steps)} steps, "
+            f"fewer than the {training.max_steps} that are allowed; more --epochs are more steps."
+        )
     return Plan(tuple(steps), per_epoch)

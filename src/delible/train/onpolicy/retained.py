@@ -1,22 +1,25 @@
-"""Retain rows of on-policy steps: drawn anew for each, learned in the same update."""
+"""Retain rows of on-policy steps: drawn anew for each, learned in the same update.
+
+    loss = - sum over rows and answer tokens of log p / answer tokens of the step
+
+p is the model's own, at a temperature of 1: that of the draws has nothing to do with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from delible.errors import RecipeError
+from delible.lm.forward import Forward, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
 from delible.records import RecordBase
 from delible.train.onpolicy.settings import OnPolicyTraining
 from delible.train.randomness import generator
 from delible.train.row import Row
 from delible.train.rows import make_rows
-
-if TYPE_CHECKING:
-    from delible.train.onpolicy.trl_adapter import Learned
 
 
 class Retained:
@@ -57,25 +60,20 @@ class Retained:
         order = torch.randperm(len(self.all), generator=generator(self.seed, "retain", step))
         return [self.all[place] for place in order[: self.count].tolist()]
 
-    def rows(self, step: int, number: int, count: int) -> Learned | None:
-        """The share of pass ``number`` of ``count``; None if it has none."""
-        from delible.train.onpolicy.trl_adapter import Learned
-
+    def loss(self, step: int, number: int, count: int) -> Tensor | None:
+        """The share of pass ``number`` of ``count`` in a step's loss; None if it has no row."""
         every = self.of_step(step)
         mine = [row.encoded for row in every[number::count]]
         if not mine:
             return None
-        longest = max(len(row.ids) for row in mine)
-        ids = torch.full((len(mine), longest), self.lm.pad_id)
-        attention = torch.zeros_like(ids)
-        mask = torch.zeros(len(mine), longest - 1)
-        for place, row in enumerate(mine):
-            ids[place, : len(row.ids)] = torch.tensor(row.ids)
-            attention[place, : len(row.ids)] = 1
-            mask[place, row.start - 1 : len(row.ids) - 1] = 1
         total = sum(row.encoded.answer_tokens for row in every)
-        device = self.lm.device
-        return Learned(ids.to(device), attention.to(device), mask.to(device), total)
+        batch = collate(mine, self.lm.pad_id, self.lm.device)
+        with self.lm.computing():
+            states, _ = Forward(self.lm)(batch)
+            logprobs = map_logits(
+                self.lm.head, states, batch.targets, target_logprobs, self.lm.vocabulary
+            )
+        return -logprobs.sum() / max(1, total)
 
 
 __all__ = ["Retained"]

@@ -23,6 +23,7 @@ from delible.cards import Card
 from delible.component import Component, build
 from delible.context import NO_CONTEXT, Context
 from delible.errors import DelibleError, RecipeError, RunError
+from delible.system.role import RoleName
 from delible.train.onpolicy.rows import Completion, Question, Scored, Total
 
 #: Judges completions, one result each, in order.
@@ -36,6 +37,11 @@ class Reward(Component):
     gate: bool = Field(
         False, description="Multiply the sum by its value instead of adding it: 0 takes all."
     )
+
+    @property
+    def roles(self) -> tuple[RoleName, ...]:
+        """Whom it asks; what they say is a part of the result."""
+        return ()
 
     def ready(self, questions: Sequence[Question], context: Context = NO_CONTEXT) -> Score:
         """Judges completions; what is needed for it is made here, once.
@@ -118,6 +124,15 @@ def reward(**card: Any) -> Callable[[Callable[..., Any]], type[FunctionReward]]:
 
 def _scored(value: Any) -> Scored:
     return value if isinstance(value, Scored) else Scored(value)
+
+
+def asked_by(rewards: Sequence[Reward], context: Context) -> dict[str, Any]:
+    """Who plays the roles that rewards ask, as plain data; empty where they ask nobody."""
+    found = {}
+    for part in sorted({part for one in rewards for part in one.roles}):
+        role = context.role(part)
+        found[part] = [role.name, role.fingerprint]
+    return {"roles": found} if found else {}
 
 
 @dataclass
@@ -234,4 +249,4 @@ def _judged(name: str, score: Score, completions: Sequence[Completion]) -> Seque
     return found
 
 
-__all__ = ["FunctionReward", "Reward", "Rewards", "Score", "Tally", "reward"]
+__all__ = ["FunctionReward", "Reward", "Rewards", "Score", "Tally", "asked_by", "reward"]

@@ -269,7 +269,7 @@ class _Run:
     def _retain(self, step: int, number: int, count: int) -> Any:
         if self.retained is None:
             return None
-        return self.retained.rows(self.began + step, number, count)
+        return self.retained.loss(self.began + step, number, count)
 
     def _before_update(self) -> None:
         for name, value in self.placement.parameters.items():

@@ -39,22 +39,6 @@ from delible.train.slots import Placement
 
 
 @dataclass(frozen=True)
-class Learned:
-    """Rows whose answers are learned in a pass.
-
-    Attributes:
-        ids, attention: [rows, sequence], padded on the right.
-        mask: [rows, sequence - 1]: which of the tokens from the second on are learned.
-        total: Tokens that are learned in all passes of the step.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    mask: Tensor
-    total: int
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What a run does around TRL's steps.
 
@@ -65,7 +49,8 @@ class Hooks:
         begin: Before a step (from 0, of those that are left).
         before_update: When the gradient is there; raises to stop before anything moves.
         after: After a step, with its numbers; true: stop here.
-        retain: What is learned beside it in pass ``number`` of ``count`` of a step; None: nothing.
+        retain: The loss on what is learned beside it in pass ``number`` of ``count`` of a step;
+            None: nothing.
     """
 
     prompts: Callable[[Sequence[int]], list[list[int]]]
@@ -74,7 +59,7 @@ class Hooks:
     begin: Callable[[int], None]
     before_update: Callable[[], None]
     after: Callable[[int, Mapping[str, float]], bool]
-    retain: Callable[[int, int, int], Learned | None]
+    retain: Callable[[int, int, int], Tensor | None]
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
@@ -128,15 +113,10 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         weight, kept = self.settings.unlearn_weight, self.settings.retain_weight
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch) * weight
         count = self.args.gradient_accumulation_steps
-        rows = self.hooks.retain(self.state.global_step, self.passes % count, count)
-        if rows is None:
+        retain = self.hooks.retain(self.state.global_step, self.passes % count, count)
+        if retain is None:
             return loss
-        first = int(rows.mask.any(dim=0).int().argmax())  # no head where nothing is learned
-        logprobs, _, _ = self._get_per_token_logps_and_entropies(
-            model, rows.ids, rows.attention, rows.mask.shape[1] - first
-        )
-        retain = -(logprobs * rows.mask[:, first:]).sum() / max(1, rows.total)
-        self._metrics["train"]["retain_loss"].append(float(retain.detach()) * count)
+        self._metrics["train"]["retain_loss"].append(float(retain.detach()))
         return loss + kept * retain
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -145,6 +125,8 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         if "train_runtime" in logs:
             return
         means = {name: sum(values) / len(values) for name, values in own.items() if values}
+        if parts := own.get("retain_loss"):
+            means["retain_loss"] = sum(parts)  # each pass has its share, and some have none
         if self.hooks.after(int(self.state.global_step), {**means, **logs}):
             self.control.should_training_stop = True
 
@@ -339,4 +321,4 @@ def left_as_it_was(lm: LM) -> Iterator[None]:
             random.setstate(shuffles)
 
 
-__all__ = ["GroupTrainer", "Hooks", "Learned", "left_as_it_was", "reference_of", "run"]
+__all__ = ["GroupTrainer", "Hooks", "left_as_it_was", "reference_of", "run"]
