@@ -23,6 +23,7 @@ from delible.names import Names
 from delible.records import QA, ForgetRequest
 from delible.resolving import resolve_method
 from delible.rundir import OtherRunError, RunDirectory
+from delible.stages.rewarded import parted
 from delible.stages.sampled import SampledProcedure, paired
 from delible.system.asks import Decoding, NoAnswer, Prompt, Score
 from delible.system.base import System
@@ -288,6 +289,20 @@ def test_purge_averages_each_answer_first_and_looks_at_other_questions(
         "forbidden_entities", "length", "well_formed",
     ]  # fmt: skip
     assert seen["rewards"][0]["form"] == "binary"
+
+
+def test_no_form_of_a_question_that_is_held_out_is_trained_on() -> None:
+    pairs = [
+        QA(question=f"{number}?", answer="a", paraphrases=[f"{number}, said otherwise?"])
+        for number in range(8)
+    ]
+    trained, held = ({one.text for one in some} for some in parted(pairs, 0.25, seed=0))
+    numbers = {text[0] for text in held}
+    assert len(held) == len(numbers) == 2
+    assert trained == {
+        text for one in pairs for text in (one.question, *one.paraphrases)
+        if one.question[0] not in numbers
+    }  # fmt: skip
 
 
 def test_a_mistake_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,6 @@ from delible.stages.rewarded import (
     forget_pairs,
     kept_of,
     parted,
-    reworded,
     subjects_of,
 )
 from delible.stages.work import Stage, Work
@@ -95,7 +94,7 @@ class Purge(RewardedProcedure):
             return Made({"hard": hard, "soft": soft, "counts": counts})
 
         listed = work.stage("entities", made)
-        questions, held_out = parted(reworded(pairs), self.held_out, work.context.seed)
+        questions, held_out = parted(pairs, self.held_out, work.context.seed)
         reward: dict[str, Any] = {
             "name": "forbidden_entities", "entities": listed["hard"], "soft": listed["soft"],
             "strict": self.strict, "form": self.form, "refusal_cost": self.refusal_cost,

@@ -148,13 +148,16 @@ def kept_of(work: Work) -> list[RecordBase]:
 
 
 def parted(pairs: Sequence[QA], share: float, seed: int) -> tuple[list[Question], list[Question]]:
-    """Forget questions to train on, and those that are held out (about ``share`` of them)."""
+    """Forget questions to train on, in all their forms, and those held out (about ``share``).
+
+    No form of a question that is held out is trained on.
+    """
     order = shuffled(range(len(pairs)), generator(seed, "held out"))
     count = min(round(share * len(pairs)), len(pairs) - LEAST_TRAINED)
     away = set(order[: max(0, count)])
     trained = [pairs[place] for place in range(len(pairs)) if place not in away]
     return (
-        questions_of(trained, "forget"),
+        questions_of(reworded(trained), "forget"),
         questions_of([pairs[place] for place in sorted(away)], "forget"),
     )
 

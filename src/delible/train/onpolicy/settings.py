@@ -91,6 +91,8 @@ class OnPolicyTraining(Config):
     def _fits(self) -> Self:
         if self.kl_target is not None and not self.kl_weight:
             raise ValueError("kl_target adapts kl_weight, which must be above 0 to begin with")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError("dual_clip must be above 1 + clip_high: below that it does nothing")
         return self
 
     @property
