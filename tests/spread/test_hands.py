@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
@@ -116,11 +117,11 @@ def test_what_makes_no_sense_is_refused(jobs: int, ray: bool, cpus: int | None, 
 # ---- through a stand-in for Ray
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """A machine that died."""
 
 
-class TaskError(Gone):
+class TaskError(GoneError):
     """Ray's error for a task that raised, or could not be read there."""
 
     cause = ModuleNotFoundError("No module named 'delible'")
@@ -151,7 +152,7 @@ class Ray:
         self.ran: list[tuple[Any, dict[str, Any]]] = []
         self.cancelled: list[Any] = []
         self.up = self.down = False
-        self.exceptions = types.SimpleNamespace(RayError=Gone, RayTaskError=TaskError)
+        self.exceptions = types.SimpleNamespace(RayError=GoneError, RayTaskError=TaskError)
 
     def is_initialized(self) -> bool:
         return False
@@ -201,7 +202,7 @@ class Ray:
         key = str(piece)
         if self.loses.get(key, 0):
             self.loses[key] -= 1
-            raise Gone("the node died")
+            raise GoneError("the node died")
         self.ran.append((piece, reference.how))
         return function(*given)
 
@@ -223,9 +224,17 @@ def ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ray]:
     monkeypatch.setitem(sys.modules, "ray.util", types.ModuleType("ray.util"))
     monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
-    count = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    count, folder = torch.get_num_threads(), Path.cwd()
     yield made
+    os.chdir(folder)
     torch.set_num_threads(count)
+
+
+def looked_at(**given: Any) -> None:
+    """A cluster that is opened, and does nothing."""
+    with hands(twice, ray=True, **given):
+        pass
 
 
 def test_a_cluster_gets_the_same_pieces(ray: Ray, tmp_path: Path) -> None:
@@ -274,20 +283,19 @@ def test_machines_without_delible_are_told(ray: Ray, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ray, "get", unreadable)
     with pytest.raises(RunError, match=r"ray, a \(a\).*cannot work.*No module named 'delible'"):
-        with hands(twice, ray=True):
-            pass
+        looked_at()
 
 
 def test_other_versions_and_unshared_folders_are_refused(ray: Ray, tmp_path: Path) -> None:
     ray.machines[1].versions = {"torch": "1.0", "delible's code": "abc"}
     with pytest.raises(RunError, match=r"code is \w+ here, abc on b \(b\); torch is .* 1\.0 on b"):
-        with hands(twice, ray=True):
-            pass
+        looked_at()
     ray.machines[1].versions = {}
+    with pytest.raises(RunError, match=r"does not see .*none\."):
+        looked_at(paths=[tmp_path, tmp_path / "none"])
     ray.machines[0].sees = False
     with pytest.raises(RunError, match=r"a \(a\) does not see .*out\."):
-        with hands(twice, ray=True, folders=[tmp_path / "out"]):
-            pass
+        looked_at(folders=[tmp_path / "out"])
     assert not ray.ran
     assert not list((tmp_path / "out").iterdir())
 
@@ -303,14 +311,15 @@ def test_it_does_not_wait_for_ever_for_machines_that_are_gone(
         waited.append(now[0])
         now[0] += 100
 
-    with (
-        pytest.raises(RunError, match=r"no machine .* is left .*goes on with what is finished"),
-        hands(twice, ray=True) as doing,
-    ):
-        for one in ray.machines:
-            one.alive = False
-        now[0] = 1.0
-        list(spread(doing, CHAINS, waiting=waiting))
+    def alone() -> None:
+        with hands(twice, ray=True) as doing:
+            for one in ray.machines:
+                one.alive = False
+            now[0] = 1.0
+            list(spread(doing, CHAINS, waiting=waiting))
+
+    with pytest.raises(RunError, match=r"no machine .* is left .*goes on with what is finished"):
+        alone()
     assert waited == [1, 101, 201, 301]
     assert sum("waiting" in line for line in caplog.messages) == 4
 
@@ -318,5 +327,4 @@ def test_it_does_not_wait_for_ever_for_machines_that_are_gone(
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'delible\[ray\]'"):
-        with hands(twice, ray=True):
-            pass
+        looked_at()

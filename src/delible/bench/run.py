@@ -38,7 +38,7 @@ from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
 from delible.resolving import resolve_method
 from delible.rundir import hardware, versions
-from delible.spread.hands import Chain, Manifest, check_hands, hands, spread
+from delible.spread.hands import Chain, Manifest, check_hands, hands, spread, there
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
@@ -224,9 +224,10 @@ def bench(
     result = BenchResult(folder, chosen, tabulate(chosen, []), [], common)
     # the references come first: the others are compared with them
     if ray:
+        given = there([model, *names, *([] if data is None else [data])])
         with (
             kept.alone(folder / "cells"),  # one writer
-            hands(cell_elsewhere, jobs=jobs, ray=True, cpus=cpus, folders=[folder]) as doing,
+            hands(cell_elsewhere, ray=True, cpus=cpus, folders=[folder], paths=given) as doing,
         ):
             for part in (first, then):
                 for done in spread(

@@ -46,13 +46,20 @@ ALONE_SECONDS = 300.0
 
 
 @contextmanager
-def on_ray(work: Work, *, cpus: int | None = None, folders: Sequence[Path] = ()) -> Iterator[OnRay]:
+def on_ray(
+    work: Work,
+    *,
+    cpus: int | None = None,
+    folders: Sequence[Path] = (),
+    paths: Sequence[Path] = (),
+) -> Iterator[OnRay]:
     """A Ray cluster that works: the one that is there, or a local one for this while.
 
     Args:
         work: Importable on every machine, or can be pickled.
         cpus: CPUs of each piece.
-        folders: That all machines must see; made if they are not there.
+        folders: That all machines must share; made if they are not there.
+        paths: That all of them must see.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -76,7 +83,7 @@ def on_ray(work: Work, *, cpus: int | None = None, folders: Sequence[Path] = ())
             ) from error
     try:
         machines = _machines(ray)
-        _look(ray, folders)
+        _look(ray, folders, paths)
         share = share_of(list(machines.values()), cpus)
         _tell(machines.values(), share)
         doing = OnRay(ray, work, share)
@@ -95,6 +102,7 @@ class OnRay:
     def __init__(self, ray: Any, work: Work, share: Share) -> None:
         self._ray, self._share = ray, share
         self._work = ray.put(work)
+        self._surroundings = str(Path.cwd()), str(cache_folder().absolute())
         self._remote = ray.remote(_done).options(
             num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0
         )
@@ -109,9 +117,7 @@ class OnRay:
 
     def give(self, key: Key, piece: Any) -> None:
         self._tries.begin(key)
-        reference = self._remote.remote(
-            self._work, piece, self._share.cpus, str(cache_folder().absolute())
-        )
+        reference = self._remote.remote(self._work, piece, self._share.cpus, self._surroundings)
         self._running[reference] = (key, piece)
 
     def done(self) -> list[tuple[Key, Any]]:
@@ -174,9 +180,15 @@ class OnRay:
 # ---- on the machines
 
 
-def _done(work: Work, piece: Any, cpus: int, cache: str) -> tuple[bool, Any]:
-    """One piece, on whichever machine: whether it came to an end, and its result or its error."""
-    os.environ["DELIBLE_CACHE"] = cache
+def _done(work: Work, piece: Any, cpus: int, surroundings: tuple[str, str]) -> tuple[bool, Any]:
+    """One piece, on whichever machine: whether it came to an end, and its result or its error.
+
+    Args:
+        surroundings: The folder in which names of files begin, and the cache.
+    """
+    folder, os.environ["DELIBLE_CACHE"] = surroundings
+    with suppress(OSError):  # it is needed by relative names alone, which were looked at
+        os.chdir(folder)
     threads = max(1, cpus)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what torch takes when it is imported
     if "torch" in sys.modules:
@@ -189,13 +201,14 @@ def _done(work: Work, piece: Any, cpus: int, cache: str) -> tuple[bool, Any]:
         return False, RunError(f"{type(error).__name__}: {error}", where=platform.node())
 
 
-def _seen(folders: Sequence[str], token: str) -> dict[str, Any]:
-    """What a machine runs, and which folders it does not see."""
+def _seen(folders: Sequence[str], token: str, paths: Sequence[str]) -> dict[str, Any]:
+    """What a machine runs, and which folders and other paths it does not see."""
     unseen = [
         folder
         for folder, name in ((one, Path(one) / token) for one in folders)
         if not name.is_file() or name.read_text(encoding="utf-8") != token
     ]
+    unseen += [path for path in paths if not Path(path).exists()]
     return {"runs": _runs(), "unseen": unseen}
 
 
@@ -221,7 +234,7 @@ def _machines(ray: Any) -> dict[str, Machine]:
     return found
 
 
-def _look(ray: Any, folders: Sequence[Path]) -> None:
+def _look(ray: Any, folders: Sequence[Path], paths: Sequence[Path]) -> None:
     """Looks at every machine.
 
     Raises:
@@ -242,7 +255,9 @@ def _look(ray: Any, folders: Sequence[Path]) -> None:
             remote = ray.remote(_seen).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
             # two nodes of one machine have one address
             title = f"{machine.address} ({name[:6]})"
-            asked[title] = remote.remote([str(one) for one in needed], token)
+            asked[title] = remote.remote(
+                [str(one) for one in needed], token, [str(one.absolute()) for one in paths]
+            )
         for title, reference in asked.items():
             try:
                 found[title] = ray.get(reference, timeout=LOOKED_AT_SECONDS)

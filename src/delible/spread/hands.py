@@ -32,7 +32,8 @@ class Hands(Protocol):
         at_once: How many pieces are done at once; more may be given, and wait.
     """
 
-    at_once: int
+    @property
+    def at_once(self) -> int: ...
 
     def give(self, key: Key, piece: Any) -> None:
         """Hands a piece over."""
@@ -102,6 +103,7 @@ def hands(
     ray: bool = False,
     cpus: int | None = None,
     folders: Sequence[Path] = (),
+    paths: Sequence[Path] = (),
 ) -> Iterator[Hands]:
     """Whoever does the work.
 
@@ -110,7 +112,8 @@ def hands(
         jobs: Processes on this machine.
         ray: Use the Ray cluster that is there, or a local one.
         cpus: CPUs of a piece on a cluster; None: see :func:`delible.spread.machines.share_of`.
-        folders: That all machines of a cluster must see.
+        folders: That all machines of a cluster must share: results are handed on there.
+        paths: That all of them must see.
 
     Raises:
         RecipeError: See :func:`check_hands`.
@@ -121,7 +124,7 @@ def hands(
     if ray:
         from delible.spread.cluster import on_ray
 
-        with on_ray(work, cpus=cpus, folders=folders) as found:
+        with on_ray(work, cpus=cpus, folders=folders, paths=paths) as found:
             yield found
     elif jobs > 1:
         # "spawn": a forked process would inherit torch's threads and CUDA's state
@@ -187,6 +190,11 @@ def spread(
                 yield found[number]
 
 
+def there(names: Sequence[object]) -> list[Path]:
+    """Those of some names that are files or folders, which other machines must see too."""
+    return [path for path in map(Path, map(str, names)) if path.exists()]
+
+
 def _share_cores(jobs: int) -> None:
     """Gives this process its share of the threads; more threads than cores wait for each other."""
     import torch
@@ -194,4 +202,4 @@ def _share_cores(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-__all__ = ["Chain", "Hands", "Key", "Manifest", "Work", "check_hands", "hands", "spread"]
+__all__ = ["Chain", "Hands", "Key", "Manifest", "Work", "check_hands", "hands", "spread", "there"]
