@@ -23,7 +23,8 @@ from delible.files import atomic_file
 from delible.measure.starting import started
 from delible.records import ForgetRequest, digest
 from delible.rundir import RunDirectory
-from delible.spread.hands import Hands, check_hands, hands, spread
+from delible.spread.hands import check_hands, hands, spread
+from delible.spread.pieces import Hands
 from delible.system.base import System
 from delible.system.roles import Player
 from delible.watching import Remaining, Stage

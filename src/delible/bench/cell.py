@@ -34,7 +34,7 @@ from delible.measure.metric import SummaryMetric, SystemValues
 from delible.measure.starting import started
 from delible.records import ForgetRequest, RecordBase
 from delible.resolving import resolve_method
-from delible.spread.hands import Manifest
+from delible.spread.pieces import Manifest
 from delible.system.base import System
 from delible.system.roles import Roles
 from delible.systems.opening import open_lm, stands_on_base

@@ -38,7 +38,8 @@ from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
 from delible.resolving import resolve_method
 from delible.rundir import hardware, versions
-from delible.spread.hands import Chain, Manifest, check_hands, hands, spread, there
+from delible.spread.hands import check_hands, hands, spread, there
+from delible.spread.pieces import Chain, Manifest
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)

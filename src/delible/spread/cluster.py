@@ -26,7 +26,6 @@ from delible.errors import DelibleError, MissingExtraError, RunError
 from delible.files import explain_disk
 from delible.kept import cache_folder
 from delible.rundir import code_digest, versions
-from delible.spread.hands import Key, Work
 from delible.spread.machines import (
     Machine,
     Share,
@@ -35,6 +34,7 @@ from delible.spread.machines import (
     check_shared,
     share_of,
 )
+from delible.spread.pieces import Key, Work
 from delible.watching import SECONDS_BETWEEN_LINES
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class OnRay:
         self._running[reference] = (key, piece)
 
     def done(self) -> list[tuple[Key, Any]]:
-        """See :class:`delible.spread.hands.Hands`.
+        """See :class:`delible.spread.pieces.Hands`.
 
         Raises:
             RunError: A piece was lost too often, or no machine is left that could take it.

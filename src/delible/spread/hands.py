@@ -1,7 +1,4 @@
-"""Pieces of work, done here, by several processes, or on a Ray cluster.
-
-A piece is plain data, and whoever does it gives plain data back; only the caller writes results.
-"""
+"""Pieces of work, done here, by several processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,41 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from delible.errors import RecipeError
+from delible.spread.pieces import Chain, Hands, Key, Work
 from delible.watching import SECONDS_BETWEEN_LINES
-
-Manifest = dict[str, Any]
-#: Pieces that must be done one after the other (a later one starts from an earlier one's result).
-Chain = Sequence[Any]
-#: Does one piece; of other processes and machines it is importable, or can be pickled.
-Work = Callable[[Any], Any]
-#: Of a piece; those with smaller ones come first where only one is done at a time.
-Key = tuple[int, ...]
-
-
-class Hands(Protocol):
-    """Who does pieces of work.
-
-    Attributes:
-        at_once: How many pieces are done at once; more may be given, and wait.
-    """
-
-    @property
-    def at_once(self) -> int: ...
-
-    def give(self, key: Key, piece: Any) -> None:
-        """Hands a piece over."""
-        ...
-
-    def done(self) -> list[tuple[Key, Any]]:
-        """What was finished; waits for it, but not for longer than between two lines of a log.
-
-        Raises:
-            Exception: What a piece of work raised.
-        """
-        ...
 
 
 class Here:
@@ -202,4 +169,4 @@ def _share_cores(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-__all__ = ["Chain", "Hands", "Key", "Manifest", "Work", "check_hands", "hands", "spread", "there"]
+__all__ = ["Here", "Processes", "check_hands", "hands", "spread", "there"]

@@ -40,7 +40,8 @@ from delible.ranges import Range
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
-from delible.spread.hands import Hands, Processes, Work, check_hands, hands, there
+from delible.spread.hands import Processes, check_hands, hands, there
+from delible.spread.pieces import Hands, Work
 from delible.system.base import System
 from delible.system.roles import Player
 from delible.systems.opening import open_system
