@@ -38,6 +38,7 @@ from common import FORGET, RETAIN, forget_peak, peak_gib, prepare, recipe, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from delible.api import unlearn
+from delible.audit.choice import ROWS
 from delible.audit.run import audit
 from delible.context import Context
 from delible.demo import learn, request_of, world_of
@@ -192,6 +193,7 @@ def audited(on: Machine) -> dict[str, float]:
         audit(
             str(Path(folder) / "npo"), request, before=str(target), reference=str(reference),
             depth="quick", out=Path(folder) / "audit", attacks=["prefix"] if on.dry else None,
+            rows=2 if on.dry else ROWS,
         )  # fmt: skip
         return {"unlearn_seconds": unlearned, "quick_audit_seconds": time.perf_counter() - began}
 
@@ -249,7 +251,8 @@ def table(found: Mapping[str, Any]) -> str:
     """The Markdown of a JSON file's content."""
     machine = found["hardware"]
     lines = [
-        f"{machine['accelerator'] or machine['machine']}, torch {found['versions']['torch']}, measured matrix-product "
+        f"{machine['accelerator'] or machine['machine']}, torch {found['versions']['torch']}, "
+        "measured matrix-product "
         f"rate {found['matmul_rate'] / 1e12:.0f} TFLOP/s in {machine['precision']}.\n",
         "| model | what | rows | seconds | tokens per second | share of the rate | peak GiB |",
         "|---|---|---|---|---|---|---|",
@@ -281,8 +284,8 @@ def table(found: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"vLLM with the default model in {one['precision']}: {one['batch']:.0f} tokens per "
-            f"second of {one['rows']} greedy answers, of which {one['same_greedy_answers']:.0%} are "
-            f"the engine's; over {one['scores_compared']} scored answers a token's log-probability "
+            f"second of {one['rows']} greedy answers, {one['same_greedy_answers']:.0%} of them the "
+            f"engine's; over {one['scores_compared']} scored answers a token's log-probability "
             f"differs by {one['largest_difference_in_nats']:.3f} nats at most.",
         ]
     return "\n".join(lines)

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ import pytest
 from ray_work import slow
 
 import delible
+from delible.audit.run import audit
 from delible.bench.run import bench
 from delible.bench.table import ORIGINAL
 from delible.errors import RecipeError, RunError
+from delible.records import QA, ForgetRequest
 from delible.spread.hands import hands, spread
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.tune import tune
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,6 +38,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     utils = pytest.importorskip("ray.cluster_utils")
     monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # on a busy machine they would hardly run
     # nodes find delible and these tests as this process does
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     node = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
@@ -97,14 +100,12 @@ def test_another_code_on_a_node_is_refused_at_the_start(cluster: Any, tmp_path: 
         Path(delible.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__")
     )
     (copy / "errors.py").write_text((copy / "errors.py").read_text() + "\n# changed\n")
-    cluster.add_node(
-        num_cpus=1, object_store_memory=STORE, env_vars={"DELIBLE_TEST_COPY": str(copy.parent)}
-    )
+    path = os.pathsep.join([str(copy.parent), os.environ["PYTHONPATH"]])
+    cluster.add_node(num_cpus=1, object_store_memory=STORE, env_vars={"PYTHONPATH": path})
     cluster.wait_for_nodes()
-    work = partial(slow)
     with (
         pytest.raises(RunError, match=r"do not run the same: delible's code is \w+ here, \w+ on"),
-        hands(work, ray=True),
+        hands(slow, ray=True),
     ):
         pass
 
@@ -158,3 +159,42 @@ def test_a_bench_on_a_cluster_that_loses_a_node_gives_the_local_numbers(
     assert len(again.cells) == len(here.cells)
     with pytest.raises(RecipeError, match="either"):
         bench(WORLD, **given, out=tmp_path / "ray", ray=True, jobs=2)
+
+
+def test_an_audit_and_a_search_on_a_cluster_give_the_local_numbers(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    folder = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    request = ForgetRequest(
+        forget=tuple(QA(question=f"Town of {n}?", answer=f"Town {n}.") for n in range(4)),
+        retain=tuple(QA(question=f"Job of {n}?", answer=f"Job {n}.") for n in range(8)),
+    )
+    asked: dict[str, Any] = {
+        "metrics": ["answer_probability"], "rows": 2,
+        "attacks": [{"name": "prefix", "forms": 1}, {"name": "relearn", "steps": 1}],
+    }  # fmt: skip
+    searched: dict[str, Any] = {"utility": 0.01, "max_steps": 1, "batch_size": 2, "epochs": 1}
+    numbers, trials = [], []
+    for ray in (True, False):
+        monkeypatch.setenv("DELIBLE_CACHE", str(tmp_path / f"cache-{ray}"))
+        there = {"ray": True, "cpus": 1} if ray else {}
+        found = audit(str(folder), request, before=str(folder), **asked, **there)
+        numbers.append({
+            (one.system, one.attack, one.split, one.metric): one.value for one in found.measurements
+        })  # fmt: skip
+        several = {**there} if ray else {"jobs": 2}
+        result = tune(
+            str(folder), request, trials=8, out=tmp_path / f"tune-{ray}", **searched, **several
+        )
+        trials.append(result.trials)
+    assert list(numbers[0]) == list(numbers[1])
+    for key, value in numbers[1].items():
+        assert numbers[0][key] == pytest.approx(value, rel=1e-3, abs=1e-6)
+    for mine, other_one in zip(*trials, strict=True):
+        assert mine.failed is other_one.failed is None
+        assert mine.options == other_one.options
+        assert mine.leak == pytest.approx(other_one.leak, rel=1e-3, abs=1e-6)
+        assert mine.utility == pytest.approx(other_one.utility, rel=1e-3)

@@ -8,7 +8,7 @@ are left out, with that reason. Greedy answers are those of ``LM``; drawn ones d
 and the prompt alone, but on other random numbers than there.
 
 vLLM is imported when a model is loaded. It was tested with vLLM 0.32 on a processor, its calls
-also against the source of 0.33, and in between with a stand-in that has its interface; not on a GPU.
+also against the source of 0.33; tests that need no vLLM take a stand-in. It was not run on a GPU.
 """
 
 from __future__ import annotations
