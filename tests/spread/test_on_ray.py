@@ -141,6 +141,8 @@ def test_a_bench_on_a_cluster_that_loses_a_node_gives_the_local_numbers(
     ):
         assert row.method == other_row.method
         for key, number in other_row.numbers.items():
+            if key in ("seconds", "peak_gib"):
+                continue
             assert row.numbers[key].runs == number.runs
             if number.mean is not None:
                 assert row.numbers[key].mean == pytest.approx(number.mean, rel=1e-3, abs=1e-5)
