@@ -192,17 +192,20 @@ def bench(
         return BenchResult(folder, chosen, tabulate(chosen, []))
     common["folder"] = str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    first: list[Chain] = [
-        [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
-        for task, paths in zip(tasks, ready, strict=True)
-        if task.splits  # a step on the way to the next task is not measured
-        for row in ([REFERENCE] if paths["reference"] else []) + [ORIGINAL]
-    ]
+    references, originals = (
+        [
+            [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
+            for task, paths in zip(tasks, ready, strict=True)
+            # a step on the way to the next task is not measured
+            if task.splits and (row == ORIGINAL or paths["reference"])
+        ]
+        for row in (REFERENCE, ORIGINAL)
+    )
     then = list(_chains(tasks, ready, names, seeds, common, options or {}))
     for cell in (cell for chain in then for cell in chain):
         if cell["task"] in requests and _reads_records(str(cell["method"])):
             cell["request"] = requests[cell["task"]]
-    total = sum(map(len, (*first, *then)))
+    total = sum(map(len, (*references, *originals, *then)))
     cells: list[Manifest] = []
     remaining = Remaining()
 
@@ -230,13 +233,13 @@ def bench(
             kept.alone(folder / "cells"),  # one writer
             hands(cell_elsewhere, ray=True, cpus=cpus, folders=[folder], paths=given) as doing,
         ):
-            for part in (first, then):
+            for part in (references, [*originals, *then]):
                 for done in spread(
                     doing, part, known=written_cell, keep=write_cell, waiting=waiting
                 ):
                     result = told(done)
         return result
-    for part, count in ((first, 1), (then, jobs)):
+    for part, count in ((references, 1), (originals, 1), (then, jobs)):
         work = run_cell if count > 1 else partial(run_cell, watch=watcher)
         with hands(work, jobs=count, cpus=cpus) as doing:
             for done in spread(doing, part, waiting=waiting):
