@@ -29,6 +29,17 @@ class DelibleError(Exception):
             "".join([f"{where}: " if where else "", problem, f" {hint}" if hint else ""])
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it is, whatever its class is made with: it may come from another process."""
+        return _unpickled, (type(self), self.args), self.__dict__
+
+
+def _unpickled(kind: type[DelibleError], args: tuple[Any, ...]) -> DelibleError:
+    """An error without its attributes, which come next."""
+    error = kind.__new__(kind)
+    error.args = args
+    return error
+
 
 class DataError(DelibleError):
     """A record, a file of records or a forget request that cannot be used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-import torch
 
 from delible.bench import cell as one_cell
 from delible.bench import run as runner
 from delible.bench.run import ORIGINAL, REFERENCE, bench, method_names
-from delible.bench.spread import spread
 from delible.bench.table import mean_of_runs
 from delible.context import Context
-from delible.errors import MissingExtraError, RecipeError
+from delible.errors import RecipeError
 from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -169,59 +166,3 @@ def test_an_interval_is_the_t_interval() -> None:
     assert number.high == pytest.approx(2 + 4.302653 / np.sqrt(3), rel=1e-6)
     assert mean_of_runs([None]).mean is None
     assert mean_of_runs([0.5]).low is None
-
-
-def twice(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"value": 2 * manifest["value"]}
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_chains_run_here_and_in_processes(jobs: int) -> None:
-    chains = [[{"value": 1}, {"value": 2}], [{"value": 3}]]
-    found = sorted(map(json.dumps, spread(twice, chains, jobs=jobs)))
-    assert found == ['[{"value": 2}, {"value": 4}]', '[{"value": 6}]']
-
-
-def threads(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"threads": torch.get_num_threads()}
-
-
-@pytest.mark.slow
-def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what each process would take
-    ((found,),) = spread(threads, [[{}]], jobs=2)
-    assert found == {"threads": 1}
-
-
-def test_ray_gets_the_same_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Remote:
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def options(self, **_: Any) -> Remote:
-            return self
-
-        def remote(self, *args: Any) -> Any:
-            return self.function(*args)
-
-    class Ray:
-        remote = Remote
-        get = staticmethod(lambda one: one)
-        wait = staticmethod(lambda waiting, num_returns, timeout: (waiting[:1], waiting[1:]))
-        is_initialized = staticmethod(lambda: True)
-        cluster_resources = staticmethod(dict)
-
-    monkeypatch.setattr("importlib.import_module", lambda name: Ray)
-    found = list(spread(twice, [[{"value": 1}], [{"value": 5}]], ray=True))
-    assert found == [[{"value": 2}], [{"value": 10}]]
-
-
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(MissingExtraError, match="ray"):
-        list(spread(twice, [[{"value": 1}]], ray=True))
-    with pytest.raises(RecipeError, match="either"):
-        list(spread(twice, [], ray=True, jobs=2))

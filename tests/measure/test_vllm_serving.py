@@ -162,3 +162,33 @@ def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(MissingExtraError, match="vllm"):
         open_system(f"vllm:{folder}", serving=True)
     assert issubclass(ServingVLLM, VLLM)
+
+
+def test_the_gateway_serves_it_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    httpx = pytest.importorskip("httpx2")
+    pytest.importorskip("uvicorn")
+    from delible.gateway.serving import serve
+
+    monkeypatch.setitem(sys.modules, "vllm", vllm_stand_in.module())
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", vllm_stand_in.parameters_module())
+    request = ForgetRequest(subjects=("Ada Brook",))
+    guards = [{"name": "target_detector", "similarity": False}]
+    lm = LM.load(str(folder), precision="float32", device="cpu")
+    with serve(
+        f"vllm:{folder}", request=request, guards=guards, name="mine", port=0, background=True
+    ) as serving:  # type: ignore[union-attr]
+
+        def said(question: str) -> dict[str, Any]:
+            body = {
+                "model": "mine", "max_tokens": 8, "temperature": 0,
+                "messages": [{"role": "user", "content": question}],
+            }  # fmt: skip
+            answer = httpx.post(
+                f"{serving.url}/chat/completions", json=body, timeout=30, trust_env=False
+            )
+            assert answer.status_code == 200
+            return cast(dict[str, Any], answer.json()["choices"][0])
+
+        told = said("Who?")
+        assert told["message"]["content"] == lm.generate(PROMPTS[:1], PLAIN)[0]
+        assert said("Who is Ada Brook?")["finish_reason"] == "content_filter"

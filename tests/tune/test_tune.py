@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from delible.tune import search, trying, tune, tuned_options
 from delible.tune.measuring import ROWS, cut, leak, utility
 from delible.tune.results import Trial, winner
 from delible.tune.space import rounded, space
-from delible.tune.study import STARTUP
+from delible.tune.study import JOURNAL, STARTUP
 
 QUICK: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
 
@@ -302,15 +303,15 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
         tune(model, REQUEST, trials=9, utility=0.5, out=tmp_path / "cut")
 
 
-@pytest.mark.parametrize(("method", "call"), [("ask", 1), ("tell", 2)])
+@pytest.mark.parametrize("call", [1, 2])
 def test_killed_at_the_worst_moment(
-    method: str, call: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the recipe waiting to be tried; and between a result and its end."""
+    """Between a result and its end."""
     optuna = pytest.importorskip("optuna")
     stand_in(monkeypatch, trade)
     whole = tune(model, REQUEST, trials=3)
-    real, calls = getattr(optuna.study.Study, method), [0]
+    real, calls = optuna.study.Study.add_trial, [0]
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -319,11 +320,145 @@ def test_killed_at_the_worst_moment(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optuna.study.Study, method, dies)
+        patch.setattr(optuna.study.Study, "add_trial", dies)
         with pytest.raises(KeyboardInterrupt):
             tune(model, REQUEST, trials=3, out=tmp_path / "out")
     again = tune(model, REQUEST, trials=3, out=tmp_path / "out")
     assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
+
+
+def test_a_journal_of_an_earlier_version_goes_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept what was under way, too: such trials are closed, and tried again."""
+    optuna = pytest.importorskip("optuna")
+    stand_in(monkeypatch, trade)
+    whole = tune(model, REQUEST, trials=6)
+    tune(model, REQUEST, trials=2, out=tmp_path / "out")
+    journal = optuna.storages.journal
+    storage = optuna.storages.JournalStorage(
+        journal.JournalFileBackend(str(tmp_path / "out" / JOURNAL))
+    )
+    study = optuna.load_study(study_name="tune", storage=storage)
+    study.ask()
+    study.enqueue_trial(dict(whole.trials[2].options))
+    again = tune(model, REQUEST, trials=6, out=tmp_path / "out")
+    assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
+
+
+class AtOnce:
+    """Several trials under way at once, which end in another order than they began."""
+
+    def __init__(self, work: Any, at_once: int, last_first: bool) -> None:
+        self.work, self.at_once, self.last_first = work, at_once, last_first
+        self.given: list[Any] = []
+        self.most = 0
+
+    def give(self, key: Any, piece: Any) -> None:
+        self.given.append((key, piece))
+        self.most = max(self.most, len(self.given))
+
+    def done(self) -> list[Any]:
+        key, piece = self.given.pop(-1 if self.last_first else 0)
+        return [(key, self.work(piece))]
+
+
+def test_what_is_tried_at_once_does_not_depend_on_who_ends_first(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    at_once, trials = 2, 8
+    stand_in(monkeypatch, trade)
+    found = {}
+    for last_first in (False, True):
+        doing: list[AtOnce] = []
+
+        def opened(
+            work: Any, given: Any, last_first: bool = last_first, doing: Any = doing, **_: Any
+        ) -> Any:
+            doing.append(AtOnce(work, at_once, last_first))
+            return nullcontext(doing[0])
+
+        monkeypatch.setattr(search, "_hands", opened)
+        whole = tune(model, REQUEST, trials=trials, out=tmp_path / str(last_first))
+        assert doing[0].most == at_once
+        assert [trial.index for trial in whole.trials] == list(range(trials))
+        found[last_first] = [trial.options for trial in whole.trials]
+    assert found[True] == found[False]
+    assert len(found[True]) == len({str(options) for options in found[True]}), "none is tried twice"
+    rates = [options["training.learning_rate"] for options in found[True][:at_once]]
+    own = 2e-5
+    assert rates == [pytest.approx(own * 10**power, rel=0.01) for power in (0, 0.5, -0.5)[:at_once]]
+    monkeypatch.undo()
+    stand_in(monkeypatch, trade)
+    alone = tune(model, REQUEST, trials=trials)
+    assert [trial.options for trial in alone.trials] != found[True]
+    assert not any("at once" in note for note in alone.notes)
+    assert any(f"{at_once} trials were under way at once" in note for note in whole.notes)
+
+
+def test_a_search_of_several_at_once_goes_on_after_a_kill(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    left = [99]
+
+    def dies(values: dict[str, Any]) -> tuple[float, float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return trade(values)
+
+    calls = stand_in(monkeypatch, dies)
+
+    def opened(work: Any, given: Any, **_: Any) -> Any:
+        return nullcontext(AtOnce(work, 3, last_first=True))
+
+    monkeypatch.setattr(search, "_hands", opened)
+    whole = tune(model, REQUEST, trials=10, out=tmp_path / "whole")
+    left[0] = 6
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, REQUEST, trials=10, out=tmp_path / "cut")
+    left[0] = 99
+    calls.clear()
+    again = tune(model, REQUEST, trials=10, out=tmp_path / "cut")
+    assert len(calls) == 4
+    assert [trial.options for trial in again.trials] == [trial.options for trial in whole.trials]
+
+
+def test_a_cluster_tries_a_quarter_at_once_at_most(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    stand_in(monkeypatch, trade)
+    large: list[AtOnce] = []
+
+    def opened(work: Any, given: Any, **_: Any) -> Any:
+        large.append(AtOnce(work, 64, last_first=False))
+        return nullcontext(large[-1])
+
+    monkeypatch.setattr(search, "_hands", opened)
+    for trials, most in ((8, 2), (3, 1)):
+        tune(model, REQUEST, trials=trials)
+        assert large[-1].most == most
+
+
+def test_a_model_in_memory_is_not_tried_elsewhere(model: str) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(RecipeError, match="a model is given itself"):
+        tune(LM.load(model), REQUEST, trials=2, jobs=2)
+
+
+@pytest.mark.slow
+def test_processes_try_what_is_tried_here(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    found = tune(
+        model, REQUEST, trials=4, utility=0.5, jobs=2, out=tmp_path, learning_rate=1e-3, **QUICK
+    )
+    assert [trial.failed for trial in found.trials] == [None] * 4
+    lm = tune(model, REQUEST, trials=1, utility=0.5, learning_rate=1e-3, **QUICK)
+    for name, value in lm.trials[0].means.items():
+        assert found.trials[0].means[name] == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
 def test_another_seed_searches_elsewhere(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

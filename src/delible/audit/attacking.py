@@ -14,6 +14,7 @@ from delible.audit.choice import Splits, kept_records, spaced
 from delible.audit.estimate import Estimate, estimate
 from delible.audit.leaks import INFERRED, INSIDE, Setting
 from delible.audit.result import SystemRole
+from delible.audit.rows import digests, empty_row
 from delible.audit.systems import Systems
 from delible.component import build
 from delible.errors import DataError, DelibleError, RunError
@@ -47,26 +48,6 @@ CURVE_ROWS = 16
 WHITE_BOX = (ModelAttack, InsideAttack)
 
 
-def empty_row(attack: Attack) -> Setting:
-    """An attack's row, still empty."""
-    card = attack.card
-    prompting = isinstance(attack, PromptAttack | ConversationAttack)
-    return Setting(
-        card.name,
-        attack.variant_title(),
-        card.title,
-        family="prompt" if prompting else card.family or "",
-        control=attack.control,
-        weighs=attack.weighs,
-        changes=card.changes or "",
-        reads=attack.findings,
-    )
-
-
-def _digests(records: Sequence[RecordBase]) -> list[str]:
-    return [record.digest for record in records]
-
-
 class Attacking:
     """Attacks systems, one attack after the other.
 
@@ -85,11 +66,12 @@ class Attacking:
         #: Records that the running attack brings along, by split.
         self._beside: Mapping[str, Sequence[RecordBase]] = {}
 
-    def attack(self, role: SystemRole, system: System, attack: Attack, setting: Setting) -> None:
-        """Attacks one system and puts what came of it into the attack's row.
+    def attack(self, role: SystemRole, system: System, attack: Attack) -> Setting:
+        """Attacks one system: what came of it, as a row of its own (see :func:`add`).
 
         What it cannot be run on, or what gives it nothing to go by, is a reason in the row.
         """
+        setting = empty_row(attack)
         began = time.perf_counter()
         title = f"{role}: {setting.title}{f' ({setting.variant})' if setting.variant else ''}"
         try:
@@ -98,6 +80,7 @@ class Attacking:
         except DelibleError as error:
             setting.notes["skipped"] = str(error)
         setting.seconds += time.perf_counter() - began
+        return setting
 
     def estimate(
         self, system: System, attacks: Sequence[Attack], seconds: float | None
@@ -141,11 +124,6 @@ class Attacking:
                 logger.info(f"{title}: it is prepared.")
                 attack = self._prepared(role, system, attack, context, title)
             held = attack.held_out(context)
-            if setting.values and _digests(held) != _digests(setting.records):
-                raise RunError(
-                    "the systems would be judged on different records.",
-                    where=f"attack '{attack.card.name}'",
-                )
             setting.records = held
             self._beside = attack.beside(context)
             match attack:
@@ -284,10 +262,10 @@ class Attacking:
                 parts.append(
                     self.asking.evaluate(made, asked, self.asking.leaks, title, cached=False)
                 )
-                judged += _digests(records)
+                judged += digests(records)
                 del made
                 gc.collect()
-            if judged != _digests(setting.records):
+            if judged != digests(setting.records):
                 raise RunError(
                     "it was judged on other records than it says it holds out.",
                     where=f"attack '{attack.card.name}'",
@@ -396,4 +374,4 @@ class Attacking:
         )
 
 
-__all__ = ["ATTACKED_HOLDOUT", "CURVE_ROWS", "Attacking", "empty_row"]
+__all__ = ["ATTACKED_HOLDOUT", "CURVE_ROWS", "Attacking"]

@@ -19,7 +19,6 @@ from typing import Any, Protocol, cast
 from delible import kept
 from delible.api import unlearn
 from delible.bench.cost import Cost
-from delible.bench.spread import Manifest
 from delible.bench.table import ORIGINAL, REFERENCE
 from delible.component import build
 from delible.context import Context
@@ -35,6 +34,7 @@ from delible.measure.metric import SummaryMetric, SystemValues
 from delible.measure.starting import started
 from delible.records import ForgetRequest, RecordBase
 from delible.resolving import resolve_method
+from delible.spread.pieces import Manifest
 from delible.system.base import System
 from delible.system.roles import Roles
 from delible.systems.opening import open_lm, stands_on_base
@@ -94,6 +94,29 @@ def run_cell(manifest: Manifest, watch: Watcher | None = None) -> Manifest:
     return kept.cell(
         _place(manifest), lambda: _worked(manifest, cast(Watcher, watch or Nobody())), over
     )
+
+
+@aside()
+def cell_elsewhere(manifest: Manifest) -> Manifest:
+    """What :func:`run_cell` returns, made now; whoever asked for it writes it (:func:`write_cell`).
+
+    For other machines: a result has one writer.
+    """
+    return _worked(manifest, cast(Watcher, Nobody()))
+
+
+def written_cell(manifest: Manifest) -> Manifest | None:
+    """The result of a cell that was finished before, as :func:`run_cell` reads it."""
+    path = _place(manifest)
+    try:
+        return dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError):  # half of it: it is made again
+        return None
+
+
+def write_cell(manifest: Manifest, result: Manifest) -> Manifest:
+    """Writes what :func:`cell_elsewhere` made, as :func:`run_cell` does."""
+    return kept.cell(_place(manifest), lambda: result, partial(_tidy, manifest))
 
 
 def _worked(manifest: Manifest, watcher: Watcher) -> Manifest:
@@ -336,4 +359,6 @@ def _attacked(
     return found
 
 
-__all__ = ["Nobody", "Watcher", "cast_asks", "run_cell"]
+__all__ = [
+    "Nobody", "Watcher", "cast_asks", "cell_elsewhere", "run_cell", "write_cell", "written_cell",
+]  # fmt: skip

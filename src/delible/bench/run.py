@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from delible import kept, registry
-from delible.bench.cell import Nobody, Watcher, cast_asks, run_cell
+from delible.bench.cell import (
+    Nobody,
+    Watcher,
+    cast_asks,
+    cell_elsewhere,
+    run_cell,
+    write_cell,
+    written_cell,
+)
 from delible.bench.prepare import learned
-from delible.bench.spread import Chain, Manifest, spread
 from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
 from delible.cards import METHODS
 from delible.component import build
@@ -31,6 +38,8 @@ from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
 from delible.resolving import resolve_method
 from delible.rundir import hardware, versions
+from delible.spread.hands import check_hands, hands, spread, there
+from delible.spread.pieces import Chain, Manifest
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
@@ -106,6 +115,7 @@ def bench(
     tune: int = 0,
     jobs: int = 1,
     ray: bool = False,
+    cpus: int | None = None,
     prepare: bool = False,
     keep_models: bool = False,
     roles: Mapping[str, str | Mapping[str, Any]] | None = None,
@@ -127,7 +137,9 @@ def bench(
         options: Options by method name, such as ``{"npo": {"beta": 0.2}}``.
         tune: Trials of a search per method before it is measured (0: the recipe as it is).
         jobs: Processes on this machine.
-        ray: Spread over a Ray cluster.
+        ray: Spread over a Ray cluster; results and the cache lie where all its machines see them.
+        cpus: CPUs that a cell takes there, beside a GPU where there are GPUs; None: the GPU's
+            share, or four.
         prepare: Only train (and cache) target and reference.
         keep_models: Keep the unlearned models under ``out/models``.
         roles: Who judges, writes, … by talking: by role a name or options (no system itself, since
@@ -139,9 +151,10 @@ def bench(
         DelibleError: Bad input; told before anything is trained.
     """
     chosen = cast(Benchmark, build("benchmark", benchmark))  # type: ignore[arg-type]
-    for name, number, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("tune", tune, 0)):
+    for name, number, least in (("seeds", seeds, 1), ("tune", tune, 0)):
         if number < least:
             raise RecipeError(f"'{name}' = {number}: give a number from {least} on.")
+    check_hands(jobs, ray, cpus)
     names = method_names(methods)
     wanted = [cast(ModelAttack, build("attack", dict(one) if isinstance(one, Mapping) else one))
               for one in attacks]  # fmt: skip
@@ -179,38 +192,58 @@ def bench(
         return BenchResult(folder, chosen, tabulate(chosen, []))
     common["folder"] = str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    first: list[Chain] = [
-        [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
-        for task, paths in zip(tasks, ready, strict=True)
-        if task.splits  # a step on the way to the next task is not measured
-        for row in ([REFERENCE] if paths["reference"] else []) + [ORIGINAL]
-    ]
+    references, originals = (
+        [
+            [{**common, "task": task.name, **paths, "method": row, "seed": 0}]
+            for task, paths in zip(tasks, ready, strict=True)
+            # a step on the way to the next task is not measured
+            if task.splits and (row == ORIGINAL or paths["reference"])
+        ]
+        for row in (REFERENCE, ORIGINAL)
+    )
     then = list(_chains(tasks, ready, names, seeds, common, options or {}))
     for cell in (cell for chain in then for cell in chain):
         if cell["task"] in requests and _reads_records(str(cell["method"])):
             cell["request"] = requests[cell["task"]]
-    total = sum(map(len, (*first, *then)))
+    total = sum(map(len, (*references, *originals, *then)))
     cells: list[Manifest] = []
     remaining = Remaining()
 
     def waiting() -> None:
         watcher.stage("cells", len(cells), total)
 
+    def told(done: list[Manifest]) -> BenchResult:
+        cells.extend(done)
+        left = remaining.after(len(done), total - len(cells))
+        logger.info(
+            f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
+            f"seed {done[-1]['seed']}, is done{left}."
+        )
+        result = BenchResult(folder, chosen, tabulate(chosen, cells), list(cells), common)
+        _write(result)
+        if found is not None:
+            found(result)
+        return result
+
+    result = BenchResult(folder, chosen, tabulate(chosen, []), [], common)
     # the references come first: the others are compared with them
-    for part, count in ((first, 1), (then, jobs)):
-        elsewhere = part is then and (ray or jobs > 1)
-        work = run_cell if elsewhere else partial(run_cell, watch=watcher)
-        for done in spread(work, part, jobs=count, ray=ray and part is then, waiting=waiting):
-            cells += done
-            left = remaining.after(len(done), total - len(cells))
-            logger.info(
-                f"{len(cells)} of {total}: {done[-1]['method']} on {done[-1]['task']}, "
-                f"seed {done[-1]['seed']}, is done{left}."
-            )
-            result = BenchResult(folder, chosen, tabulate(chosen, cells), list(cells), common)
-            _write(result)
-            if found is not None:
-                found(result)
+    if ray:
+        given = there([model, *names, *([] if data is None else [data])])
+        with (
+            kept.alone(folder / "cells"),  # one writer
+            hands(cell_elsewhere, ray=True, cpus=cpus, folders=[folder], paths=given) as doing,
+        ):
+            for part in (references, [*originals, *then]):
+                for done in spread(
+                    doing, part, known=written_cell, keep=write_cell, waiting=waiting
+                ):
+                    result = told(done)
+        return result
+    for part, count in ((references, 1), (originals, 1), (then, jobs)):
+        work = run_cell if count > 1 else partial(run_cell, watch=watcher)
+        with hands(work, jobs=count, cpus=cpus) as doing:
+            for done in spread(doing, part, waiting=waiting):
+                result = told(done)
     return result
 
 

@@ -74,6 +74,8 @@ def audit(
     out: flags.Out = None,
     seed: flags.Seed = 0,
     role: flags.Roles = None,
+    ray: flags.Ray = False,
+    cpus: flags.Cpus = None,
 ) -> int:
     """See how deep the forgetting goes.
 
@@ -127,6 +129,12 @@ def audit(
         Where metrics.json and report.html go. Default: the run directory, or runs/audit-HASH.
     seed
         Of every random choice.
+    ray
+        Ask and attack on a Ray cluster (or on this machine, by Ray): each attack on each system is
+        a piece of its own, with one GPU where there are GPUs. All its machines must see the models
+        and the cache.
+    cpus
+        CPUs that each piece takes on the cluster. Default: a GPU's share of them, or 4.
     role
         Who plays a part by talking: judge=MODEL, writer=https://host/v1#MODEL (judge, writer,
         attacker, guard, critic, planner, translator), or a YAML file of such lines, which may also
@@ -178,7 +186,7 @@ def audit(
         result = audits.audit(
             target, request, model=model, before=before, reference=reference, metrics=asked_metrics,
             attacks=asked_attacks, depth=depth, guard=guard, out=place, seed=seed,
-            roles=roles, progress=reporter.stage,
+            roles=roles, progress=reporter.stage, ray=ray, cpus=cpus,
         )  # fmt: skip
         reporter.finish_bar()
         show(reporter, result)

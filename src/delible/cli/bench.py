@@ -32,8 +32,9 @@ def bench(
     attacks: Annotated[list[str] | None, Parameter(group=flags.ASKED)] = None,
     tune: Annotated[int, Parameter(group=flags.METHOD)] = 0,
     prepare: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
-    jobs: Annotated[int, Parameter(group=flags.RUN)] = 1,
-    ray: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
+    jobs: flags.Jobs = 1,
+    ray: flags.Ray = False,
+    cpus: flags.Cpus = None,
     keep_models: Annotated[bool, Parameter(group=flags.RUN, show_default=False)] = False,
     out: flags.Out = None,
     role: flags.Roles = None,
@@ -66,7 +67,10 @@ def bench(
     jobs
         Processes on this machine.
     ray
-        Spread the runs over a Ray cluster (or over this machine, by Ray).
+        Spread the runs over a Ray cluster (or over this machine, by Ray): one GPU each where there
+        are GPUs. OUT and the cache must lie where all its machines see them.
+    cpus
+        CPUs that each run takes on the cluster. Default: a GPU's share of them, or 4.
     keep_models
         Keep the unlearned models under OUT/models.
     out
@@ -96,12 +100,17 @@ def bench(
     roles = read_roles(role)
     with output.Reporter() as reporter:
         if isinstance(chosen, Experiment):
+            if ray or cpus is not None or jobs > 1:
+                raise RecipeError(
+                    "an experiment runs in this process alone.",
+                    where="--ray" if ray else "--cpus" if cpus is not None else "--jobs",
+                )
             return _experiment(
                 reporter, chosen, names, model, seeds, data, out, components(attacks), roles
             )
         return _benchmark(
             reporter, chosen, names, model, seeds, data, components(attacks), tune, jobs, ray,
-            prepare, keep_models, out, roles,
+            cpus, prepare, keep_models, out, roles,
         )  # fmt: skip
 
 
@@ -116,6 +125,7 @@ def _benchmark(
     tune: int,
     jobs: int,
     ray: bool,
+    cpus: int | None,
     prepare: bool,
     keep_models: bool,
     out: Path | None,
@@ -135,7 +145,7 @@ def _benchmark(
     reporter.field("methods", ", ".join(methods) or "none (only the model as it is)")
     result = run(
         benchmark, methods=methods, model=model, seeds=seeds, data=data, out=out, attacks=attacks,
-        tune=tune, jobs=jobs, ray=ray, prepare=prepare, keep_models=keep_models,
+        tune=tune, jobs=jobs, ray=ray, cpus=cpus, prepare=prepare, keep_models=keep_models,
         roles=roles, watch=reporter, found=write,
     )  # fmt: skip
     reporter.finish_bar()

@@ -35,6 +35,9 @@ def tune(
     generated: Annotated[Path | None, Parameter(group=flags.METHOD)] = None,
     utility: Annotated[float, Parameter(group=flags.THRESHOLDS)] = 0.95,
     trials: Annotated[int, Parameter(group=flags.RUN)] = 20,
+    jobs: flags.Jobs = 1,
+    ray: flags.Ray = False,
+    cpus: flags.Cpus = None,
     out: flags.Out = None,
     seed: flags.Seed = 0,
     role: flags.Roles = None,
@@ -80,6 +83,15 @@ def tune(
     trials
         How often to unlearn and measure; the first one is the method as it is. More trials than
         OUT holds already are added to it.
+    jobs
+        Trials at once, in processes on this machine. Each is proposed without the results of those
+        that are under way, so that more at once find less in as many trials.
+    ray
+        Trials at once on a Ray cluster (or on this machine, by Ray): one GPU each where there are
+        GPUs, at most a quarter of all trials at once. Its machines must see the model and the
+        cache.
+    cpus
+        CPUs that each trial takes on the cluster. Default: a GPU's share of them, or 4.
     out
         Where results go; the same command goes on there. Default: runs/tune-METHOD-HASH.
     seed
@@ -123,7 +135,7 @@ def tune(
         found = search(
             model, request, method=method, trials=trials, utility=utility, seed=seed, out=folder,
             hold=held, refusals=sentences, generator=generator, generated=generated,
-            roles=roles, progress=reporter.stage, **given,
+            roles=roles, progress=reporter.stage, jobs=jobs, ray=ray, cpus=cpus, **given,
         )  # fmt: skip
         reporter.finish_bar()
         page = write_search(folder / "tune.html", found, RunDirectory(folder).manifest)

@@ -4,7 +4,7 @@ The same model, template and options as in :mod:`delible.systems.vllm`, in vLLM'
 engine: rows join and leave its batch, and a call that is cancelled leaves it. The engine lives in
 an event loop of its own, so that it can be asked from any other, and from none. It gives no scores.
 
-It was tested here against a stand-in with its interface, not on a GPU.
+It was tested with vLLM 0.32 on a processor, and with a stand-in; not on a GPU.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ import gc
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from delible.ranges import Range
 from delible.records import ForgetRequest, digest
 from delible.resolving import resolve_method
 from delible.rundir import RunDirectory
+from delible.spread.hands import Processes, check_hands, hands, there
+from delible.spread.pieces import Hands, Work
 from delible.system.base import System
 from delible.system.roles import Player
 from delible.systems.opening import open_system
@@ -47,8 +50,8 @@ from delible.train.recipe import Recipe
 from delible.tune.measuring import ROWS, Means, Parts, cut, leak, measured
 from delible.tune.measuring import utility as kept_utility
 from delible.tune.results import Trial, TuneResult, winner
-from delible.tune.space import space
-from delible.tune.study import Study, optuna_or_extra, quiet_optuna
+from delible.tune.space import Value, space
+from delible.tune.study import STARTUP, Study, optuna_or_extra, quiet_optuna
 from delible.tune.trying import Trying
 from delible.watching import Stage, duration
 
@@ -74,6 +77,9 @@ def tune(
     generated: Path | str | None = None,
     progress: Stage | None = None,
     roles: Mapping[str, Player] | None = None,
+    jobs: int = 1,
+    ray: bool = False,
+    cpus: int | None = None,
     context: Context | None = None,
     **options: Any,
 ) -> TuneResult:
@@ -94,6 +100,9 @@ def tune(
         hold: Options that are not searched.
         reference, refusals, generator, generated, roles: As for :func:`delible.unlearn`.
         progress: Called as ``progress(title, done, total)``.
+        jobs: Trials at once, each in a process of this machine.
+        ray: Trials at once on a Ray cluster: as many as it takes, a quarter of them all at most.
+        cpus: CPUs that a trial takes there, beside a GPU where there are GPUs.
         context: All of out, seed, progress and roles, made before; instead of them.
         options: Options by name; they are held.
 
@@ -115,6 +124,7 @@ def tune(
         raise RunError(
             "a search runs in one process.", where="tune", hint="Start it without a launcher."
         )
+    check_hands(jobs, ray, cpus)
     optuna = optuna_or_extra()
     chosen = resolve_method(method, slots=slots, options=options)
     ranges = space(chosen, {*hold, *options})
@@ -128,10 +138,30 @@ def tune(
     )  # fmt: skip
     run = context.run
     try:
-        return search.run(request, trials, run)
+        return search.run(request, trials, run, partial(_hands, jobs=jobs, ray=ray, cpus=cpus))
     finally:
         if run is not None:
             run.release()
+
+
+def _hands(
+    work: Work, given: Sequence[object], *, jobs: int, ray: bool, cpus: int | None
+) -> AbstractContextManager[Hands]:
+    """Whoever does trials.
+
+    Args:
+        given: What other processes open by name.
+
+    Raises:
+        RecipeError: A model is given itself, and trials run elsewhere.
+    """
+    if (jobs > 1 or ray) and any(isinstance(one, LM) for one in given):
+        raise RecipeError(
+            "a model is given itself.",
+            where="ray" if ray else "jobs",
+            hint="Give its name or folder: other processes open it.",
+        )
+    return hands(work, jobs=jobs, ray=ray, cpus=cpus, paths=there(given) if ray else ())
 
 
 class _Search:
@@ -153,7 +183,13 @@ class _Search:
         self.name = method.name
         self.notes: list[str] = []
 
-    def run(self, request: ForgetRequest, trials: int, run: RunDirectory | None) -> TuneResult:
+    def run(
+        self,
+        request: ForgetRequest,
+        trials: int,
+        run: RunDirectory | None,
+        opened: Callable[[Work, Sequence[object]], AbstractContextManager[Hands]],
+    ) -> TuneResult:
         lm = open_system(self.model) if isinstance(self.model, str) else self.model
         if run is not None:
             run.begin(self._described(lm, request))
@@ -163,29 +199,31 @@ class _Search:
                 self.optuna, {name: self.method.value(name) for name in self.space}, self.space,
                 self.budget, self.context.seed, None if run is None else run.path,
             )  # fmt: skip
-            done = study.finished()
+            done = {trial.index: trial for trial in study.finished()}
             start = run.manifest.get("start") if run is not None else None
-            if start is None or len(done) < trials:
+            if start is None or any(index not in done for index in range(trials)):
                 parts = cut(self._with_retain(lm, request))
                 self._note(parts)
                 start = measured(
                     lm, parts.splits, partial(self.context.stage, "measuring the start")
                 )
                 self._check(start)
-                if run is not None:
-                    run.update(start=start, notes=self.notes)
                 name = lm.name
                 del lm
                 gc.collect()
                 if done:
                     logger.info(f"Going on after {len(done)} finished trials.")
-                while len(done) < trials:
-                    done.append(self._trial(study, trials, parts, start, done))
+                given = [self.model, self.given["reference"], self.given["generated"]]
+                with opened(self.trying.work(parts, start), given) as doing:
+                    at_once = self._at_once(doing, trials)
+                    if run is not None:
+                        run.update(start=start, notes=self.notes)
+                    self._search(study, doing, at_once, trials, done)
             else:
                 name = lm.name
                 self.notes = list(run.manifest.get("notes", [])) if run is not None else []
                 logger.info(f"All {len(done)} trials are finished already.")
-        return self._result(name, start, done, run)
+        return self._result(name, start, [done[index] for index in sorted(done)], run)
 
     def _described(self, lm: System, request: ForgetRequest) -> dict[str, Any]:
         """Everything that determines a trial; not how many there are, so that more can follow."""
@@ -237,14 +275,54 @@ class _Search:
                 hint="Ask with records that have answers, on a model that knows some.",
             )
 
-    def _trial(
-        self, study: Study, total: int, parts: Parts, start: Means, done: list[Trial]
-    ) -> Trial:
-        asked, options = study.ask(done)
-        trial = self.trying.tried(len(done), total, options, parts, start)
-        study.tell(asked, trial)
-        self._tell(trial, total, [*done, trial])
-        return trial
+    def _at_once(self, doing: Hands, trials: int) -> int:
+        """How many trials are under way at once; said if that is more than one."""
+        at_once = min(doing.at_once, trials)
+        if not isinstance(doing, Processes):  # a cluster may take all; then nothing is searched
+            at_once = min(at_once, max(1, trials // STARTUP))
+        if at_once > 1:
+            note = (
+                f"{at_once} trials were under way at once: each was proposed without the results "
+                f"of the {at_once - 1} before it."
+            )
+            logger.info(note)
+            self.notes.append(note)
+        return at_once
+
+    def _search(
+        self, study: Study, doing: Hands, at_once: int, total: int, done: dict[int, Trial]
+    ) -> None:
+        """Adds the trials that are missing.
+
+        A trial is begun when all those are done that are ``at_once`` or more before it, and knows
+        these results and no others: so what is tried does not depend on who is done first.
+        """
+        under_way: dict[int, dict[str, Value]] = {}
+        while any(index not in done for index in range(total)):
+            for index in range(total):
+                if index in done or index in under_way:
+                    continue
+                known = range(index - at_once + 1)
+                if len(under_way) == at_once or any(one not in done for one in known):
+                    break
+                options = study.ask(
+                    index,
+                    {one: done[one] for one in known},
+                    [
+                        done[one].options if one in done else under_way[one]
+                        for one in range(len(known), index)
+                    ],
+                )
+                under_way[index] = options
+                doing.give((index,), (index, total, options))
+            ended = doing.done()
+            if not ended:
+                self.context.stage("trials", len(done), total)
+            for (index,), trial in ended:
+                study.tell(trial)
+                done[index] = trial
+                del under_way[index]
+                self._tell(trial, total, list(done.values()))
 
     def _tell(self, trial: Trial, total: int, done: Sequence[Trial]) -> None:
         what = f"trial {trial.index + 1} of {total}"

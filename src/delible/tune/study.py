@@ -1,6 +1,8 @@
 """What to try next: Optuna's study, kept in a journal, and the first trials, which are planned.
 
-Each proposal depends on the seed, its number and the finished trials only.
+Each proposal depends on the seed, its number and the trials that it may know: of several at once
+a trial knows the results of those that are that many numbers before it, and the options of the
+others. So a search of four at once is the same wherever, and however fast, its trials run.
 """
 
 from __future__ import annotations
@@ -87,67 +89,117 @@ class Study:
         )
 
     def finished(self) -> list[Trial]:
-        """The trials with a result; one that was under way when the search was killed is closed."""
+        """The trials with a result, by their number; those that were under way are closed."""
         states = self.optuna.trial.TrialState
-        for one in self.study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        under_way = (states.RUNNING, states.WAITING)  # of a search that was killed
+        for one in self.study.get_trials(deepcopy=False, states=under_way):
+            if one.state == states.WAITING:
+                self.study.ask()
             self.study.tell(one.number, state=states.FAIL)
+        return [Trial(**one.user_attrs["result"]) for one in self._kept()]
+
+    def ask(
+        self, index: int, done: Mapping[int, Trial], pending: Sequence[Mapping[str, Value]]
+    ) -> dict[str, Value]:
+        """The options of a trial.
+
+        Args:
+            index: Its number.
+            done: What may be known of earlier ones, by number.
+            pending: Options of those earlier ones whose results may not be known.
+        """
+        if index == 0:
+            return dict(self.own)
+        if index < STARTUP:
+            given = self._along_rate(list(done.values()), pending)
+            if given is not None:
+                return given
+        return self._sampled(index, done, pending)
+
+    def tell(self, trial: Trial) -> None:
+        """Keeps what came of a trial."""
+        states = self.optuna.trial.TrialState
+        failed = trial.failed is not None
+        budget = None if trial.utility is None else self.budget - EPSILON - trial.utility
+        self.study.add_trial(
+            self.optuna.trial.create_trial(
+                state=states.FAIL if failed else states.COMPLETE,
+                value=None if failed else trial.leak,
+                params=dict(trial.options),
+                distributions=self._distributions(),
+                user_attrs={"result": asdict(trial)},
+                constraints=None if failed or budget is None else {"utility": budget},
+            )
+        )
+
+    def _kept(self) -> list[Any]:
+        """The library's trials with a result, by number."""
+        states = self.optuna.trial.TrialState
         found = [
-            Trial(**one.user_attrs["result"])
+            one
             for one in self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
             if "result" in one.user_attrs
-            # not one that was killed between its result and its end: it was closed as failed
-            if (one.user_attrs["result"]["failed"] is None) == (one.state == states.COMPLETE)
+            # not one that an earlier version had begun to keep when it was killed
+            and (one.user_attrs["result"]["failed"] is None) == (one.state == states.COMPLETE)
         ]
-        return sorted(found, key=lambda trial: trial.index)
+        return sorted(found, key=lambda one: int(one.user_attrs["result"]["index"]))
 
-    def ask(self, done: Sequence[Trial]) -> tuple[Any, dict[str, Value]]:
-        """The next trial and its options; what comes of it is told with :meth:`tell`."""
-        index = len(done)
-        own = dict(self.own)
-        given = own if index == 0 else self._along_rate(own, done) if index < STARTUP else None
-        self.study.sampler = self.optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP,
-            seed=int(identity({"seed": self.seed, "trial": index})[:8], 16),
+    def _sampled(
+        self, index: int, done: Mapping[int, Trial], pending: Sequence[Mapping[str, Value]]
+    ) -> dict[str, Value]:
+        """The sampler's proposal, in a study of its own that knows no more than it may."""
+        made = self.optuna
+        view = made.create_study(
+            direction="minimize",
+            sampler=made.samplers.TPESampler(
+                n_startup_trials=STARTUP,
+                seed=int(identity({"seed": self.seed, "trial": index})[:8], 16),
+                constant_liar=True,  # what is under way is taken for bad, so not proposed twice
+            ),
         )
-        waiting = (self.optuna.trial.TrialState.WAITING,)
-        if given is not None and not self.study.get_trials(deepcopy=False, states=waiting):
-            self.study.enqueue_trial(given)
-        asked = self.study.ask({
-            name: self._distribution(bounds, own[name]) for name, bounds in self.space.items()
-        })  # fmt: skip
-        options = given or {
-            name: rounded(asked.params[name], self.space[name]) for name in self.space
-        }
-        return asked, options
+        for one in self._kept():
+            if one.user_attrs["result"]["index"] in done:
+                view.add_trial(one)
+        for options in pending:
+            view.add_trial(
+                made.trial.create_trial(
+                    state=made.trial.TrialState.RUNNING,
+                    params=dict(options),
+                    distributions=self._distributions(),
+                )
+            )
+        asked = view.ask(self._distributions())
+        return {name: rounded(asked.params[name], self.space[name]) for name in self.space}
 
-    def tell(self, asked: Any, trial: Trial) -> None:
-        """Keeps what came of a trial."""
-        asked.set_user_attr("result", asdict(trial))
-        states = self.optuna.trial.TrialState
-        if trial.failed is None:
-            assert trial.utility is not None
-            asked.set_constraint("utility", self.budget - EPSILON - trial.utility)
-            self.study.tell(asked, trial.leak)
-        else:
-            self.study.tell(asked, state=states.FAIL)
+    def _distributions(self) -> dict[str, Any]:
+        return {
+            name: self._distribution(bounds, self.own[name]) for name, bounds in self.space.items()
+        }
 
     def _along_rate(
-        self, own: Mapping[str, Value], done: Sequence[Trial]
+        self, done: Sequence[Trial], pending: Sequence[Mapping[str, Value]]
     ) -> dict[str, Value] | None:
-        """The method as it is with the next learning rate; None if there is none to try."""
-        name = next((key for key in own if key.rpartition(".")[2] == "learning_rate"), None)
+        """The method as it is with the next learning rate; None if there is none to try.
+
+        While nothing is known yet of those under way, it goes up and down by turns.
+        """
+        name = next((key for key in self.own if key.rpartition(".")[2] == "learning_rate"), None)
         if name is None:
             return None
         kept = [float(one.options[name]) for one in done if one.keeps(self.budget)]
         broken = [float(one.options[name]) for one in done if not one.keeps(self.budget)]
-        if not kept:
+        tried = [*kept, *broken, *(float(one[name]) for one in pending)]
+        if not done:
+            up = len(pending) % 2 == 1
+            rate = max(tried) * STRIDE if up else min(tried) / STRIDE
+        elif not kept:
             rate = min(broken) / STRIDE
         else:
             above = [rate for rate in broken if rate > max(kept)]
             rate = math.sqrt(max(kept) * min(above)) if above else max(kept) * STRIDE
         bounds = self.space[name]
         rate = rounded(min(max(rate, bounds.low), bounds.high), bounds)
-        return None if rate in (*kept, *broken) else {**own, name: rate}
+        return None if rate in tried else {**self.own, name: rate}
 
     def _distribution(self, bounds: Range, value: Value) -> Any:
         made = self.optuna.distributions

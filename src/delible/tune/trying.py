@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from delible.api import unlearn
 from delible.context import Context
 from delible.errors import DelibleError, RunError
 from delible.lm.lm import LM
+from delible.measure.starting import roles_of
 from delible.method import Method
 from delible.tune.measuring import Means, Parts, leak, measured
 from delible.tune.measuring import utility as kept_utility
@@ -82,6 +83,20 @@ class Trying:
             stopped,
             None if left is not None else "the model gives no finite numbers any more",
         )
+
+    def work(self, parts: Parts, start: Means) -> Callable[[tuple[int, int, Any]], Trial]:
+        """Tries ``(index, total, options)``: here with its progress, or anywhere once pickled."""
+        return partial(self._piece, parts=parts, start=start)
+
+    def _piece(self, piece: tuple[int, int, Any], *, parts: Parts, start: Means) -> Trial:
+        index, total, options = piece
+        return self.tried(index, total, options, parts, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of the context only what means something elsewhere: a seed, the cache, roles by name."""
+        mine = self.context
+        plain = Context(mine.seed, roles=roles_of(mine.roles.named()), cache=mine.cache)
+        return {**self.__dict__, "context": plain}
 
     def method_of(self, index: int, options: Mapping[str, Value]) -> Method:
         """The method of a trial; the first one is as it was given."""
