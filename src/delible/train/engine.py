@@ -45,6 +45,7 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
+from delible.train.savings import check_savings, saving
 from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,8 @@ class Trainer:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
         self.lm.hold(self.recipe.training.base_precision)
-        with self._shorter_rows():
+        check_savings(self.recipe, self.lm)
+        with self._shorter_rows(), saving(self.recipe, self.lm):
             return self._train()
 
     @contextmanager
