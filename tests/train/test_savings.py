@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from living import Living  # type: ignore[import-not-found]
 from test_engine import recipe, same, weights  # type: ignore[import-not-found]
 from tiny_runs import make  # type: ignore[import-not-found]
 from torch import Tensor, nn
@@ -156,49 +157,15 @@ def test_no_more_than_a_chunk_of_a_large_head_is_alive(monkeypatch: pytest.Monke
     states = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
     states.requires_grad_()
     targets = torch.arange(tokens) * 1000
-    with Peak() as peak:
+    with Living() as alive:
         values = map_logits(head, states, targets, target_logprobs, words)
         values.sum().backward()  # type: ignore[no-untyped-call]
     own = 4 * words * width  # the gradient of the head, and one that is added to it
-    assert peak.bytes < 2 * own + 5 * (4 * chunk * words) < 4 * tokens * words
+    assert alive.peak < 2 * own + 5 * (4 * chunk * words) < 4 * tokens * words
     assert head.weight.grad is not None
     plain = torch.log_softmax(states.detach() @ head.weight.detach().T, 1)
     expected = plain[torch.arange(tokens), targets]
     assert torch.allclose(values.detach(), expected, atol=1e-4)
-
-
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most bytes that tensors hold at once which are made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.bytes = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None):  # type: ignore[no-untyped-def]
-        import weakref
-
-        before = {
-            one.untyped_storage()._cdata
-            for one in torch.utils._pytree.tree_leaves((given, named))
-            if isinstance(one, Tensor)
-        }
-        found = function(*given, **(named or {}))
-        for one in torch.utils._pytree.tree_leaves(found):
-            if not isinstance(one, Tensor):
-                continue
-            storage = one.untyped_storage()
-            if storage._cdata in before | self.seen:
-                continue
-            self.seen.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.bytes = max(self.bytes, self.now)
-            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return found
-
-    def _gone(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
 
 
 # ---- moments in 8 bits

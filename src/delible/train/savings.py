@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from delible.errors import RecipeError
+from delible.errors import RecipeError, RunError
 from delible.lm.lm import LM
 from delible.lm.recompute import check_recomputing
+from delible.precision import is_out_of_memory
 from delible.train.optimizers import check_eight_bits
 from delible.train.recipe import Recipe
 
@@ -120,3 +121,47 @@ def saving(recipe: Recipe, lm: LM) -> Iterator[None]:
         yield
     finally:
         lm.recomputes, lm.offloads = before
+
+
+#: What a run does when memory runs out, in the words of the message.
+Phase = Literal["loading the model", "the reference values", "training", "answering", "saving"]
+
+
+@contextmanager
+def phase(doing: Phase, recipe: Recipe | None, device_type: str = "cpu") -> Iterator[None]:
+    """Within it an exhausted memory is an error that names what would need less.
+
+    Raises:
+        RunError: The memory is not enough, after smaller batches where there are any.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smallest = "" if doing in ("loading the model", "saving") else ", in the smallest batches"
+        raise RunError(
+            f"the memory is not enough for {doing}{smallest}.",
+            where=None if recipe is None else f"method '{recipe.name}'",
+            hint=_helping(doing, recipe, device_type),
+        ) from error
+
+
+def _helping(doing: Phase, recipe: Recipe | None, device_type: str) -> str:
+    if recipe is None:
+        return "Choose a smaller model, or a method that trains with --base-precision bfloat16."
+    ways = [way for way in ways_of(recipe) if way.words]
+    if device_type == "cpu":
+        ways = [way for way in ways if not way.accelerator]
+    if doing == "saving" and recipe.finish.card.changes == "weights":
+        return (
+            "Add --finish none: the result is an adapter, and 'delible merge RUN --out FOLDER' "
+            "merges it tensor by tensor."
+        )
+    if doing != "training":  # nothing but weights that are shorter needs less there
+        ways = [way for way in ways if "base_precision" in way.training and len(way.training) == 1]
+    words = "; ".join(way.words for way in ways)
+    return (
+        f"These need less, from what changes least: {words}. With --dry-run --memory SIZE it is "
+        "told which of them fit."
+    )
