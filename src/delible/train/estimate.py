@@ -235,13 +235,15 @@ def tokens_that_fit(
     if peak(1) > memory:
         return None
     few, many = peak(4), peak(8)
-    fits, most = 1, max(1, 4 + (memory - few) // max(1, (many - few) // 4))
-    if peak(most) <= memory:
-        return most * one.length
-    while most - fits > max(1, fits // 16):
-        middle = (fits + most) // 2
-        fits, most = (middle, most) if peak(middle) <= memory else (fits, middle)
-    return fits * one.length
+    # passes grow by the row, but for the head's chunks, which are held once: too few is on the safe
+    # side, and too many is looked at
+    count = max(1, 4 + (memory - few) // max(1, (many - few) // 4))
+    for _ in range(3):
+        found = peak(count)
+        if found <= memory or count == 1:
+            return count * one.length
+        count = max(1, min(count - 1, count * (memory - few) // max(1, found - few)))
+    return one.length
 
 
 def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:

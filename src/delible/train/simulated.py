@@ -134,7 +134,7 @@ class _Living(TorchDispatchMode):
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()
-        self.own, self.sizes = own, dict[int, int]()
+        self.own, self.sizes = own, dict[int, tuple[int, Any]]()
         self.now = self.gradients = self.peak = self.with_gradients = 0
         self.products: set[Any] = set()
 
@@ -155,14 +155,14 @@ class _Living(TorchDispatchMode):
         return key in before or key in self.own or key in self.sizes
 
     def _made(self, made: Any) -> None:
-        self.sizes[made._cdata] = made.nbytes()
+        key = made._cdata
+        self.sizes[key] = (made.nbytes(), weakref.ref(made, lambda _: self._gone(key)))
         self.now += made.nbytes()
         self.peak = max(self.peak, self.now)
         self.with_gradients = max(self.with_gradients, self.now + self.gradients)
-        weakref.finalize(made, self._gone, made._cdata)
 
     def _gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+        self.now -= self.sizes.pop(key)[0]
 
     def count_apart(self, parameter: Tensor) -> None:
         """A gradient of a weight is complete: from here on it is counted apart."""
@@ -184,7 +184,7 @@ def passing(
 ) -> Passing:
     """What a pass holds over the rows of a shape, up to the gradients of the weights that move.
 
-    Blocks that are alike are computed two or three times at most, and counted as often as they are.
+    Of blocks that are alike two and three are computed, and counted as often as they are.
     Models that look at numbers to decide what to compute (which expert gets which token) get an
     upper bound by sizes.
 
@@ -200,21 +200,23 @@ def passing(
         if inside or layers <= 3 or not _alike(lm):
             return _lived(lm, *arguments)
         found = []
-        for count in (1, 2, 3):
+        for count in (2, 3):
             with _first_blocks(lm, count):
                 found.append(_lived(lm, *arguments))
     except Exception:  # whatever a model's code raises on tensors without numbers
         return rough(lm, shape)
-    one, two, three = found
+    two, three = found
 
     def extended(name: str) -> int:
         second, third = getattr(two, name), getattr(three, name)
         return int(second + (layers - 2) * (third - second))
 
+    first = 2 * two.peak - three.peak  # a model of one block, which is what is left at the end
+
     kept, forward, backward = (extended(name) for name in ("kept", "forward", "backward"))
     peak = max(forward, backward)
     # the most is there when the backward pass begins, or when it ends, in the first block
-    with_gradients = max(peak + _head_gradient(lm), gradient_bytes(lm) + one.peak)
+    with_gradients = max(peak + _head_gradient(lm), gradient_bytes(lm) + first)
     return Passing(kept, forward, backward, with_gradients, three.products)
 
 
