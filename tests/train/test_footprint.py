@@ -26,6 +26,7 @@ from delible.train.footprint import Memory, cache_bytes
 from delible.train.loop import Loop
 from delible.train.method import records_of
 from delible.train.recipe import Recipe
+from delible.train.savings import ways_of
 from delible.train.simulated import Shape, passing, rough_activation_bytes
 
 
@@ -337,12 +338,19 @@ def test_places_that_look_at_weights_are_assumed_whole(folder: Path, asked: Forg
     assert [note for note in cost.notes if "wagle" in note]
 
 
-def test_more_tokens_fit_into_more_memory(folder: Path, asked: ForgetRequest) -> None:
+@pytest.mark.slow
+def test_more_tokens_fit_into_more_memory(
+    folder: Path, asked: ForgetRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "ways_of", lambda recipe: ways_of(recipe)[:2])
     recipe = chosen("npo", micro_batch_tokens=100_000)
-    (few, *_), (many, *_) = (
+    (few, again), (many, _) = (
         planning.ways_to_fit(str(folder), asked, size, method=recipe)
         for size in (6_000_000, 12_000_000)
     )
     assert few.micro_batch_tokens
     assert many.micro_batch_tokens
     assert many.micro_batch_tokens > 1.5 * few.micro_batch_tokens
+    assert again.words == "--gradient-checkpointing true"
+    assert again.micro_batch_tokens
+    assert again.micro_batch_tokens > few.micro_batch_tokens
