@@ -32,6 +32,7 @@ from delible.train.engine import MERGED_FIRST
 from delible.train.method import GradientMethod
 from delible.train.needs import check_base
 from delible.train.recipe import Recipe, Strength
+from delible.train.savings import phase
 from delible.watching import Stage, Steps
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ def unlearn(
         stage=stage, roles=with_writer(roles, generator),
     )  # fmt: skip
     run = context.run
-    system = _opened(model, chosen)
+    recipe = chosen.recipe if isinstance(chosen, GradientMethod) else None
+    with phase("loading the model", recipe):
+        system = _opened(model, chosen)
+    kind = system.device_type if isinstance(system, LM) else "cpu"
     context = replace(context, roles=context.roles.with_itself(system))
     if review:
         preparing.check_review(chosen, request, context)
@@ -149,32 +153,38 @@ def unlearn(
     if start.chain and request.predecessor is None:
         request = request.model_copy(update={"predecessor": start.chain[-1].request})
     asked = finishing.asked(request, shown)
-    before = finishing.answers(system, asked)
     found: dict[SystemRole, Measured] = {}
-    if measured:
-        found["original"] = probabilities(system, request)
-        if reference is not None:
-            never = open_system(reference) if isinstance(reference, str) else reference
-            found["reference"] = probabilities(never, request)
-            del never
+    with phase("answering", recipe, kind):
+        before = finishing.answers(system, asked)
+        if measured:
+            found["original"] = probabilities(system, request)
+            if reference is not None:
+                never = open_system(reference) if isinstance(reference, str) else reference
+                found["reference"] = probabilities(never, request)
+                del never
     began = time.perf_counter()
-    outcome = chosen.apply(system, request, context)
+    with phase("training", recipe, kind):
+        outcome = chosen.apply(system, request, context)
     seconds = time.perf_counter() - began
+    with phase("answering", recipe, kind):
+        after = finishing.answers(outcome.system, asked)
+        if measured:
+            found["unlearned"] = probabilities(outcome.system, request)
     result = UnlearnResult(
         outcome.system,
         None if run is None else run.path,
-        finishing.compared(asked, before, finishing.answers(outcome.system, asked)),
+        finishing.compared(asked, before, after),
         outcome.history,
         outcome.stopped,
         outcome.notes,
     )
     if measured:
-        found["unlearned"] = probabilities(outcome.system, request)
         changes = compare(found["original"], found["unlearned"], found.get("reference"))
         words = chosen.more_and_less(outcome.system)
         result.achieved = Achieved(changes, *words, teaches=chosen.teaches)
     if run is not None and run.writes:
-        finishing.keep(run, outcome, result, start, request, asked, seconds, verify=verify)
+        with phase("saving", recipe, kind):
+            finishing.keep(run, outcome, result, start, request, asked, seconds, verify=verify)
         if found:
             metrics = as_metrics(found, request, context.seed)
             with atomic_file(run.path / "metrics.json") as handle:

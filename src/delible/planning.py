@@ -14,6 +14,7 @@ from delible.context import Context
 from delible.errors import DelibleError, ModelError, RecipeError
 from delible.lm.lm import LM
 from delible.lm.outline import outline
+from delible.lm.recompute import check_recomputing
 from delible.method import Method
 from delible.records import ForgetRequest
 from delible.resolving import resolve_method
@@ -24,6 +25,7 @@ from delible.train.method import GradientMethod, records_of
 from delible.train.needs import check_base
 from delible.train.plan import Plan, make_plan
 from delible.train.recipe import Recipe, Strength
+from delible.train.savings import Way, ways_of
 from delible.train.slots import Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -42,11 +44,13 @@ class Fitting:
         words: What to say on the command line; empty: nothing.
         peak: Bytes at most, with micro-batches of one row.
         micro_batch_tokens: The largest micro-batch that fits; None: it does not fit.
+        accelerator: It is a way for an accelerator, whose memory is meant.
     """
 
     words: str
     peak: int
     micro_batch_tokens: int | None
+    accelerator: bool = False
 
 
 def read_memory(text: str) -> int:
@@ -103,36 +107,19 @@ def ways_to_fit(
     if not isinstance(chosen, GradientMethod) or not _rows_are_known(chosen, request):
         return []
     found: list[Fitting] = []
-    for words, slot, changed in _ways(chosen.recipe):
+    for way in ways_of(chosen.recipe):
         try:
-            recipe = chosen.recipe.changed(slot, changed)
+            recipe = way.of(chosen.recipe)
             check_base(recipe)
             made = _planned(model, request, replace(chosen, recipe=recipe), seed)
+            if recipe.training.gradient_checkpointing:
+                check_recomputing(made.lm)
         except (RecipeError, ModelError):
-            if not words:
+            if not way.words:
                 raise
             continue
-        found.append(made.fitting(words, memory))
+        found.append(made.fitting(way, memory))
     return found
-
-
-def _ways(recipe: Recipe) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Words, slots and options, from what changes least to what changes most."""
-    adapter = recipe.place.card.changes == "adapter"
-    slots: dict[str, Any] = {} if adapter else {"place": "lora"}
-    said = [] if adapter else ["--place lora"]
-    ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("", {}, {})]
-    if recipe.training.optimizer != "sgd" and not adapter:
-        ways.append(("--optimizer sgd", {}, {"training.optimizer": "sgd"}))
-    if not adapter:
-        ways.append(("--place lora", slots, {}))
-    kept_apart = recipe.finish.card.changes == "weights"
-    for held in ("bfloat16", "int8", "int4"):
-        if held != recipe.training.base_precision:
-            words = [*said, f"--base-precision {held}", *(["--finish none"] if kept_apart else [])]
-            more = {**slots, "finish": "none"} if kept_apart else slots
-            ways.append((" ".join(words), more, {"training.base_precision": held}))
-    return ways
 
 
 def _rows_are_known(method: GradientMethod, request: ForgetRequest) -> bool:
@@ -161,9 +148,10 @@ class _Planned:
         )  # fmt: skip
         return replace(found, notes=(*self.notes, *bound))
 
-    def fitting(self, words: str, memory: int) -> Fitting:
+    def fitting(self, way: Way, memory: int) -> Fitting:
         parts = (self.lm, self.recipe, self.plan, self.placement, self.context.rows)
-        return Fitting(words, memory_of(*parts, 1)[0].peak, tokens_that_fit(*parts, memory))
+        peak = memory_of(*parts, 1)[0].peak
+        return Fitting(way.words, peak, tokens_that_fit(*parts, memory), way.accelerator)
 
 
 def _planned(
@@ -172,6 +160,7 @@ def _planned(
     context = Context(seed)
     check_base(method.recipe)
     lm = _model(model, method)
+    lm.precision = lm.resolved(method.recipe.training.precision)
     if "retain" in method.needs and not preparing.retained(request):
         logger.info("No retain records were given: an automatic retain set would be made.")
         request = request.model_copy(update={"retain": request.forget[:1]})
@@ -228,7 +217,7 @@ def shown(parts: Sequence[Fitting], memory: int) -> list[str]:
     """Sentences that tell which ways fit."""
     lines = []
     for one in parts:
-        what = one.words or "as it is"
+        what = (one.words or "as it is") + (" (on an accelerator)" if one.accelerator else "")
         fits = one.micro_batch_tokens
         told = f"fits, micro-batches of up to {fits:,} tokens" if fits else "does not fit"
         lines.append(f"{what}: {told} (at least {one.peak / 2**30:.2f} GiB)")

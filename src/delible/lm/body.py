@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from delible.lm.anatomy import Anatomy
 from delible.lm.ends import context_tokens
+from delible.lm.offload import offloaded
 from delible.lm.pictures import Pictures
 from delible.lm.template import Template
 from delible.precision import Resolved, computing_in
@@ -138,7 +139,8 @@ class Body:
 
     def computing(self) -> Any:
         """Context in which the model computes (see ``precision``)."""
-        return computing_in(self.precision, self.device.type)
+        computing = computing_in(self.precision, self.device.type)
+        return _both(computing, offloaded(self.model)) if self.offloads else computing
 
     @property
     def context(self) -> int:
@@ -162,6 +164,11 @@ class Body:
 
     def about_to_call(self, make: Callable[[int], Any]) -> None:
         """A call of the backbone will follow, with this layout: the time to ask it other things."""
+
+    #: Whether blocks keep their inputs alone and are computed again for a gradient.
+    recomputes: bool = False
+    #: Whether what is kept for a gradient waits in the memory of the processor.
+    offloads: bool = False
 
     #: Adapters of earlier requests that do not act while another one is trained.
     earlier_adapters: Sequence[Any] = ()
@@ -248,6 +255,12 @@ class Body:
             total += size
         if places:
             yield places
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:

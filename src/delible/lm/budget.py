@@ -6,10 +6,20 @@ below it the free memory decides.
 
 from __future__ import annotations
 
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
 import psutil
 import torch
 
 from delible.lm.body import Body, Budget, widest
+from delible.precision import is_out_of_memory
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 #: Padded tokens per forward pass beyond which a device gets no faster.
 ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
@@ -17,6 +27,8 @@ ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 ENOUGH_ROWS = {"cpu": 192, "cuda": 1024}
 #: Share of the free memory that a batch may take.
 MEMORY_SHARE = 0.25
+#: Tokens at once below which halving them makes no room.
+LEAST_TOKENS = 64
 
 
 def free_memory(device: torch.device) -> int:
@@ -45,3 +57,35 @@ def measure_budget(lm: Body) -> Budget:
         cached_tokens=max(64, int(free / (2 * cached))),
         rows=ENOUGH_ROWS[kind],
     )
+
+
+def until_it_fits(lm: Any, work: Callable[[], T]) -> T:
+    """What some work over batches gives; where memory runs out, again with half as much at once.
+
+    Args:
+        lm: The model, whose budget the work asks for. It stays as small afterwards.
+        work: Can be done again from its start.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or lm.budget.tokens <= LEAST_TOKENS:
+                raise
+        # outside of the handler: what failed, and all that it held, is gone
+        now: Budget = lm.budget
+        vars(lm)["budget"] = replace(
+            now,
+            tokens=now.tokens // 2,
+            cached_tokens=max(LEAST_TOKENS, now.cached_tokens // 2),
+            rows=max(1, now.rows // 2),
+        )
+        logger.warning(f"Out of memory: continuing with {lm.budget.tokens} tokens at once.")
+        make_room()
+
+
+def make_room() -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -27,6 +27,7 @@ from delible.lm.cores import cores_of
 from delible.lm.experts import router_path
 from delible.lm.hooks import capture, truncated
 from delible.lm.layout import beginning, padded_rows, told
+from delible.lm.recompute import recomputed
 from delible.lm.template import Encoded
 
 #: Vocabulary entries that may be alive at once: answer positions x vocabulary.
@@ -174,7 +175,8 @@ class Forward(nn.Module):
         backbone = core.get_submodule(anatomy.backbone)
         if not inside:
             batch = replace(batch, prefix=lm.alike(batch.prefix, batch.prompts))
-            return batch.predicting(_suffix_states(lm, backbone, batch)), {}
+            with recomputed(lm):
+                return batch.predicting(_suffix_states(lm, backbone, batch)), {}
         weighed = [block_of(what) for what in inside if str(what).startswith("attention.")]
         paths = {
             what: anatomy.block_path(what)
@@ -191,6 +193,8 @@ class Forward(nn.Module):
             nullcontext() if final else truncated(core, anatomy, max(map(block_of, inside)) + 1),
             capture(core, list(paths.values())) as seen,
             weights_read(lm, weighed) as weights,
+            # another attention computes where its weights are read, for the time of the call alone
+            nullcontext() if weighed else recomputed(lm),
         ):
             last = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
             # some families flatten batch and sequence before the MLP

@@ -18,7 +18,7 @@ from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, wearing
 from delible.lm.anatomy import Anatomy
 from delible.lm.body import AfterHead, Budget, Road
-from delible.lm.budget import measure_budget
+from delible.lm.budget import measure_budget, until_it_fits
 from delible.lm.checks import check
 from delible.lm.decode import continue_rows
 from delible.lm.derive import derive
@@ -256,11 +256,15 @@ class LM(Worn):
         Where questions have several answers each (perturbed, paraphrased), a question is
         computed once for all of them; otherwise rows of like length share a batch.
         """
-        return self.by_adapter(requests, lambda mine: self._answered(mine, self._scored))
+        return self._fitting(requests, lambda mine: self._answered(mine, self._scored))
 
     def inspect(self, requests: Sequence[Inspection]) -> list[Array | NoAnswer]:
         """Distributions, hidden states or gradient norms; requests of one kind."""
-        return self.by_adapter(requests, lambda mine: self._answered(mine, self._inspect))
+        return self._fitting(requests, lambda mine: self._answered(mine, self._inspect))
+
+    def _fitting(self, requests: Sequence[R], answer: Callable[[Sequence[R]], list[T]]) -> list[T]:
+        """Answers by adapter, in batches that fit the memory."""
+        return self.by_adapter(requests, lambda mine: until_it_fits(self, lambda: answer(mine)))
 
     def by_adapter(
         self, requests: Sequence[R], answer: Callable[[Sequence[R]], list[T]]
@@ -313,7 +317,7 @@ class LM(Worn):
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
         """Answers up to the end of the turn, a stop text or the length limit."""
-        return self.by_adapter(prompts, lambda mine: self._generate(mine, decoding))
+        return self._fitting(prompts, lambda mine: self._generate(mine, decoding))
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from delible.errors import RunError
 from delible.files import atomic_folder
 from delible.train.losses import Memory
+from delible.train.optimizers import places, plain, put_together
 
 
 def save(
@@ -32,7 +33,7 @@ def save(
             moments: dict[str, torch.Tensor] = {}
             for name, parameter in parameters.items():
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    moments[f"{key}/{name}"] = torch.as_tensor(value).detach().contiguous()
+                    moments.update({f"{part}/{name}": one for part, one in plain(key, value)})
             save_file(moments, target / "optimizer.safetensors")
         if memory:
             kept = {
@@ -91,8 +92,11 @@ def restore(
         value.copy_(weights[name])
     if optimizer is None:
         return
-    for joined, value in load_file(folder / "optimizer.safetensors").items():
-        key, _, name = joined.partition("/")
-        parameter = parameters[name]
-        device = torch.device("cpu") if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+    where = places(optimizer)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key_of_name, value in load_file(folder / "optimizer.safetensors").items():
+        key, _, name = key_of_name.partition("/")
+        count, moments = where[id(parameters[name])]
+        found.setdefault(name, {})[key] = value.to(count if key == "step" else moments)
+    for name, pieces in found.items():
+        optimizer.state[parameters[name]].update(put_together(pieces))

@@ -1,8 +1,8 @@
 """The training engine: everything around the steps of a run.
 
-It knows nothing of any method: slots decide which rows, which parameters, which losses and how
-they are balanced. It adds what every run needs: rows of every role, the cached reference, an
-optimiser, how many tokens fit the memory; ``loop.py`` has the steps.
+It knows nothing of any method: slots decide which rows, parameters and losses. It adds what every
+run needs: rows of every role, the cached reference, an optimiser, how many tokens fit the memory;
+``loop.py`` has the steps.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from delible.lm.lm import LM
 from delible.precision import short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
-from delible.train import generated
+from delible.train import generated, savings
 from delible.train.estimate import tokens_that_fit
 from delible.train.fitting import described, shortened, split_passages
-from delible.train.footprint import Shape, rough_activation_bytes, weights_bytes
+from delible.train.footprint import weights_bytes
 from delible.train.generated import Generated
 from delible.train.gradients import Gradients
 from delible.train.loop import Job, Loop
@@ -45,6 +44,7 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
+from delible.train.simulated import Shape, rough_activation_bytes
 from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class Trainer:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
         self.lm.hold(self.recipe.training.base_precision)
-        with self._shorter_rows():
+        savings.check_savings(self.recipe, self.lm)
+        with self._shorter_rows(), savings.saving(self.recipe, self.lm), self._phase("training"):
             return self._train()
 
     @contextmanager
@@ -206,7 +207,8 @@ class Trainer:
             {**self.notes, **loop.notes},
         )
 
-    # ---- before the first step
+    def _phase(self, doing: savings.Phase) -> AbstractContextManager[None]:
+        return savings.phase(doing, self.recipe, self.lm.device_type)
 
     def _settle(self, moving: Sequence[int]) -> None:
         """The losses, once it is known in which blocks weights move."""
@@ -352,7 +354,7 @@ class Trainer:
         if folder is not None:
             reference.load(folder)
         for rows, kinds in wanted:
-            if kinds:
+            with self._phase("the reference values"):
                 reference.prepare(lm, rows, kinds, self.context.stage)
         for loss, known in losses:
             if not reference.knows(loss.full_name):
@@ -390,9 +392,8 @@ class Trainer:
             self.lm.touch()
 
     def _finish_context(self, loop: Loop) -> FinishContext:
-        folder: Path | None = self.run.path if self.run else None
         start = self.start or (lambda: self.lm)
         return FinishContext(
-            self.lm, start, self.records, folder, loop.notes,
+            self.lm, start, self.records, self.run.path if self.run else None, loop.notes,
             loop.placement.parameters, loop.memory, self.context.stage,
         )  # fmt: skip

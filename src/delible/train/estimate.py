@@ -6,21 +6,20 @@ Runs and dry runs ask the same: how many tokens fit a pass is decided by the num
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from delible.lm.lm import LM
 from delible.precision import matmul_rate
 from delible.train.footprint import (
+    KERNEL_BYTES,
+    KERNELS,
     Memory,
-    Shape,
-    activations,
     cache_bytes,
-    early_bytes,
-    late_bytes,
     optimiser_bytes,
     reference_bytes,
+    update_bytes,
     weights_bytes,
 )
 from delible.train.losses import Loss
@@ -28,6 +27,8 @@ from delible.train.passes import MicroBatch, split
 from delible.train.plan import Plan
 from delible.train.recipe import Recipe
 from delible.train.row import Row
+from delible.train.savings import saving
+from delible.train.simulated import Shape, passing
 from delible.train.slots import Placement
 
 #: Share of the measured matrix-product rate that training is assumed to reach.
@@ -99,6 +100,8 @@ def estimate(
     operations = _operations(lm, moving, tokens, answers)
     if not recipe.harden.single_pass:
         operations *= 1.5
+    if recipe.training.gradient_checkpointing:
+        operations += 2.0 * tokens * body_parameters(lm)
     rate = ASSUMED_UTILISATION * matmul_rate(lm.precision, lm.device_type)
     return Estimate(
         len(plan.steps),
@@ -135,37 +138,49 @@ def memory_of(
     rows: Rows,
     micro_batch_tokens: int,
     shape: Shape | None = None,
+    several: bool = False,
 ) -> tuple[Memory, bool]:
     """Bytes by part, and whether activations were counted.
 
     Args:
         shape: Of the largest pass; None: of the step with the most tokens.
+        several: A step takes several passes, so that gradients are there from the second on.
     """
-    moving = {id(value): value for value in placement.parameters.values()}
+    moving = list(placement.parameters.values())
     batches = micro_batches(recipe, plan, rows, micro_batch_tokens)
     shape = shape or max(map(shape_of, batches), key=lambda one: one.rows * one.length)
     inside, final = _read(lm, recipe)
-    kept, counted = activations(lm, shape, inside, final)
-    gradients = 4 * sum(value.numel() for value in moving.values())
-    several = len(batches) > 1 or not recipe.harden.single_pass
-    early = early_bytes(lm, moving, shape) if final else 0
+    kinds = _kinds(lm, recipe)
+    # some keep another model's distributions, of which one for each context is compared
+    compared = {kind for every in kinds.values() for kind in every if kind.startswith("answers")}
+    with saving(recipe, lm):
+        held = passing(lm, shape, inside, final, len(compared))
+    several = several or len(batches) > 1 or not recipe.harden.single_pass
+    gradients = 4 * sum(value.numel() for value in moving)
     used = {role: rows[role] for role in rows if role != "retain"}
     if rows.get("retain"):
         used["retain"] = [rows["retain"][index] for index in sorted(plan.retain_indices)]
     longest = max(len(row.encoded.ids) for part in used.values() for row in part)
     masks = placement.masks or {}
+    kernels = held.products * len({shape_of(one) for one in batches}) if _compiles(lm) else 0
     memory = Memory(
         weights=weights_bytes(lm, recipe),
         gradients=gradients,
-        optimiser=optimiser_bytes(recipe, moving.values()),
-        activations=kept,
-        reference=reference_bytes(lm, used, _kinds(lm, recipe)),
+        optimiser=optimiser_bytes(recipe, moving),
+        activations=held.kept,
+        reference=reference_bytes(lm, used, kinds),
         masks=sum(mask.numel() for mask in masks.values()),
         cache=cache_bytes(lm, SHOWN_ANSWERS, longest + SHOWN_TOKENS),
-        early=max(early, gradients) if several else early,
-        late=late_bytes(lm, moving),
+        kernels=KERNEL_BYTES * min(KERNELS, kernels),
+        passing=held.peak + gradients if several else held.with_gradients,
+        update=update_bytes(recipe, moving, lm.device_type),
     )
-    return memory, counted
+    return memory, held.counted
+
+
+def _compiles(lm: LM) -> bool:
+    """Whether products are compiled for their shapes."""
+    return lm.device_type == "cpu" and lm.precision == "bfloat16"
 
 
 def micro_batches(
@@ -213,19 +228,22 @@ def tokens_that_fit(
 
     def peak(count: int) -> int:
         found, _ = memory_of(
-            lm, recipe, plan, placement, rows, count * one.length, shape=one.times(count)
+            lm, recipe, plan, placement, rows, count * one.length, one.times(count), several=True
         )
-        # with several passes a step, gradients are there from the second on
-        return replace(found, early=max(found.early, found.gradients)).peak
+        return found.peak
 
     if peak(1) > memory:
         return None
     few, many = peak(4), peak(8)
-    each = max(1, (many - few) // 4)
-    count = 4 + (memory - few) // each
-    while count > 1 and peak(count) > memory:
-        count -= 1 + count // 64
-    return max(1, count) * one.length
+    # passes grow by the row, but for the head's chunks, which are held once: too few is on the safe
+    # side, and too many is looked at
+    count = max(1, 4 + (memory - few) // max(1, (many - few) // 4))
+    for _ in range(3):
+        found = peak(count)
+        if found <= memory or count == 1:
+            return count * one.length
+        count = max(1, min(count - 1, count * (memory - few) // max(1, found - few)))
+    return one.length
 
 
 def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:

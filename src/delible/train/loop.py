@@ -28,6 +28,7 @@ from delible.train.losses import Keep, Memory, Role, State
 from delible.train.masking import decay_masked, held_outside, mask_gradients
 from delible.train.monitor import Monitor
 from delible.train.moves import check_moves, sampled
+from delible.train.optimizers import set_rate
 from delible.train.passes import MicroBatch, Passes, split, units_of
 from delible.train.plan import Plan
 from delible.train.reach import explain, has_gradient, probe
@@ -146,8 +147,7 @@ class Loop:
         rate = self.training.learning_rate * learning_rate_factor(
             self.training.schedule, step, total, self.training.warmup(total)
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         passes = self._gradient(step)
         norm = self._clip()
         forget, keep, nats, kept_tokens = self._sums(passes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from delible.errors import RecipeError
 from delible.files import atomic_folder
+from delible.lm.budget import until_it_fits
 from delible.lm.forward import Forward, Inside, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
@@ -80,7 +82,8 @@ class Reference:
             plain, _, context = kind.partition("@")
             by_context.setdefault(context, []).append(plain)
         for context, plain_kinds in by_context.items():
-            self._prepare(lm, rows, plain_kinds, context, stage)
+            # what was computed before memory ran out is kept, and not computed again
+            until_it_fits(lm, partial(self._prepare, lm, rows, plain_kinds, context, stage))
 
     def _prepare(
         self, lm: LM, rows: Sequence[Row], kinds: Sequence[str], context: str, stage: Stage
