@@ -7,6 +7,9 @@ head is called apart from the backbone: as often as a text needs it, which is no
 all processes, and what is gathered must be gathered by all of them at once. Hence also the only
 rule for whoever computes with such a model: all processes call the backbone equally often.
 
+Weights are gathered as they are, and cast by whoever computes in a shorter precision: so answers are
+those of the whole model to the last bit.
+
 ``accelerate`` says where to compute (:mod:`delible.train.processes`); its own grouping is not
 used, since it gathers a head that is not tied, and adds up its gradient, at every call.
 """
@@ -25,7 +28,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
@@ -76,16 +78,10 @@ class Sharded:
         head = core.get_output_embeddings()
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         policy = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
-        # matrices of blocks are cast before they are gathered: autocast would keep each copy of
-        # its own until the backward pass, a whole model in the end
-        short = torch.bfloat16 if lm.precision == "bfloat16" else None
-        inside = MixedPrecisionPolicy(short, torch.float32, cast_forward_inputs=False)
         self.first = anatomy.block(core, 0)
         for block in range(anatomy.layers):
-            fully_shard(
-                anatomy.block(core, block), mesh=mesh, reshard_after_forward=True,
-                mp_policy=inside, offload_policy=policy,
-            )  # fmt: skip
+            one = anatomy.block(core, block)
+            fully_shard(one, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         apart = not any(head is one for one in self.backbone.modules())
         if apart:
             self.backbone.register_module(_HEAD, head)
@@ -94,7 +90,11 @@ class Sharded:
             delattr(self.backbone, _HEAD)
         after = dict(lm.model.named_parameters())
         self.parameters = {id(value): after[name] for name, value in before.items()}
-        with lm.evaluating(), torch.no_grad():  # makes the groups, outside of inference mode
+        with (
+            lm.evaluating(),
+            lm.computing(),
+            torch.no_grad(),
+        ):  # makes the groups, outside of inference mode
             self.backbone(input_ids=torch.full((1, 1), lm.pad_id, device=lm.device))
         self.settle()
 
