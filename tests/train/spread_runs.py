@@ -1,8 +1,8 @@
 """What several processes do with one tiny model that is spread over them; see test_sharding.py.
 
 ``torchrun … spread_runs.py FOLDER TASK…``: each task leaves what the first process found in
-``FOLDER/TASK-N.json`` and ``.safetensors``, N the number of processes. The same functions run in one
-process, without torchrun, for what it is compared with.
+``FOLDER/TASK-N.json`` and ``.safetensors``, N the number of processes. The same functions run in
+one process, without torchrun, for what it is compared with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def told(lm: LM, history: list[dict[str, float]]) -> tuple[dict[str, Any], dict[
         "identity": lm.identity,
     }
     lm.gather()
-    if not lm.model.device.type == "meta":
+    if lm.model.device.type != "meta":
         found["gathered"] = lm.identity
         found["again"] = [str(one) for one in lm.generate(QUESTIONS, Decoding(12))]
         for name, value in lm.model.named_parameters():
@@ -93,6 +94,20 @@ def stopped(folder: Path, name: str, family: str, method: str, **options: Any) -
         run.release()
     else:
         raise AssertionError("it did not stop")
+
+
+def slow(folder: Path) -> None:
+    """A run of which a process is killed."""
+
+    def tell(step: int, total: int, numbers: object) -> None:
+        print(f"step {step}", flush=True)
+        time.sleep(0.2)
+
+    run = RunDirectory(folder / "killed")
+    run.begin({"name": "killed"})
+    chosen = recipe(BROKEN["method"], checkpoint_steps=3, epochs=3)
+    context = Context(run=run, steps=tell)
+    Trainer(make(BROKEN["family"]), chosen, RECORDS, context=context).train()
 
 
 def resumed(
@@ -145,6 +160,8 @@ TASKS: dict[str, Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]
         f"resume-{of}": lambda folder, of=of: resumed(folder, f"of-{of}", **BROKEN)  # type: ignore[misc]
         for of in (1, 2, 4)
     },
+    "resume-killed": lambda folder: resumed(folder, "killed", **BROKEN),
+    "slow": slow,
     "whole": lambda folder: trained(folder, "gru", epochs=3),
 }
 

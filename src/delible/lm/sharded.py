@@ -7,8 +7,8 @@ head is called apart from the backbone: as often as a text needs it, which is no
 all processes, and what is gathered must be gathered by all of them at once. Hence also the only
 rule for whoever computes with such a model: all processes call the backbone equally often.
 
-Weights are gathered as they are, and cast by whoever computes in a shorter precision: so answers are
-those of the whole model to the last bit.
+Weights are gathered as they are, and cast by whoever computes in a shorter precision: so answers
+are those of the whole model to the last bit.
 
 ``accelerate`` says where to compute (:mod:`delible.train.processes`); its own grouping is not
 used, since it gathers a head that is not tied, and adds up its gradient, at every call.
@@ -90,11 +90,8 @@ class Sharded:
             delattr(self.backbone, _HEAD)
         after = dict(lm.model.named_parameters())
         self.parameters = {id(value): after[name] for name, value in before.items()}
-        with (
-            lm.evaluating(),
-            lm.computing(),
-            torch.no_grad(),
-        ):  # makes the groups, outside of inference mode
+        # the first call makes the groups, which must not happen in inference mode
+        with lm.evaluating(), lm.computing(), torch.no_grad():
             self.backbone(input_ids=torch.full((1, 1), lm.pad_id, device=lm.device))
         self.settle()
 

@@ -38,6 +38,7 @@ from delible.lm.identity import only_reads
 from delible.lm.sharded import spread
 from delible.registry import register
 from delible.train.passes import Passes
+from delible.train.perturbation import rows_apart
 from delible.train.representation import leading_directions, without_directions
 from delible.train.slots import Harden
 from delible.train.step import Step
@@ -186,7 +187,9 @@ class CIR(Harden):
                         stack.callback(module.register_forward_hook(hook).remove)
                 yield
 
-        passes.forget(around)
+        # a beginning that rows share would count once, with the sum of their gradients
+        with rows_apart(passes.lm):
+            passes.forget(around)
 
 
 def _gathering(
@@ -223,6 +226,4 @@ def _first_positions(step: Step, count: int) -> Tensor:
     length = whole.ids.shape[1]
     if count == rows * length:
         first[::length] = True
-    elif whole.prefix and count == whole.prefix:  # the beginning that all rows share
-        first[0] = True
     return first
