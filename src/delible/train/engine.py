@@ -46,7 +46,7 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
-from delible.train.sharding import explain_loss, least, spread_out
+from delible.train.sharding import check_shares, explain_loss, least, spread_out
 from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class Trainer:
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
         check_needs(self.recipe, self.records, self.generated)
+        check_shares(self.recipe, self.lm)
         if self.lm.wears_adapter and not self.recipe.place.continues:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
@@ -371,8 +372,7 @@ class Trainer:
         moving = 16 * sum(share_of(value).numel() for value in placement.parameters.values())
         if lm.sharded is not None:  # what fits is not estimated by blocks, but halved until it does
             while enough > 64 and rough_activation_bytes(lm, most) + moving > free:
-                enough //= 2
-                most = Shape(max(1, enough // 8), 8, 0, enough)
+                enough, most = enough // 2, Shape(max(1, enough // 16), 8, 0, enough // 2)
             return enough
         held = 0 if lm.device.type == "meta" else weights_bytes(lm, self.recipe)
         if rough_activation_bytes(lm, most) + moving < free:

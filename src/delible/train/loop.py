@@ -304,10 +304,8 @@ class Loop:
     def _sums(self, passes: Passes) -> tuple[float, float | None, float, int]:
         """Both losses, and nats and tokens of the retain answers, over all processes."""
         totals = passes.totals
-        found = torch.tensor(
-            [totals.forget, totals.keep, totals.retain_nats, totals.retain_tokens],
-            dtype=torch.float64,
-        )
+        sums = [totals.forget, totals.keep, totals.retain_nats, totals.retain_tokens]
+        found = torch.tensor(sums, dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found.float().to(self.accelerator.device), "sum")
         forget, keep, nats, tokens = found.tolist()

@@ -25,14 +25,24 @@ from delible.train.slots import Placement
 _LOST = ("connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe")
 
 
-def check_shares(recipe: Recipe) -> None:
+def check_shares(recipe: Recipe, lm: LM | None = None) -> None:
     """Refuses what cannot work on shares of a model, before any work.
 
+    Args:
+        lm: The model, where it is known.
+
     Raises:
-        RecipeError: Which component it is, and why.
+        RecipeError: Which component it is, and why; or the model has parts that are not spread.
     """
     if not asked_for():
         return
+    if lm is not None and lm.other_parts:
+        raise RecipeError(
+            "the model has parts beside its language model (for pictures), and those are not "
+            "spread over processes.",
+            where=lm.name,
+            hint="Start without FSDP (accelerate launch --multi_gpu, or one process).",
+        )
     if recipe.training.base_precision in ("int8", "int4"):
         raise RecipeError(
             f"weights that are packed in {recipe.training.base_precision} are not spread over "
