@@ -25,12 +25,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from delible.errors import ModelError
@@ -50,7 +45,6 @@ class Sharded:
         lm: A whole model, the same in every process; on a processor, so that an accelerator never
             holds more of it than its share and one block.
         device: Where this process computes.
-        offload: The shares stay in main memory and go to the accelerator when they are gathered.
 
     Attributes:
         form: The model as it was, without weights.
@@ -62,7 +56,7 @@ class Sharded:
         ModelError: The model's parts lie where its groups cannot be made of them.
     """
 
-    def __init__(self, lm: Body, device: torch.device, *, offload: bool = False) -> None:
+    def __init__(self, lm: Body, device: torch.device) -> None:
         core, anatomy = lm.core, lm.anatomy
         if lm.leading is not lm or not anatomy.blocks.startswith(f"{anatomy.backbone}."):
             raise ModelError(
@@ -77,15 +71,13 @@ class Sharded:
         self.backbone: Any = core.get_submodule(anatomy.backbone)
         head = core.get_output_embeddings()
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        policy = CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy()
         self.first = anatomy.block(core, 0)
         for block in range(anatomy.layers):
-            one = anatomy.block(core, block)
-            fully_shard(one, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+            fully_shard(anatomy.block(core, block), mesh=mesh, reshard_after_forward=True)
         apart = not any(head is one for one in self.backbone.modules())
         if apart:
             self.backbone.register_module(_HEAD, head)
-        fully_shard(self.backbone, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+        fully_shard(self.backbone, mesh=mesh, reshard_after_forward=False)
         if apart:
             delattr(self.backbone, _HEAD)
         after = dict(lm.model.named_parameters())

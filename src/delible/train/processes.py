@@ -124,10 +124,10 @@ def _check_versions(accelerator: Accelerator) -> None:
 def _opened() -> Accelerator:
     plugin = None
     if asked_for():
-        # of its settings only the offload is read: the rest would change nothing, or results
+        # none of its settings is left to the environment: how a model is spread says lm/sharded.py
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="NO_WRAP",
-            activation_checkpointing=False, cpu_ram_efficient_loading=False,
+            cpu_offload=False, activation_checkpointing=False, cpu_ram_efficient_loading=False,
         )  # fmt: skip
     try:
         return Accelerator(

@@ -67,9 +67,7 @@ def spread_out(lm: LM, placement: Placement, accelerator: Accelerator) -> Placem
     Raises:
         RecipeError: Something moves that no group of the model holds.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    offload = bool(getattr(plugin, "cpu_offload", None))
-    lm.sharded = sharded = Sharded(lm, accelerator.device, offload=offload)
+    lm.sharded = sharded = Sharded(lm, accelerator.device)
     lm.shares_prefix = False  # processes have other rows: they would call the model differently
     lm.budget = agreed(lm.budget)
     shares = {name: sharded.parameters[id(one)] for name, one in placement.parameters.items()}
