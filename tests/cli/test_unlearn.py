@@ -66,7 +66,7 @@ def test_of_several_processes_only_the_first_keeps_and_tells(
     run: Any, here: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    done = run(*words, "--out", "run", "--no-verify")
+    done = run(*words, "--out", "run")
     assert (done.code, done.err) == (0, "")
     assert "The result lies in" not in done.out
     assert not (here / "run" / "artefact.yaml").exists()

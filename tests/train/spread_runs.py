@@ -43,12 +43,21 @@ QUESTIONS = [Prompt.ask(text) for text in ("Who are you?", "Who is that, then, o
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
+#: Of runs that break off.
+FAMILY = "gpt2"
+
+
 class StopError(Exception):
     pass
 
 
 def recipe(method: str, slots: dict[str, Any] | None = None, **options: Any) -> Recipe:
     return Recipe.named(method).changed(slots or {}, {**LENGTH, **options})
+
+
+def broken() -> Recipe:
+    """A run that breaks off: adapters, by GRU, which projects gradients and remembers one."""
+    return recipe("gru", {"place": "lora", "finish": "none"}, checkpoint_steps=3, epochs=3)
 
 
 def told(lm: LM, history: list[dict[str, float]]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -78,7 +87,7 @@ def trained(
     return told(result.lm, result.history)
 
 
-def stopped(folder: Path, name: str, family: str, method: str, **options: Any) -> None:
+def stopped(folder: Path, name: str) -> None:
     """A run that breaks off after its fourth step, whose last checkpoint is of the third."""
 
     def stop(step: int, total: int, numbers: object) -> None:
@@ -87,9 +96,9 @@ def stopped(folder: Path, name: str, family: str, method: str, **options: Any) -
 
     run = RunDirectory(folder / name)
     run.begin({"name": name})
-    chosen = recipe(method, checkpoint_steps=3, epochs=3, **options)
+    context = Context(run=run, steps=stop)
     try:
-        Trainer(make(family), chosen, RECORDS, context=Context(run=run, steps=stop)).train()
+        Trainer(make(FAMILY), broken(), RECORDS, context=context).train()
     except StopError:
         run.release()
     else:
@@ -105,20 +114,15 @@ def slow(folder: Path) -> None:
 
     run = RunDirectory(folder / "killed")
     run.begin({"name": "killed"})
-    chosen = recipe(BROKEN["method"], checkpoint_steps=3, epochs=3)
-    context = Context(run=run, steps=tell)
-    Trainer(make(BROKEN["family"]), chosen, RECORDS, context=context).train()
+    Trainer(make(FAMILY), broken(), RECORDS, context=Context(run=run, steps=tell)).train()
 
 
-def resumed(
-    folder: Path, name: str, family: str, method: str, **options: Any
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def resumed(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Goes on with it."""
     run = RunDirectory(folder / name)
     assert (run.path / "checkpoint" / "last" / "state.json").exists()
     run.begin({"name": name})
-    chosen = recipe(method, checkpoint_steps=3, epochs=3, **options)
-    result = Trainer(make(family), chosen, RECORDS, context=Context(run=run)).train()
+    result = Trainer(make(FAMILY), broken(), RECORDS, context=Context(run=run)).train()
     run.release()
     return told(result.lm, result.history)
 
@@ -137,6 +141,11 @@ def unlearned(folder: Path, method: str, family: str) -> tuple[dict[str, Any], d
     }, {}
 
 
+def whole_run(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    result = Trainer(make(FAMILY), broken(), RECORDS).train()
+    return told(result.lm, result.history)
+
+
 def refused(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         trained(folder, "npo", slots={"harden": "curvature"})
@@ -145,8 +154,6 @@ def refused(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise AssertionError("it was not refused")
 
 
-#: GRU: gradients are projected, and one of them remembered.
-BROKEN = {"family": "llama", "method": "gru"}
 TASKS: dict[str, Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]] | None]] = {
     "full": lambda folder: trained(folder, "npo_sam"),
     "lora": lambda folder: trained(folder, "npo_lora", "gpt2", {"finish": "none"}),
@@ -155,14 +162,14 @@ TASKS: dict[str, Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]
     "bf16": lambda folder: trained(folder, "npo", precision="bfloat16"),
     "unlearn": lambda folder: unlearned(folder, "npo_lora", "llama"),
     "refused": refused,
-    "stop": lambda folder: stopped(folder, f"of-{WORLD}", **BROKEN),
+    "stop": lambda folder: stopped(folder, f"of-{WORLD}"),
     **{
-        f"resume-{of}": lambda folder, of=of: resumed(folder, f"of-{of}", **BROKEN)  # type: ignore[misc]
+        f"resume-{of}": lambda folder, of=of: resumed(folder, f"of-{of}")  # type: ignore[misc]
         for of in (1, 2, 4)
     },
-    "resume-killed": lambda folder: resumed(folder, "killed", **BROKEN),
+    "resume-killed": lambda folder: resumed(folder, "killed"),
     "slow": slow,
-    "whole": lambda folder: trained(folder, "gru", epochs=3),
+    "whole": whole_run,
 }
 
 
