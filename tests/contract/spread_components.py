@@ -19,7 +19,7 @@ from test_contract import HOSTS, MIXTURES_ONLY, OPTIONS
 
 from delible import registry
 from delible.cards import SLOTS, Card
-from delible.component import build
+from delible.component import Component, build
 from delible.errors import RecipeError
 from delible.lm.sharded import whole
 from delible.testing.contract.trial import Trial
@@ -39,18 +39,18 @@ def named(card: Card) -> str:
     return f"{card.kind}-{card.name}"
 
 
-def trial(card: Card) -> Trial:
-    key = (card.kind, card.name)
-    component = build(card.kind, {"name": card.name, **OPTIONS.get(key, {})})
-    family = "qwen2_moe" if card.name in MIXTURES_ONLY else "llama"
-    return Trial(component, family, HOSTS.get(key) or {}, Path(tempfile.mkdtemp()))
+def component(card: Card) -> Component:
+    options = OPTIONS.get((card.kind, card.name), {})
+    return build(card.kind, {"name": card.name, **options})  # type: ignore[no-any-return]
 
 
-def attempt(card: Card) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def attempt(card: Card, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A short run; refused: the reason."""
     torch.manual_seed(1)
+    family = "qwen2_moe" if card.name in MIXTURES_ONLY else "llama"
+    hosts = HOSTS.get((card.kind, card.name)) or {}
     try:
-        result = trial(card).trainer().train()
+        result = Trial(component(card), family, hosts, folder).trainer().train()
     except RecipeError as error:
         if "spread over processes" not in str(error):
             raise
@@ -68,7 +68,7 @@ def table() -> str:
     for slot in SLOTS:
         can, cannot = [], []
         for card in (card for card in cards() if card.kind == slot):
-            reason = trial(card).component.needs_whole()
+            reason = component(card).needs_whole()
             told = f"`{card.name}`"
             (can if reason is None else cannot).append(
                 told if reason is None else f"{told}: {reason}"
@@ -78,13 +78,14 @@ def table() -> str:
 
 
 def main(folder: Path, chosen: list[str]) -> None:
-    os.environ["DELIBLE_CACHE"] = tempfile.mkdtemp()
     torch.set_num_threads(1)
     numbers, weights = {}, {}
-    for card in cards():
-        if not chosen or named(card) in chosen:
-            numbers[named(card)], own = attempt(card)
-            weights |= {f"{named(card)}/{name}": value for name, value in own.items()}
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["DELIBLE_CACHE"] = place
+        for card in cards():
+            if not chosen or named(card) in chosen:
+                numbers[named(card)], own = attempt(card, Path(place))
+                weights |= {f"{named(card)}/{name}": value for name, value in own.items()}
     if RANK == 0:
         (folder / f"{WORLD}.json").write_text(json.dumps(numbers))
         save_file(weights, folder / f"{WORLD}.safetensors")

@@ -40,7 +40,7 @@ def test_every_component_learns_on_shares_what_it_learns_on_the_whole(tmp_path: 
     assert refused == {
         spread_components.named(card)
         for card in spread_components.cards()
-        if spread_components.trial(card).component.needs_whole() is not None
+        if spread_components.component(card).needs_whole() is not None
     }
     apart = []
     for name in one.keys() - refused:
