@@ -187,6 +187,17 @@ def test_the_same_components_are_taken_with_other_options() -> None:
     check_shares(Recipe.named("npo").changed(slots, {}))
 
 
+@pytest.mark.usefixtures("asked")
+def test_what_trains_several_models_is_refused(tmp_path: Path) -> None:
+    from delible.bench.run import bench
+    from delible.sequence.run import unlearn_sequence
+
+    with pytest.raises(RunError, match="a sequence of requests trains whole models"):
+        unlearn_sequence("tiny", [], out=tmp_path)
+    with pytest.raises(RunError, match="a benchmark trains whole models"):
+        bench("tofu", methods=["npo"], model="tiny")
+
+
 def test_one_process_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_shares(Recipe.named("npo").changed({"harden": "tar"}, {}))

@@ -31,6 +31,7 @@ from delible.measure.starting import roles_of
 from delible.records import Record, RecordBase, digest
 from delible.resolving import resolve_method
 from delible.rundir import hardware, versions
+from delible.train.processes import refuse_shares
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ def bench(
     Raises:
         DelibleError: Bad input; told before anything is trained.
     """
+    refuse_shares("a benchmark")
     chosen = cast(Benchmark, build("benchmark", benchmark))  # type: ignore[arg-type]
     for name, number, least in (("seeds", seeds, 1), ("jobs", jobs, 1), ("tune", tune, 0)):
         if number < least:
