@@ -182,6 +182,8 @@ def unlearn(
         changes = compare(found["original"], found["unlearned"], found.get("reference"))
         words = chosen.more_and_less(outcome.system)
         result.achieved = Achieved(changes, *words, teaches=chosen.teaches)
+    if isinstance(result.system, LM):
+        result.system.gather()  # all processes give their shares, the first one keeps the model
     if run is not None and run.writes:
         with phase("saving", recipe, kind):
             finishing.keep(run, outcome, result, start, request, asked, seconds, verify=verify)

@@ -49,6 +49,13 @@ class Component(Config):
         """What it needs with these options; the card says what it needs by itself."""
         return self.card.needs
 
+    def needs_whole(self) -> str | None:
+        """Why it needs all of the model in each process while it is trained; None: shares will do.
+
+        Of a model that is spread over processes (FSDP) each holds some rows of every weight.
+        """
+        return None
+
     def spec(self) -> dict[str, Any]:
         """The component as plain data: its name and every option."""
         return {"name": self.card.name, **self.model_dump(mode="json")}

@@ -62,6 +62,16 @@ def test_end_to_end_and_again(run: Any, here: Path, words: list[str], tiny: Path
     assert the_run(here) == folder, "the same command has the same folder"
 
 
+def test_of_several_processes_only_the_first_keeps_and_tells(
+    run: Any, here: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = run(*words, "--out", "run")
+    assert (done.code, done.err) == (0, "")
+    assert "The result lies in" not in done.out
+    assert not (here / "run" / "artefact.yaml").exists()
+
+
 def test_another_run_in_the_same_folder_is_refused(run: Any, here: Path, words: list[str]) -> None:
     assert run(*words, "--out", "mine").code == 0
     before = (here / "mine" / "manifest.json").read_bytes()

@@ -40,6 +40,7 @@ from delible.resolving import resolve_method
 from delible.rundir import hardware, versions
 from delible.spread.hands import check_hands, hands, spread, there
 from delible.spread.pieces import Chain, Manifest
+from delible.train.processes import refuse_shares
 from delible.watching import Remaining
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def bench(
     Raises:
         DelibleError: Bad input; told before anything is trained.
     """
+    refuse_shares("a benchmark")
     chosen = cast(Benchmark, build("benchmark", benchmark))  # type: ignore[arg-type]
     for name, number, least in (("seeds", seeds, 1), ("tune", tune, 0)):
         if number < least:

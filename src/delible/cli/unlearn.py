@@ -219,6 +219,7 @@ def unlearn(
         output.quiet_libraries()
         from delible import api
         from delible.resolving import resolve_method
+        from delible.rundir import RunDirectory
 
         base = resolve_method(method, slots=slots)
         check_options(base, given, unlearn)
@@ -245,7 +246,8 @@ def unlearn(
                 "without --review goes on with what is there."
             )
             return 0
-        conclude(reporter, result, folder, time.perf_counter() - began)
+        if RunDirectory(folder).writes:  # of several processes the first one keeps and tells it
+            conclude(reporter, result, folder, time.perf_counter() - began)
     return 0
 
 

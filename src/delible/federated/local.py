@@ -33,6 +33,7 @@ from delible.lm.lm import LM
 from delible.records import Record
 from delible.train.engine import Trainer
 from delible.train.passes import Passes
+from delible.train.processes import refuse_shares
 from delible.train.recipe import Recipe
 from delible.train.slots import Place, Placement, SlotContext
 from delible.watching import Steps
@@ -152,6 +153,7 @@ def work(
     Raises:
         RecipeError: The order cannot be carried out with these records by anybody.
     """
+    refuse_shares("a client")
     records = rows_of(held, task.order)
     if not records["forget"]:
         return Failure("it holds no rows for it")

@@ -133,6 +133,13 @@ class Body:
         """The model whose hidden states are read: itself, or the first of several as one."""
         return self
 
+    def settle(self) -> None:
+        """Due before weights are changed or looked at: what was gathered for computing is no copy
+        of them any more then. Of a model that every process has whole nothing is gathered.
+        """
+        if self.sharded is not None:
+            self.sharded.settle()
+
     def head(self, states: Tensor) -> Tensor:
         """Logits of final hidden states: the head and whatever the model does after it."""
         return self.after_head(head_logits(self.core.get_output_embeddings(), states))
@@ -170,6 +177,8 @@ class Body:
     #: Whether what is kept for a gradient waits in the memory of the processor.
     offloads: bool = False
 
+    #: How its weights are spread over processes (:class:`delible.lm.sharded.Sharded`), if they are.
+    sharded: Any = None
     #: Adapters of earlier requests that do not act while another one is trained.
     earlier_adapters: Sequence[Any] = ()
 

@@ -11,6 +11,7 @@ import torch
 
 from delible.errors import ModelError
 from delible.lm.held import pieces
+from delible.lm.sharded import is_share, whole
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -24,25 +25,29 @@ def weights_digest(model: torch.nn.Module) -> str:
     keys: dict[str, tuple[Any, ...]] = {}
     for name, tensor in sorted(state.items()):
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        keys[name] = (str(tensor.device), tensor.data_ptr(), str(tensor.dtype), shape, strides)
-        if tensor.numel() == 0 or tensor.is_meta:
+        place = 0 if is_share(tensor) else tensor.data_ptr()
+        keys[name] = (str(tensor.device), place, str(tensor.dtype), shape, strides)
+        if tensor.numel() == 0 or place == 0:
             keys[name] = (name,)
         unique.setdefault(keys[name], tensor)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        hashes = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
-    whole = hashlib.sha256()
+    if any(map(is_share, unique.values())):  # gathered one by one, in the same order everywhere
+        hashes = {key: _tensor_digest(whole(tensor)) for key, tensor in unique.items()}
+    else:
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            hashes = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
+    joined = hashlib.sha256()
     for name, key in keys.items():
         tensor = state[name]
-        whole.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        whole.update(hashes[key])
-    return whole.hexdigest()
+        joined.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        joined.update(hashes[key])
+    return joined.hexdigest()
 
 
 def _plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state with packed weights as the plain tensors that they are made of."""
     found: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        parts = pieces(value)
+        parts = [value] if is_share(value) else pieces(value)
         found |= {name: value} if len(parts) == 1 else {
             f"{name}#{place}": part for place, part in enumerate(parts)
         }  # fmt: skip

@@ -201,6 +201,13 @@ class Forward(nn.Module):
             shape = (*batch.ids.shape, -1)
             states = {what: seen[path].reshape(shape) for what, path in paths.items()}
             states |= {f"attention.{layer}": weights[layer] for layer in weighed}
+        if lm.sharded is not None:
+            states = {
+                what: lm.sharded.inside(value, anatomy.block(core, block_of(what)), last)
+                if isinstance(what, str)
+                else value
+                for what, value in states.items()
+            }
         return (batch.predicting(last, offset=0) if final else None), states
 
 

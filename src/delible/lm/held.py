@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from delible.errors import ModelError
+from delible.lm.sharded import is_share, share_of
 from delible.precision import BasePrecision
 
 #: Attribute of a model whose blocks are packed: in which precision.
@@ -39,11 +40,14 @@ def held_in(core: nn.Module) -> BasePrecision | None:
 
 def is_packed(value: Tensor) -> bool:
     """Whether a tensor is several numbers in one, with scales beside them."""
-    return is_traceable_wrapper_subclass(value)
+    return is_traceable_wrapper_subclass(value) and not is_share(value)
 
 
 def pieces(value: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of: itself, or numbers and scales."""
+    """The plain tensors that a tensor is made of: itself, or numbers and scales; of a tensor that
+    is spread over processes what is here.
+    """
+    value = share_of(value)
     if not is_packed(value):
         return [value]
     names = value.__tensor_flatten__()[0]  # type: ignore[attr-defined]

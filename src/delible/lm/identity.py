@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from delible.lm.digest import weights_digest
+from delible.lm.sharded import plain_class, share_of
 
 #: Attribute of a hook that changes nothing.
 ONLY_READS = "delible_only_reads"
@@ -46,9 +47,11 @@ _UNTELLING = frozenset({
     "_experts_implementation", "bos_token_id", "eos_token_id", "pad_token_id",
     "output_hidden_states", "output_attentions", "return_dict", "gradient_checkpointing",
 })  # fmt: skip
-#: Hooks of the libraries that change no value: what collects outputs, what asks for gradients.
+#: Hooks of the libraries that change no value: what collects outputs, what asks for gradients,
+#: what gathers weights.
 _READING = re.compile(
     r"transformers\.utils\.output_capturing\..*|(transformers|peft)\..*\.make_inputs_require_grads?"
+    r"|torch\.distributed\.fsdp\._fully_shard\..*"
 )
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
@@ -72,7 +75,7 @@ class Identity:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._loaded = {name: type(module) for name, module in model.named_modules()}
+        self._loaded = {name: plain_class(module) for name, module in model.named_modules()}
         self._digest: str | None = None
         self._state: tuple[Any, ...] | None = None
 
@@ -100,7 +103,7 @@ class Identity:
 
     def _exchanged(self, model: nn.Module) -> Iterator[str]:
         for name, module in model.named_modules():
-            kind = type(module)
+            kind = plain_class(module)
             if self._loaded.get(name, kind) is not kind:
                 yield f"{name} is {kind.__module__}.{kind.__qualname__}"
 
@@ -121,13 +124,14 @@ def settings_of(config: Any) -> str:
 
 def _state(model: nn.Module) -> tuple[Any, ...]:
     """Changes when modules are exchanged, and when tensors are, or are written to."""
-    modules = tuple((name, type(module)) for name, module in model.named_modules())
+    modules = tuple((name, plain_class(module)) for name, module in model.named_modules())
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return modules, tuple((name, *_written(one)) for name, one in tensors)
 
 
 def _written(tensor: Any) -> tuple[int, int]:
     """Where a tensor stands, and how often it was written to."""
+    tensor = share_of(tensor.detach())
     try:
         place = int(tensor.data_ptr())
     except (RuntimeError, NotImplementedError):  # packed weights of a library for quantization
@@ -147,9 +151,9 @@ def _besides(model: nn.Module) -> Iterator[str]:
                 yield from _hooked(name, kind, hook)
         if "forward" in own:
             yield f"{name} forward {_name_of(own['forward'])}"
-        if type(module).__module__.partition(".")[0] not in _LIBRARIES:
+        if plain_class(module).__module__.partition(".")[0] not in _LIBRARIES:
             yield f"{name} module {_name_of(module)}"
-        elif (foreign := _foreign_forward(type(module))) is not None:
+        elif (foreign := _foreign_forward(plain_class(module))) is not None:
             yield f"{name} class {_name_of(foreign)}"
         if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
             yield f"{name} adapters {_adapters(module)}"

@@ -33,6 +33,7 @@ from delible.lm.pretrained import processor_of
 from delible.lm.scoring import NOT_FINITE, score
 from delible.lm.seeing import check as cannot_see
 from delible.lm.seeing import seeing
+from delible.lm.sharded import asked_for
 from delible.lm.template import Encoded, Template
 from delible.lm.worn import Removable, Worn
 from delible.precision import BasePrecision, Precision, Resolved
@@ -123,7 +124,8 @@ class LM(Worn):
 
         Args:
             precision: Of the computation.
-            device: None: an accelerator, if there is one.
+            device: None: an accelerator, if there is one (main memory where the environment
+                spreads models over processes).
             base_precision: Of the weights. Shorter than fp32 is for what stays frozen: below an
                 adapter, or where a model is only asked or edited.
 
@@ -133,7 +135,9 @@ class LM(Worn):
         check_packing(base_precision)
         dtype = torch.float32 if base_precision == "float32" else torch.bfloat16
         model, tokenizer, info = load_model(name, dtype=dtype)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # what is spread over processes is too large for one accelerator
+        on_device = torch.cuda.is_available() and not asked_for()
+        device = device or ("cuda" if on_device else "cpu")
         lm = cls(
             model.to(device), tokenizer, name=name, precision=precision, origin=info,
             processor=processor_of(model, tokenizer, info.place, info.revision),
@@ -198,7 +202,12 @@ class LM(Worn):
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def copy(self, name: str | None = None) -> LM:
-        """An independent copy with its own weights."""
+        """An independent copy with its own weights.
+
+        Raises:
+            ModelError: They are spread over processes.
+        """
+        self._check_whole("copied")
         twin = copy.copy(self)
         twin.patches = list(self.patches)
         twin.model = copy.deepcopy(self.model)
@@ -215,9 +224,11 @@ class LM(Worn):
         Raises:
             RunError: The model below the adapter lies nowhere, so that it would be lost; or its
                 weights are packed.
+            ModelError: They are spread over processes.
         """
         from delible.files import atomic_folder
 
+        self._check_whole("saved")
         if self.wears_adapter:
             if self.origin is None:
                 raise RunError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import torch
+
 from delible.errors import ModelError, RunError
 from delible.lm.adapters import check_name, names_of
 from delible.lm.body import Body
@@ -42,6 +44,32 @@ class Worn(Body):
     def copy(self, name: str | None = None) -> Self:
         """An independent copy with its own weights."""
         raise NotImplementedError
+
+    def gather(self) -> None:
+        """Makes a model that is spread over processes an ordinary one again; all processes call it.
+
+        The first process holds the whole model then, where it was before; in the others it has no
+        weights any more. A model that is not spread stays as it is.
+        """
+        if self.sharded is None:
+            return
+        first = torch.distributed.get_rank() == 0
+        model, home, was_training = self.sharded.form, self.sharded.home, self.model.training
+        self.sharded.fill(self, first)
+        self._identity = self._identity.moved(self.model, model)
+        self.model, self.shares_prefix = model.train(was_training), self.sharded.shares_prefix
+        self.__dict__.pop("budget", None)
+        if first:
+            self.model.to(home)
+        self.sharded = None
+
+    def _check_whole(self, what: str) -> None:
+        if self.sharded is not None:
+            raise ModelError(
+                f"its weights are spread over processes, and are not {what} so.",
+                where=self.name,
+                hint="Call gather() in all processes first; the first one holds the model then.",
+            )
 
     def touch(self) -> None:
         """Says that the weights have changed: those of the adapter, if the model wears one."""
@@ -117,18 +145,24 @@ class Worn(Body):
                 raise RunError(f"the adapter cannot be merged: {error}") from error
 
     def _merged_exactly(self) -> bool:
-        """Merges low-rank products into weights that are shorter than fp32, one by one.
+        """Merges low-rank products into weights that are shorter than fp32, or spread, one by one.
 
-        PEFT rounds the product before it adds it, and the sum again.
+        PEFT rounds the product before it adds it, and the sum again; and it puts new tensors where
+        shares of the old ones are gathered from.
         """
-        changes = low_rank_changes(self.model) if self.base_precision != "float32" else {}
+        self.settle()
+        by_one = self.base_precision != "float32" or self.sharded is not None
+        changes = low_rank_changes(self.model) if by_one else {}
         for name, (module, on) in changes.items():
             change = change_of(module, on)
             if not bool(change.isfinite().all()):
                 raise RunError(f"the adapter cannot be merged: '{name}' is not finite.")
             weight = module.get_base_layer().weight
-            weight.data = (weight.data.float() + change).to(weight.dtype)
+            with torch.no_grad():
+                weight.copy_((weight.float() + change).to(weight.dtype))
         if changes:
+            if self.sharded is not None:
+                self.sharded.form = self.sharded.form.unload()
             self.wear(self.model.unload())
         return bool(changes)
 

@@ -264,21 +264,23 @@ def measure(
     # Processes that read a shared folder at different moments must still make one plan.
     rank, count = _processes()
     measured.update(_gathered(measured, count))
+    # a model that is spread over processes computes in all of them at once
+    rank, parts = (0, 1) if getattr(system, "sharded", None) is not None else (rank, count)
     cached = len(measured)
     missing = [request for request in unique if request not in measured]
     if progress is not None and unique:
         progress(cached, len(unique))
     mine: dict[Request, Answer] = {}
     for place, chunk in enumerate(_chunks(missing)):
-        if place % count != rank:
+        if place % parts != rank:
             continue
-        with _telling(system, progress, cached, len(mine), count, len(missing)):
+        with _telling(system, progress, cached, len(mine), parts, len(missing)):
             answers = dict(zip(chunk, _ask(system, chunk), strict=True))
         if cache is not None and fingerprint is not None:
             cache.write(fingerprint, answers)
         mine.update(answers)
         if progress is not None:
-            progress(cached + min(len(missing), len(mine) * count), len(unique))
+            progress(cached + min(len(missing), len(mine) * parts), len(unique))
     measured.update(_gathered(mine, count))
 
     kinds = [type(request) for request in missing]

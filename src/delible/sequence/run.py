@@ -46,6 +46,7 @@ from delible.sequence.result import (
 from delible.system.base import System
 from delible.system.roles import Player
 from delible.systems.opening import open_system
+from delible.train.processes import refuse_shares
 from delible.train.recipe import Recipe, Strength
 from delible.watching import Stage, Steps
 
@@ -99,6 +100,7 @@ def unlearn_sequence(
         DelibleError: Bad input; or a request cannot be carried out, which its message names. What
             was done before stays, and the same call goes on there.
     """
+    refuse_shares("a sequence of requests")
     named = _named(requests)
     if is_sequence(Path(model).expanduser()):
         model = state_of(model)

@@ -29,6 +29,7 @@ from delible.stages.trained import Trained
 from delible.system.base import System, identity_of
 from delible.train.engine import Trainer
 from delible.train.method import records_of
+from delible.train.processes import refuse_shares
 from delible.train.randomness import generator
 from delible.train.recipe import Recipe
 
@@ -186,6 +187,7 @@ class Work:
         Raises:
             DelibleError: As for the trainer, and for :meth:`stage`.
         """
+        refuse_shares("a procedure")
         given = records_of(self.request) if records is None else records
         model = self.lm if lm is None else lm
         told = {

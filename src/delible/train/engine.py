@@ -23,6 +23,7 @@ from delible.files import write_json
 from delible.lm.budget import free_memory
 from delible.lm.forward import Forward
 from delible.lm.lm import LM
+from delible.lm.sharded import asked_for, share_of
 from delible.precision import short_types
 from delible.prompts import read_lines
 from delible.records import RecordBase
@@ -45,6 +46,7 @@ from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
 from delible.train.simulated import Shape, rough_activation_bytes
+from delible.train.sharding import check_shares, explain_loss, least, spread_out
 from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -122,12 +124,18 @@ class Trainer:
             RunError: The loss collapsed, nothing moved, or the checkpoint is another run's.
         """
         check_needs(self.recipe, self.records, self.generated)
+        check_shares(self.recipe, self.lm)
         if self.lm.wears_adapter and not self.recipe.place.continues:
             self.lm.merge_adapter()
             logger.info(MERGED_FIRST)
         self.lm.hold(self.recipe.training.base_precision)
         savings.check_savings(self.recipe, self.lm)
-        with self._shorter_rows(), savings.saving(self.recipe, self.lm), self._phase("training"):
+        with (
+            self._shorter_rows(),
+            savings.saving(self.recipe, self.lm),
+            explain_loss(),
+            self._phase("training"),
+        ):
             return self._train()
 
     @contextmanager
@@ -173,24 +181,18 @@ class Trainer:
             self.recipe, context.rows["forget"], context.rows["retain"], self.context.seed
         )
         self.recipe.finish.check(len(plan.steps))
+        if asked_for():
+            placement = spread_out(self.lm, placement, accelerator)
         reference = self._reference(context, plan)
         optimizer = make_optimizer(self.recipe.training, placement)
         self.lm.model.eval()  # dropout would make cached reference values wrong
-        forward, optimizer = accelerator.prepare(Forward(self.lm), optimizer)
-        job = Job(
-            self.lm, self.recipe, self.keep, self.records, self.context,
-            self.token_budget(context, plan, placement),
-        )  # fmt: skip
+        forward: torch.nn.Module = Forward(self.lm)
+        if self.lm.sharded is None:
+            forward, optimizer = accelerator.prepare(forward, optimizer)
+        budget = least(self.token_budget(context, plan, placement), accelerator.num_processes)
+        job = Job(self.lm, self.recipe, self.keep, self.records, self.context, budget)
         loop = Loop(
-            job,
-            accelerator,
-            context,
-            placement,
-            plan,
-            weights,
-            reference,
-            forward,
-            optimizer,
+            job, accelerator, context, placement, plan, weights, reference, forward, optimizer
         )
         loop.run()
         self.lm.touch()
@@ -374,7 +376,11 @@ class Trainer:
         enough = 32768 if kind == "cuda" else 1024
         free = int((0.6 if kind == "cuda" else 0.4) * free_memory(torch.device(kind)))
         most = Shape(max(1, enough // 8), 8, 0, enough)
-        moving = 16 * sum(value.numel() for value in placement.parameters.values())
+        moving = 16 * sum(share_of(value).numel() for value in placement.parameters.values())
+        if lm.sharded is not None:  # what fits is not estimated by blocks, but halved until it does
+            while enough > 64 and rough_activation_bytes(lm, most) + moving > free:
+                enough, most = enough // 2, Shape(max(1, enough // 16), 8, 0, enough // 2)
+            return enough
         held = 0 if lm.device.type == "meta" else weights_bytes(lm, self.recipe)
         if rough_activation_bytes(lm, most) + moving < free:
             return enough

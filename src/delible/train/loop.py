@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from delible.context import Context
 from delible.errors import RunError
 from delible.lm.lm import LM
+from delible.lm.sharded import whole
 from delible.precision import is_out_of_memory
 from delible.records import RecordBase
 from delible.train import checkpoint
@@ -35,6 +36,7 @@ from delible.train.reach import explain, has_gradient, probe
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.schedule import learning_rate_factor
+from delible.train.sharding import does_not_fit, first_says
 from delible.train.slots import Placement, SlotContext
 from delible.train.step import Reads
 from delible.train.watch import CollapseWatch, watched_rows
@@ -132,7 +134,8 @@ class Loop:
                     check_moves(self.job.lm, self.placement, before, place)
                 self._after(step, total)
         except KeyboardInterrupt:
-            self._save(len(self.history))
+            if self.job.lm.sharded is None:  # all processes would have to be at the same step
+                self._save(len(self.history))
             raise
         if (self.stopped and self.monitor.restores) or self.monitor.asked:
             self.accelerator.wait_for_everyone()
@@ -153,6 +156,7 @@ class Loop:
         forget, keep, nats, kept_tokens = self._sums(passes)
         if not math.isfinite(norm) or not math.isfinite(forget):
             self._collapse(step, "the loss or its gradient is not finite")
+        self.job.lm.settle()
         mask_gradients(self.placement, self.masks)
         moving = list(self.placement.parameters.values())
         with (
@@ -161,8 +165,7 @@ class Loop:
         ):
             self.optimizer.step()
             decay_masked(self.placement, self.masks, rate * self.training.weight_decay)
-        for parameter in self.placement.parameters.values():
-            parameter.grad = None
+        passes.clear()
         epoch = step / self.plan.steps_per_epoch
         self.job.recipe.balance.observe(forget, keep, epoch, self.state)
         seconds = time.perf_counter() - began
@@ -181,9 +184,9 @@ class Loop:
         self.history.append(numbers)
         if keep is not None:
             rows = sum(kept is not None for _, kept in self.plan.steps[step])
-            collapsed = self.watch.after(step + 1, nats, kept_tokens, rows, last=step + 1 == total)
-            if collapsed:
-                self._collapse(step, collapsed)
+            last = step + 1 == total
+            if reason := self.watch.after(step + 1, nats, kept_tokens, rows, last=last):
+                self._collapse(step, reason)
 
     def _weigh_anew(self, step: int) -> None:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
@@ -209,6 +212,8 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.budget <= 16:
                     raise
+                if self.accelerator.num_processes > 1:
+                    raise does_not_fit(self.accelerator.process_index, self.budget) from error
                 passes.clear()
                 self.budget //= 2
                 logger.warning(f"Out of memory: continuing with {self.budget} tokens per pass.")
@@ -291,21 +296,16 @@ class Loop:
             count = max(len(share(other)) for other in range(world))
         return share(rank)
 
-    @contextmanager
-    def _accumulating(self, more: bool) -> Iterator[None]:
-        if more and self.accelerator.num_processes > 1:
-            with self.accelerator.no_sync(self.forward):
-                yield
-        else:
-            yield
+    def _accumulating(self, more: bool) -> AbstractContextManager[None]:
+        # shares of gradients are added up as they are: whole ones would not fit
+        several = self.accelerator.num_processes > 1 and self.job.lm.sharded is None
+        return self.accelerator.no_sync(self.forward) if more and several else nullcontext()
 
     def _sums(self, passes: Passes) -> tuple[float, float | None, float, int]:
         """Both losses, and nats and tokens of the retain answers, over all processes."""
         totals = passes.totals
-        found = torch.tensor(
-            [totals.forget, totals.keep, totals.retain_nats, totals.retain_tokens],
-            dtype=torch.float64,
-        )
+        sums = [totals.forget, totals.keep, totals.retain_nats, totals.retain_tokens]
+        found = torch.tensor(sums, dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found.float().to(self.accelerator.device), "sum")
         forget, keep, nats, tokens = found.tolist()
@@ -314,10 +314,8 @@ class Loop:
     def _clip(self) -> float:
         parameters = [p for p in self.placement.parameters.values() if p.grad is not None]
         limit = self.training.max_gradient_norm
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, math.inf if limit is None else limit, foreach=True
-        )
-        return float(norm)
+        most = math.inf if limit is None else limit
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)))
 
     # ---- after a step
 
@@ -338,19 +336,21 @@ class Loop:
             if self.training.checkpoint_steps
             else time.monotonic() - self.last_saved > self.training.checkpoint_seconds
         )
+        if self.job.lm.sharded is not None:  # all write at once, when the first one's time is up
+            due = first_says(due, self.accelerator.num_processes)
         if due and done < total:
             self._save(done)
 
     # ---- keeping and restoring
 
     def _save(self, step: int) -> None:
-        if self.folder is None or self.job.context.run is None or not self.job.context.run.writes:
+        lm, run = self.job.lm, self.job.context.run
+        if self.folder is None or run is None or not (run.writes or lm.sharded is not None):
             return
+        lm.settle()
         state = {
             "step": step,
-            "identity": self.job.context.run.manifest.get("identity")
-            if self.job.context.run
-            else None,
+            "identity": run.manifest.get("identity"),
             "balance": self.state,
             "history": self.history,
             "watch": self.watch.state(),
@@ -358,9 +358,8 @@ class Loop:
             "tokens": self.tokens,
             "padding": self.padding,
         }
-        checkpoint.save(
-            self.folder / "last", self.placement.parameters, self.optimizer, state, self.memory
-        )
+        moving = self.placement.parameters
+        checkpoint.save(self.folder / "last", moving, self.optimizer, state, self.memory)
         self.last_saved = time.monotonic()
 
     def _resume(self) -> int:
@@ -370,15 +369,17 @@ class Loop:
             self.watch.begin(None)
             self.memory |= self.job.recipe.balance.prepare(self.context, self.placement)
             return 0
-        mine = self.job.context.run.manifest.get("identity") if self.job.context.run else None
-        if found["identity"] != mine:
+        run = self.job.context.run
+        if found["identity"] != (run.manifest.get("identity") if run else None):
             raise RunError(
                 "the checkpoint belongs to another run.",
                 where=str(self.folder),
                 hint="Choose another --out folder, or delete this one.",
             )
-        checkpoint.restore(self.folder / "last", self.placement.parameters, self.optimizer)
-        self.memory = checkpoint.read_memory(self.folder / "last", self.job.lm.device)
+        self.job.lm.settle()
+        moving, last = self.placement.parameters, self.folder / "last"
+        checkpoint.restore(last, moving, self.optimizer)
+        self.memory = checkpoint.read_memory(last, self.job.lm.device, list(moving.values()))
         if WEIGHTS in self.memory:
             self.weights = self.memory[WEIGHTS][0].cpu()
         self.state = dict(found["balance"])
@@ -390,9 +391,8 @@ class Loop:
         return int(found["step"])
 
     def _collapse(self, step: int, reason: str) -> None:
-        kept = ""
-        if self.folder is not None and (self.folder / "last").exists():
-            kept = f" The last good checkpoint is in {self.folder / 'last'}."
+        last = self.folder / "last" if self.folder is not None else None
+        kept = f" The last good checkpoint is in {last}." if last and last.exists() else ""
         raise RunError(
             f"training collapsed at step {step + 1}: {reason}.{kept}",
             where=f"method '{self.job.recipe.name}'",

@@ -209,6 +209,7 @@ class Monitor:
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the kept weights back."""
+        self.lm.settle()
         if self.folder is not None:
             checkpoint.restore(self.folder, self.parameters, None)
         for name, value in self.kept.items():
@@ -223,5 +224,6 @@ class Monitor:
     def _keep(self) -> None:
         if self.folder is None:
             self.kept = {name: value.detach().clone() for name, value in self.parameters.items()}
-        elif self.run is not None and self.run.writes:
+        elif self.run is not None and (self.run.writes or self.lm.sharded is not None):
+            self.lm.settle()
             checkpoint.save(self.folder, self.parameters, None, {})

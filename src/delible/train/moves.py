@@ -10,6 +10,7 @@ from torch import Tensor
 from delible.errors import RunError
 from delible.lm.held import pieces
 from delible.lm.lm import LM
+from delible.lm.sharded import share_of, summed
 from delible.train.slots import Placement
 
 #: Entries of a parameter that are looked at.
@@ -18,7 +19,8 @@ ENTRIES = 256
 
 @torch.no_grad()
 def sampled(lm: LM, placement: Placement) -> dict[str, Tensor]:
-    """A few entries of every parameter of the model."""
+    """A few entries of every parameter of the model, or of this process's share of it."""
+    lm.settle()
     return {
         name: _sample(placement, name, value).clone() for name, value in lm.model.named_parameters()
     }
@@ -32,7 +34,7 @@ def _sample(placement: Placement, name: str, value: Tensor) -> Tensor:
         return flat[:: max(1, len(flat) // ENTRIES)]
     if mask is None:
         return flat[:ENTRIES]
-    return flat[mask.flatten().nonzero()[:ENTRIES, 0]]
+    return flat[share_of(mask).flatten().nonzero()[:ENTRIES, 0]]
 
 
 @torch.no_grad()
@@ -42,6 +44,7 @@ def check_moves(lm: LM, placement: Placement, before: Mapping[str, Tensor], plac
     Raises:
         RunError: A frozen parameter moved, or nothing did.
     """
+    lm.settle()
     own = {id(value) for value in placement.parameters.values()}
     moved = 0
     for name, value in lm.model.named_parameters():
@@ -49,7 +52,7 @@ def check_moves(lm: LM, placement: Placement, before: Mapping[str, Tensor], plac
         if id(value) not in own and not same:
             raise RunError(f"the frozen parameter {name} moved; this is a bug.")
         moved += not same
-    if not moved:
+    if not summed(moved, over=placement.parameters.values()):
         raise RunError(
             "nothing moved in the first steps.",
             where=f"place '{place}'",

@@ -8,6 +8,7 @@ from delible.errors import RecipeError
 from delible.records import RecordBase
 from delible.train.losses import Role
 from delible.train.recipe import Recipe
+from delible.train.sharding import check_shares
 
 #: Roles whose rows come from the records or from the engine, not from a generator.
 GIVEN_ROLES: tuple[Role, ...] = ("forget", "retain", "refusal")
@@ -27,6 +28,7 @@ def check_needs(
         RecipeError: With the flag to add.
     """
     check_base(recipe)
+    check_shares(recipe)
     makes = set(recipe.generate.makes if generated is None else generated)
     for component in recipe.components():
         missing = "retain" not in makes and not records.get("retain")

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from delible.errors import RecipeError
 from delible.files import atomic_folder
 from delible.lm.budget import until_it_fits
 from delible.lm.forward import Forward, Inside, collate, map_logits, target_logprobs
 from delible.lm.lm import LM
+from delible.lm.sharded import whole
 from delible.lm.template import Encoded
 from delible.train.row import Row
 from delible.watching import Stage, unwatched, watched
@@ -184,6 +185,8 @@ def _frozen_head(lm: LM) -> Callable[[Tensor], Tensor]:
     """A copy of the head alone (vocabulary x hidden), detached from training."""
     twin = copy.copy(lm)
     frozen = copy.deepcopy(lm.core.get_output_embeddings()).requires_grad_(False)
+    for name, value in frozen.named_parameters():
+        frozen.register_parameter(name, nn.Parameter(whole(value), requires_grad=False))
     config = lm.core.config
 
     class _Core:

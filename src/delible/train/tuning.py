@@ -14,6 +14,7 @@ from delible.context import Context
 from delible.lm.lm import LM
 from delible.records import RecordBase
 from delible.train.engine import Trainer
+from delible.train.processes import refuse_shares
 from delible.train.recipe import Recipe
 
 #: Called as ``watch(lm, step, steps)`` with the model as it is after a step, and before the first.
@@ -68,6 +69,7 @@ class FineTuning:
         Raises:
             RunError: Training collapsed or moved nothing.
         """
+        refuse_shares("a fine-tuned copy")
         twin = lm.copy()
         twin.merge_adapter()  # or an adapter would escape the attack
 

@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delible.errors import RecipeError
+from delible.lm.sharded import spread, whole
 from delible.registry import register
 from delible.train.activations import input_moments
 from delible.train.losses import Memory, State
@@ -153,9 +154,10 @@ class _Projection:
         self.used, self.inputs_first = used, inputs_first
 
     def __call__(self, value: Tensor) -> Tensor:
-        wide = value.T if self.inputs_first else value
+        every = whole(value)
+        wide = every.T if self.inputs_first else every
         found = projected(wide.float(), self.used)
-        return (found.T if self.inputs_first else found).to(value.dtype)
+        return spread((found.T if self.inputs_first else found).to(value.dtype), like=value)
 
 
 def _projections(

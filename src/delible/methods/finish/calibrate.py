@@ -133,6 +133,9 @@ class Calibrate(Finish):
     resolution: float = Field(0.01, gt=0, le=1, description="Where the bisection stops.")
     records: int = Field(200, ge=1, description="At most this many records of each role count.")
 
+    def needs_whole(self) -> str | None:
+        return "it walks along the line between two whole models"
+
     def apply(self, context: FinishContext) -> LM:
         lm = context.lm
         if lm.wears_adapter:

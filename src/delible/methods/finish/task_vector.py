@@ -20,6 +20,7 @@ from torch import Tensor
 
 from delible.errors import RunError
 from delible.lm.lm import LM
+from delible.lm.sharded import spread
 from delible.registry import register
 from delible.train.slots import Finish, FinishContext
 from delible.train.vectors import along
@@ -60,6 +61,7 @@ class TaskVector(Finish):
     @torch.no_grad()
     def apply(self, context: FinishContext) -> LM:
         lm = context.lm
+        lm.settle()
         if lm.wears_adapter:
             lm.merge_adapter()
             logger.info("finish: the adapter is merged before its vector is subtracted")
@@ -74,7 +76,7 @@ class TaskVector(Finish):
                     hint="Both models must have the same architecture; merge adapters first.",
                 )
             if value.is_floating_point():
-                origin = before[name].to(value.device, value.dtype)
+                origin = spread(before[name].to(value.device, value.dtype), like=value)
                 squares += float((value.float() - origin.float()).pow(2).sum())
                 value.copy_(negated(origin, value, self.scale))
         lm.touch()

@@ -108,6 +108,7 @@ class WeightAveraging(Finish):
             )
             context.notes["weight_averaging"] = {"points": 0}
             return context.lm
+        context.lm.settle()
         means = context.memory["weight_averaging.mean"]
         for parameter, mean in zip(context.parameters.values(), means, strict=True):
             parameter.copy_(mean)

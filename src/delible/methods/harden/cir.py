@@ -35,8 +35,10 @@ from transformers.pytorch_utils import Conv1D
 
 from delible.errors import RecipeError
 from delible.lm.identity import only_reads
+from delible.lm.sharded import spread
 from delible.registry import register
 from delible.train.passes import Passes
+from delible.train.perturbation import rows_apart
 from delible.train.representation import leading_directions, without_directions
 from delible.train.slots import Harden
 from delible.train.step import Step
@@ -111,7 +113,8 @@ class CIR(Harden):
                 assert id(parameter) == weight
                 if layer.gradient is not None:
                     total = layer.gradient.to(parameter.dtype)
-                    parameter.grad = self._reduced(passes, [total])[0] / passes.world
+                    mean = self._reduced(passes, [total])[0] / passes.world
+                    parameter.grad = spread(mean, like=parameter)
         # all passes are done: a step that runs out of memory has left everything as it was
         new = found[0] is not memory.get(DIRECTIONS[0])
         before = None if new or SUMS[0] not in memory else [memory[name] for name in SUMS]
@@ -170,7 +173,7 @@ class CIR(Harden):
             weight = passes.parameters[layer.place]
             width, height = weight.shape if layer.transposed else weight.shape[::-1]
             shapes = [(width,), (width, width), (height,), (height, height), (1,)]
-            layer.sums = [weight.new_zeros(shape, dtype=torch.float32) for shape in shapes]
+            layer.sums = [torch.zeros(shape, device=weight.device) for shape in shapes]
 
         @contextmanager
         def around(step: Step) -> Iterator[None]:
@@ -184,7 +187,9 @@ class CIR(Harden):
                         stack.callback(module.register_forward_hook(hook).remove)
                 yield
 
-        passes.forget(around)
+        # a beginning that rows share would count once, with the sum of their gradients
+        with rows_apart(passes.lm):
+            passes.forget(around)
 
 
 def _gathering(
@@ -221,6 +226,4 @@ def _first_positions(step: Step, count: int) -> Tensor:
     length = whole.ids.shape[1]
     if count == rows * length:
         first[::length] = True
-    elif whole.prefix and count == whole.prefix:  # the beginning that all rows share
-        first[0] = True
     return first

@@ -54,6 +54,9 @@ class Curvature(Harden):
     rho: float = Field(0.01, ge=0, description="Weight of the norm of the gradient's change.")
     mu: float = Field(0.01, gt=0, description="Length of the step along the gradient.")
 
+    def needs_whole(self) -> str | None:
+        return "it differentiates twice, and shares are gathered for one backward pass"
+
     def forget(self, passes: Passes) -> None:
         with passes.apart():
             passes.forget()

@@ -46,6 +46,9 @@ class GradientPenalty(Harden):
 
     rho: float = Field(0.01, ge=0, description="Weight of the norm of the forget gradient.")
 
+    def needs_whole(self) -> str | None:
+        return "it differentiates twice, and shares are gathered for one backward pass"
+
     def forget(self, passes: Passes) -> None:
         with passes.apart():
             passes.forget()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from delible.lm.sharded import spread
 from delible.registry import register
 from delible.train.passes import Passes
 from delible.train.slots import Harden
@@ -68,5 +69,6 @@ class RandomSmoothing(Harden):
         device = passes.parameters[0].device
         generator = torch.Generator(device).manual_seed(seed)
         for parameter, value in zip(passes.parameters, kept, strict=True):
-            noise = torch.empty_like(value).normal_(generator=generator)
+            noise = torch.empty(value.shape, dtype=value.dtype, device=device)
+            noise = spread(noise.normal_(generator=generator), like=value)
             parameter.copy_(noise.mul_(self.sigma).add_(value))

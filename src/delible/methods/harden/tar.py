@@ -154,6 +154,9 @@ class TAR(Harden):
     after_steps: int = Field(0, ge=0, description="First steps with the host's gradient alone.")
     host: bool = Field(False, description="Go on with the host's forget loss beside it.")
 
+    def needs_whole(self) -> str | None:
+        return "a simulated attack needs all rows of a step, which processes share"
+
     def forget(self, passes: Passes) -> None:
         if passes.world > 1:
             raise RecipeError(

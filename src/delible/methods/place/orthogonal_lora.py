@@ -93,6 +93,9 @@ class OrthogonalLoRA(Place):
     def moving_blocks(self, lm: LM) -> range:
         return range(lm.anatomy.layer_at(self.first), lm.anatomy.layer_at(self.last) + 1)
 
+    def needs_whole(self) -> str | None:
+        return "what it adds to each step's gradient is made of whole matrices"
+
     def apply(self, context: SlotContext) -> Placement:
         own = {name: getattr(self, name) for name in ("rank", "alpha", "first", "last", "on")}
         inner: Place = build("place", {"name": "lora", **own})

@@ -117,6 +117,10 @@ class Sure(Place):
         False, description="As released: no mask acts, and the forget gradient counts twice."
     )
 
+    def needs_whole(self) -> str | None:
+        reason = "with every_step or compat each step begins with a look at whole gradients"
+        return reason if self.every_step or self.compat else None
+
     def apply(self, context: SlotContext) -> Placement:
         parameters = context.gradients.parameters()
         for parameter in parameters.values():

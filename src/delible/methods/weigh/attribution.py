@@ -129,6 +129,10 @@ class Attribution(Weigh):
     def due(self, epoch: int) -> bool:
         return self.refresh_every > 0 and epoch % self.refresh_every == 0
 
+    def needs_whole(self) -> str | None:
+        reason = "with refresh_every it takes gradients of single rows while the model is trained"
+        return reason if self.refresh_every else None
+
     def weights(self, context: SlotContext) -> Float[Tensor, " rows"]:
         forget, retain = context.rows["forget"], self._retain(context)
         order = torch.randperm(len(retain), generator=context.generator("weigh.attribution"))
