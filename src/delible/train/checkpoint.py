@@ -232,10 +232,10 @@ def restore(
         parameter = parameters[name]
         count, home = where[id(parameter)]
         if is_share(parameter) and moments.shape(joined) == parameter.shape:
-            value = torch.empty_like(parameter).detach()
-            moments.fill(joined, value)
+            part = torch.empty_like(parameter).detach()
+            moments.fill(joined, part)
         else:
-            value = moments.read(joined).to(count if key == "step" else home)
-        found.setdefault(name, {})[key] = value
-    for name, parts in found.items():
-        optimizer.state[parameters[name]].update(put_together(parts))
+            part = moments.read(joined).to(count if key == "step" else home)
+        found.setdefault(name, {})[key] = part
+    for name, state in found.items():
+        optimizer.state[parameters[name]].update(put_together(state))

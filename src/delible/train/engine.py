@@ -45,8 +45,8 @@ from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
 from delible.train.rows import make_rows, refusal_rows
-from delible.train.simulated import Shape, rough_activation_bytes
 from delible.train.sharding import check_shares, explain_loss, least, spread_out
+from delible.train.simulated import Shape, rough_activation_bytes
 from delible.train.slots import FinishContext, Placement, SlotContext
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class Trainer:
         keeps = any("retain" in component.own_needs for component in recipe.components())
         partners = [role for role in recipe.objective.roles if role not in GIVEN_ROLES]
         generated.check_partners(records, partners)
-        told = self._instruction(before)
+        told = generated.instruction(recipe, self.keep, before)
         forget_told = told if recipe.objective.instructed else None
         keep_told = told if self.keep is not None and self.keep.instructed else None
         rows: dict[str, list[Row]] = {
@@ -319,23 +319,6 @@ class Trainer:
 
     def _make_rows(self, context: SlotContext) -> Generated:
         return self.recipe.generate.rows(context) if self.generated is None else self.generated
-
-    def _instruction(self, context: SlotContext) -> str | None:
-        """What an instructed reference model is told; None if there is none."""
-        losses = (self.recipe.objective, self.keep)
-        for loss in losses:
-            if loss is not None and loss.instructed:
-                told = self.recipe.generate.instruction(context)
-                if told is None:
-                    raise RecipeError(
-                        f"{loss.card.kind} '{loss.card.name}' learns from a teacher that is told "
-                        f"what to refuse, and generate '{self.recipe.generate.card.name}' has no "
-                        "instruction for it.",
-                        where=f"method '{self.recipe.name}'",
-                        hint="Add --generate unified.",
-                    )
-                return told
-        return None
 
     def _reference(self, context: SlotContext, plan: Plan) -> Reference:
         """The reference's values for rows, and what losses learn of it."""

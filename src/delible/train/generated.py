@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from delible.errors import DataError, nearest
+from delible.errors import DataError, RecipeError, nearest
 from delible.files import atomic_folder
 from delible.records import RecordBase, digest
 from delible.system.questions import ask
-from delible.train.losses import Role
+from delible.train.losses import Keep, Role
+from delible.train.recipe import Recipe
+from delible.train.slots import SlotContext
 
 ROLES: tuple[str, ...] = get_args(Role)
 #: Partners that are about somebody else, so that they ask something else.
@@ -90,3 +92,27 @@ def check_partners(records: Mapping[str, Sequence[RecordBase]], roles: Sequence[
                     where=f"generated '{role}'",
                     hint="Rows are partners line by line: put them back in order.",
                 )
+
+
+def instruction(recipe: Recipe, keep: Keep | None, context: SlotContext) -> str | None:
+    """What an instructed reference model is told; None if there is none.
+
+    Args:
+        keep: The recipe's, unless it keeps nothing.
+
+    Raises:
+        RecipeError: A loss learns from one that is told something, and nothing tells it.
+    """
+    for loss in (recipe.objective, keep):
+        if loss is not None and loss.instructed:
+            told = recipe.generate.instruction(context)
+            if told is None:
+                raise RecipeError(
+                    f"{loss.card.kind} '{loss.card.name}' learns from a teacher that is told "
+                    f"what to refuse, and generate '{recipe.generate.card.name}' has no "
+                    "instruction for it.",
+                    where=f"method '{recipe.name}'",
+                    hint="Add --generate unified.",
+                )
+            return told
+    return None
