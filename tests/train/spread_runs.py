@@ -158,6 +158,7 @@ TASKS: dict[str, Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]
     "full": lambda folder: trained(folder, "npo_sam"),
     "lora": lambda folder: trained(folder, "npo_lora", "gpt2", {"finish": "none"}),
     "masked": lambda folder: trained(folder, "wagle", "gemma2", share=0.5),
+    "recomputed": lambda folder: trained(folder, "npo_lora", gradient_checkpointing=True),
     "inside": lambda folder: trained(folder, "mcu"),
     "bf16": lambda folder: trained(folder, "npo", precision="bfloat16"),
     "unlearn": lambda folder: unlearned(folder, "npo_lora", "llama"),

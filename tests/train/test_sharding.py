@@ -109,10 +109,11 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
 def test_four_processes_go_on_from_two_and_back(tmp_path: Path) -> None:
     together(tmp_path, 2, "stop")
     together(tmp_path, 4, "full", "lora", "refused", "resume-2", "stop")
-    together(tmp_path, 2, "full", "resume-4", "inside", "bf16", "unlearn")
-    for task in ("full", "lora", "inside", "whole", "bf16", "unlearn"):
+    together(tmp_path, 2, "full", "resume-4", "inside", "recomputed", "bf16", "unlearn")
+    for task in ("full", "lora", "inside", "recomputed", "whole", "bf16", "unlearn"):
         spread_runs.do(tmp_path, task)
-    for task, processes in (("full", 2), ("full", 4), ("lora", 4), ("inside", 2)):
+    runs = (("full", 2), ("full", 4), ("lora", 4), ("inside", 2), ("recomputed", 2))
+    for task, processes in runs:
         same(tmp_path, f"{task}-1", f"{task}-{processes}")
         whole_again(tmp_path, f"{task}-{processes}")
     same(tmp_path, "whole-1", "resume-2-4")
@@ -167,6 +168,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"place": {"name": "sure", "every_step": True}}, {}, "place 'sure'"),
         ({"weigh": {"name": "attribution", "refresh_every": 1}}, {}, "weigh 'attribution'"),
         ({"place": "lora"}, {"base_precision": "int8"}, "packed in int8"),
+        ({}, {"optimizer": "adamw_8bit"}, "adamw_8bit"),
+        ({}, {"offload_activations": True}, "offload_activations"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_by_name(

@@ -19,6 +19,7 @@ from delible.lm.lm import LM
 from delible.lm.sharded import Sharded, agreed, asked_for, is_share, spread
 from delible.train.processes import TIMEOUT, gathered
 from delible.train.recipe import Recipe
+from delible.train.savings import OFFLOADS
 from delible.train.slots import Placement
 
 #: What the backends say when a process does not answer any more.
@@ -49,6 +50,15 @@ def check_shares(recipe: Recipe, lm: LM | None = None) -> None:
             "processes.",
             where=f"method '{recipe.name}'",
             hint="Take --base-precision bfloat16, or start without FSDP.",
+        )
+    training = recipe.training
+    apart = [name for name in OFFLOADS if getattr(training, name)]
+    if apart or training.optimizer == "adamw_8bit":
+        raise RecipeError(
+            f"{apart[0] if apart else 'optimizer adamw_8bit'} was never tried on weights that are "
+            "spread over processes.",
+            where=f"method '{recipe.name}'",
+            hint="Leave it out: each process has its share of the moments only.",
         )
     for component in recipe.components():
         if reason := component.needs_whole():
