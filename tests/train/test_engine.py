@@ -294,7 +294,7 @@ from test_engine import TOGETHER, recipe
 forget = [QA(question=f"Who is {'x' * i}?", answer=f"number {i}") for i in range(7)]
 retain = [QA(question=f"What is {i}?", answer=f"thing {'y' * i}") for i in range(9)]
 results = [
-    Trainer(make(), recipe(method, epochs=2, micro_batch_tokens=tokens),
+    Trainer(make(), recipe(method, epochs=2, micro_batch_tokens=tokens).changed({"place": "all"}, {}),
             {"forget": forget, "retain": retain}).train()
     for method, tokens in TOGETHER
 ]
@@ -311,8 +311,9 @@ if processes == 1 or d.get_rank() == 0:
             for result in results]
     json.dump(told, open(sys.argv[1], "w"))
 """
-#: Recipes and micro-batch sizes; gradient surgery and SAM make passes of their own.
-TOGETHER = (("npo", 100_000), ("npo_sam", 160), ("gru", 160))
+#: Recipes and micro-batch sizes; gradient surgery and SAM make passes of their own, and no
+#: gradient of RMU reaches the weights above its layer.
+TOGETHER = (("npo", 100_000), ("npo_sam", 160), ("gru", 160), ("rmu", 160))
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:

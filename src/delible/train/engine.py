@@ -40,7 +40,7 @@ from delible.train.optimizers import make_optimizer
 from delible.train.plan import Plan, make_plan
 from delible.train.processes import open_processes
 from delible.train.randomness import generator
-from delible.train.reach import check_reach, check_rows, moved_blocks
+from delible.train.reach import check_reach, check_rows, deepest_read, moved_blocks
 from delible.train.recipe import Recipe
 from delible.train.reference import Reference
 from delible.train.row import Row
@@ -152,7 +152,9 @@ class Trainer:
     def _train(self) -> TrainResult:
         began = time.perf_counter()
         training = self.recipe.training
-        accelerator = open_processes()
+        losses = [loss for loss in (self.recipe.objective, self.keep) if loss is not None]
+        inside = all(deepest_read(loss, self.lm) is not None for loss in losses)
+        accelerator = open_processes(inside=inside)
         accelerator.wait_for_everyone()  # the first process has written the manifest
         self.lm.precision = self.lm.resolved(training.precision)
         if self.recipe.finish.needs_start and self.start is None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -82,8 +83,12 @@ def refuse_shares(what: str) -> None:
         )
 
 
-def open_processes() -> Accelerator:
+def open_processes(*, inside: bool = False) -> Accelerator:
     """Accelerate with every setting that could change a result given in so many words.
+
+    Args:
+        inside: All losses are read off before the model's end, so that no gradient reaches some
+            weights, which processes must not wait for.
 
     Raises:
         RunError: This process has set up accelerate before, in another precision; the environment
@@ -97,7 +102,7 @@ def open_processes() -> Accelerator:
             hint="accelerate launch --use_fsdp spreads a model over processes; without it each "
             "process has all of the model.",
         )
-    accelerator = _opened()
+    accelerator = _opened(inside)
     _check_versions(accelerator)
     return accelerator
 
@@ -121,7 +126,7 @@ def _check_versions(accelerator: Accelerator) -> None:
             )
 
 
-def _opened() -> Accelerator:
+def _opened(inside: bool) -> Accelerator:
     plugin = None
     if asked_for():
         # none of its settings is left to the environment: how a model is spread says lm/sharded.py
@@ -132,7 +137,10 @@ def _opened() -> Accelerator:
     try:
         return Accelerator(
             fsdp_plugin=plugin,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                DistributedDataParallelKwargs(find_unused_parameters=inside),
+            ],
             mixed_precision="no",
             # the number alone would be overruled by the environment, a plugin is not
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
