@@ -11,7 +11,7 @@ import torch
 from tiny_clients import QUICK, fact, held, plain, run, values, worn
 
 from delible.context import Context
-from delible.errors import ModelError, RecipeError, RunError
+from delible.errors import DataError, ModelError, RecipeError, RunError
 from delible.federated import adapter as adapters
 from delible.federated.adapter import bytes_of
 from delible.federated.clients import Held
@@ -175,9 +175,18 @@ def test_a_client_whose_numbers_collapse_says_so_and_the_others_go_on(
     assert any("client 'b' is left out: it could not do it" in one for one in caplog.messages)
 
 
-def test_a_run_error_of_training_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RunError("training collapsed at step 1: the loss is not finite."),
+        DataError("a record collapsed."),
+    ],
+)
+def test_what_goes_wrong_with_one_client_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def collapses(self: Any) -> Any:
-        raise RunError("training collapsed at step 1: the loss is not finite.")
+        raise error
 
     monkeypatch.setattr(Trainer, "train", collapses)
     lm = worn()

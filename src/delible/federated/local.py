@@ -25,7 +25,7 @@ from torch import Tensor
 
 from delible.cards import Card
 from delible.context import Context
-from delible.errors import RecipeError, RunError
+from delible.errors import DataError, RecipeError, RunError
 from delible.federated import adapter as adapters
 from delible.federated.clients import Held
 from delible.federated.messages import Failure, Order, Task, Update
@@ -163,7 +163,7 @@ def work(
     precision = lm.precision  # the trainer's is its recipe's affair
     try:
         trained = Trainer(lm, recipe, records, context=context).train()
-    except RunError as error:  # its numbers collapsed: the others go on
+    except (RunError, DataError) as error:  # its numbers, or its records: the others go on
         return Failure(str(error))
     finally:
         lm.precision = precision
