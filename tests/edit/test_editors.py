@@ -293,6 +293,8 @@ def test_earlier_edits_are_kept_over_a_chain_of_patches(
     first.undo(lm)
     assert same(lm, base)
     assert lm.patches == []
+    second.undo(lm)  # it is off already
+    assert same(lm, base)
 
 
 def test_an_edit_below_another_is_not_taken_off_alone(texts: Path) -> None:

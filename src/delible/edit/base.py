@@ -174,25 +174,31 @@ class Patch:
         lm.touch()
         lm.patches = [*patches, self]
 
-    @torch.no_grad()
     def undo(self, lm: LM) -> None:
         """Puts the edited parameters and the vocabulary back, bit by bit.
 
         Of several patches on the same parameters the last one is undone first: in that order every
-        step is exact. Those on others may stay.
+        step is exact. Those on others may stay. A model that does not wear it stays as it is.
 
         Raises:
             ModelError: A later patch is on the same parameters, or may need the tokens of this one.
         """
-        parameters = dict(lm.core.named_parameters())
+        if all(one is not self for one in lm.patches):
+            return
         self._require_top(lm)
+        self.put_back(lm)
+        patches = [patch for patch in lm.patches if patch is not self]
+        lm.touch()
+        lm.patches = patches
+
+    @torch.no_grad()
+    def put_back(self, lm: LM) -> None:
+        """The parameters and the vocabulary as they were; nobody is told that they are others."""
+        parameters = dict(lm.core.named_parameters())
         for name, value in self.before.items():
             parameters[name].copy_(value)
         if self.added is not None and self.added.before is not None:
             put_back(lm, self.added.before)
-        patches = [patch for patch in lm.patches if patch is not self]
-        lm.touch()
-        lm.patches = patches
 
     def _require_top(self, lm: LM) -> None:
         """A later patch's weights hold this one, which would be back once that is undone."""

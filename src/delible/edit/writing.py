@@ -109,7 +109,8 @@ def writing(lm: LM, layers: Sequence[int]) -> Iterator[tuple[dict[int, Writing],
     try:
         yield edits, patch
     except BaseException:
-        patch.undo(lm)
+        patch.put_back(lm)
+        lm.touch()
         lm.patches = patches
         raise
     patch.factors = {edit.place.parameter: edit.pair() for edit in edits.values()}
