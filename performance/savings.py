@@ -108,7 +108,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     if given.markdown:
-        write_between(given.markdown, "savings", "\n".join(lines))
+        name = "savings" if given.model == "small" else f"savings-{given.model}"
+        write_between(given.markdown, name, "\n".join(lines))
 
 
 if __name__ == "__main__":
