@@ -15,6 +15,7 @@ import delible
 from delible import api, finishing
 from delible.errors import RunError
 from delible.lm import lm as lm_module
+from delible.lm.budget import until_it_fits
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
 from delible.system.asks import Decoding, Prompt, Score
@@ -71,6 +72,24 @@ def test_scores_and_answers_come_in_smaller_batches(
     assert lm.budget.tokens == start // 4
     assert lm.generate(prompts, Decoding(max_new_tokens=4)) == expected[1]
     assert f"Out of memory: continuing with {start // 2} tokens at once." in caplog.text
+
+
+def test_a_model_that_is_spread_asks_nothing_again_alone() -> None:
+    lm, asked = make(), []
+
+    def work() -> None:
+        asked.append(lm.budget)
+        full()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        until_it_fits(lm, work)
+    assert len(asked) > 1
+    asked.clear()
+    lm = make()
+    lm.sharded = object()  # other processes wait for each call
+    with pytest.raises(torch.OutOfMemoryError):
+        until_it_fits(lm, work)
+    assert len(asked) == 1
 
 
 def test_reference_values_come_in_smaller_batches_each_once(

@@ -63,14 +63,16 @@ def until_it_fits(lm: Any, work: Callable[[], T]) -> T:
     """What some work over batches gives; where memory runs out, again with half as much at once.
 
     Args:
-        lm: The model, whose budget the work asks for. It stays as small afterwards.
+        lm: The model, whose budget the work asks for. It stays as small afterwards. If its weights
+            are spread over processes nothing is done again: the others would not take part.
         work: Can be done again from its start.
     """
     while True:
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or lm.budget.tokens <= LEAST_TOKENS:
+            smallest = lm.budget.tokens <= LEAST_TOKENS
+            if not is_out_of_memory(error) or smallest or lm.sharded is not None:
                 raise
         # outside of the handler: what failed, and all that it held, is gone
         now: Budget = lm.budget

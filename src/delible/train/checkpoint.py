@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,8 @@ def _folder_of(folder: Path, number: int, count: int) -> Iterator[Path]:
         with atomic_folder(folder) as target:
             yield target
         return
-    if number == 0:
-        with atomic_folder(folder) as target:
-            gathered([str(target)], count)
-            error = None
-            try:
-                yield target
-            except Exception as found:
-                error = found
-            _check_all(error, count)
-    else:
-        target = Path(gathered([""], count)[0])
-        error = None
+    with atomic_folder(folder) if number == 0 else nullcontext() as first:
+        target, error = Path(gathered([str(first)], count)[0]), None
         try:
             yield target
         except Exception as found:
