@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -12,10 +13,14 @@ from typing import Any
 import httpx2
 import pytest
 from gateway_at_work import HELLO, Puppet, Watched, Working, answer, before, whole, working
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from delible.errors import RecipeError
-from delible.gateway.keys import Allowance, hashed, new_key, read_keys
+from delible.gateway.front import Front
+from delible.gateway.keys import Allowance, Callers, hashed, new_key, read_keys
 from delible.gateway.settings import GatewaySettings, read_settings
+from delible.gateway.telling import Numbers
 from delible.system.replies import Piece
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
@@ -303,6 +308,33 @@ def test_calls_at_once_are_limited() -> None:
             thread.join()
         assert sorted(found) == [200, 200, 429, 429]
         assert at_work.chat().status_code == 200
+
+
+def test_a_client_may_call_again_as_soon_as_its_answer_is_whole() -> None:
+    settings = GatewaySettings(calls_at_once=1)
+    statuses: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("Hi")(scope, receive, send)
+
+    front = Front(app, settings, Numbers(), Callers(settings))
+
+    async def call(again: bool) -> None:
+        async def heard(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            elif again and not message.get("more_body"):
+                await call(again=False)  # this client is quicker than the end of its first call
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await front(scope, nothing, heard)
+
+    async def nothing() -> Message:
+        return {"type": "http.request"}
+
+    asyncio.run(call(again=True))
+    asyncio.run(call(again=False))
+    assert statuses == [200, 200, 200]
 
 
 def test_what_a_minute_allows_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

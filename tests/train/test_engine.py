@@ -294,8 +294,10 @@ from test_engine import TOGETHER, recipe
 forget = [QA(question=f"Who is {'x' * i}?", answer=f"number {i}") for i in range(7)]
 retain = [QA(question=f"What is {i}?", answer=f"thing {'y' * i}") for i in range(9)]
 results = [
-    Trainer(make(), recipe(method, epochs=2, micro_batch_tokens=tokens).changed({"place": "all"}, {}),
-            {"forget": forget, "retain": retain}).train()
+    Trainer(
+        make(), recipe(method, epochs=2, micro_batch_tokens=tokens).changed({"place": "all"}, {}),
+        {"forget": forget, "retain": retain},
+    ).train()
     for method, tokens in TOGETHER
 ]
 import torch.distributed as d

@@ -51,6 +51,14 @@ class Front:
         scope[CALL] = call
 
         ended = False
+        entered: Caller | None = None
+
+        def leave() -> None:
+            nonlocal entered
+            if entered is not None:
+                self._under_way -= 1
+                entered.leave()
+                entered = None
 
         async def told(message: Message) -> None:
             nonlocal ended
@@ -60,9 +68,9 @@ class Front:
                 message = {**message, "headers": [*message.get("headers", ()), own]}
             elif not message.get("more_body"):
                 ended = True
+                leave()  # before the client hears that its answer is whole: it may call again now
             await send(message)
 
-        entered: Caller | None = None
         self.numbers.under_way.inc()
         try:
             if scope["path"].startswith("/v1/"):
@@ -86,9 +94,7 @@ class Front:
                 raise
         finally:
             self.numbers.under_way.dec()
-            if entered is not None:
-                self._under_way -= 1
-                entered.leave()
+            leave()
             route = _route(scope)
             self.numbers.count(call, route)
             call.log(scope["method"], route)
