@@ -71,6 +71,8 @@ def verdict(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if sensible(row, found):
         return "ok"
     told = registry.card(row["kind"], row["method"]).advice
+    if row.get("failed"):
+        return f"refused: {row['failed']}{f' Card: {told}' if told else ''}"
     return f"card: {told}" if told else "**falls short**"
 
 
@@ -87,7 +89,7 @@ def run(method: str, start: LM, request: ForgetRequest, strength: Any) -> dict[s
     try:
         result = unlearn(lm, request, method=method, strength=strength, shown=0, measured=False)
     except DelibleError as error:
-        return {"failed": str(error)}
+        return {"failed": str(error).replace(start.name, "the taught model")}
     return {
         "seconds": round(time.perf_counter() - began, 1),
         "steps": result.notes.get("steps", 0),
@@ -102,6 +104,8 @@ def page(found: Mapping[str, Any]) -> str:
     rows = sorted(found["rows"], key=lambda row: (row["method"], STRENGTHS.index(row["strength"])))
     plain = [row for row in rows if row["strength"] == "normal"]
     good = sum(sensible(row, found) for row in plain)
+    declined = sum("failed" in row for row in plain)
+    refused = f", {declined} refuse this model and say why" if declined else ""
     parts = [
         f"# Every method with its defaults, model `{found['model']}`\n",
         f"The world of `delible demo`: ten people, {found['counts']['forget']} facts about two of "
@@ -114,7 +118,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"The taught model gives {before['forget']:.3f} to the forget rows, {before['retain']:.3f} "
         f"to the retained ones and {before['neighbours']:.3f} to neighbours; the reference "
         f"{never['forget']:.3f}, {never['retain']:.3f} and {never['neighbours']:.3f}. "
-        f"{good} of {len(plain)} methods are ok.\n",
+        f"{good} of {len(plain)} methods are ok{refused}.\n",
         f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
         f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
         f"{machine['precision']}; other work ran beside it, so *seconds* are an upper bound. "
@@ -139,7 +143,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if row.get("failed"):
-        return f"| {row['method']} | | | | | | | | {verdict(row, found)} ({row['failed']}) |"
+        return f"| {row['method']} | | | | | | | | {verdict(row, found)} |"
     before, after = found["before"], row["after"]
     cells = [
         row["method"],
@@ -204,6 +208,7 @@ def main() -> None:
     kinds = {
         card.name: card.kind
         for card in registry.cards("recipe", "editor", "intervention", "procedure")
+        if "pictures" not in card.needs
     }
     methods = given.methods.split(",") if given.methods else list(kinds)
     methods = [method for method in methods if method not in TEACHING]

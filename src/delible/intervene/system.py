@@ -6,22 +6,20 @@ the intervened model is asked, and act only on what is asked of it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from delible.errors import ModelError, RunError
+from delible.errors import ModelError
 from delible.intervene.sites import Place, Positions, vision_blocks
 from delible.intervene.taps import Tap, Taps, Where
-from delible.lm.body import Budget
-from delible.lm.layout import asked, padded_rows, told
+from delible.lm.beside import Beside, identity_with
+from delible.lm.layout import padded_rows, told
 from delible.lm.lm import LM
 from delible.lm.seeing import look, ramp
 
@@ -47,11 +45,8 @@ class Acting(Protocol):
     def extends(self) -> str | None: ...
 
 
-class Intervened(LM):
-    """A model with interventions, in order; see :func:`intervened`.
-
-    What goes through the engine is changed: generating, scoring, inspecting, serving, training.
-    ``model`` is the bare module; calling it directly gives the bare model's values.
+class Intervened(Beside):
+    """A model with interventions, in order; see :func:`intervened`. It is trained with them, too.
 
     Attributes:
         bare: The model without them; it shares its weights, and can be asked at the same time.
@@ -59,22 +54,21 @@ class Intervened(LM):
         acting: Those of them that act: one that a later one extends is in that already.
     """
 
-    in_weights: ClassVar[bool] = False
+    what: ClassVar[str] = "an intervention"
+    unmerged_hint: ClassVar[str] = "Merge the model without it, or serve it as it is."
+    unsaved_hint: ClassVar[str] = (
+        "Save the model (lm.bare.save) and each of lm.interventions in folders of their own."
+    )
 
     def __init__(self, bare: LM, interventions: Sequence[Acting]) -> None:
-        vars(self).update(vars(bare))
-        self.bare, self.interventions = bare, tuple(interventions)
-        names = " + ".join(one.intervention.card.name for one in self.interventions)
-        self.name = f"{bare.name} + {names}"
-        self.on_answers = None
-        self.interveners = object()
-        self.acting = tuple(
-            one for place, one in enumerate(self.interventions)
-            if all(later.extends != one.identity for later in self.interventions[place + 1 :])
+        interventions = tuple(interventions)
+        acting = tuple(
+            one for place, one in enumerate(interventions)
+            if all(later.extends != one.identity for later in interventions[place + 1 :])
         )  # fmt: skip
-        if any(one.intervention.needs_own_rows for one in self.acting):
-            self.grows_trees = self.shares_prefix = False
-            self.road = "plain" if bare.road == "plain" else "padded"
+        own_rows = any(one.intervention.needs_own_rows for one in acting)
+        super().__init__(bare, " + ".join(_names(interventions)), own_rows=own_rows)
+        self.interventions, self.acting = interventions, acting
         taps = [
             Tap(site, one.intervention.positions, _bound(one, self.device))
             for one in self.acting
@@ -83,19 +77,20 @@ class Intervened(LM):
         self._taps = Taps(self, taps, self.interveners)
         self._spans = [tap.positions for tap in taps if tap.positions.kind == "spans"]
 
-    # ---- identity
+    @property
+    def unmerged(self) -> str:  # type: ignore[override]
+        """Why they cannot be merged."""
+        names = ", ".join(_names(self.interventions))
+        return f"'{names}' changes activations, and cannot be merged into weights"
+
+    def on(self, bare: LM) -> Intervened:
+        """The same interventions on another model's weights."""
+        return Intervened(bare, self.interventions)
 
     @property
-    def fingerprint(self) -> str:
-        """That of the bare model, and what acts on it in which order."""
-        below = (self.bare.fingerprint, self.template.fingerprint, self.precision)
-        joined = "/".join([*below, *(one.identity for one in self.interventions)])
-        return hashlib.sha256(joined.encode()).hexdigest()
-
-    @property
-    def identity(self) -> str:
-        """The same in every precision."""
-        return _stacked(self.bare, self.interventions)
+    def besides(self) -> Sequence[str]:
+        """The interventions' identities, in order."""
+        return [one.identity for one in self.interventions]
 
     def taken_off(self) -> tuple[str, LM]:
         """The last intervention, and the model with the others."""
@@ -107,67 +102,13 @@ class Intervened(LM):
     def leading(self) -> Intervened:
         """The first of several models as one, with the interventions."""
         first = self.bare.leading
-        return self if first is self.bare else Intervened(first, self.interventions)  # type: ignore[arg-type]
-
-    def merged(self) -> NoReturn:
-        """An intervention is not in the weights.
-
-        Raises:
-            RunError: Always.
-        """
-        names = ", ".join(one.intervention.card.name for one in self.interventions)
-        raise RunError(
-            f"'{names}' changes activations, and cannot be merged into weights.",
-            hint="Merge the model without it, or serve it as it is.",
-        )
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        """That of the bare model."""
-        return self.bare.budget
-
-    def touch(self) -> None:
-        """Says that the weights have changed."""
-        self.bare.touch()
-        self.origin = self.bare.origin
-
-    def wear(self, model: Any) -> None:
-        """Takes another form of the same model; the interventions stay."""
-        self.bare.wear(model)
-        again = Intervened(self.bare, self.interventions)
-        again.name, again.on_answers = self.name, self.on_answers
-        vars(self).update(vars(again))
-
-    def copy(self, name: str | None = None) -> Intervened:
-        """An independent copy with its own weights and the same interventions."""
-        twin = Intervened(self.bare.copy(), self.interventions)
-        twin.name = name or self.name
-        return twin
-
-    def save(self, folder: Path) -> None:
-        """Refused: the weights alone are another model.
-
-        Raises:
-            RunError: Always.
-        """
-        raise RunError(
-            "an intervention is not in the weights, so a saved model would answer differently.",
-            where=str(folder),
-            hint="Save the model (lm.bare.save) and each of lm.interventions in folders of "
-            "their own.",
-        )
+        return self if first is self.bare else self.on(first)  # type: ignore[arg-type]
 
     # ---- how it acts
 
     def intervening(self) -> AbstractContextManager[None]:
         """Within it the hooks are in their places."""
         return self._taps.on()
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within it the model is in evaluation mode, and interventions act."""
-        with self.intervening(), asked(self.interveners), super().evaluating():
-            yield
 
     def alike(self, shared: int, prompts: Callable[[], Sequence[Sequence[int]]]) -> int:
         """What is computed once must be changed alike in all prompts."""
@@ -213,7 +154,7 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
                 where=lm.name,
                 hint="Open the run that it was made from first, or the folder that it is in.",
             )
-        known = (lm.identity, _stacked(lm, below))
+        known = (lm.identity, identity_with(lm, [other.identity for other in below]))
         if one.learned_on is not None and one.learned_on not in known:
             logger.warning(
                 "The intervention '%s' was learned on another model than '%s', or with other "
@@ -228,12 +169,8 @@ def intervened(lm: LM, interventions: Sequence[Acting]) -> Intervened:
     return found
 
 
-def _stacked(bare: LM, interventions: Sequence[Acting]) -> str:
-    """The identity of a model with interventions."""
-    if not interventions:
-        return bare.identity
-    joined = "/".join([bare.identity, *(one.identity for one in interventions)])
-    return hashlib.sha256(joined.encode()).hexdigest()
+def _names(interventions: Sequence[Acting]) -> list[str]:
+    return [one.intervention.card.name for one in interventions]
 
 
 def _bound(fitted: Acting, device: torch.device) -> Callable[[Tensor, Where], Tensor]:

@@ -8,115 +8,66 @@ itself which request's adapter answers it (:attr:`Prompt.adapter`, the request's
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from delible.errors import ModelError, RunError
-from delible.lm.body import Budget
+from delible.errors import ModelError
+from delible.lm.beside import Beside
 from delible.lm.identity import only_reads
 from delible.lm.layout import Make, asked, current_layout, is_asked, turn
 from delible.lm.lm import LM
 from delible.routed.router import Router
 
 
-class Routed(LM):
+class Routed(Beside):
     """A model with a router; see :func:`routed`.
-
-    What goes through the engine is routed: generating, scoring, inspecting, serving. ``model`` is
-    the bare module; calling it directly gives the bare model's values.
 
     Attributes:
         bare: The model without the router; it shares its weights.
         router: Which adapters act, and when.
     """
 
-    in_weights: ClassVar[bool] = False
+    what: ClassVar[str] = "a router"
+    unmerged: ClassVar[str] = (
+        "a router decides question by question, so it cannot be merged into weights"
+    )
+    unmerged_hint: ClassVar[str] = (
+        "Serve it as it is, or merge the adapter of one request ('delible merge' of its folder "
+        "below the run)."
+    )
+    unsaved_hint: ClassVar[str] = (
+        "Save the model (lm.bare.save); a run of 'delible unlearn' keeps its router."
+    )
 
     def __init__(self, bare: LM, router: Router) -> None:
-        vars(self).update(vars(bare))
-        self.bare, self.router = bare, router
-        self.name = f"{bare.name} + router of {len(router.members)}"
-        self.on_answers = None
-        self.interveners = object()
-        self.acting = router.acting(bare)
-        if not self.acting.shares:
-            self.grows_trees = self.shares_prefix = False
-            self.road = "plain" if bare.road == "plain" else "padded"
+        acting = router.acting(bare)
+        super().__init__(bare, f"router of {len(router.members)}", own_rows=not acting.shares)
+        self.router, self.acting = router, acting
         self._forced: Sequence[str | None] | str | None = None
         self._hooks = _Hooks(self)
 
-    # ---- identity
+    def on(self, bare: LM) -> Routed:
+        """The same router on another model's weights."""
+        return Routed(bare, self.router)
 
     @property
-    def fingerprint(self) -> str:
-        """That of the bare model, and the router's."""
-        below = (self.bare.fingerprint, self.template.fingerprint, self.precision)
-        return hashlib.sha256("/".join([*below, self.router.identity]).encode()).hexdigest()
-
-    @property
-    def identity(self) -> str:
-        """The same in every precision."""
-        joined = f"{self.bare.identity}/{self.router.identity}"
-        return hashlib.sha256(joined.encode()).hexdigest()
+    def besides(self) -> Sequence[str]:
+        """The router's identity."""
+        return (self.router.identity,)
 
     def taken_off(self) -> tuple[str, LM]:
         """The router, and the bare model."""
         return "router", self.bare
 
-    def merged(self) -> NoReturn:
-        """What depends on the question is not in the weights.
-
-        Raises:
-            RunError: Always.
-        """
-        raise RunError(
-            "a router decides question by question, so it cannot be merged into weights.",
-            hint="Serve it as it is, or merge the adapter of one request ('delible merge' of its "
-            "folder below the run).",
-        )
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        """That of the bare model."""
-        return self.bare.budget
-
-    def touch(self) -> None:
-        """Says that the weights have changed."""
-        self.bare.touch()
-        self.origin = self.bare.origin
-
     def wear(self, model: Any) -> None:
         """Takes another form of the same model; the router stays."""
-        self.bare.wear(model)
-        again = Routed(self.bare, self.router)
-        again.name, again.on_answers = self.name, self.on_answers
-        vars(self).update(vars(again))
-        self._hooks = _Hooks(self)
-
-    def copy(self, name: str | None = None) -> Routed:
-        """An independent copy with its own weights and the same router."""
-        twin = Routed(self.bare.copy(), self.router)
-        twin.name = name or self.name
-        return twin
-
-    def save(self, folder: Path) -> None:
-        """Refused: the weights alone are another model.
-
-        Raises:
-            RunError: Always.
-        """
-        raise RunError(
-            "a router is not in the weights, so a saved model would answer differently.",
-            where=str(folder),
-            hint="Save the model (lm.bare.save); a run of 'delible unlearn' keeps its router.",
-        )
+        super().wear(model)
+        self._hooks = _Hooks(self)  # those of the twin belong to the twin
 
     # ---- how it acts
 
@@ -155,12 +106,6 @@ class Routed(LM):
         """Lets a gate that reads the model's own states do so before the call is set up."""
         if self.acting.asks_the_model:
             self.acting.prepare(make(0).prompts)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within it the model is in evaluation mode, and the router acts."""
-        with self.intervening(), asked(self.interveners), super().evaluating():
-            yield
 
     def alike(self, shared: int, prompts: Callable[[], Sequence[Sequence[int]]]) -> int:
         """What is computed once must be changed alike in all prompts."""
