@@ -180,7 +180,7 @@ def merge(page_file: Path, others: Sequence[Path]) -> None:
     """
     numbers = page_file.with_suffix(".json")
     found = read_json(numbers) if numbers.exists() else read_json(others[0])
-    alike = ("model", "target", "counts")
+    alike = ("model", "target", "weights", "counts")
     for other in map(read_json, others):
         here = {key: found[key] for key in alike} | {"on": found["hardware"]["accelerator"]}
         there = {key: other[key] for key in alike} | {"on": other["hardware"]["accelerator"]}
@@ -218,7 +218,7 @@ def main() -> None:
         target = learn(given.model, split.records("known"), 0, "target")
         reference = learn(given.model, split.records("kept"), 0, "reference")
     start = LM.load(str(target))
-    described = {"model": given.model, "target": target.parent.name}
+    described = {"model": given.model, "target": target.parent.name, "weights": start.identity}
     numbers = given.page.with_suffix(".json")
     found = read_json(numbers) if numbers.exists() else {}
     if {key: found.get(key) for key in described} != described:

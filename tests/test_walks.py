@@ -26,12 +26,10 @@ LONG = ("researcher", "red team")
 
 @pytest.fixture(scope="module", autouse=True)
 def in_fp32() -> Iterator[None]:
-    """Toys answer otherwise in bf16, which a CPU computes in if it is the faster one just then."""
+    """Toys answer otherwise in bf16, which some CPUs compute in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "_rate", lambda *given, **options: 1.0)
-        precision.resolve.cache_clear()
+        patch.setattr(precision, "has_matrix_units", lambda: False)
         yield
-    precision.resolve.cache_clear()
 
 
 @pytest.fixture(scope="module")

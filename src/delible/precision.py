@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -42,22 +41,23 @@ def finished(device_type: str) -> None:
         torch.cuda.synchronize()
 
 
-@lru_cache(maxsize=4)
 def resolve(precision: Precision, device_type: str) -> Resolved:
-    """The precision to compute in: bf16 on accelerators, on a CPU whichever it does faster.
+    """The precision to compute in: bf16 on accelerators and on a CPU with units for its products.
 
-    A CPU without bf16 instructions emulates them several times slower than fp32, so both rates
-    are measured once (a fifth of a second).
+    What the device is decides, not how fast it is just now: a run that was begun is gone on with
+    in the same precision, and what is kept of a model is found again. A CPU with vector
+    instructions alone (AVX-512 BF16) is about as fast in fp32, one without them much faster.
     """
     if precision != "auto":
         return precision
     if device_type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if device_type != "cpu":
-        return "float32"
-    few = (256, 512, 1024)
-    faster = _rate(torch.bfloat16, "cpu", few) > 1.2 * _rate(torch.float32, "cpu", few)
-    return "bfloat16" if faster else "float32"
+    return "bfloat16" if device_type == "cpu" and has_matrix_units() else "float32"
+
+
+def has_matrix_units() -> bool:
+    """Whether the CPU multiplies matrices of bf16 in units of their own (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def computing_in(precision: Resolved, device_type: str) -> AbstractContextManager[object]:
