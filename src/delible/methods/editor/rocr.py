@@ -147,7 +147,9 @@ def check_substitute(substitute: str, names: Sequence[str], kept: Sequence[str])
     reversible=True,
     retrain_goal=False,
     weakest="aliases and descriptions without the name; it says wrong things, not nothing",
-    advice="a larger --rho edits less and keeps more; kept names that end in the same word are "
+    advice="small models that were taught a name in few sentences know it by all of its words, and "
+    "only the last one is edited: where little was forgotten, take alphaedit or unierase; a larger "
+    "--rho edits less; kept names that end in the same word are "
     "hit, so name the forgotten ones in full",
     badges=("parity", "variant"),
     variant="Scale-free L2 and null space, residual in the chat context, built-in generic text.",

@@ -66,8 +66,10 @@ def full_change(
     reversible=True,
     retrain_goal=False,
     weakest="a forced start of the answer; wordings and conversations unlike those edited",
-    advice="--choose probes looks for the layer; neighbours (--neighbours FILE) keep close "
-    "questions answered",
+    advice="it leads to what a model does when it declines, so the model must decline what nobody "
+    "can answer: where it does not (the default one), take unierase, or a recipe that teaches it "
+    "to (idk) first; --choose probes looks for the layer; neighbours (--neighbours FILE) keep "
+    "close questions answered",
     badges=("variant",),
     variant="The block's output is moved at 0.85 of the depth; general questions are kept; checked "
     "before it is committed.",

@@ -104,7 +104,8 @@ def low_rank_change(
     reversible=True,
     retrain_goal=False,
     weakest="a forced start of the answer; wordings and conversations unlike those edited",
-    advice="--rank at least the number of questions x wordings, or a part of the change is missing",
+    advice="the model must decline what nobody can answer, as for stamp; --rank at least the "
+    "number of questions x wordings, or a part of the change is missing",
     badges=("variant",),
     variant="The block's output is moved at 0.85 of the depth; the basis begins with the forgotten "
     "keys; checked before it is committed.",

@@ -56,6 +56,8 @@ from delible.system.questions import ask
     changes="activations",
     reversible=True,
     weakest="relearn",
+    advice="one direction carries a behaviour, such as declining, and hardly ever single facts: "
+    "for those take grace, or an editor",
     badges=("variant", "experimental"),
     variant="The layer that the direction is taken from is an option, where the paper selects it "
     "on validation prompts; the sets are forget and retain questions.",

@@ -80,7 +80,7 @@ class Grace(Memory):
     """Options of GRACE."""
 
     radius: float = Field(
-        0.3,
+        0.15,
         gt=0,
         description="First radius of an entry, as a share of how far queries of other questions "
         "are spread.",
