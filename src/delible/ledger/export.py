@@ -123,7 +123,7 @@ def read_export(path: Path, content: Any = None) -> Export:
             request: {field: PrivateText(**one) for field, one in fields.items()}
             for request, fields in content.get("texts", {}).items()
         }
-    except (TypeError, AttributeError):
+    except (TypeError, ValueError, AttributeError):
         raise RunError(
             "an event or a text lacks a field, or has one of another kind: it was changed.",
             where=where,

@@ -188,7 +188,8 @@ def overlaps(new: Request, earlier: Iterable[Request]) -> list[Overlap]:
         if covers(one, new):
             kind: Literal["same", "part", "names"] = "same"
         else:
-            kind = "part" if facts or not new.marks else "names"
+            alone = (new.named or frozenset()) & (one.named or frozenset())
+            kind = "part" if facts or alone else "names"
         found.append(Overlap(new.id, one.id, kind, len(facts) + len(names)))
     return found
 

@@ -27,6 +27,7 @@ class PrivateText:
     def __post_init__(self) -> None:
         if not (isinstance(self.salt, str) and isinstance(self.content, str)):
             raise TypeError("a text or its salt is of another kind")
+        (self.salt + self.content).encode()  # half of a letter is a ValueError
 
 
 def commitment(salt: str, text: str) -> str:
