@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
+import hmac
 import json
 import sqlite3
 from contextlib import suppress
@@ -382,6 +384,19 @@ def test_what_came_after_a_certificate_is_told(ledger: Ledger, made: Path, tmp_p
     )
 
 
+def test_no_certificate_is_about_files_that_were_changed(
+    ledger: Ledger, made: Path, key: Path
+) -> None:
+    run = ledger.path.parent / "runs" / "q-1-0"
+    gone = "The files of the artefact: they were not there any more."
+    assert gone not in predicate(ledger, key)["not_tested"]
+    (run / "weights").write_bytes(b"others")
+    with pytest.raises(RunError, match="made for request q-1 was changed since"):
+        certificate(ledger, key)
+    run.rename(run.with_name("away"))
+    assert gone in predicate(ledger, key)["not_tested"]
+
+
 def test_no_option_is_passed_over(ledger: Ledger, made: Path, tmp_path: Path) -> None:
     public, export = tmp_path / "owner.pem.pub", tmp_path / "e.json"
     write_export(ledger, export)
@@ -410,6 +425,29 @@ def test_one_signature_of_several_must_be_the_keys(made: Path, tmp_path: Path) -
         write_json(place, {**envelope, "signatures": signatures})
         with pytest.raises(RunError, match=told):
             verify(place, key=public)
+
+
+def test_an_envelope_of_another_type_is_no_certificate(made: Path, tmp_path: Path) -> None:
+    envelope, place = json.loads(made.read_text()), tmp_path / "other.json"
+    write_json(place, {**envelope, "payloadType": signing.HEAD})
+    for options in ({}, {"key": tmp_path / "owner.pem.pub"}):
+        with pytest.raises(RunError, match=r"it holds '.*ledger-head\+json', not"):
+            verify(place, **options)
+
+
+def test_keyed_hashes_are_made_as_the_page_says(ledger: Ledger) -> None:
+    (one,) = entered(ledger, {"subjects": "Ada  Quill-Ström", "asker": "ADA quill ström"})
+    key = bytes.fromhex(ledger.key_path.read_text().strip())
+
+    def by_hand(word: bytes) -> str:
+        return hmac.new(key, word + b"\0adaquillstrom", hashlib.sha256).hexdigest()
+
+    assert one.asker == by_hand(b"asker")
+    assert one.about == one.named == {by_hand(b"name")}
+    (fact,) = entered(ledger, {"question": "Where IS  Ulm?", "answer": "Süd."})
+    text = b'fact\0["qa", "where is ulm?", "s\\u00fcd."]'
+    assert fact.marks == {hmac.new(key, text, hashlib.sha256).hexdigest()}
+    assert ledger.events()[0].body["key"] == hashlib.sha256(key).hexdigest()[:16]
 
 
 def test_a_public_key_that_was_never_written_is_made_from_the_private_one(tmp_path: Path) -> None:

@@ -27,11 +27,14 @@ NEVER = (
 )
 
 
-def statement(events: list[Event], request: Request, model: str, *, made: str) -> dict[str, Any]:
+def statement(
+    events: list[Event], request: Request, model: str, *, made: str, there: bool = True
+) -> dict[str, Any]:
     """The statement about a request at a model.
 
     Args:
         made: The time, as the clock says it.
+        there: The files of the artefact were seen now, as they were written.
 
     Raises:
         DataError: Nothing was done there that could be certified.
@@ -73,7 +76,10 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
             "done": done,
             "tested": _tested(progress),
             "memories": [_memory(name, one) for name, one in request.remembered.items()],
-            "not_tested": _not_tested(progress, request, model),
+            "not_tested": [
+                *([] if there else ["The files of the artefact: they were not there any more."]),
+                *_not_tested(progress, request, model),
+            ],
             "verdict": {"label": label, "words": words},
             "events": [
                 {"sequence": one.sequence, "hash": one.hash, "kind": one.kind, "time": one.time}
