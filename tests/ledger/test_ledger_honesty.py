@@ -158,6 +158,19 @@ def test_texts_stay_while_somebody_works_with_them(ledger: Ledger, tmp_path: Pat
         assert not path.is_file() or not any(word in path.read_bytes() for word in words), path
 
 
+def test_a_clock_that_jumped_ahead_erases_nothing(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(ledger, rows(1, keep_until="2026-03-05"))
+    far = TODAY.replace(year=2099)
+    assert expire(ledger, far) == []
+    assert "days after the last event of the ledger" in caplog.text
+    assert "q-1" in ledger.texts()
+    ledger.clock = lambda: f"{far}T10:00:00+00:00"
+    ledger.append(Draft("noted"))
+    assert [one.request for one in expire(ledger, far)] == ["q-1"]
+
+
 # ---- looking again
 
 
@@ -233,11 +246,40 @@ def test_a_look_before_it_was_carried_out_says_nothing_about_it(ledger: Ledger, 
     ledger.append(Draft("guarded", "q-1", "m", {"targets": "t.yaml"}))
     check(ledger, "m", Says("guard", LEAK))
     assert requests_of(ledger.events())["q-1"].progress["m"].leaks
+    ledger.append(Draft("unguarded", "q-1", "m", {"targets": "t.yaml", "why": "x"}))
+    assert not requests_of(ledger.events())["q-1"].progress["m"].leaks
+    ledger.append(Draft("guarded", "q-1", "m", {"targets": "t.yaml"}))
+    check(ledger, "m", Says("guard", LEAK))
+    told = predicate(ledger, key)
+    assert told["verdict"]["label"] == "leaks"
+    assert "Whether a guard that goes by its entry stands before the model." in told["not_tested"]
     carried_out(ledger)
     assert not requests_of(ledger.events())["q-1"].progress["m"].leaks
     told = predicate(ledger, key)
     assert "The system was not asked again after it was carried out." in told["not_tested"]
     assert len(told["tested"]) == 1
+
+
+def test_what_only_an_attack_brings_out_is_not_said_when_asked(ledger: Ledger, key: Path) -> None:
+    from delible.audit.result import AuditResult, VerdictResult
+
+    def audit(label: Any) -> Any:
+        verdict = VerdictResult(label=label, reasons=[], thresholds={})
+        return lambda system, request: AuditResult(
+            systems={}, splits={}, measurements=[], verdict=verdict, not_tested=[]
+        )
+
+    add(ledger, rows(1))
+    carried_out(ledger)
+    check(ledger, "m", Says("s"), audit=audit("suppression"))
+    words = predicate(ledger, key)["verdict"]["words"]
+    assert words == "Asked or attacked, it is said again by s."
+    (looked,) = check(ledger, "m", Says("s"), audit=audit("undetermined"))
+    assert looked.outcome == "holds"
+    assert looked.told.endswith("; the audit could not decide")
+    told = predicate(ledger, key)["verdict"]
+    assert told["label"] == "undetermined"
+    assert told["words"].startswith("The audit could not decide. At the last look s did not")
 
 
 def test_records_that_were_not_answered_are_told(ledger: Ledger, key: Path) -> None:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from delible.names import fold
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.rundir import RunDirectory
 
+logger = logging.getLogger(__name__)
+
 HIDDEN = "…"
+#: Days without an event after which the clock is doubted.
+JUMP = 366
 #: Shorter texts are too common to be looked for.
 SHORTEST = 4
 #: A text is looked for in pieces of so many bytes: SQLite cuts long ones into pages.
@@ -153,18 +157,36 @@ def withdraw(ledger: Ledger, name: str, request: Request, reason: str = "asked")
 
 
 def expire(ledger: Ledger, today: date) -> list[Erased]:
-    """Erases the texts of requests whose time is over, but for those that are being worked on."""
+    """Erases the texts of requests whose time is over, but for those that are being worked on.
+
+    Texts do not come back: a clock that jumped ahead, by more than :data:`JUMP` days since the last
+    event, erases nothing.
+    """
+    events = ledger.events()
     due = [
         one
-        for one in requests_of(ledger.events()).values()
+        for one in requests_of(events).values()
         if one.keep_until is not None and one.keep_until < today and one.erased is None
     ]
+    if due and (days := _days_since(events[-1], today)) > JUMP:
+        logger.warning(
+            f"The clock says {today}, {days} days after the last event of the ledger: no text goes "
+            "at the end of its term until something else is written to it."
+        )
+        return []
     erased = []
     for one in due:
         with suppress(BusyError):  # the next command does it
             draft = Draft("erased", one.id, body={"reason": "term"}, erase=True)
             erased.append(_erase(ledger, one, draft))
     return erased
+
+
+def _days_since(event: Event, today: date) -> int:
+    try:
+        return (today - datetime.fromisoformat(event.time).date()).days
+    except ValueError:  # nobody knows what the clock said then
+        return 0
 
 
 def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
