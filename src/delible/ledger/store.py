@@ -328,11 +328,9 @@ class Ledger:
             self._insert(connection, event)
             if event.kind in ERASING:
                 connection.execute("DELETE FROM texts WHERE request = ?", (event.request,))
-        gone = {event.request for event in events if event.kind in ERASING}
         for request, fields in texts.items():
             for field, text in fields.items():
-                if request not in gone:
-                    self._keep(connection, request, field, text)
+                self._keep(connection, request, field, text)
         self._head(connection, events[-1])
 
     def _keep(
