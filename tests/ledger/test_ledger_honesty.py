@@ -402,6 +402,12 @@ def test_a_certificate_without_an_event_or_about_others_is_found(
     with pytest.raises(RunError, match="its hash is not that of request q-1"):
         verify(forged(made, of_another), against=ledger.path)
 
+    def of_another_ledger(statement: Any) -> None:
+        statement["predicate"]["ledger"]["root"] = "0" * 64
+
+    with pytest.raises(RunError, match="the ledger's root is not the one"):
+        verify(forged(made, of_another_ledger), against=ledger.path)
+
     def other_files(statement: Any) -> None:
         statement["subject"].pop()
 
