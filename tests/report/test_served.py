@@ -25,6 +25,7 @@ from delible.records import QA, ForgetRequest
 from delible.report.line import Line
 from delible.report.served import Run, page, serve
 from delible.report.side_by_side import Row, choices, compared, read_rows
+from delible.system.artefact import Artefact, Base, write
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -150,6 +151,9 @@ def test_texts_that_went_from_a_run_go_from_its_page(tmp_path: Path) -> None:
     run_directory = tmp_path / "run"
     write_records(ROWS[:2], run_directory / "data" / "forget.jsonl")
     write_json(run_directory / "manifest.json", {"status": "done", "examples": []})
+    (run_directory / "weights").write_bytes(b"numbers")
+    made = Artefact(kind="model", base=Base(name="m"), parts={"w": "weights"})
+    write(made, run_directory)  # what can be asked shows its questions
     run = Run(run_directory)
     assert ROWS[0].question in page([run], {})
     assert run.content is run.content, "read once"
