@@ -20,9 +20,6 @@ DOORS = {
     "operator": "gateway.md",
 }  # fmt: skip
 
-#: Walks that train and attack for half a minute.
-LONG = ("researcher", "red team")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def in_fp32() -> Iterator[None]:
@@ -61,10 +58,7 @@ def walk(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     access.setLevel(kept[2])
 
 
-@pytest.mark.parametrize(
-    "door",
-    [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in DOORS],
-)
+@pytest.mark.parametrize("door", DOORS)
 def test_the_walk_of_a_door(door: str, walk: Walk) -> None:
     if door == "owner":
         pytest.importorskip("cryptography")

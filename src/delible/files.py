@@ -69,8 +69,12 @@ def explain_disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a temporary file beside ``path``; on success it takes the place of ``path``."""
+def atomic_file(path: Path, mode: str = "w", *, private: bool = False) -> Iterator[Any]:
+    """Opens a temporary file beside ``path``; on success it takes the place of ``path``.
+
+    Args:
+        private: Nobody but the owner may read it, at any time.
+    """
     path = Path(path)
     with explain_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,7 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[Any]:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o600 if private else 0o644)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

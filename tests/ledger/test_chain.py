@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delible.ledger import chain
-from delible.ledger.chain import canonical, commitment, event_hash, faults, following, root
+from delible.ledger.chain import canonical, event_hash, faults, following, root
+from delible.ledger.texts import commitment
 
 
 def sha(data: bytes) -> bytes:

@@ -16,12 +16,16 @@ import delible
 from delible.api import unlearn
 from delible.cli.main import main
 from delible.errors import DelibleError, RecipeError, RunError
+from delible.files import write_json
+from delible.ledger.private import _scrub
 from delible.lm.between import interpolated, move_between
 from delible.lm.lm import LM
+from delible.loaders import write_records
 from delible.records import QA, ForgetRequest
 from delible.report.line import Line
-from delible.report.served import serve
+from delible.report.served import Run, page, serve
 from delible.report.side_by_side import Row, choices, compared, read_rows
+from delible.system.artefact import Artefact, Base, write
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -141,6 +145,24 @@ def address(runs: list[Path]) -> Iterator[str]:
         servers[0].should_exit = True
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_texts_that_went_from_a_run_go_from_its_page(tmp_path: Path) -> None:
+    run_directory = tmp_path / "run"
+    write_records(ROWS[:2], run_directory / "data" / "forget.jsonl")
+    write_json(run_directory / "manifest.json", {"status": "done", "examples": []})
+    (run_directory / "weights").write_bytes(b"numbers")
+    made = Artefact(kind="model", base=Base(name="m"), parts={"w": "weights"})
+    write(made, run_directory)  # what can be asked shows its questions
+    run = Run(run_directory)
+    assert ROWS[0].question in page([run], {})
+    assert run.content is run.content, "read once"
+    _scrub(run_directory, [ROWS[0].question])
+    assert ROWS[0].question not in page([run], {})
+    assert run.content.known == {}
+    (run_directory / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"manifest\.json"):
+        page([run], {})
 
 
 def test_answers_are_those_of_the_models_on_the_line(runs: list[Path], address: str) -> None:

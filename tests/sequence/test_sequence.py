@@ -138,6 +138,11 @@ def test_names_alone_do_not_cover_other_names(start: str) -> None:
     assert done.covers(Holds.of([FORGET[0]]))
     assert not done.covers(Holds.of([FORGET[1]]))  # another fact about the same person
     assert not done.covers(Holds.of([], ["Cy"]))
+    about = Holds.of([QA(question="Where?", answer="Casta", subject="Cy")])
+    assert not about.covers(Holds.of([], ["Cy"]))  # who asks for a name asks for all about it
+    assert run.covering(Holds.of([], ["Cy"]), [("a", about)]) == []
+    assert run.covering(about, [("a", about)]) == ["a"]
+    assert about.shares(Holds.of([], ["Cy"]))
 
 
 def test_what_is_forgotten_is_not_kept(

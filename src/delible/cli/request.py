@@ -339,6 +339,11 @@ def told(reporter: output.Reporter, erased: Erased) -> None:
         reporter.say("They are too short, or too common, to be looked for as bytes.")
     for path in erased.left:
         reporter.say(f"It still holds some of the text: {path}.")
+    if erased.named:
+        reporter.say(
+            f"{output.plural(len(erased.named), 'event')} of the ledger hold some of it in a name "
+            "that was given (an id, a model, a path, a reason), and events are never changed."
+        )
     if erased.shared:
         reporter.say(f"Other requests hold some of it, too: {', '.join(erased.shared)}.")
     for path in erased.entries:

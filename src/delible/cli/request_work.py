@@ -188,6 +188,10 @@ def check(
             reporter.say(f"{system} leaks: {', '.join(leaking)}.")
         if left:
             reporter.say(f"Never forgotten well enough, and no worse now: {', '.join(left)}.")
+        audits = [(one.request, one.audit) for one in looked if one.audit]
+        undecided = [name for name, one in audits if one["verdict"] == "undetermined"]
+        if undecided:
+            reporter.say(f"The audit could not decide about: {', '.join(undecided)}.")
         if by["holds"] and not leaking and not left:
             attacked = "" if audit else ", asked plainly"
             none = "None of the others leaks" if unasked else "Nothing leaks"

@@ -28,11 +28,11 @@ def verify(
     file
         A certificate (.json), an export, or the file of a ledger.
     key
-        The public key (.pub) of whoever signed it. Without it a file can only be seen to be whole
-        in itself.
+        The public key (.pub) of whoever signed it; for a ledger, which nobody signs, the export of
+        --against. Without it a file can only be seen to be whole in itself.
     against
         An earlier export, with which an export or a ledger must begin; or for a certificate, the
-        ledger or an export that must have its events.
+        ledger or an export that must have its events; what came since is told.
     run
         The run directory whose artefact a certificate is about: its files are hashed again.
     """

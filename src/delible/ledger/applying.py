@@ -15,16 +15,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from delible.achieved import Achieved
-from delible.errors import DataError, DelibleError, RunError
-from delible.files import explain_disk
+from delible.errors import DataError, DelibleError
+from delible.ledger.alone import alone
 from delible.ledger.chain import canonical
 from delible.ledger.evidence import numbers_of, run_facts
 from delible.ledger.guarding import (
@@ -89,7 +86,7 @@ def apply(
     for rule in policy.rules:
         if rule.method is not None:
             _method(rule)  # what makes no sense is told before any work
-    with _alone(ledger, model):
+    with alone(ledger, model):
         return list(_applied(ledger, model, policy, ways, only, out, show, options))
 
 
@@ -287,27 +284,6 @@ class _Job:
             return place
         path = path.absolute()
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
-
-
-@contextmanager
-def _alone(ledger: Ledger, model: str) -> Iterator[None]:
-    """Nobody else carries out requests of this ledger at a model."""
-    known = hashlib.sha256(model.encode()).hexdigest()[:8]
-    path = ledger.path.with_name(f".{ledger.path.name}-{known}.lock")
-    lock = FileLock(path, timeout=0, is_singleton=False)
-    try:
-        with explain_disk(path):
-            lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"another process carries out requests at {model}.",
-            where=str(ledger.path),
-            hint="Wait until it ends, and run the same command again.",
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 __all__ = ["Done", "Ways", "apply"]

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delible.errors import RunError
 from delible.files import atomic_file
 from delible.ledger import signing
+from delible.ledger.evidence import file_hashes
 from delible.ledger.export import sound
-from delible.ledger.requests import Texts, named, requests_of
+from delible.ledger.requests import Request, Texts, named, requests_of
 from delible.ledger.statement import payload, statement
 from delible.ledger.store import Draft, Ledger
 from delible.report.certificate import write_certificate
@@ -54,12 +56,13 @@ def certify(
         shown: The page shows these texts; the signed statement never does.
 
     Raises:
-        RunError: The ledger is not as it was written.
+        RunError: The ledger, or what the request's run made, is not as it was written.
         DataError: Nothing was done that could be certified.
     """
     events = sound(ledger)
     request = named(requests_of(events), name)
-    content = statement(events, request, model, made=ledger.clock())
+    there = _files_are_there(ledger, request, model)
+    content = statement(events, request, model, made=ledger.clock(), there=there)
     data = payload(content)
     envelope = signing.sealed(signing.STATEMENT, data, key)
     digest, keyid = hashlib.sha256(data).hexdigest(), signing.key_id(key.public_key())
@@ -72,6 +75,27 @@ def certify(
     page = write_certificate(path.with_suffix(".html"), content, signed, _hidden(shown))
     ledger.append(Draft("certified", name, model, {"statement": digest, "key": keyid}))
     return Certificate(path, page, keyid, content)
+
+
+def _files_are_there(ledger: Ledger, request: Request, model: str) -> bool:
+    """Whether what a request's run made still lies where it was.
+
+    Raises:
+        RunError: It was changed.
+    """
+    progress = request.progress.get(model)
+    if progress is None or progress.applied is None:
+        return True
+    folder = ledger.path.parent / progress.applied.body["run"]
+    if not folder.is_dir():
+        return False
+    if file_hashes(folder) != progress.applied.body["files"]:
+        raise RunError(
+            f"what was made for request {request.id} was changed since.",
+            where=str(folder),
+            hint="A certificate is about those files: put them back.",
+        )
+    return True
 
 
 def _hidden(texts: Texts | None) -> dict[str, Any] | None:

@@ -2,8 +2,6 @@
 
 Event n:      h_n = SHA-256("delible ledger event v1" 0x00 JSON(event n without h_n)),
               where the event holds h_(n-1); h_0 is 64 zeros.
-Private text: SHA-256("delible ledger text v1" 0x00 salt 0x00 text): without the salt, which goes
-              with the text, nobody can try texts against it.
 Tree:         RFC 6962, section 2.1: leaf SHA-256(0x00 h_n), node SHA-256(0x01 left right), split at
               the largest power of two below the count; over no leaves SHA-256 of nothing.
 JSON:         RFC 8785 (sorted keys, no spaces, UTF-8) of data without floating-point numbers, whose
@@ -14,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FIRST = "0" * 64
-EVENT, TEXT = b"delible ledger event v1\0", b"delible ledger text v1\0"
+EVENT = b"delible ledger event v1\0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,14 @@ class Event:
     previous: str
     hash: str
 
+    def __post_init__(self) -> None:
+        texts = [self.time, self.kind, self.previous, self.hash]
+        texts += [one for one in (self.request, self.model) if one is not None]
+        if type(self.sequence) is not int or not all(isinstance(one, str) for one in texts):
+            raise TypeError("a field of an event is of another kind")
+        if not isinstance(self.body, Mapping):
+            raise TypeError("the body of an event is no object")
+
     def content(self) -> dict[str, Any]:
         """All that the hash covers."""
         return {
@@ -63,7 +69,7 @@ class Event:
         """What :meth:`as_json` made.
 
         Raises:
-            TypeError: A field is missing or unknown.
+            TypeError: A field is missing, unknown, or of another kind.
         """
         return cls(**content)
 
@@ -74,22 +80,19 @@ def canonical(content: Any) -> bytes:
     Raises:
         TypeError: It holds a floating-point number, or is no plain data.
     """
-    for value in _values(content):
-        if isinstance(value, float):
-            raise TypeError(f"{value!r} is no whole number: write it as a text")
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
+    return json.dumps(_ordered(content), separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _values(content: Any) -> Iterator[Any]:
+def _ordered(content: Any) -> Any:
+    """Plain data with its keys in the order of their UTF-16 units."""
     if isinstance(content, Mapping):
-        for value in content.values():
-            yield from _values(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _values(value)
-    else:
-        yield content
+        keys = sorted(content, key=lambda key: key.encode("utf-16-be"))
+        return {key: _ordered(content[key]) for key in keys}
+    if isinstance(content, list | tuple):
+        return [_ordered(one) for one in content]
+    if isinstance(content, float):
+        raise TypeError(f"{content!r} is no whole number: write it as a text")
+    return content
 
 
 def event_hash(content: Mapping[str, Any]) -> str:
@@ -110,11 +113,6 @@ def following(
     before = FIRST if previous is None else previous.hash
     made = Event(sequence, time, kind, request, model, dict(body or {}), before, "")
     return Event(**{**made.content(), "hash": event_hash(made.content())})
-
-
-def commitment(salt: str, text: str) -> str:
-    """What an event holds of a private text (hexadecimal)."""
-    return hashlib.sha256(TEXT + salt.encode() + b"\0" + text.encode()).hexdigest()
 
 
 def root(hashes: Sequence[str]) -> str:

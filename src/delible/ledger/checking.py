@@ -23,6 +23,7 @@ from delible.ledger.progress import Progress
 from delible.ledger.requests import Request, requests_of, texts_of
 from delible.ledger.store import Draft, Ledger
 from delible.records import ForgetRequest, RecordBase
+from delible.system.base import identity_of
 
 Outcome = Literal["holds", "leaks", "as before", "not asked"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -37,6 +38,7 @@ class Looked:
     Attributes:
         numbers: Answers now.
         audit: Verdict, attacks and what was not tested, where it was attacked.
+        unasked: Records that it was not asked about, or gave no answer to.
     """
 
     request: str
@@ -44,6 +46,7 @@ class Looked:
     told: str
     numbers: Mapping[str, Any] | None = None
     audit: Mapping[str, Any] | None = None
+    unasked: int = 0
 
 
 def outcome(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[Outcome, str]:
@@ -169,6 +172,7 @@ def check(
             "system": str(system.name), "fingerprint": system.fingerprint, "outcome": one.outcome,
             "numbers": None if one.numbers is None else dict(one.numbers),
             "audit": None if one.audit is None else dict(one.audit),
+            "identity": identity_of(system), "unasked": one.unasked,
         }  # fmt: skip
         ledger.append(Draft("checked", request.id, model, body))
         looked.append(one)
@@ -203,13 +207,19 @@ def _look(
                 return Looked(request.id, "not asked", "none of its records can be asked about")
             found, told = compared(progress.applied.body if progress.applied else {}, now)
             tested = None if audit is None else _tested(audit(system, asked), secrets)
-    except DelibleError as error:
-        words = str(error) if show else redacted(str(error), secrets)
-        return Looked(request.id, "not asked", words)
+    except Exception as error:  # of one request: the others are looked at, and nothing is told
+        kind = type(error).__name__
+        words = str(error) if isinstance(error, DelibleError) else f"{kind}: {error}"
+        return Looked(request.id, "not asked", words if show else redacted(words, secrets))
     if tested is not None and tested["verdict"] in _broken(progress):
         told = f"the audit's verdict is {tested['verdict']} ({told})"
         found = "leaks"
-    return Looked(request.id, found, told, now, tested)
+    unasked = len(records) - now["rows"]
+    if unasked:
+        told += f"; {unasked} of {len(records)} records were not asked about, or not answered"
+    if tested is not None and tested["verdict"] == "undetermined":
+        told += "; the audit could not decide"
+    return Looked(request.id, found, told, now, tested, unasked)
 
 
 def _broken(progress: Progress) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from delible.errors import RunError
 from delible.files import atomic_file
 from delible.ledger import chain, signing
 from delible.ledger.chain import Event, canonical
-from delible.ledger.store import Ledger, PrivateText, text_faults
+from delible.ledger.store import Ledger
+from delible.ledger.texts import PrivateText, text_faults
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -48,7 +49,7 @@ class Export:
 def head_of(events: Sequence[Event]) -> dict[str, Any]:
     """What stands for all events: ledger, size, last hash and root."""
     return {
-        "ledger": events[0].body["ledger"] if events else None,
+        "ledger": events[0].body.get("ledger") if events else None,
         "size": len(events),
         "head": events[-1].hash if events else chain.FIRST,
         "root": chain.root([one.hash for one in events]),
@@ -92,11 +93,9 @@ def write_export(
         }
     if key is not None:
         content["signature"] = signing.sealed(signing.HEAD, canonical(head), key)
-    with atomic_file(path) as handle:
+    with atomic_file(path, private=texts) as handle:
         json.dump(content, handle, indent=1, ensure_ascii=False)
         handle.write("\n")
-    if texts:
-        path.chmod(0o600)
     return head
 
 
@@ -124,8 +123,11 @@ def read_export(path: Path, content: Any = None) -> Export:
             request: {field: PrivateText(**one) for field, one in fields.items()}
             for request, fields in content.get("texts", {}).items()
         }
-    except (TypeError, AttributeError):
-        raise RunError("an event or a text lacks a field: it was changed.", where=where) from None
+    except (TypeError, ValueError, AttributeError):
+        raise RunError(
+            "an event or a text lacks a field, or has one of another kind: it was changed.",
+            where=where,
+        ) from None
     head = {name: content[name] for name in ("ledger", "size", "head", "root")}
     if wrong := _wrong(events, head, texts):
         raise RunError(f"{wrong}.", where=where)

@@ -11,22 +11,29 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 from delible.errors import DelibleError
 from delible.files import explain_disk, write_json
-from delible.ledger.chain import canonical
+from delible.ledger.alone import BusyError, alone
+from delible.ledger.chain import Event, canonical
 from delible.ledger.guarding import drop_guard
 from delible.ledger.requests import Request, Texts, requests_of, texts_of
-from delible.ledger.store import Draft, Ledger, PrivateText
+from delible.ledger.store import Draft, Ledger
+from delible.ledger.texts import PrivateText
+from delible.names import fold
 from delible.records import QA, Choice, Dialogue, Passage, RecordBase
 from delible.rundir import RunDirectory
 
+logger = logging.getLogger(__name__)
+
 HIDDEN = "…"
+#: Days without an event after which the clock is doubted.
+JUMP = 366
 #: Shorter texts are too common to be looked for.
 SHORTEST = 4
 #: A text is looked for in pieces of so many bytes: SQLite cuts long ones into pages.
@@ -127,6 +134,7 @@ class Erased:
         shared: Other requests that hold some of it too.
         entries: Files of targets from which its entry went.
         kept: Files of targets whose last entry it is, so that it stayed.
+        named: Events that hold some of it in a name that was given: of a request, a model, a file.
     """
 
     request: str
@@ -136,33 +144,68 @@ class Erased:
     shared: tuple[str, ...]
     entries: tuple[Path, ...] = ()
     kept: tuple[Path, ...] = ()
+    named: tuple[int, ...] = ()
 
 
 def withdraw(ledger: Ledger, name: str, request: Request, reason: str = "asked") -> Erased:
-    """Takes a request back: its texts go, its hashes stay, and nothing more is done about it."""
+    """Takes a request back: its texts go, its hashes stay, and nothing more is done about it.
+
+    Raises:
+        RunError: Another process carries out requests at one of its models.
+    """
     return _erase(ledger, request, Draft("withdrawn", name, body={"reason": reason}, erase=True))
 
 
 def expire(ledger: Ledger, today: date) -> list[Erased]:
-    """Erases the texts of requests whose time is over."""
+    """Erases the texts of requests whose time is over, but for those that are being worked on.
+
+    Texts do not come back: a clock that jumped ahead, by more than :data:`JUMP` days since the last
+    event, erases nothing.
+    """
+    events = ledger.events()
     due = [
         one
-        for one in requests_of(ledger.events()).values()
+        for one in requests_of(events).values()
         if one.keep_until is not None and one.keep_until < today and one.erased is None
     ]
-    return [
-        _erase(ledger, one, Draft("erased", one.id, body={"reason": "term"}, erase=True))
-        for one in due
-    ]
+    if due and (days := _days_since(events[-1], today)) > JUMP:
+        logger.warning(
+            f"The clock says {today}, {days} days after the last event of the ledger: no text goes "
+            "at the end of its term until something else is written to it."
+        )
+        return []
+    erased = []
+    for one in due:
+        with suppress(BusyError):  # the next command does it
+            draft = Draft("erased", one.id, body={"reason": "term"}, erase=True)
+            erased.append(_erase(ledger, one, draft))
+    return erased
+
+
+def _days_since(event: Event, today: date) -> int:
+    try:
+        return (today - datetime.fromisoformat(event.time).date()).days
+    except ValueError:  # nobody knows what the clock said then
+        return 0
 
 
 def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
+    """Whoever carries out requests has their texts, and would write them again."""
+    with ExitStack() as stack:
+        for model in sorted(request.models):
+            stack.enter_context(alone(ledger, model))
+        return _erased(ledger, requests_of(ledger.events())[request.id], draft)
+
+
+def _erased(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     everyone = ledger.texts()
     mine = everyone.pop(request.id, {})
     pieces = _pieces(mine)
     shared = tuple(one for one, fields in everyone.items() if pieces & _pieces(fields))
     own = pieces - {piece for fields in everyone.values() for piece in _pieces(fields)}
-    said = b"".join(canonical(event.as_json()) for event in ledger.events())
+    events = ledger.events()
+    said = b"".join(canonical(event.as_json()) for event in events)
+    secrets = secrets_of(texts_of(mine))
     own = {piece for piece in own if piece not in said}  # words such as "models"
     before = _found(_beside(ledger), own)
     # outside first: if this is killed, the texts are still there to do it again
@@ -173,15 +216,36 @@ def _erase(ledger: Ledger, request: Request, draft: Draft) -> Erased:
     folders = [ledger.path.parent / event.body["run"] for event in request.history
                if event.kind == "started"]  # fmt: skip
     for folder in folders:
-        _scrub(folder, secrets_of(texts_of(mine)))
+        _scrub(folder, secrets)
     ledger.append(draft)
     found = _found(_beside(ledger), own)
     rare = {piece for piece in pieces if len(piece) >= RARE and piece not in said}
     found |= _found([*kept, *_files(folders)], rare)
     return Erased(
         request.id, len(mine), len({piece for pieces in before.values() for piece in pieces}),
-        tuple(found), shared, tuple(entries), tuple(kept),
+        tuple(found), shared, tuple(entries), tuple(kept), tuple(_naming(events, secrets)),
     )  # fmt: skip
+
+
+def _naming(events: Sequence[Event], secrets: Sequence[str]) -> Iterator[int]:
+    """Events in whose names a secret stands, in any spelling."""
+    letters = {fold(one).letters for one in secrets}
+    told = {one for one in letters if len(one) >= RARE}
+    for event in events:
+        given = [event.request, event.model, *_strings(event.body)]
+        if any(one in fold(text).letters for text in given if text for one in told):
+            yield event.sequence
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, Mapping):
+        for value in content.values():
+            yield from _strings(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _strings(value)
+    elif isinstance(content, str):
+        yield content
 
 
 def _scrub(folder: Path, secrets: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ class Progress:
         guards: Files of targets in which its entry stands now.
         entries: Files in which it may stand: a kill can come before the event that says so.
         final: A guard is all that the policy wants.
-        checked: The last event about what a system still says of it.
+        looks: The last event of each system that was looked at since it was carried out, the last
+            one last.
         certified: The last certificate.
     """
 
@@ -30,8 +31,14 @@ class Progress:
     guards: tuple[str, ...] = ()
     entries: frozenset[str] = frozenset()
     final: bool = False
-    checked: Event | None = None
+    looks: tuple[Event, ...] = ()
     certified: Event | None = None
+
+    @property
+    def checked(self) -> Event | None:
+        """The last look at which a system was asked, or else the last one; None: nobody looked."""
+        asked = [one for one in self.looks if one.body["outcome"] != "not asked"]
+        return next(reversed(asked or self.looks), None)
 
     @property
     def leaks(self) -> bool:
@@ -85,6 +92,7 @@ def moved(progress: Progress, event: Event) -> None:
             progress.started = event
         case "applied":
             progress.state, progress.applied = "applied", event
+            progress.looks = ()  # what was looked at then was without it
         case "failed" | "held":
             progress.state = "guarded" if progress.guards else event.kind  # type: ignore[assignment]
         case "guarding":
@@ -99,13 +107,26 @@ def moved(progress: Progress, event: Event) -> None:
             path = event.body["targets"]
             progress.guards = tuple(one for one in progress.guards if one != path)
             progress.entries -= {path}
+            if progress.applied is None:
+                progress.looks = ()  # it was seen behind the guard
             if not progress.guards:
                 progress.final = False
                 progress.state = "applied" if progress.applied else "open"
         case "checked":
-            progress.checked = event
+            progress.looks = _looked(progress.looks, event)
         case "certified":
             progress.certified = event
+
+
+def _looked(looks: tuple[Event, ...], event: Event) -> tuple[Event, ...]:
+    """Looks with one more; that nothing could be asked does not undo what was seen."""
+    system, asked = event.body.get("system"), event.body["outcome"] != "not asked"
+    kept = (
+        one
+        for one in looks
+        if one.body.get("system") != system or not (asked or one.body["outcome"] == "not asked")
+    )
+    return (*kept, event)
 
 
 def remembered(memory: Remembered, event: Event) -> None:

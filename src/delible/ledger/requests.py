@@ -17,7 +17,8 @@ from delible.errors import DataError, nearest
 from delible.ledger.chain import Event
 from delible.ledger.form import Day, Wanted
 from delible.ledger.progress import Progress, Remembered, moved, remembered
-from delible.ledger.store import Draft, Ledger, PrivateText
+from delible.ledger.store import Draft, Ledger
+from delible.ledger.texts import PrivateText
 from delible.loaders.requests import Holds
 from delible.names import fold
 from delible.records import ForgetRequest, Record, to_json_line
@@ -34,7 +35,9 @@ class Request:
 
     Attributes:
         marks: Keyed hashes of its facts.
-        about: Keyed hashes of its names.
+        about: Keyed hashes of its names, those of its records among them.
+        named: Keyed hashes of the names that it asks for as such; None: an older delible did not
+            tell them from the others.
         asker: Keyed hash of who asked.
         progress: By model.
         remembered: By memory.
@@ -54,6 +57,7 @@ class Request:
     keep_until: Day | None
     marks: frozenset[str]
     about: frozenset[str]
+    named: frozenset[str] | None
     progress: dict[str, Progress] = field(default_factory=dict)
     remembered: dict[str, Remembered] = field(default_factory=dict)
     history: list[Event] = field(default_factory=list)
@@ -130,7 +134,8 @@ def _new(event: Event) -> Request:
         Day.fromisoformat(body["deadline"]), body["basis"], body.get("asker"),
         list(body["models"]), tuple(body["guards"]), tuple(body["memories"]),
         Day.fromisoformat(until) if until else None, frozenset(body["marks"]),
-        frozenset(body["about"]), {name: Progress() for name in body["models"]},
+        frozenset(body["about"]), frozenset(body["named"]) if "named" in body else None,
+        {name: Progress() for name in body["models"]},
         {name: Remembered() for name in body["memories"]},
     )  # fmt: skip
 
@@ -183,14 +188,20 @@ def overlaps(new: Request, earlier: Iterable[Request]) -> list[Overlap]:
         if covers(one, new):
             kind: Literal["same", "part", "names"] = "same"
         else:
-            kind = "part" if facts or not new.marks else "names"
+            alone = (new.named or frozenset()) & (one.named or frozenset())
+            kind = "part" if facts or alone else "names"
         found.append(Overlap(new.id, one.id, kind, len(facts) + len(names)))
     return found
 
 
 def covers(one: Request, other: Request) -> bool:
     """Whether all that another request holds is in this one."""
-    return Holds(one.marks, one.about).covers(Holds(other.marks, other.about))
+    if one.named is None or other.named is None:
+        return False
+    mine, theirs = (
+        Holds(each.marks, each.about, each.named or frozenset()) for each in (one, other)
+    )
+    return mine.covers(theirs)
 
 
 def add(ledger: Ledger, wanted: Sequence[Wanted]) -> tuple[list[Request], list[Overlap]]:
@@ -253,9 +264,12 @@ def extend(ledger: Ledger, old: str, new: str) -> list[str]:
 def _marks(ledger: Ledger, one: Wanted) -> dict[str, Any]:
     holds = Holds.of(one.records, one.subjects)
     facts = {ledger.keyed("fact", text) for text in holds.facts}
-    names = {ledger.keyed("name", name) for name in holds.names}
+    about = {name: ledger.keyed("name", name) for name in holds.names}
+    named = {about[name] for name in holds.asked}
     asker = {"asker": ledger.keyed("asker", fold(one.asker).letters)} if one.asker else {}
-    return {"marks": sorted(facts), "about": sorted(names), **asker}
+    return {
+        "marks": sorted(facts), "about": sorted(about.values()), "named": sorted(named), **asker,
+    }  # fmt: skip
 
 
 def _draft(name: str, one: Wanted, marked: Mapping[str, Any]) -> Draft:

@@ -48,6 +48,8 @@ def _ed25519() -> Any:
 def make_key(path: Path) -> tuple[Path, str]:
     """Makes a key pair: the private part at ``path`` (0600), the public one at ``path.pub``.
 
+    Where only the private part is there, the public one is made from it.
+
     Returns:
         Where the public key lies, and its id.
 
@@ -69,6 +71,10 @@ def make_key(path: Path) -> tuple[Path, str]:
         try:
             write_secret(path, private)
         except FileExistsError:
+            if not public.exists():  # killed between the two
+                known = private_key(path).public_key()
+                public.write_bytes(public_pem(known))
+                return public, key_id(known)
             raise RunError(
                 "there is a key already.",
                 where=str(path),
@@ -210,7 +216,7 @@ def parts(envelope: Mapping[str, Any], kind: str, where: str) -> tuple[bytes, li
         found = envelope["payloadType"]
         payload = _decoded(envelope["payload"])
         signatures = [_decoded(one["sig"]) for one in envelope["signatures"]]
-    except (KeyError, TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
         raise RunError("this is no whole DSSE envelope.", where=where) from None
     if found != kind:
         raise RunError(f"it holds '{found}', not '{kind}'.", where=where)

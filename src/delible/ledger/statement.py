@@ -7,14 +7,12 @@ more than was seen: that something is *removed* is never said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import delible
-from delible.errors import DataError, RunError
+from delible.errors import DataError
 from delible.ledger.chain import Event, canonical
-from delible.ledger.evidence import file_hashes
 from delible.ledger.export import head_of
 from delible.ledger.guarding import CHANGES_WEIGHTS
 from delible.ledger.progress import Progress, Remembered
@@ -29,11 +27,14 @@ NEVER = (
 )
 
 
-def statement(events: list[Event], request: Request, model: str, *, made: str) -> dict[str, Any]:
+def statement(
+    events: list[Event], request: Request, model: str, *, made: str, there: bool = True
+) -> dict[str, Any]:
     """The statement about a request at a model.
 
     Args:
         made: The time, as the clock says it.
+        there: The files of the artefact were seen now, as they were written.
 
     Raises:
         DataError: Nothing was done there that could be certified.
@@ -75,7 +76,10 @@ def statement(events: list[Event], request: Request, model: str, *, made: str) -
             "done": done,
             "tested": _tested(progress),
             "memories": [_memory(name, one) for name, one in request.remembered.items()],
-            "not_tested": _not_tested(progress, request, model),
+            "not_tested": [
+                *([] if there else ["The files of the artefact: they were not there any more."]),
+                *_not_tested(progress, request, model),
+            ],
             "verdict": {"label": label, "words": words},
             "events": [
                 {"sequence": one.sequence, "hash": one.hash, "kind": one.kind, "time": one.time}
@@ -114,7 +118,7 @@ def _memory(name: str, one: Remembered) -> dict[str, Any]:
 
 
 def _tested(progress: Progress) -> list[dict[str, Any]]:
-    """What was asked when it was carried out, and at the last look since."""
+    """What was asked when it was carried out, and of each system at the last look since."""
     found = []
     if progress.applied is not None and progress.applied.body["achieved"] is not None:
         found.append(
@@ -124,11 +128,11 @@ def _tested(progress: Progress) -> list[dict[str, Any]]:
                 "numbers": progress.applied.body["achieved"],
             }
         )
-    if progress.checked is not None:
-        body = progress.checked.body
+    for look in progress.looks:
+        body = look.body
         found.append(
             {
-                "when": progress.checked.time, "what": "looked again", "system": body["system"],
+                "when": look.time, "what": "looked again", "system": body["system"],
                 "fingerprint": body["fingerprint"], "outcome": body["outcome"],
                 "numbers": body["numbers"], "audit": body["audit"],
             }
@@ -146,10 +150,16 @@ def _not_tested(progress: Progress, request: Request, model: str) -> list[str]:
         found.append("The answers before it were not measured.")
     if checked is None or checked["outcome"] == "not asked":
         found.append("The system was not asked again after it was carried out.")
-    if audit is None:
-        found.append("Nothing was attacked: no prompts that try, no relearning, no quantization.")
     else:
+        found += _not_asked(checked, progress)
+    if audit is not None:
         found += audit["not_tested"]
+    elif any(one.body["audit"] for one in progress.looks):
+        found.append("At the last look nothing was attacked.")
+    else:
+        found.append("Nothing was attacked: no prompts that try, no relearning, no quantization.")
+    if progress.guards:
+        found.append("Whether a guard that goes by its entry stands before the model.")
     others = [name for name in request.models if name != model]
     if others:
         found.append(
@@ -168,6 +178,16 @@ def _not_tested(progress: Progress, request: Request, model: str) -> list[str]:
     return [*found, *NEVER]
 
 
+def _not_asked(checked: Mapping[str, Any], progress: Progress) -> Iterator[str]:
+    """What the last look leaves open."""
+    system, unasked = checked["system"], checked.get("unasked")
+    if unasked:
+        yield f"{unasked} of its records: {system} was not asked about them, or did not answer."
+    made = progress.applied.body["artefact"]["identity"] if progress.applied else None
+    if progress.applied and (made is None or checked.get("identity") != made):
+        yield f"Whether {system} was made from the artefact above."
+
+
 def _list(names: Any) -> str:
     return ", ".join(names)
 
@@ -177,9 +197,12 @@ def _verdict(progress: Progress, request: Request) -> tuple[str, str]:
     checked = progress.checked.body if progress.checked else None
     audit = checked["audit"] if checked else None
     if checked is not None and checked["outcome"] == "leaks":
-        return "leaks", f"It is said again by {checked['system']}."
+        hidden = audit is not None and audit["verdict"] == "suppression"
+        how = "Asked or attacked, it is said again by" if hidden else "It is said again by"
+        return "leaks", f"{how} {checked['system']}."
     if back := [name for name, one in request.remembered.items() if one.back]:
         return "leaks", f"It is there again in: {_list(back)}."
+    later = _later(progress)
     if audit is not None:
         sentences = {
             "incomplete": "Asked plainly, it is still said.",
@@ -188,17 +211,18 @@ def _verdict(progress: Progress, request: Request) -> tuple[str, str]:
             "destructive": "It is not said, and what was to be kept is damaged.",
             "undetermined": "The audit could not decide.",
         }
-        return str(audit["verdict"]), sentences.get(
-            str(audit["verdict"]), "The audit said no more."
-        )
+        label = str(audit["verdict"])
+        return label, sentences.get(label, "The audit said no more.") + later
     if progress.applied is None and not progress.guards:
         return "memories only", "Memories of it forgot; the model itself is unchanged."
     if progress.applied is None:
         return "guarded", (
-            "A guard holds its names back where it stands; the model itself is unchanged."
+            f"Its names stand where a guard goes by them; the model itself is unchanged.{later}"
         )
     forget = (progress.applied.body["achieved"] or {}).get("forget")
     if forget is None:
+        if later:
+            return "asked plainly only", f"It was carried out, and not measured then.{later}"
         return "untested", "It was carried out, and nothing was asked about it."
     said = forget.get("said")
     words = (
@@ -215,69 +239,28 @@ def _verdict(progress: Progress, request: Request) -> tuple[str, str]:
         "unknown": " There was little to forget: the model hardly knew it.",
         "too much": " What was to be kept lost more than it should.",
     }
-    again = {
-        "holds": " At the last look it was not said again.",
-        "as before": " At the last look as much of it was said.",
-    }
-    later = again.get(checked["outcome"], "") if checked is not None else ""
     return "asked plainly only", f"{words}.{told.get(state, '')}{later}"
+
+
+def _later(progress: Progress) -> str:
+    """What the last look showed, of which system, and which others said it at theirs."""
+    last = progress.checked
+    if last is None or last.body["outcome"] == "not asked":
+        return ""
+    system = last.body["system"]
+    again = {
+        "holds": f" At the last look {system} did not say it again.",
+        "as before": f" At the last look {system} said as much of it.",
+    }
+    leaking = [
+        one.body["system"]
+        for one in progress.looks
+        if one.body["outcome"] == "leaks" and one.body["system"] != system
+    ]
+    also = f" Before, it was said again by {_list(leaking)}." if leaking else ""
+    return again.get(last.body["outcome"], "") + also
 
 
 def payload(content: Mapping[str, Any]) -> bytes:
     """The bytes of a statement that are signed."""
     return canonical(content)
-
-
-def check_statement(content: Any, where: str) -> dict[str, Any]:
-    """A statement that has the form of a certificate.
-
-    Raises:
-        RunError: It has not.
-    """
-    wanted = ("request", "ledger", "model", "done", "tested", "not_tested", "verdict", "events")
-    if not isinstance(content, dict) or content.get("_type") != TYPE:
-        raise RunError("it holds no in-toto statement (v1).", where=where)
-    if content.get("predicateType") != PREDICATE:
-        raise RunError("it is a statement about something else.", where=where)
-    predicate = content.get("predicate")
-    missing = [name for name in wanted if name not in (predicate or {})]
-    if missing or not content.get("subject"):
-        raise RunError(f"the certificate lacks '{(missing or ['subject'])[0]}'.", where=where)
-    return content
-
-
-def check_artefact(content: Mapping[str, Any], folder: Path) -> None:
-    """Whether a run's files are those that a certificate is about.
-
-    Raises:
-        RunError: They are not.
-    """
-    promised = content["predicate"]["done"].get("files")
-    if not promised:
-        raise RunError("the certificate is about no files: only a guard stands.", where=str(folder))
-    found = file_hashes(folder)
-    for name in sorted({*promised, *found}):
-        if promised.get(name) != found.get(name):
-            state = "is missing" if name not in found else (
-                "is not part of the certificate" if name not in promised else "was changed"
-            )  # fmt: skip
-            raise RunError(f"'{name}' {state}.", where=str(folder))
-
-
-def check_events(content: Mapping[str, Any], events: list[Event], where: str) -> None:
-    """Whether a ledger has the events that a certificate names, at their places.
-
-    Raises:
-        RunError: It has not.
-    """
-    by_place = {one.sequence: one.hash for one in events}
-    predicate = content["predicate"]
-    for one in predicate["events"]:
-        if by_place.get(one["sequence"]) != one["hash"]:
-            raise RunError(
-                f"event {one['sequence']} of the ledger is not the one of the certificate.",
-                where=where,
-            )
-    size = int(predicate["ledger"]["size"])
-    if head_of(events[:size]) != predicate["ledger"]:
-        raise RunError("the ledger's root is not the one of the certificate.", where=where)

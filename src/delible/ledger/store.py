@@ -21,11 +21,9 @@ from typing import Any
 
 from delible.errors import RunError
 from delible.files import explain_disk
-from delible.ledger.chain import Event, canonical, commitment, event_hash, faults, following
+from delible.ledger.chain import Event, canonical, event_hash, faults, following
 from delible.ledger.database import SCHEMA, check, connected, make_tables, writing
-
-#: Events with which the texts of a request go.
-ERASING = ("withdrawn", "erased")
+from delible.ledger.texts import ERASING, PrivateText, commitment, text_faults
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,6 @@ class Draft:
     body: Mapping[str, Any] | None = None
     texts: Mapping[str, str] | None = None
     erase: bool = False
-
-
-@dataclass(frozen=True)
-class PrivateText:
-    """A text, and the salt of its hash."""
-
-    salt: str
-    content: str
 
 
 def default_place() -> Path:
@@ -161,8 +151,8 @@ class Ledger:
             return [f"the file is damaged ({broken[0]})"]
         try:
             events = self.events()
-        except ValueError:
-            return ["an event's content is no JSON: it was changed"]
+        except RunError as error:
+            return [error.problem.rstrip(".")]
         found = faults(events)
         last = events[-1].hash if events else None
         if head is None or (head[0], head[1]) != (len(events), last):
@@ -198,7 +188,7 @@ class Ledger:
     def take_over(
         self, events: Sequence[Event], texts: Mapping[str, Mapping[str, PrivateText]]
     ) -> int:
-        """Adds the events of an export, which must go on from those that are here.
+        """Adds the events of an export, which must go on from those that are here, and its texts.
 
         Returns:
             How many were added.
@@ -216,8 +206,8 @@ class Ledger:
                     where=str(self.path),
                     hint="Import it into a file of its own: --ledger NEW.",
                 )
-            if len(events) > len(here):
-                self._fill(connection, events[len(here) :], texts)
+            if len(events) >= len(here):
+                self._fill(connection, events, texts, known=len(here))
         return max(0, len(events) - len(here))
 
     def keyed(self, kind: str, text: str) -> str:
@@ -271,7 +261,14 @@ class Ledger:
     def _read(self, connection: sqlite3.Connection) -> list[Event]:
         columns = "sequence, time, kind, request, model, body, previous, hash"
         rows = connection.execute(f"SELECT {columns} FROM events ORDER BY sequence")
-        return [_event(row) for row in rows]
+        try:
+            return [_event(row) for row in rows]
+        except (TypeError, ValueError):
+            raise RunError(
+                "an event's content is no JSON, or of another kind: it was changed.",
+                where=str(self.path),
+                hint="Put the file back from a copy, or 'delible request import' an export.",
+            ) from None
 
     def _last(self, connection: sqlite3.Connection, events: Sequence[Event]) -> Event:
         """The last event, if the file still ends as it was left.
@@ -325,16 +322,15 @@ class Ledger:
         connection: sqlite3.Connection,
         events: Sequence[Event],
         texts: Mapping[str, Mapping[str, PrivateText]],
+        known: int = 0,
     ) -> None:
-        for event in events:
+        for event in events[known:]:
             self._insert(connection, event)
             if event.kind in ERASING:
                 connection.execute("DELETE FROM texts WHERE request = ?", (event.request,))
-        gone = {event.request for event in events if event.kind in ERASING}
         for request, fields in texts.items():
             for field, text in fields.items():
-                if request not in gone:
-                    self._keep(connection, request, field, text)
+                self._keep(connection, request, field, text)
         self._head(connection, events[-1])
 
     def _keep(
@@ -351,23 +347,6 @@ class Ledger:
         connection.execute(
             "INSERT OR REPLACE INTO head VALUES (1, ?, ?)", (last.sequence, last.hash)
         )
-
-
-def text_faults(
-    events: Sequence[Event], texts: Mapping[str, Mapping[str, PrivateText]]
-) -> list[str]:
-    """Texts that are not those that the events were written with, in sentences."""
-    known = {
-        (event.request, field): digest
-        for event in events
-        for field, digest in dict(event.body.get("texts", {})).items()
-    }
-    return [
-        f"the text '{field}' of the request {request} was changed"
-        for request, fields in texts.items()
-        for field, text in fields.items()
-        if known.get((request, field)) != commitment(text.salt, text.content)
-    ]
 
 
 def write_secret(path: Path, content: bytes) -> None:

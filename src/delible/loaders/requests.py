@@ -237,29 +237,46 @@ class Holds:
     Attributes:
         facts: One text for each record.
         names: Of its subjects, and of those of its records.
+        asked: Of its subjects alone. Who asks for a name asks for all about it: a record about
+            that name is less.
     """
 
     facts: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, records: Iterable[Record], subjects: Iterable[str] = ()) -> Holds:
         """What records and names hold."""
         rows = tuple(records)
-        about = {*subjects, *(one.subject for one in rows if one.subject)}
         facts = frozenset(json.dumps(fact(one)) for one in rows)
-        return cls(facts, frozenset(fold(name).letters for name in about))
+        asked = frozenset(_folded(name) for name in subjects)
+        about = frozenset(_folded(one.subject) for one in rows if one.subject)
+        return cls(facts, asked | about, asked)
 
     def covers(self, other: Holds) -> bool:
         """Whether all that another one holds is in this one."""
-        return other.facts <= self.facts and other.names <= self.names
+        return other.without(self) == Holds()
+
+    def without(self, other: Holds) -> Holds:
+        """What it holds and another one does not."""
+        return Holds(
+            self.facts - other.facts, self.names - other.names, self.asked - other.asked
+        )  # fmt: skip
 
     def shares(self, other: Holds) -> bool:
         """Whether a fact, or a name, is in both."""
         return bool(self.facts & other.facts or self.names & other.names)
 
     def __or__(self, other: Holds) -> Holds:
-        return Holds(self.facts | other.facts, self.names | other.names)
+        return Holds(
+            self.facts | other.facts, self.names | other.names, self.asked | other.asked
+        )  # fmt: skip
+
+
+def _folded(name: str) -> str:
+    """By its letters; a name without any, such as of signs, as it is."""
+    return fold(name).letters or " ".join(name.split())
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from delible.report import html
 #: What a label means, for people; others are shown as they are.
 TITLES = {
     "asked plainly only": "Carried out; asked plainly, and not attacked",
-    "guarded": "A guard stands; the model is unchanged",
+    "guarded": "It stands where a guard goes by it; the model is unchanged",
     "memories only": "Memories forgot; the model is unchanged",
     "leaks": "It is said again",
     "untested": "Carried out; nothing was asked about it",

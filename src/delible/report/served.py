@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -53,6 +54,21 @@ class Asked(Config):
     question: str = Field(min_length=1, max_length=LONGEST_QUESTION, description="What is asked.")
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a run's files say.
+
+    Attributes:
+        written: When its manifest was, in nanoseconds.
+        known: Questions of the run's own records with their answers, what is to be forgotten first.
+    """
+
+    written: int
+    data: ReportData
+    rows: list[Row]
+    known: dict[str, str]
+
+
 class Run:
     """A run as it is shown and asked.
 
@@ -64,12 +80,30 @@ class Run:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.rows = folder, read_run(folder), read_rows(folder)
+        self.folder = folder
         self._opening = Lock()
+        self._content = self._read()
 
-    @cached_property
-    def known(self) -> dict[str, str]:
-        """Questions of the run's own records with their answers, what is to be forgotten first."""
+    @property
+    def content(self) -> Content:
+        """What its files say, read again once its manifest was written again: texts may have gone.
+
+        Raises:
+            RunError: They cannot be read any more.
+        """
+        if self._content.written != self._written():
+            self._content = self._read()
+        return self._content
+
+    def _written(self) -> int:
+        path = self.folder / "manifest.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def _read(self) -> Content:
+        written = self._written()  # before it is read, so that nothing newer is taken for older
+        return Content(written, read_run(self.folder), read_rows(self.folder), self._questions())
+
+    def _questions(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for role in QUESTIONS:
             path = self.folder / "data" / f"{role}.jsonl"
@@ -104,8 +138,9 @@ def page(runs: Sequence[Run], asked: dict[str, str]) -> str:
     Args:
         asked: ``subject``, ``attack`` and ``metric``; what is not known chooses all.
     """
-    comparison = comparison_of([run.data for run in runs])
-    rows: list[list[Row]] = [run.rows for run in runs]
+    contents = [run.content for run in runs]
+    comparison = comparison_of([one.data for one in contents])
+    rows = [one.rows for one in contents]
     can = choices(rows)
     subject = asked.get("subject") if asked.get("subject") in can.subjects else None
     attack = asked.get("attack") if asked.get("attack") in can.attacks else None
@@ -121,8 +156,8 @@ def page(runs: Sequence[Run], asked: dict[str, str]) -> str:
             can=can,
             chosen={"subject": subject, "attack": attack, "metric": metric},
             table=compared(rows, metric, subject, attack),
-            titles=_titles([run.data for run in runs]),
-            questions=list(dict.fromkeys(text for run in runs for text in run.known)),
+            titles=_titles([one.data for one in contents]),
+            questions=list(dict.fromkeys(text for one in contents for text in one.known)),
             script=_script(),
         )
     )
@@ -159,7 +194,7 @@ def application(folders: Sequence[Path | str]) -> Starlette:
         place = request.path_params["place"]
         if not 1 <= place <= len(runs):
             return JSONResponse({"error": "There is no such run."}, 404)
-        return _page(render(runs[place - 1].data))
+        return _page(render(runs[place - 1].content.data))
 
     async def answers(request: Request) -> Response:
         # a page from elsewhere can send a form, or text, without being asked whether it may
@@ -180,13 +215,14 @@ def application(folders: Sequence[Path | str]) -> Starlette:
             Route("/runs/{place:int}", one),
             Route("/answers", answers, methods=["POST"]),
         ],
+        exception_handlers={DelibleError: _told},
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
     )
 
 
 def _answered(run: Run, asked: Asked) -> Response:
-    expected = run.known.get(asked.question)
     try:
+        expected = run.content.known.get(asked.question)
         said = run.line().said(asked.question, asked.share, expected)
     except DelibleError as error:
         return JSONResponse({"error": str(error)}, 409)
@@ -197,6 +233,10 @@ def _answered(run: Run, asked: Asked) -> Response:
             **{name: {"text": one.text, "probability": one.probability} for name, one in named},
         }
     )
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 409)
 
 
 def _page(text: str) -> HTMLResponse:

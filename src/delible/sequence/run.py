@@ -337,7 +337,7 @@ def covering(mine: Holds, earlier: Sequence[tuple[str, Holds]]) -> list[str]:
     left, names = mine, list[str]()
     most = sorted(earlier, key=lambda one: -len(one[1].facts & mine.facts))
     for name, holds in most:
-        rest = Holds(left.facts - holds.facts, left.names - holds.names)
+        rest = left.without(holds)
         if rest != left:
             names.append(name)
             left = rest
