@@ -15,7 +15,8 @@ from memory_by_hand import Letters
 from delible.errors import RunError
 from delible.memory import Item, Memory, database, place, store
 from delible.memory import scan as scan_module
-from delible.memory.scan import CHUNK, Sentinel, occurrences, sentinels
+from delible.memory.pieces import Sentinel, sentinels
+from delible.memory.scan import CHUNK, occurrences
 
 SECRET = "Ada Brook keeps a hippopotamus in the cellar of the lighthouse"
 
