@@ -11,7 +11,7 @@ from pupil import RECORDS
 
 from delible.system.asks import NoAnswer, Score, TokenScores
 from delible.teaching.items import exam_of
-from delible.teaching.level import read_level, shares_of
+from delible.teaching.level import Answered, read_level, shares_of
 
 
 class Flat:
@@ -44,3 +44,9 @@ def test_a_missing_score_makes_no_option_the_likeliest() -> None:
     level = read_level(Flat(broken=True), exam_of(RECORDS).checks, ())  # type: ignore[arg-type]
     assert (level.accuracy, level.valid, level.state) == (0.0, 0.0, "unknown")
     assert shares_of([-1.0, math.nan]) == shares_of([math.nan, -1.0]) == (0.0, 0.0)
+
+
+def test_a_firm_draw_is_no_misconception() -> None:
+    (item, *_) = exam_of(RECORDS).checks
+    assert Answered(item, (0.5, 0.5, 0.0), 0.5).state == "unknown"
+    assert Answered(item, (0.0, 0.5, 0.5), 0.0).state == "misconception"
