@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import unicodedata
 from collections.abc import Callable
@@ -149,7 +148,7 @@ def test_what_was_learned_is_dropped_with_its_file_from_anywhere(
         monkeypatch.chdir(tmp_path / "else")
         whole.drop_learned("scorer")
         monkeypatch.chdir(tmp_path)
-        assert not os.path.exists(file)
+        assert not file.exists()
     memory.drop_learned("scorer", missing_ok=True)
     with pytest.raises(DataError, match="nothing called"):
         memory.drop_learned("scorer")

@@ -188,9 +188,7 @@ class Forgetful:
         item = Item(text=text, kind=ROUTINE, subject=name, source=source, data=data)  # type: ignore[arg-type]
         return self.memory.add([item])[0]
 
-    def _learn(
-        self, episode: Episode, surroundings: Surroundings, recalled: list[Item]
-    ) -> None:
+    def _learn(self, episode: Episode, surroundings: Surroundings, recalled: list[Item]) -> None:
         entries = self.entries()  # somebody may have asked to forget meanwhile
         mask = self._mask(entries)
         if self.memory.hashed(surroundings.name) in {one.environment for one in entries}:

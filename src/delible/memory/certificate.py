@@ -34,6 +34,10 @@ NOTHING_KNOWN = (
     "No piece of a text was in any file before (too short, or written otherwise) that nothing else "
     "says, so that none is there now says nothing."
 )
+REBUILT = (
+    "What was made from it and stays, as it was or rebuilt, holds none of the removed texts whole; "
+    "it may say a part, or the same in other words."
+)
 TOO_SHORT = "{count} of the texts to look for are too short to be looked for."
 
 
@@ -105,8 +109,7 @@ def of_deletion(
     if deletion.record["quarantined"]:
         unknown.append("What is quarantined is kept, and may say what went.")
     if deletion.record["rebuilt"]:
-        unknown.append("What was made from it and stays, as it was or rebuilt, holds none of the "
-                       "removed texts whole; it may say a part, or the same in other words.")  # fmt: skip
+        unknown.append(REBUILT)
     own = frozenset() if after is None else _written_here(after)
     if before is not None and (unseen := len(own - before)):
         unknown.append(
@@ -155,7 +158,8 @@ def of_memory(
         removed.update(record["removed_by_kind"])
     return Certificate(
         of="memory", memory=memory, verdict=verdict, reasons=tuple(said), state=state,
-        counted=counted, returned=returned, held=held, unknown=too_short, stale=dict(stale), not_computed=tuple(unknown),
+        counted=counted, returned=returned, held=held, unknown=too_short, stale=dict(stale),
+        not_computed=tuple(unknown),
         deletion={"deletions": len(deletions), "removed_by_kind": dict(sorted(removed.items()))},
         **_told(scanned),
     )  # fmt: skip
@@ -199,7 +203,8 @@ def _written_here(scanned: Scanned) -> frozenset[Sentinel]:
 
 def _unread(scanned: Scanned | None) -> list[str]:
     count = scanned.unread if scanned is not None else 0
-    return [f"{count} links in the folder, or what is no file: they were not followed."] * (count > 0)
+    said = f"{count} links in the folder, or what is no file: they were not followed."
+    return [said] if count else []
 
 
 def _told(scanned: Scanned | None) -> dict[str, Any]:

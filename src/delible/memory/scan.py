@@ -96,9 +96,10 @@ def scan(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanne
     said = _said_by_others(tables, {asked[piece].of or piece for _, piece, _ in hits})
     found, shared = [], set[Sentinel]()
     for name, piece, at in hits:
-        whole_row = asked[piece].kind == "vector" and at % len(piece) == 0
-        if (asked[piece].of or piece) in said or (whole_row and name == VECTORS):  # a row of an item that stays
-            shared.add(asked[piece])
+        one = asked[piece]
+        row = name == VECTORS and one.kind == "vector" and at % len(piece) == 0
+        if row or (one.of or piece) in said:  # a row, or a text, of an item that stays
+            shared.add(one)
         else:
             found.append((told[name], at))
     return Scanned(
@@ -108,9 +109,7 @@ def scan(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanne
     )  # fmt: skip
 
 
-def untold(
-    items: Sequence[Item], before: frozenset[Sentinel] | None, after: Scanned | None
-) -> int:
+def untold(items: Sequence[Item], before: frozenset[Sentinel] | None, after: Scanned | None) -> int:
     """Items that went of which no piece can tell: none was seen before that nothing else says."""
     if before is None or after is None:
         return 0

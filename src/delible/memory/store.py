@@ -24,8 +24,8 @@ from delible.memory.certificate import Certificate, of_deletion, of_memory
 from delible.memory.closure import Closure, Descendants, closure, holding_whole, named
 from delible.memory.database import Tables, exclusive, snapshot
 from delible.memory.items import Found, Item, State
-from delible.memory.place import Place
 from delible.memory.pieces import sentinels, told_by
+from delible.memory.place import Place
 from delible.memory.scan import cleared, scan, seen, untold
 
 NO_ENCODER = "none"
@@ -301,10 +301,8 @@ class Memory:
             scanned = scan(self.folder, tables, sentinels(asked))
             unknown, held = sum(not told_by(one) for one in asked), holding_whole(tables, texts)
             counted = forgetting.counted_state(tables, self._place.vectors(tables))
-            returned = tables.returned()
-            stale = learned.stale(tables)
-            return of_memory(scanned, tables.name, tables.state, counted, returned, told, stale,
-                             held, unknown)  # fmt: skip
+            return of_memory(scanned, tables.name, tables.state, counted, tables.returned(), told,
+                             learned.stale(tables), held, unknown)  # fmt: skip
 
     def deletions(self) -> list[dict[str, Any]]:
         """What was deleted so far, without what it said."""
@@ -319,10 +317,8 @@ class Memory:
             DataError: One of them is not quarantined.
         """
         with self._writing() as tables:
-            held = tables.places(ids, active=False)
-            items = tables.items(
-                [seq for id_, seq in held.items() if id_ not in tables.places(ids)]
-            )
+            held, active = tables.places(ids, active=False), tables.places(ids)
+            items = tables.items([seq for id_, seq in held.items() if id_ not in active])
             lost = set(ids) - {one.id for one in items.values()}
             if lost:
                 raise DataError(f"'{min(lost)}' is not quarantined.", where="memory")
@@ -375,10 +371,9 @@ class Memory:
         """Raises if what is there was added with another encoder, or with none."""
         made_by = tables.setting("encoder")
         if self.encoder is not None and made_by not in ("", self.encoder.identity):
+            others = "its vectors are another encoder's."
             raise RunError(
-                "has no vectors."
-                if made_by == NO_ENCODER
-                else "its vectors are another encoder's.",
+                "has no vectors." if made_by == NO_ENCODER else others,
                 where=str(self.folder),
                 hint="Open it with the encoder that it was made with, or without one.",
             )
