@@ -122,8 +122,10 @@ def _named(
 ) -> tuple[dict[str, str], list[tuple[str, bytes, int]]]:
     """What is told instead of each name, and pieces that stand in names (of others' files)."""
     told, hits = dict[str, str](), list[tuple[str, bytes, int]]()
-    for name in files:
-        held = [] if name in OWN else [one for one in pieces if one in name.encode()]
+    names = {name: name.encode(errors="surrogateescape") for name in files}
+    some = dict.fromkeys(piece for piece, _ in occurrences(b"\0".join(names.values()), pieces))
+    for name, written in names.items():
+        held = [] if name in OWN else [one for one in some if one in written]
         told[name] = f"{HIDDEN} {len(hits) + 1}" if held else name
         hits += [(name, one, -1) for one in held[:1]]
     return told, hits
