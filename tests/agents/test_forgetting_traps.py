@@ -88,7 +88,11 @@ def test_an_answer_that_names_it_stands_nowhere(town: Town, tmp_path: Path) -> N
     assert name not in episode.lines()
 
 
-def test_what_is_forgotten_during_a_task_is_not_learned_by_it(town: Town, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"notes": 0}, {"masked": False}])
+def test_what_is_forgotten_during_a_task_is_not_learned_by_it(
+    options: dict[str, Any], town: Town, tmp_path: Path
+) -> None:
+    """By its mask where the task names it; by its notes where they are gone."""
     name = town.places[0].name
     other = agent(tmp_path, [])
 
@@ -97,7 +101,7 @@ def test_what_is_forgotten_during_a_task_is_not_learned_by_it(town: Town, tmp_pa
             other.forget(Request(type="state", target=name))
         return json.dumps({"answer": "Done."})
 
-    made = agent(tmp_path, says)
+    made = agent(tmp_path, says, **options)
     made.memory.add(known(town.places, "town"))
     made.solve(f"Go to {name}.", Visit(town))
     assert not any(name in text for one in made.memory.items() for text in one.says())
