@@ -180,6 +180,21 @@ def test_training_finds_the_atoms() -> None:
     np.testing.assert_allclose(larger.encoder, sae.encoder, rtol=1e-3, atol=1e-5)
 
 
+def test_what_would_only_lengthen_decoder_rows_is_no_step() -> None:
+    fit = sae_training._Fit(torch.zeros(16), QUICK, seed=0)
+    seen: list[Tensor] = []
+    fit.optimizer.step = lambda: seen.append(fit.decoder.grad.clone())  # type: ignore
+    fit.loss(dictionary()[1][:64], 10**9).backward()  # type: ignore[no-untyped-call]
+    before = fit.decoder.grad.clone()  # type: ignore[union-attr]
+    rows = fit.decoder.detach()
+    along = (before * rows).sum(dim=1, keepdim=True)
+    assert along.abs().max() > 1e-3
+    fit.update(0.1)
+    (found,) = seen
+    torch.testing.assert_close(found, before - along * rows)
+    assert (found * rows).sum(dim=1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("active", [3, 30])
 def test_silent_latents_are_called_back(active: int) -> None:
     states = dictionary()[1][:5].double()

@@ -139,7 +139,7 @@ def of_memory(
     verdict, reasons = judged(scanned, None)
     said = list(reasons)
     if too_short:
-        verdict = "remains found" if verdict == "remains found" else "not shown"
+        verdict = verdict if scanned.looked_for else "not shown"
         said.append(TOO_SHORT.format(count=too_short))
     if held:
         verdict = "remains found"
@@ -184,8 +184,13 @@ def judged(
         return "not shown", (NO_CONTROL,)
     if before is not None and unknown >= gone:
         return "not shown", (NOTHING_KNOWN,)
-    reasons = [f"{len(after.looked_for)} pieces were looked for in {len(after.files)} files; what "
-               "was planted for the scan was found, and gone when it was taken out."]  # fmt: skip
+    own = len(_written_here(after))
+    others = len(after.looked_for) - own
+    otherwise = f", and {others} other ways to write them" if others else ""
+    reasons = [
+        f"{own} pieces were looked for in {len(after.files)} files{otherwise}; what was planted for "
+        "the scan was found, and gone when it was taken out."
+    ]
     if before is not None:
         reasons.append(f"{len(before)} of them were found before the deletion.")
     if unknown:
