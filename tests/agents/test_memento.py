@@ -109,7 +109,7 @@ def test_rare_successes_weigh_as_much_as_failures() -> None:
 def test_training_is_that_of_a_hand_computation() -> None:
     """Four steps of AdamW on all rows, in float64: warm-up over two, gradients no longer than 1."""
     asked, shown, _ = pairs(12)
-    asked, shown, labels = asked * 6, shown * 6, [1, 0, 0, 0] * 3
+    asked, shown, labels = asked * 20, shown * 20, [1, 0, 0, 0] * 3
     options = ScorerOptions(
         hidden=5, dropout=0, epochs=4, batch_size=12, learning_rate=0.05, weight_decay=0.1,
         warmup_share=0.5,

@@ -188,11 +188,11 @@ def test_what_would_only_lengthen_decoder_rows_is_no_step() -> None:
     before = fit.decoder.grad.clone()  # type: ignore[union-attr]
     rows = fit.decoder.detach()
     along = (before * rows).sum(dim=1, keepdim=True)
-    assert along.abs().max() > 1e-3
+    assert along.abs().max() > 1
     fit.update(0.1)
     (found,) = seen
     torch.testing.assert_close(found, before - along * rows)
-    assert (found * rows).sum(dim=1).abs().max() < 1e-5
+    assert (found * rows).sum(dim=1).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("active", [3, 30])

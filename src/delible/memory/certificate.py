@@ -188,8 +188,8 @@ def judged(
     others = len(after.looked_for) - own
     otherwise = f", and {others} other ways to write them" if others else ""
     reasons = [
-        f"{own} pieces were looked for in {len(after.files)} files{otherwise}; what was planted for "
-        "the scan was found, and gone when it was taken out."
+        f"{own} pieces were looked for in {len(after.files)} files{otherwise}; what was planted "
+        "for the scan was found, and gone when it was taken out."
     ]
     if before is not None:
         reasons.append(f"{len(before)} of them were found before the deletion.")
