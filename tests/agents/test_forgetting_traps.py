@@ -19,7 +19,7 @@ from delible.acting.mask import Mask, of_names
 from delible.acting.town import Enter, Town, Visit, known
 from delible.agents.memento import ROW, SCORER, Memento, target
 from delible.agents.secure_forgetting import UNKNOWN, Forgetful, SecureForgettingOptions
-from delible.agents.unlearning_inference import Inference, Probe, suspicion
+from delible.agents.unlearning_inference import Inference, Probe, agreement, suspicion
 from delible.errors import DataError
 from delible.memory import CASE, ENTRY, SUMMARY, Item, Memory
 from delible.system.role import Role
@@ -203,3 +203,39 @@ def test_a_scorer_that_nobody_noted_is_nowhere(
     assert made.retrain() is None
     assert memory.stale() == {}
     assert not file.exists()
+
+
+# ---- what is located, and how alike two agents are
+
+
+def test_notes_that_mean_it_go_too(tmp_path: Path) -> None:
+    role = Role("planner", Scripted([]))
+    made = SecureForgettingOptions().agent(Memory(tmp_path, Words()), role)
+    made.memory.add([
+        Item(id="like", text="Open on Sunday.", key="pharmacy elm"),
+        Item(id="half", text="Closed on Sunday.", key="pharmacy oak tree"),
+    ])  # fmt: skip
+    made.forget(Request(type="state", target="Elm Pharmacy"))
+    assert [one.id for one in made.memory.items()] == ["half"]
+
+
+def test_a_routine_goes_from_quarantine_too(tmp_path: Path) -> None:
+    made = agent(tmp_path, [])
+    walk = [Action(tool="walk", arguments={"direction": one}) for one in ("east", "west")]
+    made.memory.add([
+        Item(id="note", text="It is in the east."),
+        Item(id="trace", text="Done.", parents=("note",),
+             data={"actions": [one.model_dump(mode="json") for one in walk]}),
+    ])  # fmt: skip
+    made.memory.forget(ids=["note"], descendants="quarantine")
+    assert [one.id for one in made.memory.items(state="quarantined")] == ["trace"]
+    made.forget(Request(type="trajectory", actions=tuple(walk)))
+    assert made.memory.items(state="quarantined") == []
+
+
+def test_agreement_is_the_share_of_equal_actions() -> None:
+    def episode(*tools: str) -> Episode:
+        return Episode("?", tuple(Step(Action(tool=one), "") for one in tools), "", "steps")
+
+    assert agreement(episode("a", "b", "c"), episode("a", "x")) == pytest.approx(1 / 3)
+    assert agreement(episode("a"), episode("a")) == 1

@@ -153,3 +153,24 @@ def test_what_was_learned_is_dropped_with_its_file_from_anywhere(
     memory.drop_learned("scorer", missing_ok=True)
     with pytest.raises(DataError, match="nothing called"):
         memory.drop_learned("scorer")
+
+
+def test_what_still_knows_is_told(tmp_path: Path) -> None:
+    memory = filled(tmp_path, Item(id="x", text=ADA), Item(id="y", text="A pond", parents=("x",)))
+    memory.learned("scorer", ["x"])
+    certificate = memory.certificate(memory.forget(ids=["x"], descendants="quarantine"))
+    assert any(one.endswith("until it is retrained: scorer.") for one in certificate.not_computed)
+    assert any(one.startswith("What is quarantined is kept") for one in certificate.not_computed)
+    memory.drop_learned("scorer")
+    later = memory.certificate(memory.forget(ids=["stays"]))
+    assert not any("retrained" in one or "quarantined" in one for one in later.not_computed)
+
+
+def test_nothing_is_rebuilt_into_what_was_deleted_before(tmp_path: Path) -> None:
+    memory = filled(tmp_path, Item(id="x", text=ADA), Item(id="y", text="A pond"),
+                    Item(id="sum", text="All of it", parents=("y",)))  # fmt: skip
+    memory.forget(ids=["x"])
+    with pytest.raises(DataError, match="was deleted from this memory"):
+        memory.forget(ids=["y"], descendants="rebuild",
+                      rebuild=lambda item, _: item.model_copy(update={"text": ADA}))  # fmt: skip
+    assert memory.get("y").text == "A pond"
