@@ -204,12 +204,14 @@ def test_silent_latents_are_called_back(active: int) -> None:
         weight.data = torch.randn(weight.shape, generator=random).double() * 0.3
     fit.silent_for[[4, 5, 30]] = 100
     encoder, bias, decoder, middle = (weight.detach().numpy() for weight in fit.weights)
-    total = 0.0
+    total, slopes = 0.0, np.zeros_like(decoder)
     for x in states.numpy():
         pre = (x - middle) @ encoder + bias
         top = np.argsort(-pre)[:active]
         left = x - middle - sum(max(pre[j], 0) * decoder[j] for j in top)
         missed = left - sum(max(pre[j], 0) * decoder[j] for j in (4, 5, 30))
+        for j in top:
+            slopes[j] -= 2 * max(pre[j], 0) * left / 5
         total += ((left**2).sum() + (missed**2).sum() / 32) / 5
     loss = fit.loss(states, 99)
     assert float(loss.detach()) == pytest.approx(total)
@@ -221,6 +223,8 @@ def test_silent_latents_are_called_back(active: int) -> None:
     called = {j for j in (4, 5, 30) if (pre[:, j] > 0).any()}
     assert called - spoken or active > 3
     assert set(moved.nonzero()[:, 0].tolist()) == spoken | called
+    loud = sorted(spoken - {4, 5, 30})  # what others missed moves none but the silent ones
+    np.testing.assert_allclose(fit.decoder.grad[loud], slopes[loud], rtol=1e-5, atol=1e-9)
     assert fit.silent_for[sorted(spoken)].tolist() == [0] * len(spoken)
     assert set(fit.silent_for.tolist()) <= {0, 5, 105}
 
