@@ -106,6 +106,45 @@ def test_rare_successes_weigh_as_much_as_failures() -> None:
     np.testing.assert_allclose(scorer.scores(nothing, nothing), 0.5, atol=0.05)
 
 
+def test_training_is_that_of_a_hand_computation() -> None:
+    """Four steps of AdamW on all rows, in float64: warm-up over two, gradients no longer than 1."""
+    asked, shown, _ = pairs(12)
+    asked, shown, labels = asked * 20, shown * 20, [1, 0, 0, 0] * 3
+    options = ScorerOptions(
+        hidden=5, dropout=0, epochs=4, batch_size=12, learning_rate=0.05, weight_decay=0.1,
+        warmup_share=0.5,
+    )  # fmt: skip
+    weights = [one.detach().double().numpy() for one in Scorer(6, options).network.parameters()]
+    first, second = [one * 0 for one in weights], [one * 0 for one in weights]
+    x = np.concatenate([asked, shown], axis=1).astype(np.float64)
+    share = np.array([1.0, 3.0])[labels] / np.array([1.0, 3.0])[labels].sum()
+    lengths = []
+    for step in range(1, 5):
+        one, bias, two, last = weights
+        before = x @ one.T + bias
+        powers = np.exp(np.maximum(before, 0) @ two.T + last)
+        missed = powers / powers.sum(axis=1, keepdims=True)
+        missed[range(12), labels] -= 1
+        missed *= share[:, None]
+        back = missed @ two * (before > 0)
+        slopes = [back.T @ x, back.sum(0), missed.T @ np.maximum(before, 0), missed.sum(0)]
+        lengths.append(math.sqrt(sum((one**2).sum() for one in slopes)))
+        rate = 0.05 * min(1, step / 2)
+        for place, slope in enumerate(slopes):
+            slope = slope * min(1, 1 / (lengths[-1] + 1e-6))
+            first[place] = 0.9 * first[place] + 0.1 * slope
+            second[place] = 0.999 * second[place] + 0.001 * slope**2
+            mean, spread = first[place] / (1 - 0.9**step), second[place] / (1 - 0.999**step)
+            weights[place] = weights[place] * (1 - rate * 0.1) - rate * mean / (
+                np.sqrt(spread) + 1e-8
+            )
+    assert max(lengths) > 1.5  # some gradient is shortened
+    for mine, its in zip(
+        weights, trained(asked, shown, labels, options).network.parameters(), strict=True
+    ):
+        np.testing.assert_allclose(its.detach().numpy(), mine, atol=1e-4)
+
+
 def test_a_score_is_that_of_the_formula() -> None:
     asked, shown, _ = pairs(20)
     scorer = Scorer(6, ScorerOptions(hidden=5))

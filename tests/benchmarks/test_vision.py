@@ -136,6 +136,26 @@ def test_the_findings_say_what_shows_and_what_does_not() -> None:
     assert len(found.runs) == 3
 
 
+def test_the_findings_claim_no_forgetting_that_was_none() -> None:
+    def notes(before: dict[str, Any], after: dict[str, Any], title: str = "sauce") -> str:
+        return "\n".join(findings({"as it was": [before], title: [after]}, "star", "ring").notes)
+
+    assert "accuracy on 'star' rose from 10.0% to 60.0%, above" in notes(
+        cell(concept=0.1), cell(concept=0.6)
+    )
+    assert "stayed from 100.0% to 100.0%, above" in notes(cell(), cell())
+    ignorant = notes(cell(concept=0.1), cell(concept=0.0))
+    assert "'star' was not known before, so this shows no forgetting" in ignorant
+    assert "was not known before" not in notes(cell(), cell(concept=0.0))
+    unasked = {"accuracies": dict.fromkeys(KEPT, 1.0)}
+    assert "nothing was asked about 'star'" in notes(cell(), unasked)
+    assert "no way of asking" not in notes(cell(), unasked)
+    before = {**cell(neighbours=0.9), "without": cell(neighbours=0.5)["accuracies"]}
+    assert "lost most, 10.0 points" in notes(before, cell(neighbours=0.8))
+    alike = notes(before, cell(neighbours=0.49), "sauce, two shapes")
+    assert "'neighbours' lost most, 1.0 points; nothing lost more than 3" in alike
+
+
 def test_what_is_no_shape_is_refused(tmp_path: Any) -> None:
     setting = Setting("tiny-vlm", (), 1, tmp_path)
     with pytest.raises(RecipeError, match="there is no shape 'stra'"):

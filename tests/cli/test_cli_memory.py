@@ -66,6 +66,16 @@ def test_forgetting_shows_the_closure_and_writes_a_certificate(run: Run, filled:
     assert (back.code, "was deleted from this memory" in back.err) == (2, True)
 
 
+def test_several_texts_all_go_or_nothing_does(run: Run, filled: Path) -> None:
+    lost = run("memory", "forget", "notes", "--text", "grows plums", "--text", "nowhere")
+    assert lost.code != 0
+    assert "nothing matches 'nowhere'" in lost.err
+    assert "3 items." in run("memory", "list", "notes").out
+    ran = run("memory", "forget", "notes", "--text", "grows plums", "--text", "lives in Casta")
+    assert ran.code == 0, ran.err
+    assert "3 items removed, 0 left." in ran.out
+
+
 def test_descendants_can_be_quarantined(run: Run, filled: Path) -> None:
     ran = run("memory", "forget", "notes", "--id", "ada-1", "--descendants", "quarantine")
     assert (ran.code, "is quarantined: made from ada-1" in ran.out) == (0, True)

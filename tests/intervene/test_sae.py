@@ -180,6 +180,21 @@ def test_training_finds_the_atoms() -> None:
     np.testing.assert_allclose(larger.encoder, sae.encoder, rtol=1e-3, atol=1e-5)
 
 
+def test_what_would_only_lengthen_decoder_rows_is_no_step() -> None:
+    fit = sae_training._Fit(torch.zeros(16), QUICK, seed=0)
+    seen: list[Tensor] = []
+    fit.optimizer.step = lambda: seen.append(fit.decoder.grad.clone())  # type: ignore
+    fit.loss(dictionary()[1][:64], 10**9).backward()  # type: ignore[no-untyped-call]
+    before = fit.decoder.grad.clone()  # type: ignore[union-attr]
+    rows = fit.decoder.detach()
+    along = (before * rows).sum(dim=1, keepdim=True)
+    assert along.abs().max() > 1
+    fit.update(0.1)
+    (found,) = seen
+    torch.testing.assert_close(found, before - along * rows)
+    assert (found * rows).sum(dim=1).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("active", [3, 30])
 def test_silent_latents_are_called_back(active: int) -> None:
     states = dictionary()[1][:5].double()
@@ -189,12 +204,14 @@ def test_silent_latents_are_called_back(active: int) -> None:
         weight.data = torch.randn(weight.shape, generator=random).double() * 0.3
     fit.silent_for[[4, 5, 30]] = 100
     encoder, bias, decoder, middle = (weight.detach().numpy() for weight in fit.weights)
-    total = 0.0
+    total, slopes = 0.0, np.zeros_like(decoder)
     for x in states.numpy():
         pre = (x - middle) @ encoder + bias
         top = np.argsort(-pre)[:active]
         left = x - middle - sum(max(pre[j], 0) * decoder[j] for j in top)
         missed = left - sum(max(pre[j], 0) * decoder[j] for j in (4, 5, 30))
+        for j in top:
+            slopes[j] -= 2 * max(pre[j], 0) * left / 5
         total += ((left**2).sum() + (missed**2).sum() / 32) / 5
     loss = fit.loss(states, 99)
     assert float(loss.detach()) == pytest.approx(total)
@@ -206,6 +223,8 @@ def test_silent_latents_are_called_back(active: int) -> None:
     called = {j for j in (4, 5, 30) if (pre[:, j] > 0).any()}
     assert called - spoken or active > 3
     assert set(moved.nonzero()[:, 0].tolist()) == spoken | called
+    loud = sorted(spoken - {4, 5, 30})  # what others missed moves none but the silent ones
+    np.testing.assert_allclose(fit.decoder.grad[loud], slopes[loud], rtol=1e-5, atol=1e-9)
     assert fit.silent_for[sorted(spoken)].tolist() == [0] * len(spoken)
     assert set(fit.silent_for.tolist()) <= {0, 5, 105}
 

@@ -9,6 +9,7 @@ anything is done. What was wrong with a call is told to whoever made it, and cos
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from delible.system.role import Role
 Ended = Literal["answered", "steps", "tokens", "unreadable"]
 #: What stands above rules in a system turn.
 RULES = "Rules:"
+#: What in an argument looks as if another one began.
+MORE = re.compile(r", \w+=")
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,10 @@ def canonical(action: Action) -> str:
 
 
 def _plain(value: Any) -> str:
-    return near(value) if isinstance(value, str) else near(repr(value))
+    text = near(value) if isinstance(value, str) else near(repr(value))
+    if isinstance(value, str) and MORE.search(text):  # else one argument could pass for two
+        return json.dumps(text, ensure_ascii=False)
+    return text
 
 
 def trimmed(messages: Sequence[Message], letters: int) -> tuple[Message, ...]:

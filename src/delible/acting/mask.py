@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
 
 from delible.acting.loop import Action, Tool, canonical
-from delible.names import fold
+from delible.names import JOINED, fold
 
 #: A name that nobody has.
 NOBODY = "Qxzvany"
@@ -47,12 +48,17 @@ class Mask:
         """Where hidden names stand, whatever their case, accents, spaces and punctuation."""
         if not self.names:
             return
-        words = [(one.span(), folded(one.group())) for one in WORD.finditer(text)]
+        found = fold(text)
+        ends = [place for place, gap in enumerate(found.gaps) if gap != JOINED]
+        words = [
+            (found.letters[start:end], found.starts[start], found.ends[end - 1])
+            for start, end in pairwise(ends)
+        ]
         for count in sorted(self.lengths, reverse=True):
             for place in range(len(words) - count + 1):
                 run = words[place : place + count]
-                if self.hashed(" ".join(word for _, word in run)) in self.names:
-                    yield run[0][0][0], run[-1][0][1]
+                if self.hashed(" ".join(word for word, _, _ in run)) in self.names:
+                    yield run[0][1], run[-1][2]
 
     def names_any(self, text: str) -> bool:
         """Whether a hidden name stands in a text."""
@@ -60,9 +66,16 @@ class Mask:
 
     def without(self, text: str) -> str:
         """The text without sentences in which a hidden name stands."""
-        if not self.names_any(text):
+        spans = list(self.spans(text))
+        if not spans:
             return text
-        return " ".join(one for one in SENTENCE.split(text) if not self.names_any(one))
+        left, start = list[str](), 0
+        for gap in (*SENTENCE.finditer(text), None):
+            end, after = gap.span() if gap else (len(text), len(text))
+            if not any(first < end and start < last for first, last in spans):
+                left.append(text[start:end])
+            start = after
+        return " ".join(left)
 
     def wrapped(self, tools: Sequence[Tool]) -> list[Tool]:
         """The same tools for one episode; what was done in it is remembered."""
@@ -80,7 +93,7 @@ class Mask:
             if not swapped:
                 return self.without(tool.use(asked))
             result = self.without(tool.use(tool.arguments.model_validate(changed)))
-            for place, name in enumerate(swapped):
+            for place, name in reversed(list(enumerate(swapped))):
                 result = result.replace(f"{NOBODY}{place}", name)
             return result
 
@@ -114,8 +127,9 @@ def folded(text: str) -> str:
 
 
 def of_names(hashed: Callable[[str], str], names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Hashes of names, and how many words each has."""
-    words = [[folded(one) for one in WORD.findall(name)] for name in names]
+    """Hashes of names, and how many words each has; one of several words may be written as one."""
+    words = [fold(one).words() for one in names]
+    words += [["".join(one)] for one in words if len(one) > 1]
     return [hashed(" ".join(one)) for one in words], [len(one) for one in words]
 
 

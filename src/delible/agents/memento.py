@@ -149,6 +149,8 @@ def target(
     if not len(following):
         return reward
     top = following.max()
+    if temperature == 0:
+        return float(reward + discount * top)
     soft = top + temperature * math.log(np.exp((following - top) / temperature).sum())
     return float(reward + discount * soft)
 
@@ -270,12 +272,16 @@ class Memento:
     # ---- the learned choice
 
     def retrain(self) -> Scorer | None:
-        """Trains the scorer from the start, on the rows that there are; None without any."""
+        """Trains the scorer from the start, on the rows that there are; None without any.
+
+        Raises:
+            DataError: A row went meanwhile; train again.
+        """
         rows = sorted(self.memory.items(ROW), key=lambda one: one.id)
         cases = {one.id: one for one in self.memory.items(CASE)}
         file = self._file
         if not rows:
-            file.unlink(missing_ok=True)
+            self.memory.drop_learned(SCORER, missing_ok=True)
             return None
         scorer = trained(
             self._vectors([str(one.data["question"]) for one in rows]),
@@ -283,9 +289,10 @@ class Memento:
             [int(str(one.data["label"])) for one in rows],
             self.options.scorer,
         )
-        scorer.save(file)
         learned = {*(one.id for one in rows), *(str(one.data["case"]) for one in rows)}
+        file.unlink(missing_ok=True)  # one that nobody noted would not become stale
         self.memory.learned(SCORER, sorted(learned), file)
+        scorer.save(file)
         return scorer
 
     def _scorer(self) -> Scorer:

@@ -25,10 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from delible.acting.conversion import Request, Type, Unlearning, Wording, composed, converted
-from delible.acting.loop import Action, Budget, Episode, act, canonical
+from delible.acting.loop import Action, Budget, Episode, Step, act, canonical
 from delible.acting.mask import Mask, holds, of_actions, of_names
 from delible.acting.surroundings import Surroundings
 from delible.component import Component
@@ -37,6 +38,7 @@ from delible.files import read_json, write_json
 from delible.memory import ENTRY, SUMMARY, Certificate, Deletion, Item, Memory
 from delible.memory.closure import Descendants
 from delible.memory.items import near
+from delible.memory.place import LOCK
 from delible.names import Names
 from delible.registry import register
 from delible.system.role import Role
@@ -163,9 +165,11 @@ class Forgetful:
             "\n".join(told), self.rules(entries),
         )  # fmt: skip
         if mask.names_any(episode.answer):
-            episode = Episode(task, episode.steps, UNKNOWN, episode.ended, episode.reason)
+            last = Step(Action(answer=UNKNOWN), "")
+            steps = (*episode.steps[:-1], last)
+            episode = Episode(task, steps, UNKNOWN, episode.ended, episode.reason)
         if learn and not fresh:
-            self._learn(episode, surroundings, recalled, mask)
+            self._learn(episode, surroundings, recalled)
         return episode
 
     def recalled(self, task: str, environment: str) -> list[Item]:
@@ -184,9 +188,12 @@ class Forgetful:
         item = Item(text=text, kind=ROUTINE, subject=name, source=source, data=data)  # type: ignore[arg-type]
         return self.memory.add([item])[0]
 
-    def _learn(
-        self, episode: Episode, surroundings: Surroundings, recalled: list[Item], mask: Mask
-    ) -> None:
+    def _learn(self, episode: Episode, surroundings: Surroundings, recalled: list[Item]) -> None:
+        entries = self.entries()  # somebody may have asked to forget meanwhile
+        mask = self._mask(entries)
+        if self.memory.hashed(surroundings.name) in {one.environment for one in entries}:
+            return
+        there = {one.id for one in self.memory.items()}
         done = [one.action for one in episode.steps]
         trace = Item(
             text=episode.lines(), kind=TRACE, source=surroundings.name,
@@ -195,7 +202,7 @@ class Forgetful:
         )  # fmt: skip
         noted = {near(one.text) for one in self.memory.items(ENTRY)}
         new = [one for one in surroundings.notes(episode) if near(one.text) not in noted]
-        new += [trace] * self.options.traces
+        new += [trace] * (self.options.traces and there.issuperset(trace.parents))
         self.memory.add([
             one for one in new
             if not self.memory.knows_deleted(one.text) and not any(map(mask.names_any, one.says()))
@@ -267,7 +274,8 @@ class Forgetful:
             lengths=tuple(lengths), sequence=tuple(of_actions(hashed, asked.actions)),
             environment=hashed(asked.target) if asked.type == "environment" else "",
         )  # fmt: skip
-        self._write([*self.entries(), entry])
+        with self._changing():
+            self._write([*self.entries(), entry])
         ids, subject = self._located(asked)
         way = self.options.memory
         if way == "keep" or not (ids or subject):
@@ -282,20 +290,23 @@ class Forgetful:
         Raises:
             DataError: There is no such request.
         """
-        entries = self.entries()
-        left = [one for one in entries if one.id != id_]
-        if len(left) == len(entries):
-            raise DataError(f"no request has the id '{id_}'.", where=str(self._file))
-        self._write(left)
+        with self._changing():
+            entries = self.entries()
+            left = [one for one in entries if one.id != id_]
+            if len(left) == len(entries):
+                raise DataError(f"no request has the id '{id_}'.", where=str(self._file))
+            self._write(left)
 
     def _located(self, request: Request) -> tuple[list[str], str | None]:
         """Ids of items of what is forgotten, and a name by which others are found."""
         items = [one for state in ("active", "quarantined") for one in self.memory.items(None, None,
                  state)]  # type: ignore[arg-type]  # fmt: skip
         if request.type == "environment":
-            return [one.id for one in items if near(one.source) == near(request.target)], None
+            return [one.id for one in items if near(one.source) == near(request.target)
+                    or (not one.source and _tells_of(one, request.target))], None  # fmt: skip
         if request.type == "trajectory":
-            return [one.id for one in items if holds(_actions(one), request.actions)], None
+            return [one.id for one in items if holds(_actions(one), request.actions)
+                    or _tells_of(one, request.target)], None  # fmt: skip
         like = [] if self.memory.encoder is None else [
             one.item.id for one in self.memory.search(request.target, len(items))
             if one.score >= self.options.likeness
@@ -313,12 +324,24 @@ class Forgetful:
             tuple(one.sequence for one in chosen if one.sequence),
         )
 
+    def _changing(self) -> FileLock:
+        """Two who write the ledger at once would lose a request."""
+        return FileLock(self.memory.folder / LOCK)
+
     def _write(self, entries: Iterable[Entry]) -> None:
         write_json(self._file, [one.model_dump(mode="json") for one in entries])
 
     @property
     def _file(self) -> Path:
         return self.memory.folder / LEDGER
+
+
+def _tells_of(item: Item, name: str) -> bool:
+    """Whether an item is about a name, or a note or summary says it (a trace only does things)."""
+    if not name:
+        return False
+    told = item.says() if item.kind in (ENTRY, SUMMARY) else ()
+    return any(map(Names([name]).occur, (*told, item.subject)))
 
 
 def _actions(item: Item) -> list[Action]:

@@ -261,12 +261,12 @@ def _like(about: str, text: str) -> str:
     return re.sub(r"\d+", "0", re.sub(re.escape(about), "X", text, flags=re.IGNORECASE)).strip()
 
 
-def _end(about: str, episode: Episode) -> tuple[str, bool]:
-    """How an episode ended, and what was done last before."""
+def _end(about: str, episode: Episode) -> tuple[str, bool, frozenset[str]]:
+    """How an episode ended, what was done last before, and which tools were used at all."""
     done = [one for one in episode.steps if not one.action.answer]
     last = f"{done[-1].action.tool}: {_like(about, done[-1].result)}" if done else ""
     first = last.partition(".")[0]
-    return first, episode.ended == "answered"
+    return first, episode.ended == "answered", frozenset(one.action.tool for one in done)
 
 
 def advantage(hits: Sequence[float], candidates: int) -> Advantage:

@@ -69,8 +69,7 @@ def memory(
     subject
         A name: items about it, and (forget) items in which it stands, in any spelling.
     text
-        A text: items in which it stands, whatever its case and spaces. For certify it may be
-        repeated.
+        A text: items in which it stands, whatever its case and spaces. May be repeated.
     kind
         For search and list: only items of this kind.
     quarantined
@@ -113,7 +112,9 @@ def memory(
             certificate = opened.certify(text or [])
             name = f"memory-{len(opened.deletions())}"
             return _certified(reporter, opened, certificate, out, name, as_json)
-        asked = {"ids": id_ or [], "subject": subject, "text": text[0] if text else None}
+        for one in text or []:
+            opened.closure(text=one)  # each of them stands somewhere, or nothing is forgotten
+        asked = {"ids": id_ or [], "subject": subject, "text": text or None}
         going = opened.closure(**asked)  # type: ignore[arg-type]
         if dry_run or not as_json:
             members = going.members.values()

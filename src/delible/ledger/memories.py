@@ -140,9 +140,10 @@ def _seen(certificate: Certificate, wanted: Sought) -> dict[str, Any]:
         unknown.append(
             f"{wanted.passed_over} records that name nobody and are too short to be looked for."
         )
+    pieces = sum(count for kind, count in certificate.pieces.items() if kind != "otherwise")
     return {
         "verdict": verdict, "reasons": reasons, "state": certificate.state,
-        "files": len(certificate.files), "pieces": sum(certificate.pieces.values()),
+        "files": len(certificate.files), "pieces": pieces,
         "seen_before": certificate.seen_before, "stale": sorted(certificate.stale),
         "not_shown": unknown,
     }  # fmt: skip

@@ -7,6 +7,7 @@ named ─┬─ the same text ──┬─ made from any of these, and so on: de
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -97,6 +98,18 @@ def named(
     return found
 
 
+def holding_whole(tables: Tables, texts: Sequence[str]) -> int:
+    """Items in which one of some texts stands, not as a part of a longer word."""
+    forms = [re.escape(form) for one in texts if (form := near(one))]
+    if not forms:
+        return 0
+    wanted, count = re.compile(rf"(?<!\w)(?:{'|'.join(forms)})(?!\w)"), 0
+    for _, key, text, about, data, source in tables.texts():
+        parts = (key, text, about, source, *strings(json.loads(data)))
+        count += any(wanted.search(near(one)) for one in parts if one)
+    return count
+
+
 def _several(named: str | Sequence[str] | None) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named or ()))
 
@@ -119,8 +132,9 @@ def _holding(tables: Tables, texts: Sequence[str]) -> dict[int, str]:
     if not all(whole):
         raise DataError("the text says nothing.", where="memory", hint="Give a text to look for.")
     found = {}
-    for seq, key, text, _, data, _ in tables.texts():
-        said = [near(one) for one in (key, text, *strings(json.loads(data))) if one]
+    for seq, key, text, about, data, source in tables.texts():
+        parts = (key, text, about, source, *strings(json.loads(data)))
+        said = [near(one) for one in parts if one]
         if any(one in other for one in whole for other in said):
             found[seq] = "holds the text"
     return found
@@ -165,4 +179,6 @@ def _spread(tables: Tables, found: dict[int, str], *, descend: bool) -> dict[int
     return found
 
 
-__all__ = ["Closure", "Descendants", "Member", "NoMatchError", "closure", "named"]
+__all__ = [
+    "Closure", "Descendants", "Member", "NoMatchError", "closure", "holding_whole", "named",
+]  # fmt: skip

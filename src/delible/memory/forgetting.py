@@ -22,7 +22,8 @@ from delible.memory import learned, steps
 from delible.memory.closure import Closure, Descendants
 from delible.memory.database import MODULUS, Tables
 from delible.memory.items import Item, State, near
-from delible.memory.scan import Scanned, Sentinel
+from delible.memory.pieces import Sentinel
+from delible.memory.scan import Scanned
 from delible.memory.vectors import Vectors
 
 #: Makes a descendant anew from what is left of its parents; None: it goes.
@@ -65,11 +66,13 @@ class Deletion:
         record: Counts, hashed ids and states; nothing that was said.
         before: Pieces of what was about to go that were found in files.
         after: What was found of them afterwards; None if nobody looked.
+        unknown: Items that went of which no piece can tell whether they are gone.
     """
 
     record: Mapping[str, Any]
     before: frozenset[Sentinel] | None = None
     after: Scanned | None = None
+    unknown: int = 0
 
 
 def planned(
@@ -154,16 +157,11 @@ def _without(item: Item, gone: set[str]) -> Item:
 
 def _check_rebuilt(chosen: Closure, change: Change) -> None:
     removed = [chosen.members[seq].item for seq in change.removed]
-    telling = {
-        text: one.id
-        for one in removed
-        for text in map(near, (one.text, one.found_by))
-        if len(text) >= TELLING
-    }
+    gone = {text: one.id for one in removed for text in map(near, (one.text, one.found_by))}
     for item in change.rewritten.values():
         said = [near(one) for one in item.says()]
-        for text, id_ in telling.items():
-            if any(text in one for one in said):
+        for text, id_ in gone.items():
+            if any(text == one or (len(text) >= TELLING and text in one) for one in said):
                 raise DataError(
                     f"'{item.id}' as it was rebuilt still holds what '{id_}' says.",
                     where="memory",

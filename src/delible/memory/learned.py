@@ -45,16 +45,30 @@ def stale(tables: Tables) -> dict[str, int]:
     )
 
 
-def drop(tables: Tables, name: str) -> None:
-    """Forgets that something was trained, and deletes its file."""
+def noted(folder: Path, file: str | Path) -> str:
+    """How a file is noted: from the memory's folder on if it lies in it, else wholly."""
+    if not str(file):
+        return ""
+    whole, inside = Path(file).resolve(), folder.resolve()
+    return str(whole.relative_to(inside) if whole.is_relative_to(inside) else whole)
+
+
+def drop(tables: Tables, folder: Path, name: str, missing_ok: bool = False) -> None:
+    """Forgets that something was trained, and deletes its file.
+
+    Raises:
+        DataError: Nothing of this name was trained.
+    """
     known = dict(tables.database.execute("SELECT name, file FROM learned"))
     if name not in known:
+        if missing_ok:
+            return
         hint = nearest(name, known) if known else "Nothing was trained on this memory."
         raise DataError(f"nothing called '{name}' was trained.", where="memory", hint=hint)
     if known[name]:
-        Path(known[name]).unlink(missing_ok=True)
+        (folder / known[name]).unlink(missing_ok=True)
     tables.database.execute("DELETE FROM learned WHERE name = ?", (name,))
     tables.database.execute("DELETE FROM learned_from WHERE name = ?", (name,))
 
 
-__all__ = ["drop", "mark", "note", "stale"]
+__all__ = ["drop", "mark", "note", "noted", "stale"]

@@ -3,50 +3,36 @@
 A scan that finds nothing says something only if it would have found something. So a random text is
 planted in the database first and must be found, and gone when it is taken out again; and the same
 pieces are looked for before a deletion, too. A piece that what stays says as well tells nothing and
-is counted apart.
+is counted apart. Other files may write a text in other ways (:mod:`delible.memory.pieces`), and a
+name of a file may hold one, too.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from delible.memory.database import DATABASE, Tables
 from delible.memory.items import Item, near
+from delible.memory.pieces import SHORTEST, Sentinel, told_by
 from delible.memory.vectors import VECTORS
 
-#: Bytes of a piece at most, and at least: fewer stand anywhere by chance.
-LONGEST, SHORTEST = 24, 6
-#: Letters of a word that is looked for in the index of words, and how many of its last ones: the
-#: index leaves out how a word begins if the one before begins so, too.
-LONG_WORD, WORD_END = 9, 8
 #: Bytes that are looked at together.
 CHUNK = 1 << 22
 #: Hits of one piece in one file that are noted.
 MOST_HITS = 20
-#: Characters that a file may write otherwise than a text does.
-WRITTEN_OTHERWISE = re.compile(r'[\x00-\x1f\x7f"\\]+')
 PLANTED = "planted"
-
-
-@dataclass(frozen=True)
-class Sentinel:
-    """A piece by which something removed would be recognised.
-
-    Attributes:
-        kind: Of a text, of an id, the end of a word, or a vector's numbers.
-    """
-
-    kind: Literal["text", "id", "word", "vector"]
-    piece: bytes = field(repr=False)
+#: Names that every memory has; they tell nothing.
+OWN = frozenset({DATABASE, VECTORS, "key", "lock"})
+#: What is said instead of a file's name that holds a piece; a number follows.
+HIDDEN = "(a name that holds a piece)"
 
 
 @dataclass(frozen=True)
@@ -56,44 +42,26 @@ class Scanned:
     Attributes:
         files: Every file that was read, and its bytes.
         looked_for: Pieces, each once.
-        found: File and place of pieces that nothing accounts for.
+        found: File and place of pieces that nothing accounts for; -1: in the file's name.
         shared: Pieces that something says that stays.
+        unread: Links and the like, which are not followed.
         control: Whether the planted text was found, and was gone when it was taken out.
     """
 
     files: dict[str, int]
     looked_for: frozenset[Sentinel]
     found: tuple[tuple[str, int], ...]
-    shared: int
+    shared: frozenset[Sentinel]
     control: bool
-
-
-def sentinels(items: Iterable[Item]) -> list[Sentinel]:
-    """Pieces of what items say, and of their ids."""
-    found: dict[Sentinel, None] = {}
-    for item in items:
-        for text in (*item.says(), item.subject, item.source):
-            found |= dict.fromkeys(Sentinel("text", piece) for piece in _pieces(text))
-        found |= dict.fromkeys(Sentinel("id", piece) for piece in _pieces(item.id))
-        words = [word for word in re.findall(r"\w+", near(item.found_by)) if len(word) >= LONG_WORD]
-        found |= dict.fromkeys(Sentinel("word", word.encode()[-WORD_END:]) for word in words)
-    return list(found)
-
-
-def _pieces(text: str) -> Iterator[bytes]:
-    """The beginning, the middle and the end of what is written as it is."""
-    for part in WRITTEN_OTHERWISE.split(text):
-        whole = part.encode()
-        if len(whole) >= SHORTEST:
-            starts = (0, (len(whole) - LONGEST) // 2, len(whole) - LONGEST)
-            yield from dict.fromkeys(whole[max(0, at) : max(0, at) + LONGEST] for at in starts)
+    unread: int = 0
 
 
 def seen(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> frozenset[Sentinel]:
     """Pieces that are in some file now."""
-    hits, _ = _look(folder, tables, [one.piece for one in looked_for])
+    own = [one for one in looked_for if one.kind != "otherwise"]
+    hits, _ = _look(folder, tables, [one.piece for one in own])
     there = {piece for _, piece, _ in hits}
-    return frozenset(one for one in looked_for if one.piece in there)
+    return frozenset(one for one in own if one.piece in there)
 
 
 def cleared(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanned:
@@ -117,46 +85,83 @@ def scan(folder: Path, tables: Tables, looked_for: Sequence[Sentinel]) -> Scanne
     """
     asked, planted = {one.piece: one for one in looked_for}, secrets.token_hex(24)
     tables.set(PLANTED, planted)
-    hits, files = _look(folder, tables, [*asked, planted.encode()])
+    own = [piece for piece, one in asked.items() if one.kind != "otherwise"]
+    others = [piece for piece, one in asked.items() if one.kind == "otherwise"]
+    hits, files = _look(folder, tables, [*own, planted.encode()], others=others)
     tables.database.execute("DELETE FROM settings WHERE name = ?", (PLANTED,))
     held = {name for name, piece, _ in hits if piece == planted.encode()}
-    again, _ = _look(folder, tables, [planted.encode()], held)
-    hits = [hit for hit in hits if hit[1] in asked]
-    said = _said_by_others(tables, {piece for _, piece, _ in hits})
-    found, shared = [], set[bytes]()
+    again, _ = _look(folder, tables, [planted.encode()], only=held)
+    told, in_names = _named(files, [*asked])
+    hits = [*(hit for hit in hits if hit[1] in asked), *in_names]
+    said = _said_by_others(tables, {asked[piece].of or piece for _, piece, _ in hits})
+    found, shared = [], set[Sentinel]()
     for name, piece, at in hits:
-        whole_row = asked[piece].kind == "vector" and at % len(piece) == 0
-        if piece in said or (whole_row and name == VECTORS):  # a row of an item that stays
-            shared.add(piece)
+        one = asked[piece]
+        row = name == VECTORS and one.kind == "vector" and at % len(piece) == 0
+        if row or (one.of or piece) in said:  # a row, or a text, of an item that stays
+            shared.add(one)
         else:
-            found.append((name, at))
+            found.append((told[name], at))
     return Scanned(
-        files, frozenset(looked_for), tuple(found), len(shared), bool(held) and not again
-    )
+        {told[name]: size for name, size in files.items() if size is not None},
+        frozenset(looked_for), tuple(found), frozenset(shared), bool(held) and not again,
+        sum(size is None for size in files.values()),
+    )  # fmt: skip
+
+
+def untold(items: Sequence[Item], before: frozenset[Sentinel] | None, after: Scanned | None) -> int:
+    """Items that went of which no piece can tell: none was seen before that nothing else says."""
+    if before is None or after is None:
+        return 0
+    telling = {one.piece for one in before - after.shared}
+    return sum(telling.isdisjoint(told_by(one)) for one in items)
+
+
+def _named(
+    files: Iterable[str], pieces: Sequence[bytes]
+) -> tuple[dict[str, str], list[tuple[str, bytes, int]]]:
+    """What is told instead of each name, and pieces that stand in names (of others' files)."""
+    told, hits = dict[str, str](), list[tuple[str, bytes, int]]()
+    names = {name: name.encode(errors="surrogateescape") for name in files}
+    some = dict.fromkeys(piece for piece, _ in occurrences(b"\0".join(names.values()), pieces))
+    for name, written in names.items():
+        held = [] if name in OWN else [one for one in some if one in written]
+        told[name] = f"{HIDDEN} {len(hits) + 1}" if held else name
+        hits += [(name, one, -1) for one in held[:1]]
+    return told, hits
 
 
 def _look(
-    folder: Path, tables: Tables, pieces: Sequence[bytes], only: set[str] | None = None
-) -> tuple[list[tuple[str, bytes, int]], dict[str, int]]:
-    """Every place of every piece, and the size of every file.
+    folder: Path, tables: Tables, pieces: Sequence[bytes], *, only: set[str] | None = None,
+    others: Sequence[bytes] = (),
+) -> tuple[list[tuple[str, bytes, int]], dict[str, int | None]]:  # fmt: skip
+    """Every place of every piece, and the size of every file; None: it is a link, or no file.
+
+    Args:
+        only: Only in these files.
+        others: Pieces for files that a memory does not write by itself.
 
     Nobody else has the database open meanwhile: closing a file lets go of this process's locks.
     """
-    hits, files = list[tuple[str, bytes, int]](), dict[str, int]()
+    hits, files = list[tuple[str, bytes, int]](), dict[str, int | None]()
     tables.database.execute("BEGIN EXCLUSIVE")
     try:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if not path.is_file() or path.is_symlink() or (only is not None and name not in only):
+            if (path.is_dir() and not path.is_symlink()) or (only is not None and name not in only):
                 continue
-            files[name] = path.stat().st_size
-            if files[name] == 0:
+            if path.is_symlink() or not path.is_file():
+                files[name] = None
                 continue
+            files[name] = size = path.stat().st_size
+            if size == 0:
+                continue
+            wanted = pieces if name in OWN else [*pieces, *others]
             with (
                 path.open("rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as it,
             ):
-                hits += [(name, piece, at) for piece, at in occurrences(it, pieces)]
+                hits += [(name, piece, at) for piece, at in occurrences(it, wanted)]
     finally:
         tables.database.execute("ROLLBACK")
     return hits, files
@@ -208,4 +213,4 @@ def _said_by_others(tables: Tables, pieces: set[bytes]) -> set[bytes]:
     return said
 
 
-__all__ = ["Scanned", "Sentinel", "occurrences", "scan", "seen", "sentinels"]
+__all__ = ["Scanned", "Sentinel", "cleared", "occurrences", "scan", "seen", "untold"]

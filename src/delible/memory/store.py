@@ -21,11 +21,12 @@ from delible.errors import DataError, RunError
 from delible.lm.encoder import Encoder, unit
 from delible.memory import forgetting, learned, steps
 from delible.memory.certificate import Certificate, of_deletion, of_memory
-from delible.memory.closure import Closure, Descendants, closure, named
+from delible.memory.closure import Closure, Descendants, closure, holding_whole, named
 from delible.memory.database import Tables, exclusive, snapshot
 from delible.memory.items import Found, Item, State
+from delible.memory.pieces import sentinels, told_by
 from delible.memory.place import Place
-from delible.memory.scan import cleared, scan, seen, sentinels
+from delible.memory.scan import cleared, scan, seen, untold
 
 NO_ENCODER = "none"
 #: Characters of a text in a message.
@@ -270,7 +271,7 @@ class Memory:
                 for item in change.rewritten.values():
                     self.refuse_deleted(tables, item)
             change.record |= {"reason": reason} if reason else {}
-            gone = [chosen.members[seq].item for seq in change.removed]
+            gone = [chosen.members[seq].item for seq in (*change.removed, *change.rewritten)]
             pieces = [*sentinels(gone), *change.vectors_gone]
             before = seen(self.folder, tables, pieces) if scanned else None
             with exclusive(tables.database):
@@ -279,7 +280,8 @@ class Memory:
                 forgetting.carry_out(tables, self._place.vectors(tables))
             deletion = forgetting.recorded(tables)
             after = cleared(self.folder, tables, pieces) if scanned else None
-        return replace(deletion, before=before, after=after)
+        unknown = untold(gone[: len(change.removed)], before, after)
+        return replace(deletion, before=before, after=after, unknown=unknown)
 
     def certificate(self, deletion: forgetting.Deletion) -> Certificate:
         """What may be said of a deletion, and what may not."""
@@ -295,11 +297,12 @@ class Memory:
         """
         told = self.deletions()
         with self._writing() as tables:
-            scanned = scan(self.folder, tables, sentinels([Item(text=text) for text in texts]))
+            asked = [Item(text=text) for text in texts]
+            scanned = scan(self.folder, tables, sentinels(asked))
+            unknown, held = sum(not told_by(one) for one in asked), holding_whole(tables, texts)
             counted = forgetting.counted_state(tables, self._place.vectors(tables))
-            returned = tables.returned()
-            stale = learned.stale(tables)
-            return of_memory(scanned, tables.name, tables.state, counted, returned, told, stale)
+            return of_memory(scanned, tables.name, tables.state, counted, tables.returned(), told,
+                             learned.stale(tables), held, unknown)  # fmt: skip
 
     def deletions(self) -> list[dict[str, Any]]:
         """What was deleted so far, without what it said."""
@@ -314,10 +317,8 @@ class Memory:
             DataError: One of them is not quarantined.
         """
         with self._writing() as tables:
-            held = tables.places(ids, active=False)
-            items = tables.items(
-                [seq for id_, seq in held.items() if id_ not in tables.places(ids)]
-            )
+            held, active = tables.places(ids, active=False), tables.places(ids)
+            items = tables.items([seq for id_, seq in held.items() if id_ not in active])
             lost = set(ids) - {one.id for one in items.values()}
             if lost:
                 raise DataError(f"'{min(lost)}' is not quarantined.", where="memory")
@@ -342,21 +343,21 @@ class Memory:
             DataError: An item is not there.
         """
         with self._writing() as tables, exclusive(tables.database):
-            learned.note(tables, name, list(ids), str(file))
+            learned.note(tables, name, list(ids), learned.noted(self.folder, file))
 
     def stale(self) -> dict[str, int]:
         """What was trained on items that have gone since, and on how many of them."""
         with self._reading() as tables:
             return learned.stale(tables)
 
-    def drop_learned(self, name: str) -> None:
+    def drop_learned(self, name: str, *, missing_ok: bool = False) -> None:
         """Removes what was trained, with its file.
 
         Raises:
             DataError: There is no such thing.
         """
         with self._writing() as tables, exclusive(tables.database):
-            learned.drop(tables, name)
+            learned.drop(tables, self.folder, name, missing_ok)
 
     # ---- meaning
 
@@ -370,10 +371,9 @@ class Memory:
         """Raises if what is there was added with another encoder, or with none."""
         made_by = tables.setting("encoder")
         if self.encoder is not None and made_by not in ("", self.encoder.identity):
+            others = "its vectors are another encoder's."
             raise RunError(
-                "has no vectors."
-                if made_by == NO_ENCODER
-                else "its vectors are another encoder's.",
+                "has no vectors." if made_by == NO_ENCODER else others,
                 where=str(self.folder),
                 hint="Open it with the encoder that it was made with, or without one.",
             )

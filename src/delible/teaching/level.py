@@ -29,6 +29,8 @@ State = Literal["unknown", "misconception", "partial", "correct"]
 STATES: tuple[State, ...] = ("unknown", "misconception", "partial", "correct")
 #: A share from which an answer is firm.
 FIRM = 0.5
+#: Shares that differ by no more are the same: a draw is no knowledge.
+SAME = 1e-9
 #: A topic is known where so many of its facts are.
 KNOWN = 0.8
 #: A recovery needs at least this much room between the novice and the original.
@@ -44,7 +46,8 @@ class Answered:
     Attributes:
         shares: Of the options, the right one first; they sum to 1, or are all 0: no option was
             named.
-        right: Share of the orders in which the right option is named, or 1 and 0.
+        right: Share of the orders in which the right option is named; by scores 1 or 0, or its
+            part of a draw.
         valid: Share of the answers that name an option.
     """
 
@@ -56,11 +59,13 @@ class Answered:
     @property
     def state(self) -> State:
         """Unknown where no option is firm and the right one is not ahead."""
-        best = max(range(len(self.shares)), key=lambda place: self.shares[place])
         if not any(self.shares):
             return "unknown"
-        firm = self.shares[best] >= FIRM
-        if best == 0:
+        others = max(self.shares[1:], default=0.0)
+        firm = max(self.shares) >= FIRM
+        if abs(self.shares[0] - others) <= SAME:
+            return "unknown"
+        if self.shares[0] > others:
             return "correct" if firm else "partial"
         return "misconception" if firm else "unknown"
 
@@ -140,17 +145,18 @@ def _by_scores(system: System, items: Sequence[Item], heard: Sequence[Message]) 
         for _ in item.choice.options:
             one = next(scores)
             fine = isinstance(one, TokenScores) and one.logprobs.size > 0
-            means.append(float(one.logprobs.mean()) if fine else -math.inf)  # type: ignore[union-attr]
+            means.append(float(one.logprobs.mean()) if fine else math.nan)  # type: ignore[union-attr]
         shares = shares_of(means)
-        best = max(range(len(shares)), key=lambda place: shares[place])
-        found.append(Answered(item, shares, float(any(shares) and best == 0), float(any(shares))))
+        best = [place for place, one in enumerate(shares) if one >= max(shares) - SAME]
+        right = float(any(shares)) * (0 in best) / len(best)
+        found.append(Answered(item, shares, right, float(any(shares))))
     return found
 
 
 def shares_of(means: Sequence[float]) -> tuple[float, ...]:
-    """Softmax of mean log-probabilities; all 0 where none is a number."""
+    """Softmax of mean log-probabilities; all 0 where one is missing (no number) or all are -inf."""
     top = max(means)
-    if not math.isfinite(top):
+    if any(map(math.isnan, means)) or not math.isfinite(top):
         return (0.0,) * len(means)
     parts = [math.exp(one - top) for one in means]
     return tuple(one / sum(parts) for one in parts)

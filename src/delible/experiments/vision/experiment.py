@@ -158,7 +158,10 @@ class VisionForgetting(Experiment):
 
     def _plain(self, setting: Setting) -> dict[str, Any]:
         lm = LM.load(setting.model)
-        return {"accuracies": self._examined(lm), "second": self._second(lm)}
+        return {
+            "accuracies": self._examined(lm), "second": self._second(lm),
+            "without": self._examined(lm, (self.concept, self.second)),
+        }  # fmt: skip
 
     def _examined(self, lm: LM, forgotten: tuple[str, ...] = ()) -> dict[str, float]:
         """Accuracies; another shape that was forgotten too is no neighbour."""

@@ -39,12 +39,22 @@ def findings(
         if title == "as it was":
             before = row
             continue
-        notes += _compared(title, row, before, concept)
+        notes += _compared(title, row, _asked_alike(title, before, found), concept)
         notes += _of_sauce(title, good[0], before)
         if title == "sauce, two shapes" and "second" in good[0]:
             value = good[0]["second"]
             notes.append(f"{title}: accuracy on '{second}' is {value:.1%}.")
     return Findings(rows, [], notes, runs)
+
+
+def _asked_alike(
+    title: str, before: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Mapping[str, Any]:
+    """What was known before, of the same pictures: those of a second shape are no neighbours."""
+    cells = [one["without"] for one in found.get("as it was", ()) if "without" in one]
+    if title != "sauce, two shapes" or not cells:
+        return before
+    return {**before, **_means([{"without": one} for one in cells], "without")}
 
 
 def _means(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
@@ -60,10 +70,13 @@ def _compared(
     if known is not None and value is not None:
         limit = CHANCE["concept"] + ABOVE
         verdict = "at most" if value <= limit else "above"
+        way = "fell" if value < known else "rose" if value > known else "stayed"
         said.append(
-            f"{title}: accuracy on '{concept}' fell from {known:.1%} to {value:.1%}, {verdict} "
+            f"{title}: accuracy on '{concept}' {way} from {known:.1%} to {value:.1%}, {verdict} "
             f"chance and 10 points ({limit:.1%})."
         )
+        if known <= limit:
+            said.append(f"{title}: '{concept}' was not known before, so this shows no forgetting.")
     lost = {
         kind: before[kind] - row[kind]
         for kind in KEPT
@@ -80,6 +93,8 @@ def _compared(
         kind for kind in FORGOTTEN
         if row[kind] is not None and row[kind] > CHANCE[kind] + ABOVE
     ]  # fmt: skip
+    if all(row[kind] is None for kind in FORGOTTEN):
+        return [*said, f"{title}: nothing was asked about '{concept}'."]
     said.append(
         f"{title}: still asked out of it above chance and 10 points: {', '.join(left)}."
         if left
