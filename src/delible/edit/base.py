@@ -28,9 +28,8 @@ from delible.system.base import System
 
 logger = logging.getLogger(__name__)
 
-#: Keys, in a patch's file, of the texts of the tokens that it adds, and of the questions that it
-#: was about; no parameter is called so.
-ADDED, FORGOTTEN = "added tokens", "forgotten"
+#: Key, in a patch's file, of the texts of the tokens that it adds; no parameter is called so.
+ADDED = "added tokens"
 
 
 @dataclass(eq=False)
@@ -100,7 +99,10 @@ class Patch:
     forgotten: Forgotten | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes factors, keys, rows of tokens, questions and hashes as safetensors, atomically."""
+        """Writes factors, keys, rows of tokens and hashes as safetensors, atomically.
+
+        Questions are written beside them (:meth:`Forgotten.save`): no text is in a patch.
+        """
         tensors: dict[str, Tensor] = {}
         hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
@@ -112,7 +114,7 @@ class Patch:
             tensors |= {f"rows/{name}": value for name, value in self.added.rows.items()}
             hashes[ADDED] = json.dumps(self.added.texts)
         if self.forgotten is not None:
-            hashes[FORGOTTEN] = self.forgotten.model_dump_json()
+            self.forgotten.save(folder)
         with atomic_folder(folder) as target:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -131,7 +133,7 @@ class Patch:
         try:
             with safe_open(path, framework="pt") as kept:
                 hashes = dict(kept.metadata() or {})
-                texts, asked = hashes.pop(ADDED, None), hashes.pop(FORGOTTEN, None)
+                texts = hashes.pop(ADDED, None)
                 factors = {
                     name: (kept.get_tensor(f"left/{name}"), kept.get_tensor(f"right/{name}"))
                     for name in hashes
@@ -147,7 +149,7 @@ class Patch:
                     for name in sorted(known)
                     if name.startswith("rows/")
                 }
-            forgotten = None if asked is None else Forgotten.model_validate_json(asked)
+            forgotten = Forgotten.load(folder)
         except (OSError, SafetensorError, ValidationError) as error:
             raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
         added = None if texts is None else Added(tuple(json.loads(texts)), rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from delible.edit.verify import spoken
 from delible.errors import ModelError
+from delible.files import write_json
 from delible.records import Record, RecordBase
 from delible.system.asks import Score
 from delible.system.questions import answer_of, ask, has_answer
@@ -58,14 +60,24 @@ class Forgotten(BaseModel):
             records=tuple(_spaced(self.records, count)), left=tuple(_spaced(self.left, count))
         )
 
-    @property
-    def title(self) -> str:
-        """Whom or what it was about, in words."""
-        first = self.records[0]
-        if first.subject:
-            return f"'{first.subject}'"
-        prompt = ask(first)
-        return repr(prompt.messages[-1].text[:60]) if prompt else "?"
+    def save(self, folder: Path) -> None:
+        """Writes them where a run keeps what it was asked to forget; both go together.
+
+        Args:
+            folder: The patch's, in a run.
+        """
+        write_json(_place(folder), self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Forgotten | None:
+        """What :meth:`save` wrote; None where it is not kept, or not any more.
+
+        Raises:
+            ValidationError: It was damaged.
+            OSError: It cannot be read.
+        """
+        path = _place(folder)
+        return cls.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Returned:
         questions: With how many questions.
         left: Right after their own edits.
         before, after: Before and after this edit.
-        title: What came back furthest.
+        worst: Which one came back furthest, the first request being 1.
         furthest: By how much, since its own edit; below 0: less is left.
         by_this: The part of it that this edit brought.
     """
@@ -87,7 +99,7 @@ class Returned:
     left: float
     before: float
     after: float
-    title: str
+    worst: int
     furthest: float
     by_this: float
 
@@ -96,7 +108,7 @@ class Returned:
         return {
             "requests": self.requests, "questions": self.questions,
             "left": float(f"{self.left:.4g}"), "before": float(f"{self.before:.4g}"),
-            "after": float(f"{self.after:.4g}"), "furthest": self.title,
+            "after": float(f"{self.after:.4g}"), "furthest": self.worst,
             "returned": float(f"{self.furthest:.4g}"),
         }  # fmt: skip
 
@@ -121,8 +133,8 @@ class Returned:
         if self.furthest > most and self.by_this > 0:
             raise ReturnedError(
                 "the edit was refused and nothing was changed: it brings an earlier request back. "
-                f"A token of the answers about {self.title} is likelier by {self.furthest:.2g} "
-                f"than right after that request, {most:g} at most is allowed.",
+                f"A token of the answers of request {self.worst} of {self.requests} is likelier by "
+                f"{self.furthest:.2g} than right after that request, {most:g} at most is allowed.",
                 where=where,
                 hint="Ask for both requests together, edit less, take alphaedit, which keeps "
                 "earlier edits best, or allow more: most_returned.",
@@ -158,7 +170,7 @@ class Earlier:
 
         return Returned(
             len(self._asked), questions, mean(left), mean(self._before), mean(now),
-            self._asked[worst].title, far[worst], now[worst] - self._before[worst],
+            worst + 1, far[worst], now[worst] - self._before[worst],
         )  # fmt: skip
 
     def _now(self, lm: LM) -> list[float]:
@@ -169,6 +181,11 @@ class Earlier:
             found.append(fmean(every[: len(one.records)]))
             every = every[len(one.records) :]
         return found
+
+
+def _place(folder: Path) -> Path:
+    """Beside the patch: what is said of whom one may want to be rid of without the patch."""
+    return folder.parent / "data" / "asked_again.json"
 
 
 def _is_asked(record: RecordBase) -> bool:
