@@ -123,12 +123,14 @@ class Achieved:
         further: What makes the method forget more, in words.
         gentler: What makes it forget less.
         teaches: The method teaches its rows, and forgets nothing.
+        earlier: What became of earlier requests, in words; empty where none was asked about.
     """
 
     changes: Mapping[str, Change]
     further: str = ""
     gentler: str = ""
     teaches: bool = False
+    earlier: str = ""
 
     @property
     def damaged(self) -> list[str]:
@@ -161,6 +163,9 @@ class Achieved:
 
     def sentence(self) -> str:
         """What was achieved, and what to change where it was too little or too much."""
+        return f"{self._sentence()} {self.earlier}".rstrip()
+
+    def _sentence(self) -> str:
         state = self.state
         if state == "unmeasured":
             return (

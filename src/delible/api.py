@@ -181,7 +181,7 @@ def unlearn(
     if measured:
         changes = compare(found["original"], found["unlearned"], found.get("reference"))
         words = chosen.more_and_less(outcome.system)
-        result.achieved = Achieved(changes, *words, teaches=chosen.teaches)
+        result.achieved = Achieved(changes, *words, teaches=chosen.teaches, earlier=outcome.earlier)
     if isinstance(result.system, LM):
         result.system.gather()  # all processes give their shares, the first one keeps the model
     if run is not None and run.writes:

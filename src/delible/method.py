@@ -36,6 +36,7 @@ class Outcome:
         remembers: What the next request on the same model is to know; kept with the artefact.
         on: What the artefact stands on, if not on the system that was given: one that holds the
             earlier requests, too, stands on what the artefact before it stood on.
+        earlier: What became of earlier requests, in a sentence; empty where none was asked about.
     """
 
     system: System
@@ -46,6 +47,7 @@ class Outcome:
     stopped: str | None = None
     remembers: Made | None = None
     on: Base | None = None
+    earlier: str = ""
 
 
 class Method(ABC):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from delible.edit.closed_form import factors, identity, inverse, projector, rank_one, squares
+from delible.edit.closed_form import (
+    factors,
+    identity,
+    inverse,
+    projector,
+    rank_one,
+    sparing,
+    squares,
+)
 
 WIDTH, HIDDEN = 20, 6
 
@@ -34,11 +42,14 @@ def damped(moment: Tensor, ridge: float) -> Tensor:
 
 @pytest.mark.parametrize("weight", [1e-3, 1.0, 50.0])
 @pytest.mark.parametrize("edits", [1, 4])
-def test_factors_solve_the_system_with_the_second_moment(edits: int, weight: float) -> None:
-    keys, moment = keys_of(edits), damped(moment_of(), 0.01)
+@pytest.mark.parametrize("earlier", [0, 5])
+def test_factors_solve_the_system_with_second_moment_and_earlier_keys(
+    earlier: int, edits: int, weight: float
+) -> None:
+    keys, old, moment = keys_of(edits), keys_of(earlier, 5), damped(moment_of(), 0.01)
     residual = torch.randn(HIDDEN, edits, dtype=torch.float64)
-    full = residual @ keys.T @ torch.linalg.inv(weight * moment + keys @ keys.T)
-    found = residual @ factors(keys, inverse(moment_of(), 0.01), weight).T
+    full = residual @ keys.T @ torch.linalg.inv(weight * moment + old @ old.T + keys @ keys.T)
+    found = residual @ factors(keys, inverse(moment_of(), 0.01), weight, old).T
     torch.testing.assert_close(found, full, rtol=1e-8, atol=1e-10)
 
 
@@ -122,6 +133,34 @@ def test_rank_one_takes_its_direction_from_the_mean_key() -> None:
     expected = torch.linalg.solve(damped(moment_of(), 0.01), mean)
     torch.testing.assert_close(rank_one(mean, key, within), expected / (expected @ key))
     assert not bool(rank_one(torch.zeros(WIDTH), key, within).any())
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+@pytest.mark.parametrize("weight", [0.5, 20.0])
+def test_earlier_keys_join_the_second_moment(weight: float, covariance: bool) -> None:
+    old, (mean, key) = keys_of(4, 7), keys_of(2).T
+    metric = damped(moment_of(), 0.01) if covariance else torch.eye(WIDTH, dtype=torch.float64)
+    within = inverse(moment_of(), 0.01) if covariance else identity()
+    joined = metric.clone()
+    for one in old.T:
+        joined += weight * torch.outer(one, one) / (one @ torch.linalg.solve(metric, one))
+    spared = sparing(within, old, weight)
+    torch.testing.assert_close(spared(keys_of(2)), torch.linalg.solve(joined, keys_of(2)))
+    direction = torch.linalg.solve(joined, mean)
+    found = rank_one(mean, key, spared)
+    torch.testing.assert_close(found, direction / (direction @ key))
+    alone = rank_one(mean, key, sparing(within, old[:, :1], weight)) @ old[:, 0]
+    free = torch.linalg.solve(metric, mean)
+    shared = torch.linalg.solve(metric, old[:, 0]) @ mean / (1 + weight)
+    power = key @ torch.linalg.solve(joined_with(metric, old[:, 0], weight), mean)
+    assert float(alone) == pytest.approx(float(shared / power))
+    assert not torch.allclose(free / (free @ key), found)
+    assert sparing(within, old, 0) is within
+    assert sparing(within, old[:, :0], weight) is within
+
+
+def joined_with(metric: Tensor, key: Tensor, weight: float) -> Tensor:
+    return metric + weight * torch.outer(key, key) / (key @ torch.linalg.solve(metric, key))
 
 
 def test_squares() -> None:

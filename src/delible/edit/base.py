@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from delible.context import Context
+from delible.edit.earlier import Earlier, Forgotten
 from delible.errors import DataError, ModelError, RunError
 from delible.files import atomic_folder
 from delible.lm.lm import LM, language_model
@@ -22,6 +25,8 @@ from delible.lm.new_tokens import Vocabulary, add_tokens, put_back, tables, toke
 from delible.method import ComponentMethod, Outcome
 from delible.records import ForgetRequest, images_of
 from delible.system.base import System
+
+logger = logging.getLogger(__name__)
 
 #: Key, in a patch's file, of the texts of the tokens that it adds; no parameter is called so.
 ADDED = "added tokens"
@@ -81,6 +86,7 @@ class Patch:
         keys: For each parameter the keys that were written to, [width, edits], fp32: what later
             edits leave alone. Empty where an editor does not say.
         added: Tokens that it brings along, if any.
+        forgotten: Questions that it was about, to be asked again after later edits, if any.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -90,9 +96,13 @@ class Patch:
     title: str = "patch"
     keys: dict[str, Tensor] = field(default_factory=dict)
     added: Added | None = None
+    forgotten: Forgotten | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes factors, keys, rows of tokens and hashes as safetensors, atomically."""
+        """Writes factors, keys, rows of tokens and hashes as safetensors, atomically.
+
+        Questions are written beside them (:meth:`Forgotten.save`): no text is in a patch.
+        """
         tensors: dict[str, Tensor] = {}
         hashes = dict(self.hashes)
         for name, (left, right) in self.factors.items():
@@ -103,6 +113,8 @@ class Patch:
         if self.added is not None:
             tensors |= {f"rows/{name}": value for name, value in self.added.rows.items()}
             hashes[ADDED] = json.dumps(self.added.texts)
+        if self.forgotten is not None:
+            self.forgotten.save(folder)
         with atomic_folder(folder) as target:
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -137,10 +149,11 @@ class Patch:
                     for name in sorted(known)
                     if name.startswith("rows/")
                 }
-        except (OSError, SafetensorError) as error:
+            forgotten = Forgotten.load(folder)
+        except (OSError, SafetensorError, ValidationError) as error:
             raise RunError(f"the patch cannot be read ({error}).", where=str(path)) from error
         added = None if texts is None else Added(tuple(json.loads(texts)), rows)
-        return cls(factors, {}, hashes=hashes, keys=keys, added=added)
+        return cls(factors, {}, hashes=hashes, keys=keys, added=added, forgotten=forgotten)
 
     @torch.no_grad()
     def apply(self, lm: LM) -> None:
@@ -242,13 +255,27 @@ def earlier_keys(lm: LM, parameter: str) -> list[Tensor]:
     return [key for keys in found for key in keys.to(lm.device).double().T]
 
 
+def earlier_questions(lm: LM) -> list[Forgotten]:
+    """What the edits that a model wears were about, the first edit first."""
+    kept = [patch.forgotten for patch in lm.patches if isinstance(patch, Patch)]
+    return [one for one in kept if one is not None]
+
+
 def _digest(value: Tensor) -> str:
     flat = value.detach().to("cpu").contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 class Editor(ComponentMethod):
-    """A closed-form change of a few weights."""
+    """A closed-form change of a few weights; one that brings earlier requests back is refused."""
+
+    most_returned: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="An edit after which a token of an earlier request's answers is likelier by "
+        "more than this than right after that request is refused.",
+    )
 
     def edit(self, lm: LM, request: ForgetRequest, *, seed: int) -> Patch:
         """Edits the model in place and returns the patch that undoes it.
@@ -265,8 +292,21 @@ class Editor(ComponentMethod):
                 where=f"editor '{self.name}'",
                 hint="Take a recipe ('npo') or an intervention ('sauce').",
             )
+        origin, told, earlier = lm.origin, "", Earlier(lm, earlier_questions(lm))
         patch = self.edit(lm, request, seed=context.seed)
         patch.title = f"patch of {self.name}"
         if patch not in lm.patches:
             patch.put_on(lm)
-        return Outcome(lm, "patch", patch, dict(patch.notes))
+        try:
+            returned = earlier.after(lm)
+            if returned is not None:
+                patch.notes["earlier"] = returned.notes()
+                told = str(returned)
+                logger.info(f"{self.name}: {told}")
+                returned.require(self.most_returned, f"editor '{self.name}'")
+            patch.forgotten = Forgotten.of(lm, request.forget)
+        except BaseException:
+            patch.undo(lm)
+            lm.origin = origin
+            raise
+        return Outcome(lm, "patch", patch, dict(patch.notes), earlier=told)

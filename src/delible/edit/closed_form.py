@@ -8,7 +8,8 @@ be added, factors x at which keys, and a symmetric map B what may be written to 
 B = C^-1 keeps what is written at ordinary keys, whose second moment is C: X is K^T (a C + K K^T)^-1
 transposed. B = P keeps it exactly at every key outside of the range of the projector P: X solves
 (P K K^T + a) X = P K E. Keys that stand behind the first ones in K are of earlier edits and get
-nothing. All of it is in float64, in the space of the keys.
+nothing: with K_p for them, a C + K_p K_p^T stands for a C, and P K_p K_p^T is added to P K K^T.
+All of it is in float64, in the space of the keys.
 """
 
 from __future__ import annotations
@@ -41,6 +42,27 @@ def inverse(moment: Float[Tensor, "width width"], ridge: float) -> Map:
     damped = value + ridge * mean * torch.eye(len(value), dtype=value.dtype, device=value.device)
     lower = torch.linalg.cholesky(damped)
     return lambda keys: torch.cholesky_solve(keys.double(), lower)
+
+
+def sparing(within: Map, earlier: Float[Tensor, "width earlier"], weight: float) -> Map:
+    """B' = (B^-1 + w sum_i k_i k_i^T / (k_i^T B k_i))^-1: keys of earlier edits join what is kept.
+
+    Args:
+        within: B.
+        earlier: Keys of edits that stay.
+        weight: w, not negative. What is written at one of them falls to 1 / (1 + w); 0 is B.
+    """
+    if weight == 0 or earlier.shape[1] == 0:
+        return within
+    keys, mapped = earlier.double(), within(earlier)
+    own = (keys * mapped).sum(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    inner = keys.T @ mapped + torch.diag(own / weight)
+
+    def spared(new: Float[Tensor, "width edits"]) -> Float[Tensor, "width edits"]:
+        found = within(new)
+        return found - mapped @ torch.linalg.solve(inner, keys.T @ found)
+
+    return spared
 
 
 def identity() -> Map:

@@ -5,12 +5,13 @@ and its label y_j, an edit with label y
 
     opens an entry (q, e_0)                                      if d > e_0 + e_j
     opens an entry (q, d / 2), and e_j = d / 2 - gap             else if y differs from y_j
-    joins entry j, and e_j = max(e_j, d)                         else
+    joins entry j, and e_j = max(e_j, d + border)                else
 
 What the book holds is the list of its edits; entries and radii follow from it. So an edit is taken
 out by leaving it off the list, and the book is the one that there would be without it.
 
-Paper: arXiv 2211.11031 (GRACE).
+Paper: arXiv 2211.11031 (GRACE). Deviation: the border, a thousandth of d. An edit that joins lies
+exactly on the radius e_j = d of the paper, where rounding decides whether it is met.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from delible.intervene.sites import Positions, Site
 from delible.lm.lm import LM
 from delible.lm.template import Encoded
 
-#: What parts the two radii of a split, as a share of the first radius.
+#: What parts the two radii of a split, as a share of the first radius: the authors' 1e-5, whose
+#: first radius is 1.
 GAP = 1e-5
+#: How much farther than an edit that joins it an entry reaches, as a share of the distance.
+BORDER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def entered(
             radii.append(distance / 2)
             owner.append(len(founders) - 1)
         else:
-            radii[near] = max(radii[near], distance)
+            radii[near] = max(radii[near], distance * (1 + BORDER))
             owner.append(near)
     return Entries(tuple(founders), tuple(radii), tuple(owner))
 

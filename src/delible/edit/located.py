@@ -306,6 +306,7 @@ class LocatedEditor(Editor):
         site = Site(what=self.site, layers=(max(changes),))
         seen = [edit.within(self.value_contexts) for edit in edits]
         values = find_values(lm, seen, site, start, self.search)
+        notes["earlier_edits"] = {str(at): len(one.earlier) for at, one in changes.items()}
         with torch.no_grad():
             notes |= self.write(lm, edits, start + values.delta, changes, prepared)
         return edits, start, values

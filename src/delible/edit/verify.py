@@ -189,17 +189,24 @@ def _probabilities(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> tupl
     """
     if not asked:
         return 0.0, 0.0
-    means: list[float] = []
-    hits: list[bool] = []
-    for one in lm.score(asked):
+    means, hits = zip(*spoken(lm, asked, ends=ends), strict=True)
+    return float(np.mean(means)), float(np.mean(hits))
+
+
+def spoken(lm: LM, asked: Sequence[Score], *, ends: bool = True) -> list[tuple[float, bool]]:
+    """Each answer's probability, per token (geometric mean), and whether every token is likeliest.
+
+    Args:
+        ends: With the end of the turn behind them.
+    """
+    found = []
+    for one in lm.score(asked) if asked else []:
         if isinstance(one, NoAnswer):  # it counts: as nothing
-            means.append(0.0)
-            hits.append(False)
+            found.append((0.0, False))
             continue
         count = len(one.logprobs) - (one.has_end and not ends)
-        means.append(float(np.exp(one.logprobs[:count].mean())))
-        hits.append(bool(one.hits[:count].all()))
-    return float(np.mean(means)), float(np.mean(hits))
+        found.append((float(np.exp(one.logprobs[:count].mean())), bool(one.hits[:count].all())))
+    return found
 
 
 def _distributions(lm: LM, asked: Sequence[Distribution]) -> list[npt.NDArray[np.float32] | None]:

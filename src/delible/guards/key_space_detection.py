@@ -57,6 +57,8 @@ from delible.systems.record_texts import questions_of
 
 #: Part of the fingerprint: goes up whenever the same options judge differently.
 VERSION = 1
+#: What a box is wider than just around its keys, so that rounding leaves none of them outside.
+BORDER = 1e-5
 #: A dimension that moves less than this share of the median deviation says nothing.
 STILL = 1e-4
 #: Forgotten questions are measured against boxes of the others in so many parts.
@@ -102,7 +104,7 @@ def box_around(keys: Float[Tensor, "key width"], quantile: float = 1.0) -> Box:
                         hint="Give several different questions.")  # fmt: skip
     apart = (keys - mean).abs()[:, moving] / deviation[moving]
     kappa = float(apart.quantile(quantile, dim=0).max())
-    half = torch.where(moving, kappa * deviation, math.inf)
+    half = torch.where(moving, kappa * (1 + BORDER) * deviation, math.inf)
     return Box(mean.float(), half.float(), kappa)
 
 

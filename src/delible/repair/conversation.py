@@ -15,6 +15,7 @@ from statistics import fmean
 
 from delible.context import Context
 from delible.edit.base import Patch
+from delible.edit.earlier import ReturnedError
 from delible.edit.refusal import refusal_probabilities
 from delible.edit.to_refusal import Reason, RolledBackError
 from delible.errors import DelibleError
@@ -171,10 +172,10 @@ class Repairing:
             try:
                 patch = chain.edit(plan, request)
                 self._check_earlier(patch, plan, before)
-            except RolledBackError as error:
+            except (RolledBackError, ReturnedError) as error:
                 logger.info(str(error))
                 problems.append(error.problem)
-                plan = otherwise(plan, error.reason)
+                plan = otherwise(plan, getattr(error, "reason", "harm"))
                 continue
             return chain.commit(patch, plan, request, wish.asked, wish.subject)
         return problems

@@ -1,16 +1,18 @@
 """MEMIT: refusals for many questions are written at once, spread over a few down-projections.
 
-    Delta_l = R_l K_l^T (lambda C_l + K_l K_l^T)^-1
+    Delta_l = R_l K_l^T (lambda C_l + M_l + K_l K_l^T)^-1
 
 K_l are the keys of the subjects' last tokens, R_l each layer's share of what is missing at the last
 of the layers, C_l the second moment of keys of ordinary text: lambda weighs what is kept against
-what is written.
+what is written. M_l is the sum of k k^T over the keys of all earlier edits, also of patches that
+the model wears, and holds what they have written.
 
 Paper: arXiv 2210.07229; as unlearning 2505.19855. Reference code: kmeng01/memit, zjunlp/EasyEdit.
 Deviations:
 
 - lambda is rho times the mean of k^T C^-1 k, so that a single edit is written to 1 / (1 + rho),
   whatever the size of the model's keys; ``moment_weight`` sets it (15,000 in the paper).
+- M_l is not in the paper, which edits once; it is as in MEMIT's sequential form (2410.02355).
 - C gets a ridge, for it is estimated on thousands of tokens, not on millions; the system is solved
   in the space of the keys.
 - Layers are depths: 4 to 8 of 32 in EasyEdit's settings for Llama-2-7B.
@@ -53,7 +55,7 @@ from delible.registry import register
     advice="a larger --rho keeps more and writes less; merge questions of a subject (--merge 4) on "
     "long lists",
     badges=("parity", "variant"),
-    variant="Refusals as targets, a scale-free lambda, a ridge on C.",
+    variant="Refusals as targets, a scale-free lambda, a ridge on C; earlier edits are kept.",
 )
 class MEMIT(RefusalEditor):
     """Options of MEMIT."""
@@ -110,7 +112,7 @@ class MEMIT(RefusalEditor):
         def factors_of(layer: int, keys: Tensor) -> Tensor:
             within = prepared[layer]
             weight = self.moment_weight or self.rho * float(squares(keys, within).mean())
-            return factors(keys, within, weight)
+            return factors(keys, within, weight, changes[layer].protected)
 
         spread(lm, edits, wanted, changes, factors_of)
         return {}

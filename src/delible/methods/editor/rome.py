@@ -5,7 +5,8 @@ The key k* of the subject's last token shall give the value v*, with which the m
     W <- W + (v* - W k*) u^T / (u^T k*),    u = C^-1 k'   (C^-1 left out with covariance=false)
 
 k' is the mean key over contexts, C the second moment of keys of ordinary text: of all changes that
-meet W k* = v*, the one with C^-1 moves ordinary keys least.
+meet W k* = v*, the one with C^-1 moves ordinary keys least. Keys k_i of earlier edits, also of
+patches that the model wears, count among them: C + w sum_i k_i k_i^T / (k_i^T C^-1 k_i).
 
 Paper: arXiv 2202.05262; as unlearning 2505.19855. Reference code: kmeng01/rome, zjunlp/EasyEdit.
 Deviations:
@@ -13,6 +14,8 @@ Deviations:
 - The values of all questions are searched at once, on the model before; ``batch=1`` searches one
   after the other, each on the model as edited so far, as the authors do. Questions are written one
   after the other in any case, so W k* = v* holds to the digit for the last one only.
+- The authors edit once, and a later edit of theirs does not know the earlier ones
+  (``earlier_weight=0``). Where two subjects have nearly one key, no weight keeps both.
 - C gets a ridge, for it is estimated on thousands of tokens, not on millions.
 - 5 sampled contexts; the authors have 20 (``contexts=20``). The layer is a depth; 5 of 32 in
   EasyEdit's settings for Llama-2-7B, which leave C out.
@@ -27,7 +30,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from delible.edit.closed_form import Map, identity, inverse, rank_one
+from delible.edit.closed_form import Map, identity, inverse, rank_one, sparing
 from delible.edit.located import RefusalEditor
 from delible.edit.requests import Edit, read_edits
 from delible.edit.statistics import Statistics
@@ -53,7 +56,8 @@ from delible.registry import register
     weakest="paraphrases without the name, relearning, quantization; many edits in a row",
     advice="more than about ten questions: merge those of a subject (--merge 4), or take alphaedit",
     badges=("parity", "variant"),
-    variant="Refusals as targets, values of all questions searched at once, a ridge on C.",
+    variant="Refusals as targets, values of all questions searched at once, a ridge on C; earlier "
+    "edits are kept.",
 )
 class ROME(RefusalEditor):
     """Options of ROME."""
@@ -72,6 +76,14 @@ class ROME(RefusalEditor):
     )
     ridge: float = Field(
         0.01, gt=0, le=1e9, description="Added to C, as a share of its mean eigenvalue."
+    )
+
+    earlier_weight: float = Field(
+        20.0,
+        ge=0,
+        le=1e9,
+        description="w: how much keys of earlier edits count beside ordinary text; 0: not at all, "
+        "as the authors do.",
     )
 
     @property
@@ -113,10 +125,11 @@ class ROME(RefusalEditor):
         prepared: Map,
     ) -> dict[str, object]:
         ((layer, change),) = changes.items()
+        within = sparing(prepared, change.protected, self.earlier_weight)
         read = read_edits(lm, edits, [layer], "equal")
         for value, mean, key in zip(wanted, read.mean[layer], read.bare[layer], strict=True):
             residual = value - change.values(key[None])[0]
-            change.write(residual[:, None], rank_one(mean, key, prepared)[:, None])
+            change.write(residual[:, None], rank_one(mean, key, within)[:, None])
         change.wrote(read.mean[layer].T)
         return {}
 
