@@ -191,9 +191,7 @@ def test_an_edit_that_brings_an_earlier_request_back_is_refused(
     scaling(monkeypatch, [-1.0, 1.0, 1.0, 0.0], weight(lm, 0).float())
     first = carried_out(lm, PEOPLE[0])
     left, before, origin = probability(lm, PEOPLE[0]), weights_of(lm), lm.origin
-    with pytest.raises(
-        ReturnedError, match="refused and nothing was changed.*request 1 of 1"
-    ) as told:
+    with pytest.raises(ReturnedError, match=r"nothing was changed.*request 1 of 1") as told:
         carried_out(lm, PEOPLE[1])
     assert PEOPLE[0].answer not in str(told.value)  # a ledger keeps why a request failed
     assert same(lm, before)
