@@ -58,6 +58,7 @@ from delible.registry import register
     changes="activations",
     reversible=True,
     weakest="relearn",
+    advice="a --factor further below 0 forgets more and keeps less",
     badges=("variant", "experimental"),
     variant="On text and the residual stream; score, threshold and factor are after relatives, for "
     "the paper publishes no code.",
@@ -65,6 +66,10 @@ from delible.registry import register
 class SAESteering(LatentSteering):
     """Options of SAE steering."""
 
+    factor: float = Field(
+        -0.5, le=1, description="What latents are multiplied by when they fire: 0 takes them out, "
+        "below 0 reverses them.",
+    )  # fmt: skip
     depth: float = Field(
         1 / 3, ge=0, le=1, description="Depth of the block after which states are steered."
     )
