@@ -53,7 +53,8 @@ build/%-venv/.ready: pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --group $*
 	@touch $@
 
-site: build/docs-venv/.ready
+site: $(READY) build/docs-venv/.ready
+	$(BIN)/python -m delible.cli.site build/pages
 	build/docs-venv/bin/zensical build --clean --strict
 	@echo "Open build/site/index.html"
 

@@ -76,8 +76,12 @@ def help_page(name: str) -> str:
     return "".join(f"{line.rstrip()}\n" for line in page.getvalue().strip().splitlines())
 
 
-def methods() -> str:
-    """The page of tables."""
+def methods(*, linked: bool = False) -> str:
+    """The page of tables.
+
+    Args:
+        linked: Names lead to the components' pages, which only the site has.
+    """
     parts = [
         NOTE,
         "# Methods and components\n",
@@ -91,14 +95,16 @@ def methods() -> str:
     for title, kinds in TABLES:
         cards = registry.cards(*kinds)  # type: ignore[arg-type]
         if cards:
-            parts.append(f"## {title}\n\n{_table(cards)}")
+            parts.append(f"## {title}\n\n{_table(cards, linked)}")
     return "\n".join(parts)
 
 
-def _table(cards: Sequence[Card]) -> str:
+def _table(cards: Sequence[Card], linked: bool) -> str:
     rows = [
         (
-            f"`{card.name}`",
+            f"[`{card.name}`](components/{card.kind}/{card.name}.md)"
+            if linked
+            else f"`{card.name}`",
             f"{card.title}. {card.summary}",
             f"arXiv:{card.paper}" if card.paper else "",
             ", ".join(card.needs),
