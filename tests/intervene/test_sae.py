@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from delible.component import build
 from delible.errors import DataError, RunError
 from delible.intervene import sae_training
 from delible.intervene.sae import SAE
@@ -319,3 +320,13 @@ def test_it_is_trained_once_and_kept(
     assert len(made) == 4
     with pytest.raises(DataError, match="no text"):
         trained_sae(lm, Site(layers=(1,)), [[5]], quick)
+
+
+@pytest.mark.parametrize("name", ["sae_steering", "sauce"])
+def test_a_search_turns_latents_down_within_what_is_allowed(name: str) -> None:
+    ranges = build("intervention", name).ranges()
+    assert {"factor", "most_frequent"} == set(ranges)
+    for option, one in ranges.items():
+        for end in (one.low, one.high):
+            build("intervention", {"name": name, option: end})
+    assert ranges["factor"].low < -1 < 0 < ranges["factor"].high < 1

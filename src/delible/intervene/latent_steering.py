@@ -20,6 +20,7 @@ from delible.errors import DataError
 from delible.intervene.base import Intervention
 from delible.intervene.sae import SAE
 from delible.intervene.sae_features import Activity, Features, Form, Score, features_of, turned_down
+from delible.ranges import Range
 
 
 class LatentSteering(Intervention):
@@ -45,6 +46,13 @@ class LatentSteering(Intervention):
     active: int = Field(32, ge=1, description="Its latents that may speak at once.")
     tokens: int = Field(200_000, ge=1000, description="Tokens that it is trained on at most.")
     passes: int = Field(4, ge=1, description="How often it sees each.")
+
+    def ranges(self) -> dict[str, Range]:
+        """How far latents are turned down, and how rare they must be elsewhere."""
+        return {
+            "factor": Range(low=-2.0, high=0.5),
+            "most_frequent": Range(low=0.01, high=0.5, log=True),
+        }
 
     def found(
         self,
