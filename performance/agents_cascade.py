@@ -34,19 +34,22 @@ class Sizes:
     """
 
     shown: int = 16
-    asked: int = 24
+    asked: int = 15
     slips: float = 0.08
     samples: int = 3
     demonstrations: int = 6
 
 
 def goals(town: Town, seed: int, sizes: Sizes) -> tuple[list[Goal], list[Goal]]:
-    """To demonstrate, and to ask: none is both; those to ask are of all kinds."""
+    """To demonstrate, and to ask: none is both, and one at least is about what is forgotten."""
     names = [one.name for one in town.places]
     bring = [Goal(thing, name) for name in names for thing in SOLD.values()]
     drawn = [bring[int(one)] for one in np.random.default_rng(seed).permutation(len(bring))]
     easy = [Goal(place=one) for one in names] + [Goal(one) for one in SOLD.values()]
-    return drawn[: sizes.shown], (easy + drawn[sizes.shown :])[: sizes.asked]
+    left = easy + drawn[sizes.shown :]
+    order = np.random.default_rng(seed).permutation(len(left))
+    asked = [Goal(SUBJECT), *(left[int(one)] for one in order if left[int(one)] != Goal(SUBJECT))]
+    return drawn[: sizes.shown], asked[: sizes.asked]
 
 
 def cascade(

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "only told not to mention it": {"wording": "named", "masked": False, "memory": "keep"},
 }  # fmt: skip
 #: Those that a policy which looks for what it does not know is tried with: it walks far.
-LOOKING = ("untouched", "never learned it", "all parts", "without memory", "without mask")
+LOOKING = ("untouched", "never learned it", "all parts", "without mask")
 #: The scripts: all kinds of questions; and one that sends the agent to each candidate.
 ATTACKS = {
     "asks": UnlearningInference(level="method"),
@@ -47,11 +47,11 @@ class Sizes:
 
     Attributes:
         candidates: Of which one is forgotten (M).
-        kept: Places that are known and stay.
+        kept: Places that are known and stay, or errands that are done besides.
     """
 
     candidates: int = 10
-    kept: int = 6
+    kept: int = 5
     looking: bool = True
 
 
@@ -120,7 +120,7 @@ def trajectory(seed: int, sizes: Sizes) -> Case:
     target = candidates[int(draw.integers(len(candidates)))]
     notes = known(town.places, town.name)
     actions = habit(town, goals[target], notes)
-    stay = [(goals[one], town) for one in candidates if one != target]
+    stay = [(goals[one], town) for one in candidates if one != target][: sizes.kept]
     stay += [(Goal(place=target), town), (Goal(goals[target].thing), town)]
     return Case(
         Request(type="trajectory", target="evening round", category="round", actions=actions),
