@@ -27,9 +27,9 @@ import agents_cases
 import agents_forgetting
 from agents_page import page
 
+from delible.acting.conversion import Request
 from delible.acting.loop import Budget, act
 from delible.acting.town import Town, Visit, known
-from delible.acting.conversion import Request
 from delible.agents.secure_forgetting import SecureForgettingOptions
 from delible.files import read_json, write_json
 from delible.memory import Memory

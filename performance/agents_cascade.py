@@ -1,4 +1,4 @@
-"""Cascades in numbers: a student, its teacher, both together, and demonstrations that are forgotten."""
+"""Cascades in numbers: a student, its teacher, both together, and a thing that is forgotten."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def cascade(
         "demonstrations": sizes.demonstrations, **options,
     })  # fmt: skip
     above = Role("writer", teacher, once) if teacher else None
-    return settings.agent(
-        Memory(folder, WordVectors()), Role("planner", student, once), above
-    )
+    return settings.agent(Memory(folder, WordVectors()), Role("planner", student, once), above)
 
 
 def taught(agent: Cascade, town: Town, shown: Sequence[Goal]) -> Usage:

@@ -1,4 +1,4 @@
-"""Memento in numbers: held-out questions with and without memory, and a person that is forgotten."""
+"""Memento in numbers: held-out questions with and without memory; a person is forgotten."""
 
 from __future__ import annotations
 

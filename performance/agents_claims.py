@@ -82,7 +82,11 @@ def cases(part: Row) -> list[str]:
     lines += [
         f"| best possible | {text(seen(one['ceiling'] for one in rows))} |" + " |" * 6, "", CLAIMED,
     ]  # fmt: skip
-    for way, low in (("likeness", bare), ("learned", bare), ("learned", of("likeness", "held_out"))):
+    for way, low in (
+        ("likeness", bare),
+        ("learned", bare),
+        ("learned", of("likeness", "held_out")),
+    ):
         other = "no memory" if low is bare else "likeness"
         says = ("cases help with questions never met" if low is bare
                 else "a learned choice is better than likeness")  # fmt: skip
@@ -132,8 +136,8 @@ def case_sentences(rows: Sequence[Row]) -> list[str]:
     refused = sum(one["stale"] for one in rows)
     apart = max(one["scorers_apart"] for one in rows)
     said.append(
-        f"- The scorer that was trained on what went was refused in {refused} of {len(rows)} worlds "
-        f"until it was trained anew; then it differs from one that is trained on a bank of what is "
+        f"- The scorer that was trained on what went was refused in {refused} of {len(rows)} "
+        f"worlds until it was trained anew; then it differs from one that is trained on a bank of what is "
         f"left by {apart:g} in its largest weight."
     )
     back = sum(one["learned_again"] for one in rows)
@@ -157,7 +161,7 @@ def pays(row: Row, price: float, way: str) -> float:
 
 
 def cheaper_from(row: Row, way: str) -> float:
-    """The price of a teacher's token, in student's, from which a way is cheaper than the teacher."""
+    """From which price of a teacher's token, in student's, a way is cheaper than the teacher."""
     own = cost({**row["ways"][way], "teacher": {"in": 0, "out": 0}}, 0)
     saved = cost(row["ways"]["teacher"], 1) - (cost(row["ways"][way], 1) - own)
     return own / saved if saved > 0 else math.inf
@@ -247,10 +251,10 @@ def cascade_sentences(rows: Sequence[Row]) -> list[str]:
         paid = f"after {text(seen(some), 0)} episodes" if some else "never"
         prices = seen(one for one in (cheaper_from(row, way) for row in rows) if one < math.inf)
         said.append(
-            f"- {WAYS[way]}: {'as good as' if equal else '**not as good as**'} the teacher within 5 "
-            f"points ({text(gap)}); its demonstrations are paid {paid} at {PRICE}:1"
-            f"{f', never in {never} of {len(rows)} towns' if never and some else ''}; it is cheaper "
-            f"than the teacher from a price of {text(prices, 1)}:1 on."
+            f"- {WAYS[way]}: {'as good as' if equal else '**not as good as**'} the teacher within "
+            f"5 points ({text(gap)}); its demonstrations are paid {paid} at {PRICE}:1"
+            f"{f', never in {never} of {len(rows)} towns' if never and some else ''}; it is "
+            f"cheaper than the teacher from a price of {text(prices, 1)}:1 on."
         )
     forgotten = [one["forgotten"] for one in rows]
     said.append(f"- {verdicts([one['verdict'] for one in forgotten], 'town')}")
@@ -275,7 +279,7 @@ def cascade_sentences(rows: Sequence[Row]) -> list[str]:
 def verdicts(found: Sequence[str], what: str) -> str:
     bad = [one for one in found if one != GOOD]
     if not bad:
-        return f"The certificate says \"{GOOD}\" in all {len(found)} {what}s."
+        return f'The certificate says "{GOOD}" in all {len(found)} {what}s.'
     told = ", ".join(sorted({f'"{one}"' for one in bad}))
     return f"**Not forgotten** in {len(bad)} of {len(found)} {what}s: the certificate says {told}."
 

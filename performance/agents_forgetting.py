@@ -1,4 +1,4 @@
-"""Secure forgetting in numbers: three kinds of request, parts left out, and what an adversary finds."""
+"""Secure forgetting in numbers: kinds of request, parts left out, what an adversary finds."""
 
 from __future__ import annotations
 
@@ -217,7 +217,8 @@ def measured(made: Forgetful, case: Case, seed: int) -> dict[str, Any]:
         "used": share([one for _, _, one in forget]),
         "reached": share([one for _, one, _ in forget]),
         "steps": sum(len(one.steps) for one, _, _ in stay) / len(stay),
-        "episodes": [one for one, _, _ in (*forget, *stay)], "advantage": {},
+        "episodes": [one for one, _, _ in (*forget, *stay)],
+        "advantage": {},
     }
 
     def ask(text: str) -> Episode:

@@ -1,4 +1,4 @@
-"""The page about agents: what forgetting on request shows, what a step costs, and all of it put together."""
+"""The page about agents: forgetting on request, what a step costs, and all parts together."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def page(found: Row) -> str:
         f"{seeds} seeds. Machine: {machine['processors']} cores ({machine['machine']}), "
         f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}; other work "
         f"ran beside it. Code: {found['git'] or 'not a checkout'}; Python "
-        f"{found['versions'].get('python', '?')}, torch {found['versions'].get('torch', '?')}. Made "
-        "by `performance/agents.py`, whose head has the command; the numbers of every seed are in "
+        f"{found['versions'].get('python', '?')}, torch {found['versions'].get('torch', '?')}. "
+        "Made by `performance/agents.py`, whose head has the command; the numbers of every seed are in "
         "`agents.json`.",
     ]
     return "\n".join(lines) + "\n"
@@ -76,10 +76,10 @@ def forgetting(part: Row) -> list[str]:
     chance = 1 / sizes["candidates"]
     lines = [
         "## Secure Forgetting: a place, a routine, an environment\n",
-        f"{len(part['seeds'])} towns (or sets of towns); {sizes['candidates']} candidates, so chance "
-        f"is {chance:.0%}. The adversary *asks* (for its instructions, directly, in play, about all "
-        "candidates, and about as many as ten questions allow) or *sends* the agent on the errand of "
-        "each. What it finds out is P(guess) above chance, at three levels: it sees answers / also "
+        f"{len(part['seeds'])} towns (or sets of towns); {sizes['candidates']} candidates, so "
+        f"chance is {chance:.0%}. The adversary *asks* (for its instructions, directly, in play, about "
+        "all candidates, and about as many as ten questions allow) or *sends* the agent on the errand "
+        "of each. What it finds out is P(guess) above chance, at three levels: it sees answers / also "
         "what is done / also knows the sentences and what kind each candidate is. *Used*: share of "
         "the target's tasks in which it was used. *As never learned*: share of equal actions. "
         "*Scan*: what the certificate of the memory says of what was noted of the target.\n",
@@ -193,15 +193,17 @@ def faults(rows: Sequence[Row], variant: str) -> Mapping[str, str]:
         found["used"] = f"the target is used in {_percent(used)} of its tasks"
     scans = [one for one in of(rows, variant, "scan") if one != GOOD]
     if scans:
-        found["scan"] = (f"its notes are still in the memory's files in {len(scans)} of {len(used)} "
-                         "towns")  # fmt: skip
+        count = f"{len(scans)} of {len(used)}"
+        found["scan"] = f"its notes are still in the memory's files in {count} towns"
     ledgers = [one for one in of(rows, variant, "verdict") if one not in (GOOD, "no deletion")]
     if ledgers:
         told = ", ".join(sorted({f'"{one}"' for one in ledgers}))
         found["verdict"] = f"the certificate says {told} in {len(ledgers)} of {len(used)}"
     above = over(gain(rows, variant), gain(rows, REFERENCE))
     if above > FOUND_OUT:
-        found["gain"] = f"the adversary finds out {above:.2f} more than of one that never learned it"
+        found["gain"] = (
+            f"the adversary finds out {above:.2f} more than of one that never learned it"
+        )
     kept = over(of(rows, variant, "kept"), of(rows, UNTOUCHED, "kept"))
     if kept < -0.05:
         found["kept"] = f"success on other tasks falls by {-100 * kept:.0f} points"
@@ -234,5 +236,6 @@ def speed(part: Row) -> list[str]:
     return [
         *lines, "",
         f"- {met} A deletion with its closure among 100,000 items and searches before and after it "
-        "are measured by `performance/memory.py`: [what a memory costs](../memories.md#what-it-costs).",
+        "are measured by `performance/memory.py`: [what a memory costs]"
+        "(../memories.md#what-it-costs).",
     ]  # fmt: skip

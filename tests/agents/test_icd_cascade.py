@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import pytest
 from delible.acting.agreeing import canonical_code, consistent, reliability, same
 from delible.acting.cost import Metered, Usage, break_even
 from delible.acting.loop import Action, Budget
-from delible.acting.town import SIGHT, SOLD, Goal, Town, Visit, known, optimal
+from delible.acting.town import SOLD, Goal, Town, Visit, optimal
 from delible.acting.town_teaching import Student, Teacher
 from delible.acting.word_vectors import WordVectors
 from delible.agents.icd_cascade import (
@@ -31,7 +30,6 @@ from delible.agents.icd_cascade import (
 )
 from delible.errors import DataError, RunError
 from delible.memory import DEMONSTRATION, Memory
-from delible.messages import Message
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 from delible.system.role import Role, RoleOptions

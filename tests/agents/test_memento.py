@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -35,7 +34,6 @@ from delible.errors import RunError
 from delible.measure.scoring.separation import area_under_curve
 from delible.memory import CASE, Item, Memory
 from delible.names import Names
-from delible.system.asks import Prompt
 from delible.system.role import Role
 from delible.systems.scripted import Scripted
 from delible.world import World

@@ -22,7 +22,7 @@ from delible.system.base import BlackBox
 
 
 def planned(prompt: Prompt, told: str) -> str | None:
-    """A plan that says where the places of a task are, as far as it is told; None: no plan is asked.
+    """A plan: where the places of a task are, as far as it is told; None: no plan is asked for.
 
     Args:
         told: What the planner knows.

@@ -1,4 +1,4 @@
-"""An encoder without a model, for agents that are tried out by rule: texts that share words are near.
+"""An encoder without a model, to try agents out by rule: texts that share words are near.
 
 Each word has a direction of its own, drawn from its hash; a text is the sum of its words.
 """
