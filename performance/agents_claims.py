@@ -137,8 +137,8 @@ def case_sentences(rows: Sequence[Row]) -> list[str]:
     apart = max(one["scorers_apart"] for one in rows)
     said.append(
         f"- The scorer that was trained on what went was refused in {refused} of {len(rows)} "
-        f"worlds until it was trained anew; then it differs from one that is trained on a bank of what is "
-        f"left by {apart:g} in its largest weight."
+        f"worlds until it was trained anew; then it differs from one that is trained on a bank "
+        f"of what is left by {apart:g} in its largest weight."
     )
     back = sum(one["learned_again"] for one in rows)
     said.append(f"- A question about the person was learned again in {back} of {len(rows)} worlds.")

@@ -60,8 +60,8 @@ def page(found: Row) -> str:
         f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}; other work "
         f"ran beside it. Code: {found['git'] or 'not a checkout'}; Python "
         f"{found['versions'].get('python', '?')}, torch {found['versions'].get('torch', '?')}. "
-        "Made by `performance/agents.py`, whose head has the command; the numbers of every seed are in "
-        "`agents.json`.",
+        "Made by `performance/agents.py`, whose head has the command; the numbers of every "
+        "seed are in `agents.json`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -77,9 +77,10 @@ def forgetting(part: Row) -> list[str]:
     lines = [
         "## Secure Forgetting: a place, a routine, an environment\n",
         f"{len(part['seeds'])} towns (or sets of towns); {sizes['candidates']} candidates, so "
-        f"chance is {chance:.0%}. The adversary *asks* (for its instructions, directly, in play, about "
-        "all candidates, and about as many as ten questions allow) or *sends* the agent on the errand "
-        "of each. What it finds out is P(guess) above chance, at three levels: it sees answers / also "
+        f"chance is {chance:.0%}. The adversary *asks* (for its instructions, directly, in play, "
+        "about all candidates, and about as many as ten questions allow) or *sends* the agent on "
+        "the errand of each. What it finds out is P(guess) above chance, at three levels: "
+        "it sees answers / also "
         "what is done / also knows the sentences and what kind each candidate is. *Used*: share of "
         "the target's tasks in which it was used. *As never learned*: share of equal actions. "
         "*Scan*: what the certificate of the memory says of what was noted of the target.\n",
