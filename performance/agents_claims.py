@@ -239,19 +239,28 @@ def cascades(part: Row) -> list[str]:
     return [*lines, "", *cascade_sentences(rows)]
 
 
+def equally(gap: Number) -> str:
+    """How a success compares with another one, from their difference."""
+    low, high = (gap.mean if end is None else end for end in (gap.low, gap.high))
+    if low is None or high is None:
+        return "not compared with"
+    if low > -0.05:
+        return "as good as"
+    return "**not as good as**" if high <= -0.05 else "cannot be told to be as good as"
+
+
 def cascade_sentences(rows: Sequence[Row]) -> list[str]:
     """Where it pays, and what forgetting a thing's demonstrations did."""
     said = []
     for way in ("cascade", "larger"):
         gap = seen(one["ways"][way]["success"] - one["ways"]["teacher"]["success"] for one in rows)
-        equal = (gap.low or 0) > -0.05
         episodes = [pays(one, PRICE, way) for one in rows]
         never = sum(map(math.isinf, episodes))
         some = [one for one in episodes if not math.isinf(one)]
         paid = f"after {text(seen(some), 0)} episodes" if some else "never"
         prices = seen(one for one in (cheaper_from(row, way) for row in rows) if one < math.inf)
         said.append(
-            f"- {WAYS[way]}: {'as good as' if equal else '**not as good as**'} the teacher within "
+            f"- {WAYS[way]}: {equally(gap)} the teacher within "
             f"5 points ({text(gap)}); its demonstrations are paid {paid} at {PRICE}:1"
             f"{f', never in {never} of {len(rows)} towns' if never and some else ''}; it is "
             f"cheaper than the teacher from a price of {text(prices, 1)}:1 on."

@@ -188,6 +188,10 @@ def test_costs_by_hand(scripts: dict[str, Any], found: dict[str, Any]) -> None:
     said = claims.cascade_sentences(list(found["cascade"]["seeds"].values()))
     assert said[0].startswith("- cascade: **not as good as** the teacher within 5 points (-0.50)")
     assert ": as good as the teacher" in said[1]
+    number = scripts["agents_claims"].Number
+    assert claims.equally(number(-0.1, -0.2, 0.0, 5)) == "cannot be told to be as good as"
+    assert claims.equally(number(-0.2, -0.3, -0.1, 5)) == "**not as good as**"
+    assert claims.equally(number(-0.01, -0.04, 0.0, 5)) == "as good as"
 
 
 def test_a_slow_loop_is_said(scripts: dict[str, Any]) -> None:
