@@ -169,8 +169,11 @@ def run(seed: int, folder: Path, sizes: Sizes = Sizes()) -> dict[str, Any]:
     for way in RETRIEVALS:
         made.options = MementoOptions(retrieval=way)  # type: ignore[arg-type]
         found["ways"][way]["after"] = {n: answered(made, part, names) for n, part in parts.items()}
-    again = made.solve(theirs[0].text, asked.subject, theirs[0].reward)
-    found["learned_again"] = again.case is not None
+    old = next(one for one in asked.learned if one.subject == asked.subject)
+    new = [one for one in asked.held_out if one.subject == asked.subject]
+    for name, some in (("learned_again", [old]), ("learned_anew", new[:1])):
+        cases = [made.solve(one.text, one.subject, one.reward).case for one in some]
+        found[name] = [one is not None for one in cases]
     return {**found, "ways": {way: _short(one) for way, one in found["ways"].items()}}
 
 

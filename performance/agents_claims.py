@@ -140,8 +140,13 @@ def case_sentences(rows: Sequence[Row]) -> list[str]:
         f"worlds until it was trained anew; then it differs from one that is trained on a bank "
         f"of what is left by {apart:g} in its largest weight."
     )
-    back = sum(one["learned_again"] for one in rows)
-    said.append(f"- A question about the person was learned again in {back} of {len(rows)} worlds.")
+    again, anew = ([one for row in rows for one in row[name]]
+                   for name in ("learned_again", "learned_anew"))  # fmt: skip
+    said.append(
+        f"- Asked once more, {sum(again)} of {len(again)} questions that were forgotten were "
+        f"learned again; of questions about the person that were never asked before, {sum(anew)} of "
+        f"{len(anew)} (a tombstone knows what it was, not whom it was about)."
+    )
     return said
 
 
@@ -183,8 +188,8 @@ def cascades(part: Row) -> list[str]:
         "is drawn from several times is counted once. Costs: a token of the teacher costs "
         f"{PRICE} of the student's, an output token {OUTPUT} input tokens.\n",
         "| who | success | steps by the teacher | student's tokens | teacher's tokens "
-        f"| cost against the teacher alone | {' | '.join(f'at {one}:1' for one in PRICES)} |",
-        "|---" * (6 + len(PRICES)) + "|",
+        f"| cost against the teacher alone {' | '.join(f'at {one}:1' for one in PRICES)} |",
+        "|---" * (5 + len(PRICES)) + "|",
     ]
     for way, name in WAYS.items():
         counts = [
@@ -193,7 +198,7 @@ def cascades(part: Row) -> list[str]:
         ]
         ratios = [
             seen(cost(one["ways"][way], price) / cost(one["ways"]["teacher"], price)
-                 for one in rows) for price in (PRICE, *PRICES)
+                 for one in rows) for price in PRICES
         ]  # fmt: skip
         share = "" if way == "teacher" else text(seen(of(way, lambda row: row["escalated"])))
         cells = [text(seen(of(way, lambda row: row["success"]))), share,
@@ -257,11 +262,11 @@ def cascade_sentences(rows: Sequence[Row]) -> list[str]:
         episodes = [pays(one, PRICE, way) for one in rows]
         never = sum(map(math.isinf, episodes))
         some = [one for one in episodes if not math.isinf(one)]
-        paid = f"after {text(seen(some), 0)} episodes" if some else "never"
+        paid = f"paid after {text(seen(some), 0)} episodes" if some else "never paid"
         prices = seen(one for one in (cheaper_from(row, way) for row in rows) if one < math.inf)
         said.append(
             f"- {WAYS[way]}: {equally(gap)} the teacher within "
-            f"5 points ({text(gap)}); its demonstrations are paid {paid} at {PRICE}:1"
+            f"5 points ({text(gap)}); its demonstrations are {paid} at {PRICE}:1"
             f"{f', never in {never} of {len(rows)} towns' if never and some else ''}; it is "
             f"cheaper than the teacher from a price of {text(prices, 1)}:1 on."
         )
