@@ -144,8 +144,8 @@ def case_sentences(rows: Sequence[Row]) -> list[str]:
                    for name in ("learned_again", "learned_anew"))  # fmt: skip
     said.append(
         f"- Asked once more, {sum(again)} of {len(again)} questions that were forgotten were "
-        f"learned again; of questions about the person that were never asked before, {sum(anew)} of "
-        f"{len(anew)} (a tombstone knows what it was, not whom it was about)."
+        f"learned again; of questions about the person that were never asked before, "
+        f"{sum(anew)} of {len(anew)} (a tombstone knows what it was, not whom it was about)."
     )
     return said
 
