@@ -11,6 +11,8 @@ from evidence import INFINITE
 UNTOUCHED, REFERENCE, ALL = "untouched", "never learned it", "all parts"
 #: What counts as found out, above the reference; and from where an adversary is any good.
 FOUND_OUT, ANY_GOOD = 0.15, 0.8
+#: Share of its tasks from which a target is used.
+USED = 0.01
 LEVELS = ("output", "actions", "method")
 SCRIPTS = ("asks", "sends")
 KINDS = {
@@ -23,7 +25,8 @@ ABOUT = {
     "candidates are that one and nine that it never saw.",
     ("state", True): "The same, but where it knows no way it walks through the town.",
     ("trajectory", False): "All places are known and one order of three actions is noted, that by "
-    "which it brings one thing to one place; the candidates are ten such errands.",
+    "which it brings one thing to one place; the candidates are ten such errands. A noted order is not "
+    "recalled for a task, and every one is the shortest way.",
     ("environment", False): "It knows two towns and is told to forget one; the ten candidates are "
     "that one and nine where it never was. A task is set in the town that it is about.",
 }  # fmt: skip
@@ -140,7 +143,7 @@ def claims(rows: Sequence[Row], chance: float) -> list[str]:
     """What the paper says of the whole, and that a plain instruction is not enough."""
     above = less(gain(rows, ALL), gain(rows, REFERENCE))
     lines = [
-        claimed("the target is forgotten", "used, all parts", -INFINITE, 0.01,
+        claimed("the target is forgotten", "used, all parts", -INFINITE, USED,
                 seen(of(rows, ALL, "used"))),
         claimed("other tasks go on (drop under 5 points)",
                 "success on other tasks, all parts minus untouched", -0.05, INFINITE,
@@ -172,8 +175,18 @@ def sentences(rows: Sequence[Row], title: str) -> list[str]:
             said.append(f"- {variant}: {name}: {'; '.join(wrong.values())}.")
         else:
             whole.append(variant)
+    for variant in asked:
+        used, never = (of(rows, one, "used") for one in (variant, REFERENCE))
+        if "used" not in faults(rows, variant) and (seen(used).mean or 0) > USED:
+            said.append(
+                f"- {variant}: **used all the same**, in {_percent(used)} of its tasks, which one "
+                f"that never learned it does, too ({_percent(never)})."
+            )
     if whole:
-        said.append(f"- Nothing of {title.partition(',')[0]} shows with: {', '.join(whole)}.")
+        said.append(
+            f"- Nothing shows of {title.partition(',')[0]} having been known with: "
+            f"{', '.join(whole)}."
+        )
     if (seen(gain(rows, UNTOUCHED)).mean or 0) < ANY_GOOD:
         said.append(
             "- The adversary does not find it out of the untouched agent either, so that it finds "
@@ -190,7 +203,7 @@ def faults(rows: Sequence[Row], variant: str) -> Mapping[str, str]:
         return seen(less(values, other)).mean or 0.0
 
     used, never = of(rows, variant, "used"), of(rows, REFERENCE, "used")
-    if over(used, never) > 0.01:
+    if over(used, never) > USED:
         found["used"] = f"the target is used in {_percent(used)} of its tasks"
     scans = [one for one in of(rows, variant, "scan") if one != GOOD]
     if scans:

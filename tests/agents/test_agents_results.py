@@ -144,7 +144,7 @@ def test_what_a_request_did_not_do_is_said(
         lines = scripts["agents_page"].forgetting(found["forgetting"])
         return lines[: lines.index("### A routine\n")]
 
-    whole = "- Nothing of a place shows with: all parts,"
+    whole = "- Nothing shows of a place having been known with: all parts,"
     assert any(one.startswith(whole) for one in told())
     (row,) = (one for one in found["forgetting"]["seeds"]["0"]
               if (one["kind"], one["variant"]) == ("state", "all parts"))  # fmt: skip
@@ -155,6 +155,16 @@ def test_what_a_request_did_not_do_is_said(
         row[key]["sends"]["actions"] = value
     assert any(one.startswith(f"- all parts: {said}") for one in told())
     assert not any(one.startswith(whole) for one in told())
+
+
+def test_a_use_that_the_reference_makes_as_well_is_said(
+    found: dict[str, Any], scripts: dict[str, Any]
+) -> None:
+    rows = [one for one in found["forgetting"]["seeds"]["0"] if one["kind"] == "trajectory"]
+    told = scripts["agents_page"].sentences(rows, "a routine")
+    said = "**used all the same**, in 100 % of its tasks, which one that never learned it does, too"
+    assert any(one.startswith(f"- without mask: {said} (100 %)") for one in told)
+    assert not any(one.startswith("- all parts: ") for one in told)
 
 
 def test_an_adversary_that_finds_nothing_anywhere_is_no_evidence(
