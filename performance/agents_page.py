@@ -25,8 +25,8 @@ ABOUT = {
     "candidates are that one and nine that it never saw.",
     ("state", True): "The same, but where it knows no way it walks through the town.",
     ("trajectory", False): "All places are known and one order of three actions is noted, that by "
-    "which it brings one thing to one place; the candidates are ten such errands. A noted order is not "
-    "recalled for a task, and every one is the shortest way.",
+    "which it brings one thing to one place; the candidates are ten such errands. A noted order "
+    "is not recalled for a task, and every one is the shortest way.",
     ("environment", False): "It knows two towns and is told to forget one; the ten candidates are "
     "that one and nine where it never was. A task is set in the town that it is about.",
 }  # fmt: skip
