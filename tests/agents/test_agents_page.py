@@ -34,3 +34,21 @@ def test_the_walk_prints_what_it_says(
         == expected  # fmt: skip
     assert len(names["seen"]) == 9  # type: ignore[arg-type]
     assert len(names["candidates"]) == 12  # type: ignore[arg-type]
+
+
+def test_the_walk_of_the_first_page_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = PAGE.parents[1] / "README.md"
+    part = page.read_text(encoding="utf-8").partition("\n## An agent that forgets\n")[2]
+    (walk,) = re.findall(r"```python\n(.*?)```", part.partition("\n## ")[0], re.DOTALL)
+    assert len([line for line in walk.splitlines() if line.strip()]) <= 20
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(walk, str(page), "exec"), names)
+    told = re.findall(r"^print\(.*\)  # (.*)$", walk, re.MULTILINE)
+    assert len(told) == walk.count("print(") == 4
+    assert capsys.readouterr().out.splitlines() == [one.split(": ")[0] for one in told]
+    assert len(names["others"]) == 9  # type: ignore[arg-type]
+    notes = names["Memory"]("notes").items("entry")  # type: ignore[operator]
+    assert notes == []

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from words_encoder import Words
 
 from delible.acting.agreeing import consistent
 from delible.acting.conversion import Request
 from delible.acting.loop import Action, Episode, Step, Tool
 from delible.acting.mask import Mask, of_names
 from delible.acting.town import Enter, Town, Visit, known
+from delible.acting.word_vectors import WordVectors
 from delible.agents.memento import ROW, SCORER, Memento, target
 from delible.agents.secure_forgetting import UNKNOWN, Forgetful, SecureForgettingOptions
 from delible.agents.unlearning_inference import Inference, Probe, agreement, suspicion
@@ -181,7 +181,7 @@ def test_at_temperature_zero_the_best_follows() -> None:
 def test_a_scorer_that_nobody_noted_is_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = Memory(tmp_path, Words())
+    memory = Memory(tmp_path, WordVectors())
     role = Role("planner", Scripted([]))
     made = Memento(memory, role, role, [])
     memory.add([
@@ -210,7 +210,7 @@ def test_a_scorer_that_nobody_noted_is_nowhere(
 
 def test_notes_that_mean_it_go_too(tmp_path: Path) -> None:
     role = Role("planner", Scripted([]))
-    made = SecureForgettingOptions().agent(Memory(tmp_path, Words()), role)
+    made = SecureForgettingOptions().agent(Memory(tmp_path, WordVectors()), role)
     made.memory.add([
         Item(id="like", text="Open on Sunday.", key="pharmacy elm"),
         Item(id="half", text="Closed on Sunday.", key="pharmacy oak tree"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from words_encoder import Words
 
 from delible.acting.agreeing import canonical_code, consistent, reliability, same
 from delible.acting.cost import Metered, Usage, break_even
 from delible.acting.loop import Action, Budget
-from delible.acting.town import SIGHT, SOLD, Goal, Town, Visit, known, optimal
-from delible.acting.town_policy import Walker
+from delible.acting.town import SOLD, Goal, Town, Visit, optimal
+from delible.acting.town_teaching import Student, Teacher
+from delible.acting.word_vectors import WordVectors
 from delible.agents.icd_cascade import (
     PLAN,
     STEP,
@@ -31,75 +30,19 @@ from delible.agents.icd_cascade import (
 )
 from delible.errors import DataError, RunError
 from delible.memory import DEMONSTRATION, Memory
-from delible.messages import Message
 from delible.system.asks import Decoding, NoAnswer, Prompt
 from delible.system.base import BlackBox
 from delible.system.role import Role, RoleOptions
 from delible.systems.scripted import Scripted
 
 BUDGET = Budget(steps=40, tokens=40 * 64, step_tokens=64)
-PLANNER = "You write a plan"
-
-
-def planned(prompt: Prompt, told: str) -> str | None:
-    """Notes where the places of a task are, as far as it is told."""
-    if not prompt.messages[0].text.startswith(PLANNER):
-        return None
-    task = prompt.messages[-1].text.rpartition("Task: ")[2]
-    spots = dict.fromkeys(one.group(0) for one in SIGHT.finditer(told)
-                          if one.group(3) in task or one.group(5) in task)  # fmt: skip
-    return json.dumps({"plan": [f"{one}." for one in spots] or ["Look for it."]})
-
-
-class Oracle(BlackBox):
-    """Knows every place."""
-
-    name, fingerprint = "oracle", None
-
-    def __init__(self, town: Town) -> None:
-        self.told = "\n".join(one.text for one in known(town.places, town.name))
-        self.prompts: list[Prompt] = []
-
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
-        self.prompts += prompts
-        return [planned(one, self.told) or self._acted(one) for one in prompts]
-
-    def _acted(self, prompt: Prompt) -> str:
-        system, first, *rest = prompt.messages
-        knowing = Message(role="user", content=f"{self.told}\n{first.text}")
-        return Walker()(Prompt((system, knowing, *rest)))
-
-
-class Student(BlackBox):
-    """Knows what it is shown, and slips in one sample of some."""
-
-    name, fingerprint = "student", None
-
-    def __init__(self, slips: float) -> None:
-        self.slips = slips
-        self.prompts: list[Prompt] = []
-
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str | NoAnswer]:
-        self.prompts += prompts
-        return [
-            planned(one, one.messages[-1].text) or self._acted(one, decoding) for one in prompts
-        ]
-
-    def _acted(self, prompt: Prompt, decoding: Decoding) -> str:
-        text = f"{decoding.seed}" + "\n".join(one.text for one in prompt.messages)
-        draw = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
-        if draw.random() < self.slips:
-            way = ("north", "south", "east", "west")[int(draw.integers(4))]
-            slip = {"tool": "walk", "arguments": {"direction": way}}
-            return json.dumps(slip if draw.random() < 0.5 else {"answer": "Done."})
-        return Walker()(prompt)
 
 
 def cascade(folder: Path, student: BlackBox, teacher: BlackBox | None, **options: Any) -> Cascade:
     attempts = RoleOptions(attempts=1)
     above = Role("writer", teacher, attempts) if teacher else None
     settings = IcdCascadeOptions(**{"budget": BUDGET, "alarm": 1.0, **options})
-    return settings.agent(Memory(folder, Words()), Role("planner", student, attempts), above)
+    return settings.agent(Memory(folder, WordVectors()), Role("planner", student, attempts), above)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +126,7 @@ def test_agreement_is_worth_what_it_was() -> None:
 
 
 def test_one_sample_never_asks_the_teacher(town: Town, tmp_path: Path) -> None:
-    teacher = Oracle(town)
+    teacher = Teacher(town)
     agent = cascade(tmp_path, Student(0.5), teacher, samples=1)
     for goal in tasks(town)[1][:6]:
         solved = agent.solve(goal.text, Visit(town))
@@ -197,15 +140,15 @@ def test_who_never_agrees_always_asks_the_teacher(town: Town, tmp_path: Path) ->
         def _acted(self, prompt: Prompt, decoding: Decoding) -> str:
             return json.dumps({"answer": f"{decoding.seed}"})
 
-    alone = cascade(tmp_path / "alone", Oracle(town), None, samples=1, demonstrations=0)
-    agent = cascade(tmp_path / "never", Never(0), Oracle(town), demonstrations=0)
+    alone = cascade(tmp_path / "alone", Teacher(town), None, samples=1, demonstrations=0)
+    agent = cascade(tmp_path / "never", Never(0), Teacher(town), demonstrations=0)
     for goal in tasks(town)[1][::5]:
         ours, theirs = (one.solve(goal.text, Visit(town)) for one in (agent, alone))
         assert ours.escalated == 1
         assert ours.episode == theirs.episode
         assert len(ours.episode.steps) - 1 == len(optimal(town, goal) or ())
         assert not any(one.consistent for one in ours.decisions)
-    loud = cascade(tmp_path / "loud", Never(0), Oracle(town), demonstrations=0, alarm=0.9)
+    loud = cascade(tmp_path / "loud", Never(0), Teacher(town), demonstrations=0, alarm=0.9)
     assert loud.solve("Get bread.", Visit(town)).note == "100% of the steps were given to the " \
         "teacher."  # fmt: skip
     closed = cascade(tmp_path / "closed", Never(0), None)
@@ -234,12 +177,12 @@ def test_samples_are_drawn_apart_and_warm(town: Town, tmp_path: Path) -> None:
 
 
 def test_the_score_is_the_mean_of_the_keys_there_are(town: Town, tmp_path: Path) -> None:
-    agent = cascade(tmp_path, Student(0), Oracle(town), window=1)
+    agent = cascade(tmp_path, Student(0), Teacher(town), window=1)
     taught(agent, town, tasks(town)[0][:6])
     goal, plan, now = "Get apples.", "1. Find apples.", "You are at 2,3."
 
     def cosine(one: str, other: str) -> Fraction:
-        rows = Words().encode([one, other])
+        rows = WordVectors().encode([one, other])
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return sum((Fraction(float(a)) * Fraction(float(b)) for a, b in zip(*rows, strict=True)),
                    Fraction(0))  # fmt: skip
@@ -273,10 +216,10 @@ def test_the_score_is_the_mean_of_the_keys_there_are(town: Town, tmp_path: Path)
 
 def test_without_demonstrations_prompts_are_zero_shot(town: Town, tmp_path: Path) -> None:
     bare, shown = Student(0), Student(0)
-    zero = cascade(tmp_path, bare, Oracle(town), demonstrations=0, samples=1)
+    zero = cascade(tmp_path, bare, Teacher(town), demonstrations=0, samples=1)
     taught(zero, town, tasks(town)[0][:4])
     zero.solve("Get bread.", Visit(town))
-    empty = cascade(tmp_path / "empty", shown, Oracle(town), samples=1)
+    empty = cascade(tmp_path / "empty", shown, Teacher(town), samples=1)
     empty.solve("Get bread.", Visit(town))
     assert bare.prompts == shown.prompts
     assert not any("Example:" in turn.text for one in bare.prompts for turn in one.messages)
@@ -287,7 +230,7 @@ def test_without_demonstrations_prompts_are_zero_shot(town: Town, tmp_path: Path
 
 
 def test_failures_and_known_goals_are_not_remembered(town: Town, tmp_path: Path) -> None:
-    agent = cascade(tmp_path, Student(0), Oracle(town))
+    agent = cascade(tmp_path, Student(0), Teacher(town))
     _, id_ = agent.demonstrate("Get bread.", Visit(town), lambda _: False)
     assert id_ is None
     assert len(agent.memory) == 0
@@ -321,7 +264,7 @@ def test_tokens_are_those_counted_by_hand(tmp_path: Path) -> None:
     lines = [east, east, east, east, west, east, done, done, done]
     student, teacher = Scripted(lines), Scripted([east])
     agent = IcdCascadeOptions(plan=False, demonstrations=0, budget=BUDGET).agent(
-        Memory(tmp_path, Words()), Role("planner", student), Role("writer", teacher), len
+        Memory(tmp_path, WordVectors()), Role("planner", student), Role("writer", teacher), len
     )
     solved = agent.solve("Walk east twice.", Visit(town))
     assert [one.by for one in solved.decisions] == ["student", "teacher", "student"]
@@ -357,7 +300,7 @@ def test_the_cascade_is_best_and_forgets_a_kind(town: Town, tmp_path: Path) -> N
     shown, asked = tasks(town)
     assert len(asked) == 30
     assert not {one.text for one in shown} & {one.text for one in asked}
-    teacher = Oracle(town)
+    teacher = Teacher(town)
     slips = 0.08
     agent = cascade(tmp_path, Student(slips), teacher)
     taught(agent, town, shown)
@@ -401,7 +344,7 @@ def deleted_goal(shown: Sequence[Goal]) -> str:
 
 def test_forgetting_one_leaves_others_that_saw_the_same(town: Town, tmp_path: Path) -> None:
     """Steps with equal observations belong to their own demonstrations."""
-    agent = cascade(tmp_path, Student(0), Oracle(town))
+    agent = cascade(tmp_path, Student(0), Teacher(town))
     first, second = taught(agent, town, tasks(town)[0][:2])
     steps = {one.id: one for one in agent.memory.items(STEP)}
     mine = {id_ for id_, one in steps.items() if one.parents == (first,)}
@@ -414,7 +357,7 @@ def test_forgetting_one_leaves_others_that_saw_the_same(town: Town, tmp_path: Pa
 
 
 def test_a_demonstration_that_names_it_goes_too(town: Town, tmp_path: Path) -> None:
-    agent = cascade(tmp_path, Student(0), Oracle(town))
+    agent = cascade(tmp_path, Student(0), Teacher(town))
     smithy = next(one.name for one in town.places if one.kind == "smithy")
     clinic = next(one.name for one in town.places if one.kind == "clinic")
     taught(agent, town, [Goal(place=smithy), Goal(place=clinic)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from words_encoder import Words
 
 from delible.acting.scorer import Scorer, ScorerOptions, positive_weight, trained
+from delible.acting.word_vectors import WordVectors
+from delible.acting.world_policy import Searcher, planner
 from delible.acting.world_tasks import Question, passages, questions, search_tool
 from delible.agents.memento import (
     ROW,
@@ -34,7 +34,6 @@ from delible.errors import RunError
 from delible.measure.scoring.separation import area_under_curve
 from delible.memory import CASE, Item, Memory
 from delible.names import Names
-from delible.system.asks import Prompt
 from delible.system.role import Role
 from delible.systems.scripted import Scripted
 from delible.world import World
@@ -159,55 +158,14 @@ def test_a_score_is_that_of_the_formula() -> None:
 
 # ---- the agent
 
-#: How a task is worded: what the executor searches for.
-WAYS = (
-    "Search for the person alone", "Search for the whole question", "Search without the person",
-)  # fmt: skip
-
-
-def planner(prompt: Prompt) -> str:
-    """Follows what worked for the likeliest question, but not what failed for this very one."""
-    told = prompt.messages[-1].text
-    done = re.findall(r"^Result: (.+)$", told, re.MULTILINE)
-    if done:
-        return json.dumps({"final_answer": done[-1]})
-    question = told.rpartition("Question: ")[2].splitlines()[0]
-    good, _, bad = told.partition("Plans that did not work:")
-    worked = re.findall("|".join(WAYS), good)
-    failed = {way for way in WAYS if f"{question}\n1. {way}" in bad}
-    way = next(one for one in (*worked, *WAYS, WAYS[0]) if one not in failed or len(failed) == 3)
-    return json.dumps({"plan": [{"id": 1, "description": f"{way}: {question}"}]})
-
-
-class Executor:
-    """Searches as it is told, and says what the passage says that fits the question."""
-
-    def __init__(self, asked: Sequence[Question]) -> None:
-        self.by_text = {one.text: one for one in asked}
-        self.names = Names([one.subject for one in asked])
-
-    def __call__(self, prompt: Prompt) -> str:
-        task = prompt.messages[1].text
-        way, _, question = task.partition(": ")
-        if len(prompt.messages) == 2:
-            name = self.by_text[question].subject
-            queries = (name, question, question.replace(name, ""))
-            query = queries[WAYS.index(way)]
-            return json.dumps({"tool": "search", "arguments": {"query": query, "count": 1}})
-        seen = prompt.messages[-1].text
-        value = (self.by_text[question].record.aliases or (self.by_text[question].record.answer,))[
-            0
-        ]
-        return json.dumps({"answer": value if value in seen else "unknown"})
-
 
 def agent(folder: Path, world: World, **options: Any) -> tuple[Memento, list[Question]]:
     library = Memory(folder / "library")
     library.add(passages(world))
     asked = questions(world)
-    bank = Memory(folder / "bank", Words())
+    bank = Memory(folder / "bank", WordVectors())
     made = Memento(
-        bank, Role("planner", Scripted(planner)), Role("writer", Scripted(Executor(asked))),
+        bank, Role("planner", Scripted(planner)), Role("writer", Scripted(Searcher(asked))),
         [search_tool(library)], MementoOptions(**options),
     )  # fmt: skip
     return made, asked
@@ -268,7 +226,7 @@ def test_retrieval_by_likeness_is_the_best_of_all_cosines(again: Any) -> None:
     cases = made.memory.items(CASE)
 
     def cosine(one: str, other: str) -> Fraction:
-        rows = Words().encode([one, other])
+        rows = WordVectors().encode([one, other])
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return sum((Fraction(float(a)) * Fraction(float(b)) for a, b in zip(*rows, strict=True)),
                    Fraction(0))  # fmt: skip
@@ -334,7 +292,7 @@ def test_forgetting_a_person_leaves_no_trace_and_others_as_they_were(
     assert not any(names.occur(text) for one in left for text in one.says())
     whole = b"".join(path.read_bytes() for path in made.memory.folder.glob("*"))
     assert not any(id_.encode() in whole for id_ in (*gone, name))
-    never = Memory(tmp_path / "never", Words())
+    never = Memory(tmp_path / "never", WordVectors())
     never.add(left)
     assert never.state == made.memory.state
     fresh, _ = agent(tmp_path / "fresh", World(people=5, seed=3, relations=4))
@@ -366,7 +324,7 @@ def test_deleting_with_descendants_is_never_having_had_them(again: Any, tmp_path
     for one in made.memory.items():
         assert not set(one.parents) & gone
         assert not any(id_ in text for id_ in gone for text in one.says())
-    never = Memory(tmp_path / "never", Words())
+    never = Memory(tmp_path / "never", WordVectors())
     never.add([one for one in items.values() if one.id in left])
     for one in asked:
         assert never.search(one.text, 4, CASE) == made.memory.search(one.text, 4, CASE)
@@ -381,7 +339,7 @@ def test_the_scorer_is_stale_until_it_is_trained_without_what_went(
         made.retrieve(asked[0].text)
     first = made.retrain()
     cases = made.memory.items(CASE)
-    vectors = Words().encode([asked[3].text, *(
+    vectors = WordVectors().encode([asked[3].text, *(
         f"[CASE] {one.key} [PLAN] {one.text.partition(chr(10))[2]}" for one in cases)])  # fmt: skip
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values = first.scores(np.repeat(vectors[:1], len(cases), axis=0), vectors[1:])
@@ -393,7 +351,7 @@ def test_the_scorer_is_stale_until_it_is_trained_without_what_went(
         made.retrieve(asked[3].text)
     second = made.retrain()
     assert made.memory.stale() == {}
-    never = Memory(tmp_path / "never", Words())
+    never = Memory(tmp_path / "never", WordVectors())
     never.add(made.memory.items())
     other = Memento(never, made.planner, made.executor, [], made.options).retrain()
     for mine, theirs in zip(second.network.parameters(), other.network.parameters(), strict=True):
@@ -435,7 +393,7 @@ def test_no_reader_ever_gets_a_forgotten_case(again: Any) -> None:
 
 
 def test_a_later_case_goes_where_a_name_stands_in_it_or_none_is_known(tmp_path: Path) -> None:
-    memory = Memory(tmp_path, Words())
+    memory = Memory(tmp_path, WordVectors())
     made = Memento(memory, Role("planner", Scripted([])), Role("writer", Scripted([])), [])
     memory.add([
         Item(id="ada", kind=CASE, text="Where does Ada Brook live?\n1. look", subject="Ada Brook"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from delible.acting.loop import RULES
 from delible.acting.town import SIGHT, Cell, Direction, Place, Town
@@ -66,13 +68,13 @@ class Walker:
             return {"answer": DONE}
         spots = [tuple(map(int, one)) for text in texts for one in HERE.findall(text)]
         here = (spots[-1][0], spots[-1][1])
-        near = streets.distances(here)
+        near = distances(streets, here)
         end = next((one for one in places if one.name == to), None)
         if to and end is None and not self.explores:
             return {"answer": UNKNOWN}
         shops = [one for one in places if one.sells == thing]
         if thing and not has:
-            after = streets.distances(end.cell) if end else {}
+            after = distances(streets, end.cell) if end else {}
             aims = sorted(shops, key=lambda one: (
                 near[one.cell] + after.get(one.cell, 0) + (one != end), one.name
             ))  # fmt: skip
@@ -88,14 +90,14 @@ class Walker:
         return {"tool": "put" if has else "take", "arguments": {"thing": thing}}
 
     def _looked(self, here: Cell, seen: set[Cell], streets: Town) -> dict[str, object]:
-        left = [(far, cell) for cell, far in streets.distances(here).items() if cell not in seen]
+        left = [(far, cell) for cell, far in distances(streets, here).items() if cell not in seen]
         if not self.explores or not left:
             return {"answer": UNKNOWN}
         return _step(streets, here, min(left)[1])
 
 
 def _step(streets: Town, here: Cell, end: Cell) -> dict[str, object]:
-    far = streets.distances(end)
+    far = distances(streets, end)
     ways: list[tuple[int, Direction]] = [(far[cell], way) for way, cell in streets.streets(here)]
     return {"tool": "walk", "arguments": {"direction": min(ways)[1]}}
 
@@ -117,10 +119,18 @@ def _said(task: str, rules: str, places: list[Place]) -> str:
     return UNKNOWN
 
 
+@lru_cache(maxsize=4096)
 def _named(name: str, rules: str) -> bool:
     return bool(rules) and Names([name]).occur(rules)
 
 
+@lru_cache(maxsize=4096)
+def distances(town: Town, start: Cell) -> Mapping[Cell, int]:
+    """Those of a town, which are asked for at every step."""
+    return town.distances(start)
+
+
+@lru_cache(maxsize=256)
 def _streets(first: str) -> Town:
     """The town without its places, as it is told."""
     size, walls = SIZE.search(first), WALLS.search(first)
