@@ -48,6 +48,16 @@ STRENGTHS = ("gentle", "normal", "strong")
 Probabilities = Mapping[str, float]
 
 
+def methods() -> dict[str, str]:
+    """Every method that forgets texts, and its kind."""
+    cards = registry.cards("recipe", "editor", "intervention", "procedure")
+    return {
+        card.name: card.kind
+        for card in cards
+        if card.name not in TEACHING and "pictures" not in card.needs
+    }
+
+
 def way(before: Probabilities, after: Probabilities, never: Probabilities) -> float:
     """Share of the way from the target to the reference; over 1: further than the reference."""
     return (before["forget"] - after["forget"]) / (before["forget"] - never["forget"])
@@ -130,6 +140,9 @@ def page(found: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     parts += [_line(row, found) for row in plain]
+    missing = sorted(set(methods()) - {row["method"] for row in plain})
+    if missing:
+        parts.append(f"\nNot run yet on this model: {', '.join(missing)}.")
     others = {row["method"] for row in rows if row["strength"] != "normal"}
     if others:
         parts += [
@@ -206,13 +219,8 @@ def main() -> None:
     if given.merge:
         merge(given.page, given.merge)
         return
-    kinds = {
-        card.name: card.kind
-        for card in registry.cards("recipe", "editor", "intervention", "procedure")
-        if "pictures" not in card.needs
-    }
-    methods = given.methods.split(",") if given.methods else list(kinds)
-    methods = [method for method in methods if method not in TEACHING]
+    kinds = methods()
+    chosen_methods = given.methods.split(",") if given.methods else list(kinds)
     split = world_of()
     request = request_of(split)
     with shown(print):
@@ -231,7 +239,7 @@ def main() -> None:
             "rows": [],
         }
     strengths = STRENGTHS if given.strengths == "all" else ("normal",)
-    for method in methods:
+    for method in chosen_methods:
         for strength in strengths if kinds[method] == "recipe" else ("normal",):
             chosen = strength if kinds[method] == "recipe" else None
             spec = identity(resolve_method(method, strength=chosen).spec())
