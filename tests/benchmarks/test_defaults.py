@@ -61,8 +61,10 @@ def test_the_page() -> None:
     page = defaults.page({**FOUND, "rows": rows})
     assert "| npo | 75% | 95% | 100% | 0.900 → 0.450 | 0.800 → 0.760 | 8 | 3 | ok |" in page
     assert "| ceu | 8% | 100% | 100% |" in page
-    assert "(no rows)" in page
-    assert "1 of 3 methods are ok" in page
+    assert "| kto | | | | | | | | refused: no rows" in page
+    assert "1 of 3 methods are ok, 1 refuse this model and say why." in page
+    assert "Not run yet on this model: alphaedit," in page
+    assert not {"npo", "kto", "sauce"} & set(page.partition("Not run yet")[2].split(", "))
     assert "| npo | 33% | 75% | 100% | 100% | 95% | 80% |" in page
 
 

@@ -214,6 +214,8 @@ def test_only_what_could_begin_a_target_waits(text: str, free: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(ANSWERS, CUTS)
+@example("\nSmith\n", [1])
+@example("He lit it. Smith was", [4, 11])
 def test_sentences_do_not_depend_on_cuts(answer: str, places: list[int]) -> None:
     heard: list[list[str]] = []
 

@@ -295,7 +295,10 @@ class GuardedSystem(BlackBox):
                 read = partial(reading.read, more, ended=ended)
                 decision = await self._settled(mind, prompt, read, threaded=mind.reads != "words")
                 if isinstance(decision, Refuse | Say):
-                    yield last_piece(decision, self.guard, usage=piece.usage, after=bool(sent))
+                    passed = text[sent : reading.free]
+                    yield last_piece(
+                        decision, self.guard, usage=piece.usage, passed=passed, after=sent > 0
+                    )
                     return
                 free = len(text) if ended else min(reading.free, len(text))
                 if free > sent or ended:

@@ -23,7 +23,12 @@ def reply_of(decision: Refuse | Say, guard: str) -> Reply:
 
 
 def last_piece(
-    decision: Refuse | Say, guard: str, *, usage: Usage | None = None, after: bool = False
+    decision: Refuse | Say,
+    guard: str,
+    *,
+    usage: Usage | None = None,
+    passed: str = "",
+    after: bool = False,
 ) -> Piece:
     """A decision as the end of a stream.
 
@@ -31,11 +36,12 @@ def last_piece(
         decision: What a guard says instead of the rest.
         guard: Its name.
         usage: Of what was asked so far.
+        passed: What of the answer may still go out before it.
         after: Whether some of the answer was sent before.
     """
     reply = reply_of(decision, guard)
     return Piece(
-        BREAK + reply.text if after else reply.text,
+        f"{passed}{BREAK}{reply.text}" if after or passed else reply.text,
         reply.finish,
         usage or Usage(),
         withheld_by=reply.withheld_by,
