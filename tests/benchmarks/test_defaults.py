@@ -63,7 +63,7 @@ def test_the_page() -> None:
     assert "| ceu | 8% | 100% | 100% |" in page
     assert "| kto | | | | | | | | refused: no rows" in page
     assert "1 of 3 methods are ok, 1 refuse this model and say why." in page
-    assert "Not run yet on this model: alphaedit," in page
+    assert "Not run yet on this model: ablate_direction, alphaedit," in page
     assert not {"npo", "kto", "sauce"} & set(page.partition("Not run yet")[2].split(", "))
     assert "| npo | 33% | 75% | 100% | 100% | 95% | 80% |" in page
 
