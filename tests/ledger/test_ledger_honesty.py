@@ -20,10 +20,10 @@ from delible.errors import DelibleError, RunError
 from delible.files import write_json
 from delible.ledger import signing
 from delible.ledger.applying import Ways, apply
-from delible.ledger.chain import Event, canonical, event_hash
+from delible.ledger.chain import Event, canonical, event_hash, following
 from delible.ledger.checking import check
 from delible.ledger.evidence import run_facts
-from delible.ledger.export import read_in, write_export
+from delible.ledger.export import FORMAT, VERSION, head_of, read_in, write_export
 from delible.ledger.form import read_wanted
 from delible.ledger.policy import Policy
 from delible.ledger.private import expire, withdraw
@@ -384,6 +384,24 @@ def test_an_export_of_another_kind_with_valid_hashes_is_one_message(
     assert "no JSON, or of another kind" in ledger.faults()[0]
     with pytest.raises(RunError, match="of another kind"):
         ledger.events()
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_id"), [("checked", "unheard-of"), ("requested", "r-9"), ("scoped", "q-1")]
+)
+def test_events_that_tell_of_nothing_are_not_taken_in(
+    ledger: Ledger, tmp_path: Path, kind: str, request_id: str
+) -> None:
+    """Their hashes are valid: anybody can compute hashes."""
+    whole = [*ledger.events()]
+    whole.append(following(whole[-1], whole[-1].time, kind, request_id))
+    path, other = tmp_path / "made-up.json", tmp_path / "other.sqlite"
+    content = {"format": FORMAT, "version": VERSION, **head_of(whole)}
+    path.write_text(json.dumps({**content, "events": [one.as_json() for one in whole]}))
+    for use in (verify, lambda file: read_in(file, other)):
+        with pytest.raises(RunError, match="do not tell of requests"):
+            use(path)
+    assert not other.exists()
 
 
 def test_a_certificate_without_an_event_or_about_others_is_found(

@@ -7,7 +7,6 @@ file's first words), its options, what fills its slots, and its rows on the page
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
@@ -111,8 +110,7 @@ def _said(card: Card) -> str:
         lines = registry.recipe_files()[card.name].read_text(encoding="utf-8").splitlines()
         head = [line.removeprefix("#").strip() for line in _leading(lines)]
         return "\n".join(head)
-    source = sys.modules[registry.load(card.kind, card.name).__module__]
-    words = ast.get_docstring(ast.parse(inspect.getsource(source))) or ""
+    words = inspect.getdoc(sys.modules[registry.load(card.kind, card.name).__module__]) or ""
     return ROLE.sub(r"`\1`", words.replace("``", "`"))
 
 
@@ -138,11 +136,13 @@ def _options(card: Card) -> list[str]:
 
 def _recipe(card: Card) -> list[str]:
     recipe = recipe_of(card) or {}
-    rows = [
-        (slot, _linked(slot, spec["name"]) if "name" in spec else "", settings(spec))
-        for slot, spec in recipe.items()
-        if isinstance(spec, dict)
-    ]
+    known = {(one.kind, one.name) for one in registry.cards()}
+    rows = []
+    for slot, spec in recipe.items():
+        if isinstance(spec, dict):
+            name = str(spec.get("name", ""))
+            linked = f"[`{name}`](../{slot}/{name}.md)" if (slot, name) in known else name
+            rows.append((slot, linked, settings(spec)))
     parts = [
         "## What fills its slots\n\nEvery option is a flag, such as `--learning-rate 1e-5`.\n",
         _table(("slot", "component", "options"), rows),
@@ -153,11 +153,6 @@ def _recipe(card: Card) -> list[str]:
         parts.append(f"As published{about}: `--method {card.name}@{name}`\n")
         parts.append(_table(("option", "default", name), differing))
     return parts
-
-
-def _linked(slot: str, name: str) -> str:
-    known = {(card.kind, card.name) for card in registry.cards()}
-    return f"[`{name}`](../{slot}/{name}.md)" if (slot, name) in known else f"`{name}`"
 
 
 def _is_about(row: dict[str, str], card: Card) -> bool:

@@ -78,7 +78,7 @@ class Intervened(Beside):
         self._spans = [tap.positions for tap in taps if tap.positions.kind == "spans"]
 
     @property
-    def unmerged(self) -> str:  # type: ignore[override]
+    def unmerged(self) -> str:
         """Why they cannot be merged."""
         names = ", ".join(_names(self.interventions))
         return f"'{names}' changes activations, and cannot be merged into weights"

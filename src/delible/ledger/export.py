@@ -18,6 +18,7 @@ from delible.errors import RunError
 from delible.files import atomic_file
 from delible.ledger import chain, signing
 from delible.ledger.chain import Event, canonical
+from delible.ledger.requests import requests_of
 from delible.ledger.store import Ledger
 from delible.ledger.texts import PrivateText, text_faults
 
@@ -141,6 +142,10 @@ def _wrong(
 ) -> str | None:
     if faults := chain.faults(events):
         return faults[0]
+    try:
+        requests_of(events)
+    except (AttributeError, KeyError, TypeError, ValueError):  # hashes can be made for anything
+        return "its events do not tell of requests as a ledger's do"
     true = head_of(events)
     if head["size"] != true["size"]:
         return f"it stands for {head['size']} events and holds {true['size']}: it was cut"

@@ -32,9 +32,8 @@ class Beside(LM):
     """
 
     in_weights: ClassVar[bool] = False
-    #: What it is, why it cannot be in the weights, and what can be done instead.
+    #: What it is, and what can be done instead of putting it into the weights.
     what: ClassVar[str]
-    unmerged: ClassVar[str]
     unmerged_hint: ClassVar[str]
     unsaved_hint: ClassVar[str]
 
@@ -60,6 +59,11 @@ class Beside(LM):
     @abstractmethod
     def intervening(self) -> AbstractContextManager[None]:
         """Within it what stands beside the weights acts."""
+
+    @property
+    @abstractmethod
+    def unmerged(self) -> str:
+        """Why it cannot be in the weights."""
 
     @property
     def fingerprint(self) -> str:

@@ -33,9 +33,6 @@ class Routed(Beside):
     """
 
     what: ClassVar[str] = "a router"
-    unmerged: ClassVar[str] = (
-        "a router decides question by question, so it cannot be merged into weights"
-    )
     unmerged_hint: ClassVar[str] = (
         "Serve it as it is, or merge the adapter of one request ('delible merge' of its folder "
         "below the run)."
@@ -50,6 +47,11 @@ class Routed(Beside):
         self.router, self.acting = router, acting
         self._forced: Sequence[str | None] | str | None = None
         self._hooks = _Hooks(self)
+
+    @property
+    def unmerged(self) -> str:
+        """Why it cannot be merged."""
+        return "a router decides question by question, so it cannot be merged into weights"
 
     def on(self, bare: LM) -> Routed:
         """The same router on another model's weights."""

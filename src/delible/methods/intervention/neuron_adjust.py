@@ -106,8 +106,7 @@ def most_shifted(
     changes="activations",
     reversible=True,
     weakest="relearn",
-    advice="made for skills; a larger --percent forgets more of single facts and keeps less (3 to "
-    "10 on the default model: 15 to 41 % of the way, 95 to 88 % kept)",
+    advice="made for skills; a larger --percent forgets more of single facts and keeps less",
     badges=("variant",),
     variant="Deviations and draws are those of the formula, not of the released code; the draws "
     "depend on the token and its prompt alone.",
