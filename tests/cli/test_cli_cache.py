@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from conftest import Run
+from runs_of_commands import Run
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
-from conftest import Run
+from runs_of_commands import Run
 
 
 @pytest.fixture
