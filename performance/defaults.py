@@ -8,8 +8,9 @@ default is sensible when it reaches half of the way and keeps nine tenths of bot
 does not must say on its card what to set.
 
 Writes ``NAME.json``, the numbers, after every method, and ``NAME.md``. A method whose recipe has
-not changed since its row was measured is not run again; ``--again`` does. Several processes on
-one machine each write a page of their own; ``--merge`` puts their rows into one.
+not changed since its row was measured is not run again; ``--again`` does. Two kinds of processors
+teach two models that differ in the last digits: every row is compared with the model that it began
+with. Several processes each write a page of their own; ``--merge`` puts their rows into one.
 
 Run: python performance/defaults.py docs/results/defaults.md
      python performance/defaults.py docs/results/defaults.md --methods npo,rmu --strengths all
@@ -72,8 +73,9 @@ def sensible(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether a row reaches half of the way and keeps nine tenths."""
     if row.get("failed"):
         return False
-    before, after, never = found["before"], row["after"], found["reference"]
-    shares = [kept(before, after, split) for split in ("retain", "neighbours")]
+    before, never = _ends(row, found)
+    after = row["after"]
+    shares = [kept(before, after, split) for split in SPLITS[1:]]
     return way(before, after, never) >= WAY and min(shares) >= KEPT
 
 
@@ -109,9 +111,14 @@ def run(method: str, start: LM, request: ForgetRequest, strength: Any) -> dict[s
     }
 
 
+def _ends(row: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Probabilities, Probabilities]:
+    """The model that a row began with, and the one that never saw the forget rows."""
+    taught = found["taught"][row["taught"]]
+    return taught["before"], taught["reference"]
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
-    before, never, machine = found["before"], found["reference"], found["hardware"]
     rows = sorted(found["rows"], key=lambda row: (row["method"], STRENGTHS.index(row["strength"])))
     plain = [row for row in rows if row["strength"] == "normal"]
     good = sum(sensible(row, found) for row in plain)
@@ -126,15 +133,10 @@ def page(found: Mapping[str, Any]) -> str:
         f"probability of retained and of neighbouring answers that is left. A row is ok at "
         f"{WAY:.0%} of the way with {KEPT:.0%} kept; what falls short says on its card what to "
         "set.\n",
-        f"The taught model gives {before['forget']:.3f} to the forget rows, {before['retain']:.3f} "
-        f"to the retained ones and {before['neighbours']:.3f} to neighbours; the reference "
-        f"{never['forget']:.3f}, {never['retain']:.3f} and {never['neighbours']:.3f}. "
-        f"{good} of {len(plain)} methods are ok{refused}.\n",
-        f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
-        f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
-        f"{machine['precision']}; other work ran beside it, so *seconds* are an upper bound. "
-        f"Code: {found['git'] or 'not a checkout'}. Made by `performance/defaults.py`, whose head "
-        "has the command.\n",
+        f"{good} of {len(plain)} methods are ok{refused}. Made by `performance/defaults.py`, whose "
+        "head has the command.\n",
+        *(_taught(key, one, plain) for key, one in found["taught"].items()),
+        "",
         "| method | way | retain kept | neighbours kept | forget before → after "
         "| retain before → after | steps | seconds | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -155,13 +157,29 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _taught(key: str, taught: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a taught model and its reference say, on which machine, and how many rows began so."""
+    before, never, machine = taught["before"], taught["reference"], taught["hardware"]
+    mine = sum(row["taught"] == key for row in rows)
+    return (
+        f"- {mine} methods began with the model `{key}`. It gives {before['forget']:.3f} to the "
+        f"forget rows, {before['retain']:.3f} to the retained ones and "
+        f"{before['neighbours']:.3f} to neighbours; its reference {never['forget']:.3f}, "
+        f"{never['retain']:.3f} and {never['neighbours']:.3f}. Machine: {machine['processors']} "
+        f"cores ({machine['machine']}), {machine['threads']} thread(s), "
+        f"{machine['accelerator'] or 'no accelerator'}, products in {machine['precision']}; other "
+        "work ran beside it, so *seconds* are an upper bound. Code of the last row: "
+        f"{taught['git'] or 'not a checkout'}."
+    )
+
+
 def _line(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if row.get("failed"):
         return f"| {row['method']} | | | | | | | | {verdict(row, found)} |"
-    before, after = found["before"], row["after"]
+    (before, never), after = _ends(row, found), row["after"]
     cells = [
         row["method"],
-        f"{way(before, after, found['reference']):.0%}",
+        f"{way(before, after, never):.0%}",
         *(f"{kept(before, after, split):.0%}" for split in ("retain", "neighbours")),
         *(f"{before[split]:.3f} → {after[split]:.3f}" for split in ("forget", "retain")),
         str(row["steps"] or "–"),
@@ -173,37 +191,41 @@ def _line(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _dial(method: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
     by = {row["strength"]: row for row in rows if row["method"] == method and "after" in row}
-    before, never = found["before"], found["reference"]
     ways, least = [], []
     for strength in STRENGTHS:
-        after = by[strength]["after"] if strength in by else None
-        ways.append("–" if after is None else f"{way(before, after, never):.0%}")
-        least.append(
-            "–"
-            if after is None
-            else f"{min(kept(before, after, split) for split in ('retain', 'neighbours')):.0%}"
-        )
+        if strength not in by:
+            ways.append("–")
+            least.append("–")
+            continue
+        (before, never), after = _ends(by[strength], found), by[strength]["after"]
+        ways.append(f"{way(before, after, never):.0%}")
+        least.append(f"{min(kept(before, after, split) for split in SPLITS[1:]):.0%}")
     return f"| {' | '.join([method, *ways, *least])} |"
 
 
 def merge(page_file: Path, others: Sequence[Path]) -> None:
-    """Takes rows of other files into a page; all must be of one model and machine.
+    """Takes rows of other files into a page; all must be of one model, taught the same.
 
     Raises:
         RunError: They are not.
     """
     numbers = page_file.with_suffix(".json")
     found = read_json(numbers) if numbers.exists() else read_json(others[0])
-    alike = ("model", "target", "weights", "counts")
+    alike = ("model", "target", "counts")
     for other in map(read_json, others):
-        here = {key: found[key] for key in alike} | {"on": found["hardware"]["accelerator"]}
-        there = {key: other[key] for key in alike} | {"on": other["hardware"]["accelerator"]}
+        here, there = ({key: one[key] for key in alike} for one in (found, other))
         if here != there:
             raise RunError(f"the rows are of different runs: {here} and {there}.")
         taken = {(row["method"], row["strength"]) for row in other["rows"]}
         left = [row for row in found["rows"] if (row["method"], row["strength"]) not in taken]
-        found = {**other, "rows": [*left, *other["rows"]]}
-    write_json(numbers, found)
+        found |= {"taught": found["taught"] | other["taught"], "rows": [*left, *other["rows"]]}
+    _write(page_file, found)
+
+
+def _write(page_file: Path, found: dict[str, Any]) -> None:
+    began = {row["taught"] for row in found["rows"]}
+    found["taught"] = {key: one for key, one in found["taught"].items() if key in began}
+    write_json(page_file.with_suffix(".json"), found)
     page_file.write_text(page(found), encoding="utf-8")
 
 
@@ -227,17 +249,18 @@ def main() -> None:
         target = learn(given.model, split.records("known"), 0, "target")
         reference = learn(given.model, split.records("kept"), 0, "reference")
     start = LM.load(str(target))
-    described = {"model": given.model, "target": target.parent.name, "weights": start.identity}
+    counts = {split: len(getattr(request, split)) for split in SPLITS}
+    described = {"model": given.model, "target": target.parent.name, "counts": counts}
     numbers = given.page.with_suffix(".json")
     found = read_json(numbers) if numbers.exists() else {}
     if {key: found.get(key) for key in described} != described:
-        found = {
-            **described,
-            "before": measured(start, request),
-            "reference": measured(LM.load(str(reference)), request),
-            "counts": {split: len(getattr(request, split)) for split in SPLITS},
-            "rows": [],
-        }
+        found = {**described, "taught": {}, "rows": []}
+    machine = hardware()
+    on = {key: machine[key] for key in ("accelerator", "precision")}
+    key = identity({"weights": start.identity, **on})[:8]
+    if key not in found["taught"]:
+        before, never = measured(start, request), measured(LM.load(str(reference)), request)
+        found["taught"][key] = {"weights": start.identity, "before": before, "reference": never}
     strengths = STRENGTHS if given.strengths == "all" else ("normal",)
     for method in chosen_methods:
         for strength in strengths if kinds[method] == "recipe" else ("normal",):
@@ -251,13 +274,14 @@ def main() -> None:
                 continue
             row = {
                 "method": method, "kind": kinds[method], "strength": strength, "spec": spec,
-                **run(method, start, request, chosen),
+                "taught": key, **run(method, start, request, chosen),
             }  # fmt: skip
             gc.collect()  # a trained model refers to itself
             found["rows"] = [*(one for one in found["rows"] if one not in mine), row]
-            found |= {"hardware": hardware(), "versions": versions(), "git": git_revision()}
-            write_json(numbers, found)
-            given.page.write_text(page(found), encoding="utf-8")
+            found["taught"][key] |= {
+                "hardware": machine, "versions": versions(), "git": git_revision(),
+            }  # fmt: skip
+            _write(given.page, found)
             print(_line(row, found), flush=True)
 
 

@@ -87,6 +87,22 @@ def test_an_experiment_leaves_its_numbers_and_all_of_its_time(
     assert kept["command"].startswith("delible bench coreset --model none")
 
 
+@pytest.mark.parametrize("group", ["all", "all-guards"])
+def test_an_experiment_gets_the_methods_of_a_group(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    seen: list[Setting] = []
+
+    def found(self: GuardsCompared, setting: Setting) -> Findings:
+        seen.append(setting)
+        return Findings([{"measure": "leak", "no guard": 0.5}])
+
+    monkeypatch.setattr(GuardsCompared, "run", found)
+    ran = run("bench", "guards", "--methods", group, "--model", "none", "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert list(seen[0].methods) == [card.name for card in registry.cards("guard")]
+
+
 def test_experiments_take_roles_and_attacks_or_say_that_they_do_not(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

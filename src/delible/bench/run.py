@@ -26,7 +26,7 @@ from delible.bench.cell import (
 )
 from delible.bench.prepare import learned
 from delible.bench.table import ORIGINAL, REFERENCE, Table, tabulate, write_parquet
-from delible.cards import METHODS
+from delible.cards import METHODS, Kind
 from delible.component import build
 from delible.errors import RecipeError, nearest
 from delible.files import write_json
@@ -75,6 +75,17 @@ class BenchResult:
     common: Manifest = field(default_factory=dict)
 
 
+def spelled_out(asked: Sequence[str], kinds: Sequence[Kind] = METHODS) -> list[str]:
+    """Names with groups (``all``, ``all-guards``, …) replaced by the methods of these kinds that
+    are in them; other names stay as they are."""
+    known = {card.name: card.kind for card in registry.cards(*kinds) if card.name != "finetune"}
+    found: list[str] = []
+    for name in asked:
+        group = GROUPS.get(name)
+        found += [name] if group is None else [one for one in known if known[one] in group]
+    return list(dict.fromkeys(found))
+
+
 def method_names(asked: Sequence[str]) -> list[str]:
     """Names of methods (recipes also with a preset: ``npo@paper``), with groups spelled out; recipe
     files stay paths.
@@ -84,14 +95,7 @@ def method_names(asked: Sequence[str]) -> list[str]:
     """
     kinds = {card.name: card.kind for card in registry.cards(*METHODS)}
     found: list[str] = []
-    for name in asked:
-        if name in GROUPS:
-            found += [
-                known
-                for known, kind in kinds.items()
-                if kind in GROUPS[name] and known != "finetune"
-            ]
-            continue
+    for name in spelled_out(asked):
         if name == "none":
             continue  # the original's row is always there
         plain, preset = registry.split_preset(name)
@@ -100,7 +104,7 @@ def method_names(asked: Sequence[str]) -> list[str]:
         if preset is not None:
             resolve_method(name)  # an unknown preset is refused before any work
         found.append(name)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def bench(

@@ -171,6 +171,7 @@ def _experiment(
     attacks: Sequence[Any],
     roles: Mapping[str, Any],
 ) -> int:
+    from delible.bench.run import spelled_out
     from delible.kept import identity
     from delible.measure.benchmark import Data, Setting
     from delible.measure.starting import roles_of
@@ -180,6 +181,7 @@ def _experiment(
         raise RecipeError("this experiment casts nobody.", where="--role")
     if attacks and not experiment.attacked:
         raise RecipeError("this experiment attacks nothing.", where="--attacks")
+    methods = spelled_out(methods, experiment.compares)
     described: dict[str, Any] = {
         "experiment": experiment.spec(), "model": model, "methods": list(methods),
         "seeds": seeds, "data": None if data is None else str(data.resolve()),

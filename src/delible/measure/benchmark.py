@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from delible.cards import METHODS, Kind
 from delible.component import Component
 from delible.errors import DataError, DelibleError
 from delible.kept import cell, identity
@@ -248,10 +249,12 @@ class Experiment(Component):
     Attributes:
         attacked: It takes attacks.
         casts: It takes roles.
+        compares: The kinds of methods that ``all`` stands for.
     """
 
     attacked: ClassVar[bool] = False
     casts: ClassVar[bool] = False
+    compares: ClassVar[tuple[Kind, ...]] = METHODS
 
     def run(self, setting: Setting) -> Findings:
         """Answers the question.

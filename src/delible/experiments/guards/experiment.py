@@ -32,6 +32,7 @@ from pydantic import Field
 from delible import registry
 from delible.api import unlearn
 from delible.bench.prepare import learned
+from delible.cards import Kind
 from delible.component import build
 from delible.context import Context
 from delible.errors import DelibleError, RecipeError
@@ -111,6 +112,7 @@ class GuardsCompared(Experiment):
 
     attacked: ClassVar[bool] = True
     casts: ClassVar[bool] = True
+    compares: ClassVar[tuple[Kind, ...]] = ("guard",)
 
     people: int = Field(10, ge=4, description="People in the world.")
     forget: int = Field(2, ge=1, description="People to forget.")
