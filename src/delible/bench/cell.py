@@ -40,6 +40,8 @@ from delible.system.roles import Roles
 from delible.systems.opening import open_lm, stands_on_base
 from delible.watching import Steps, aside
 
+#: What a method says of its run that a cell keeps.
+TOLD = ("steps", "generated_tokens")
 #: What is measured on an attacked model.
 LEAKS = ("answer_probability", "extraction_strength")
 
@@ -267,7 +269,8 @@ def _system(
         context=replace(context, steps=watch.progress(f"{method}, seed {context.seed}")),
         **options,
     )  # fmt: skip
-    return result.system, {"stopped": result.stopped}
+    told = {key: result.notes[key] for key in TOLD if key in result.notes}
+    return result.system, {"stopped": result.stopped, **told}
 
 
 def cast_asks(asks: Sequence[Ask], roles: Roles) -> list[Ask]:
