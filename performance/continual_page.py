@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence import INFINITE, Claim, Entry, interval, over_seeds, verdict
+from evidence import INFINITE, Claim, Entry, over_seeds
+from pages import claims_table, machine, revision, write
 
 from delible.bench.table import Number
 from delible.errors import RunError
 from delible.experiments.continual.findings import REFERENCE, degree
-from delible.files import atomic_file, read_json, write_json
+from delible.files import read_json
 
 KEPT = ("model", "rows", "runs", "notes", "command", "seconds", "hardware", "git_revision",
         "versions")  # fmt: skip
@@ -70,7 +71,6 @@ CLAIMS = (
 
 def section(run: Mapping[str, Any]) -> list[str]:
     """The table of one model, and what its run says."""
-    machine = run["hardware"]
 
     def cell(row: Mapping[str, Any], key: str, digits: int) -> str:
         return "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
@@ -87,9 +87,7 @@ def section(run: Mapping[str, Any]) -> list[str]:
         "",
         *(f"- {note}" for note in run["notes"]),
         f"\n`{run['command']}`: {run['seconds'] / 60:.0f} minutes (other work on the machine "
-        f"included) on {machine['processors']} cores ({machine['machine']}), "
-        f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}, products "
-        f"in {machine['precision']}, revision {str(run.get('git_revision') or 'unknown')[:10]}.\n",
+        f"included) on {machine(run['hardware'])}, revision {revision(run['git_revision'])}.\n",
     ]
 
 
@@ -107,24 +105,18 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     for run in runs:
         parts += section(run)
-    heads = " | ".join(f"{run['model']} | at this scale" for run in runs)
+    found_by_model = {run["model"]: [claim.number(_entry(run)) for claim in CLAIMS] for run in runs}
     parts += [
         "## What papers claim, and what shows here\n",
         "FIT: arXiv 2601.21682, with 6 to 14 billion weights. O3: arXiv 2407.10223, with 7 "
         "billion.\n",
-        f"| claim | number | range | {heads} |",
-        f"|{'---|' * (3 + 2 * len(runs))}",
+        *claims_table(CLAIMS, found_by_model),
     ]
-    for claim in CLAIMS:
-        shown = []
-        for run in runs:
-            seeds = 1 + max(one["seed"] for one in run["runs"])
-            number = claim.number(Entry(run["runs"], seeds))
-            shown += [interval(number, claim.digits), verdict(claim, number)]
-        parts.append(
-            f"| {claim.says} | {claim.measured} | {claim.range_text()} | {' | '.join(shown)} |"
-        )
     return "\n".join(parts) + "\n"
+
+
+def _entry(run: Mapping[str, Any]) -> Entry:
+    return Entry(run["runs"], 1 + max(one["seed"] for one in run["runs"]))
 
 
 def main() -> None:
@@ -136,9 +128,7 @@ def main() -> None:
     found = read_json(numbers) if numbers.exists() else {"runs": []}
     for run in map(read, given.runs):
         found["runs"] = [*(one for one in found["runs"] if one["model"] != run["model"]), run]
-    write_json(numbers, found)
-    with atomic_file(given.page) as file:
-        file.write(page(found))
+    write(given.page, found, page(found))
     print(given.page)
 
 

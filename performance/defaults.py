@@ -26,11 +26,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import machine, revision, write
+
 from delible import registry
 from delible.api import unlearn
 from delible.demo import learn, request_of, world_of
 from delible.errors import DelibleError, RunError
-from delible.files import read_json, write_json
+from delible.files import read_json
 from delible.kept import identity
 from delible.lm.lm import LM
 from delible.records import ForgetRequest
@@ -159,17 +161,15 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _taught(key: str, taught: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """What a taught model and its reference say, on which machine, and how many rows began so."""
-    before, never, machine = taught["before"], taught["reference"], taught["hardware"]
+    before, never = taught["before"], taught["reference"]
     mine = sum(row["taught"] == key for row in rows)
     return (
         f"- {mine} methods began with the model `{key}`. It gives {before['forget']:.3f} to the "
         f"forget rows, {before['retain']:.3f} to the retained ones and "
         f"{before['neighbours']:.3f} to neighbours; its reference {never['forget']:.3f}, "
-        f"{never['retain']:.3f} and {never['neighbours']:.3f}. Machine: {machine['processors']} "
-        f"cores ({machine['machine']}), {machine['threads']} thread(s), "
-        f"{machine['accelerator'] or 'no accelerator'}, products in {machine['precision']}; other "
-        "work ran beside it, so *seconds* are an upper bound. Code of the last row: "
-        f"{taught['git'] or 'not a checkout'}."
+        f"{never['retain']:.3f} and {never['neighbours']:.3f}. Machine: "
+        f"{machine(taught['hardware'])}; other work ran beside it, so *seconds* are an upper "
+        f"bound. Code of the last row: {revision(taught['git'])}."
     )
 
 
@@ -225,8 +225,7 @@ def merge(page_file: Path, others: Sequence[Path]) -> None:
 def _write(page_file: Path, found: dict[str, Any]) -> None:
     began = {row["taught"] for row in found["rows"]}
     found["taught"] = {key: one for key, one in found["taught"].items() if key in began}
-    write_json(page_file.with_suffix(".json"), found)
-    page_file.write_text(page(found), encoding="utf-8")
+    write(page_file, found, page(found))
 
 
 def main() -> None:
@@ -255,8 +254,8 @@ def main() -> None:
     found = read_json(numbers) if numbers.exists() else {}
     if {key: found.get(key) for key in described} != described:
         found = {**described, "taught": {}, "rows": []}
-    machine = hardware()
-    on = {key: machine[key] for key in ("accelerator", "precision")}
+    here = hardware()
+    on = {key: here[key] for key in ("accelerator", "precision")}
     key = identity({"weights": start.identity, **on})[:8]
     if key not in found["taught"]:
         before, never = measured(start, request), measured(LM.load(str(reference)), request)
@@ -279,7 +278,7 @@ def main() -> None:
             gc.collect()  # a trained model refers to itself
             found["rows"] = [*(one for one in found["rows"] if one not in mine), row]
             found["taught"][key] |= {
-                "hardware": machine, "versions": versions(), "git": git_revision(),
+                "hardware": here, "versions": versions(), "git": git_revision(),
             }  # fmt: skip
             _write(given.page, found)
             print(_line(row, found), flush=True)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pages import machine, write
+
 from delible.bench.run import bench, method_names
 from delible.bench.table import (
     ORIGINAL,
@@ -36,7 +38,7 @@ from delible.bench.table import (
     tabulate,
 )
 from delible.component import build
-from delible.files import read_json, write_json
+from delible.files import read_json
 from delible.measure.benchmark import Benchmark
 from delible.train.recipe import Recipe
 from delible.watching import shown
@@ -175,7 +177,6 @@ def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
     cells, table = found["cells"], summary(found)
     reference, original, *rows = table.rows
-    machine = found["hardware"]
     seeds = 1 + max(int(cell["seed"]) for cell in cells)
     parts = [
         f"# Optimisation-based methods on `world`, model `{found['model']}`\n",
@@ -185,9 +186,7 @@ def page(found: Mapping[str, Any]) -> str:
             if found["tune"]
             else "with the options that a search found for another model (see below).\n"
         ),
-        f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
-        f"thread(s) per process, {machine['accelerator'] or 'no accelerator'}, products in "
-        f"{machine['precision']}. *Seconds* are those "
+        f"Machine: {machine(found['hardware'], 'thread(s) per process')}. *Seconds* are those "
         "of unlearning, without the search; *peak memory* is that of the whole process, which has "
         "run other methods before.\n",
         "Means over seeds, with half the width of the 95 % interval where there are several. "
@@ -294,8 +293,7 @@ def main() -> None:
         **{key: described[key] for key in ("benchmark", "model", "tune", "versions", "hardware")},
         "cells": sorted(cells, key=lambda cell: (cell["method"], cell["seed"])),
     }
-    write_json(numbers, found)
-    given.page.write_text(page(found), encoding="utf-8")
+    write(given.page, found, page(found))
     print(given.page)
 
 

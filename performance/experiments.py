@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from claims import CLAIMS, COMMANDS, DESCRIBED, QUESTIONS, WANTED
-from evidence import Entry, interval, verdict
+from evidence import Entry, verdict
+from pages import claims_table, machine, revision
 
 from delible import registry
 from delible.bench.table import ORIGINAL, REFERENCE, Number
@@ -146,7 +147,8 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         card = next(card for card in registry.cards("benchmark") if card.name == name)
         parts += [f"## `{name}`: {card.title}\n", f"{described} (arXiv:{card.paper})\n"]
         if mine:
-            parts += _claims(name, {key: found[key] for key in mine})
+            models = {key.split()[1]: found[key] for key in sorted(mine, reverse=True)}
+            parts += [*claims_table(CLAIMS[name], models), ""]
         for model, seeds in WANTED.items():
             key = f"{name} {model}"
             if key in mine:
@@ -174,35 +176,17 @@ def _summary(found: Mapping[str, Sequence[Number]]) -> list[str]:
     return [*lines, ""]
 
 
-def _claims(name: str, found: Mapping[str, Sequence[Number]]) -> list[str]:
-    keys = sorted(found, reverse=True)
-    head = ["claim", "number", "range"]
-    for key in keys:
-        head += [f"{key.split()[1]}", "at this scale"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for place, claim in enumerate(CLAIMS[name]):
-        cells = [claim.says, claim.measured, claim.range_text()]
-        for key in keys:
-            number = found[key][place]
-            cells += [interval(number, claim.digits), verdict(claim, number)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
 def _entry(entry: Mapping[str, Any]) -> Entry:
     return Entry(entry["runs"], int(entry["about"]["seeds"] or 1))
 
 
 def _about(key: str, about: Mapping[str, Any]) -> list[str]:
-    machine = about["hardware"]
     minutes = (about["seconds"] or 0) / 60
     seeds = about["seeds"] or 1
     return [
         f"**{key.split()[1]}**: `{about['command']}`; {seeds} seed{'s' if seeds > 1 else ''}, "
         f"{minutes:.0f} minutes (other work on the machine included) on "
-        f"{machine['processors']} cores ({machine['machine']}, {machine['threads']} thread(s), "
-        f"{machine['accelerator'] or 'no accelerator'}, "
-        f"{machine['precision']}), revision {(about['git_revision'] or 'unknown')[:10]}, torch "
+        f"{machine(about['hardware'])}, revision {revision(about['git_revision'])}, torch "
         f"{about['versions'].get('torch', '?')}.\n",
         *(f"- {note}" for note in about.get("notes") or ()),
         *([""] if about.get("notes") else []),

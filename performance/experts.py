@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import INFINITE, Claim, Entry, interval, over_seeds, verdict
+from evidence import INFINITE, Claim, Entry, over_seeds
+from pages import claims_table, machine, revision, write
 
 from delible.bench.stages import mean, scores_of, token_means, trajectory
 from delible.bench.table import Number, mean_of_runs
 from delible.errors import DelibleError
-from delible.files import atomic_file, read_json, write_json
+from delible.files import read_json
 from delible.lm.experts import mixtures, routing
 from delible.lm.forward import Forward, collate
 from delible.lm.lm import LM
@@ -194,7 +195,7 @@ CLAIMS = (
 
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
-    runs, machine = found["runs"], found["hardware"]
+    runs = found["runs"]
     seeds = 1 + max(run["seed"] for run in runs)
     parts = [
         f"# Forgetting in one expert, model `moe` of `{found['base']}`\n",
@@ -211,24 +212,11 @@ def page(found: Mapping[str, Any]) -> str:
         *(_line(name, [run for run in runs if run["name"] == name]) for name in PAIRS),
         "\n## What the paper claims, and what shows here\n",
         "arXiv 2411.18797. Its models have billions of weights and dozens of experts.\n",
-        "| claim | number | range | measured | at this scale |",
-        "|---|---|---|---|---|",
+        *claims_table(CLAIMS, {"measured": [one.number(Entry(runs, seeds)) for one in CLAIMS]}),
+        f"\nMachine: {machine(found['hardware'])}; other work ran beside it. Code: "
+        f"{revision(found['git'])}. Made by `performance/experts.py`, whose head has the command.",
     ]
-    entry = Entry(runs, seeds)
-    for claim in CLAIMS:
-        number = claim.number(entry)
-        parts.append(
-            f"| {claim.says} | {claim.measured} | {claim.range_text()} "
-            f"| {interval(number, claim.digits)} | {verdict(claim, number)} |"
-        )
-    parts.append(
-        f"\nMachine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
-        f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
-        f"{machine['precision']}; other work ran beside it. Code: "
-        f"{str(found['git'] or 'not a checkout')[:10]}. Made by `performance/experts.py`, whose "
-        "head has the command.\n"
-    )
-    return "\n".join(parts)
+    return "\n".join(parts) + "\n"
 
 
 def _line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
@@ -278,9 +266,7 @@ def main() -> None:
             found["runs"] += [{"name": name, "seed": seed, **curve(name, folder, seed)}]
             gc.collect()  # a trained model refers to itself
             found |= {"hardware": hardware(), "versions": versions(), "git": git_revision()}
-            write_json(numbers, found)
-            with atomic_file(given.page) as file:
-                file.write(page(found))
+            write(given.page, found, page(found))
             print(_line(name, found["runs"][-1:]), flush=True)
 
 

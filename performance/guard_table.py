@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import machine, revision
+
 from delible import registry
 from delible.experiments.guards.findings import NEVER, NOBODY
 from delible.files import atomic_file, read_json
@@ -110,7 +112,7 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
     about, guards = found["about"], found["guards"]
-    options, machine = about["experiment"], about["hardware"]
+    options = about["experiment"]
     order = [NOBODY, *sorted(set(guards) - {NOBODY, NEVER}), NEVER]
     rows = [guards[name] for name in order if name in guards]
     missing = sorted({card.name for card in registry.cards("guard")} - set(guards))
@@ -144,10 +146,8 @@ def page(found: Mapping[str, Any]) -> str:
     parts += [f"- {note}" for note in about["notes"]]
     parts += [
         "",
-        f"`{about['command']}` on {machine['processors']} cores ({machine['machine']}, "
-        f"{machine['threads']} thread(s), {machine['accelerator'] or 'no accelerator'}, products "
-        f"in {machine['precision']}; other work ran beside it), revision "
-        f"{(about['git_revision'] or 'unknown')[:10]}. Made by `performance/guard_table.py`.",
+        f"`{about['command']}` on {machine(about['hardware'])}; other work ran beside it; "
+        f"revision {revision(about['git_revision'])}. Made by `performance/guard_table.py`.",
     ]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evidence import INFINITE, Claim, Entry, interval, over_seeds, verdict
+from evidence import INFINITE, Claim, Entry, over_seeds
+from pages import claims_table, machine, revision, write
 
 from delible.bench.table import ORIGINAL, REFERENCE, Number, mean_of_runs
 from delible.errors import RunError
-from delible.files import atomic_file, read_json, write_json
+from delible.files import read_json
 from delible.rundir import git_revision
 
 SAID = "outcome_shares/forget/correct"
@@ -96,13 +97,11 @@ def section(run: Mapping[str, Any], audits: Mapping[str, str]) -> list[str]:
     cells = run["cells"]
     names = dict.fromkeys([REFERENCE, ORIGINAL, *sorted(one["method"] for one in cells)])
     known = [key for key in COLUMNS if any(key in one["numbers"] for one in cells)]
-    machine, world = run["hardware"], run["benchmark"]
+    world = run["benchmark"]
     lines = [
         f"## Model `{run['model']}`\n",
         f"{world['people']} people, {world['forget']} of them to forget. "
-        f"{machine['processors']} cores ({machine['machine']}), {machine['threads']} thread(s), "
-        f"{machine['accelerator'] or 'no accelerator'}, products in {machine['precision']}; other "
-        f"work ran beside it. Code: {str(run['git'] or 'not a checkout')[:10]}.\n",
+        f"{machine(run['hardware'])}; other work ran beside it. Code: {revision(run['git'])}.\n",
         f"| method | {' | '.join(COLUMNS[key] for key in known)} | generated tokens | steps "
         "| seconds | audit says |",
         f"|{'---|' * (len(known) + 5)}",
@@ -184,25 +183,21 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     for run in runs:
         parts += section(run, found["audits"].get(run["model"], {}))
-    parts += ["## What papers claim, and what shows here\n",
-              "| claim | number | range | "
-              + " | ".join(f"{run['model']} | at this scale" for run in runs) + " |",
-              f"|{'---|' * (3 + 2 * len(runs))}"]  # fmt: skip
-    for claim in CLAIMS:
-        shown = []
-        for run in runs:
-            done = [one for one in run["cells"] if not one.get("failed")]
-            seeds = 1 + max(int(one["seed"]) for one in run["cells"])
-            number = claim.number(Entry(done, seeds))
-            shown += [interval(number, claim.digits), verdict(claim, number)]
-        parts.append(
-            f"| {claim.says} | {claim.measured} | {claim.range_text()} | {' | '.join(shown)} |"
-        )
+    found_by_model = {run["model"]: [claim.number(_entry(run)) for claim in CLAIMS] for run in runs}
+    parts += [
+        "## What papers claim, and what shows here\n",
+        *claims_table(CLAIMS, found_by_model),
+    ]
     parts.append(
         "\nWhat comes of `reinvent` when facts are handed back, and of a forced beginning, is "
         "asked by `delible bench reinvent`: see [reinvention](../reinvention.md)."
     )
     return "\n".join(parts) + "\n"
+
+
+def _entry(run: Mapping[str, Any]) -> Entry:
+    done = [one for one in run["cells"] if not one.get("failed")]
+    return Entry(done, 1 + max(int(one["seed"]) for one in run["cells"]))
 
 
 def main() -> None:
@@ -219,9 +214,7 @@ def main() -> None:
     for folder in given.audits:
         model = read_json(folder / "experiment.json")["model"]
         found["audits"][model] = found["audits"].get(model, {}) | verdicts(folder)
-    write_json(numbers, found)
-    with atomic_file(given.page) as file:
-        file.write(page(found))
+    write(given.page, found, page(found))
     print(given.page)
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from effects import FORGET, GARBAGE, NEIGHBOURS, QUANTIZED, RELEARNED, RETAIN, slim, verdict
+from pages import machine, write
 
 from delible.bench.table import ORIGINAL, REFERENCE, Table, TableRow, tabulate
 from delible.component import build
 from delible.errors import RunError
-from delible.files import atomic_file, read_json, write_json
+from delible.files import read_json
 from delible.measure.benchmark import Benchmark
 
 #: What the tables show: the key of a number, and its heading.
@@ -112,7 +113,7 @@ def _shown(row: TableRow, key: str) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
     runs: Sequence[Mapping[str, Any]] = sorted(found["runs"], key=forgotten)
-    first, machine = runs[0], runs[0]["hardware"]
+    first = runs[0]
     seeds = 1 + max(int(cell["seed"]) for run in runs for cell in run["cells"])
     parts = [
         f"# {found['title']} on `world`, model `{first['model']}`\n",
@@ -122,11 +123,9 @@ def page(found: Mapping[str, Any]) -> str:
         "tenths of retained and neighbouring answers kept and at most a tenth of the forgotten "
         "questions answered with garbage. *Recovered* is the rise of answer probability, on "
         "records that the attack did not train on.\n",
-        f"Machine: {machine['processors']} cores ({machine['machine']}), {machine['threads']} "
-        f"thread(s), {machine['accelerator'] or 'no accelerator'}, products in "
-        f"{machine['precision']}; other work ran beside it, so *seconds*, which are those of "
-        "forgetting, are an upper bound. Made by `performance/subjects.py`, whose head has the "
-        "commands.\n",
+        f"Machine: {machine(first['hardware'])}; other work ran beside it, so *seconds*, which are "
+        "those of forgetting, are an upper bound. Made by `performance/subjects.py`, whose head "
+        "has the commands.\n",
     ]
     for run in runs:
         parts += section(run)
@@ -145,9 +144,7 @@ def main() -> None:
     for run in map(read, given.runs):
         others = [one for one in found["runs"] if one["benchmark"] != run["benchmark"]]
         found["runs"] = [*others, run]
-    write_json(numbers, found)
-    with atomic_file(given.page) as file:
-        file.write(page(found))
+    write(given.page, found, page(found))
     print(given.page)
 
 
