@@ -35,11 +35,13 @@ class Said:
         text: Empty where there was no answer.
         refused: The guard withheld it, or it is a refusal by its words.
         unanswered: There was none.
+        failed: The guard withheld it since its judgement came to nothing.
     """
 
     text: str
     refused: bool
     unanswered: bool = False
+    failed: bool = False
 
 
 def said(system: System, prompts: Sequence[Prompt], decoding: Decoding) -> list[Said]:
@@ -58,7 +60,8 @@ def said(system: System, prompts: Sequence[Prompt], decoding: Decoding) -> list[
             continue
         text = reply if isinstance(reply, str) else reply.text
         withheld = isinstance(reply, Reply) and reply.finish == "content_filter"
-        found.append(Said(text, withheld or filters.is_refusal(text)))
+        failed = isinstance(reply, Reply) and reply.guard_failed
+        found.append(Said(text, withheld or filters.is_refusal(text), failed=failed))
     return found
 
 

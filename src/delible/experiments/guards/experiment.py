@@ -163,7 +163,7 @@ class GuardsCompared(Experiment):
         for done, guard in enumerate(guards, start=1 + len(models)):
             setting.progress(guard.name, done, total)
             described = {
-                **self._described(attacks, setting.roles), "guard": guard.spec(),
+                **self._described(attacks, roles_of(setting.roles).named()), "guard": guard.spec(),
                 "folder": start.parent.name,
             }  # fmt: skip
             found[guard.name] = self.kept(
@@ -248,18 +248,19 @@ class GuardsCompared(Experiment):
         system = before(task.request)
         recalls = [self._recalls(before(step), step) for step in self._steps(task)[:-1]]
         asked_now = self._asked(system, task, attacks, harmless, context)
+        asked_now["outcomes"] = dict(system.mind.notes.get("costs", {}).get("outcomes", {}))
         costs = self._costs(lm, system, task)
         if self.many:
             grown = before(_with_more(task.request, self.many))
             costs["many"] = self._costs(lm, grown, task)
-        given = [part for part in guard.consults if part in setting.roles]
+        given = [part for part in guard.consults if part in context.roles.players]
         return {
             **asked_now,
             **self._over([*recalls, asked_now["recalls"]]),
             **costs,
             **notes,
             "itself": [part for part in guard.consults if part not in given],
-            "roles": {part: str(setting.roles[part]) for part in given},
+            "roles": {part: context.roles.name_of(part) for part in given},
         }
 
     def _asked(
@@ -299,7 +300,9 @@ class GuardsCompared(Experiment):
             },
             "phtest": [one.refused for one in pseudo],
             "recalls": [fmean(rouge(forget, plain)), fmean(rouge(kept, others))],
+            "asked": len(plain) + len(others) + len(pseudo),
             "unanswered": sum(one.unanswered for one in (*plain, *others, *pseudo)),
+            "guard failed": sum(one.failed for one in (*plain, *others, *pseudo)),
             "quality": self._quality(plain),
             "examples": [
                 [one.question, reply.text] for one, reply in zip(forget, plain, strict=True)

@@ -123,6 +123,14 @@ def _notes(name: str, cell: Cell) -> list[str]:
         found.append(f"{name}: the {part} is {who}.")
     found += [f"{name}: {attack} was not run: {why}"
               for attack, why in (cell.get("not_run") or {}).items()]  # fmt: skip
+    if cell.get("guard failed"):
+        found.append(
+            f"{name}: its judgement came to nothing at {cell['guard failed']} of {cell['asked']} "
+            "questions, which it refused for that reason alone."
+        )
+    if cell.get("outcomes"):
+        told = ", ".join(f"{word} {count}" for word, count in cell["outcomes"].items())
+        found.append(f"{name}: what its judgements came to, attacks included: {told}.")
     if cell["unanswered"]:
         found.append(f"{name}: {cell['unanswered']} questions had no answer.")
     return found
