@@ -166,30 +166,38 @@ def share(name: str, than: str) -> Callable[[Entry], Number]:
 
 
 def _same(name: str) -> Callable[[Entry], Number]:
-    return over_seeds(
-        lambda entry, seed: _of(entry, seed, name, lambda points: reached(points, "same experts"))
-    )
+    return over_seeds(lambda entry, seed: _of(entry, seed, name, _same_experts))
 
 
-def _moved_less(entry: Entry, seed: int) -> float | None:
-    names = ("ascent, one expert", "ascent")
-    mine, other = (
-        _of(entry, seed, one, lambda points: reached(points, "same experts")) for one in names
-    )
-    return None if mine is None or other is None else mine - other
+def _apart(
+    host: str, value: Callable[[Curve], float | None]
+) -> Callable[[Entry, int], float | None]:
+    """A number with one expert minus that with all weights."""
+
+    def number(entry: Entry, seed: int) -> float | None:
+        mine, other = (_of(entry, seed, one, value) for one in (f"{host}, one expert", host))
+        return None if mine is None or other is None else mine - other
+
+    return number
+
+
+def _same_experts(points: Curve) -> float | None:
+    return reached(points, "same experts")
 
 
 CLAIMS = (
     Claim("ascent on one expert harms the rest less than a quarter as much",
           "rise of the other topic's loss, share of ascent's", -INFINITE, 0.25,
           share("ascent, one expert", "ascent")),
-    Claim("so does ascent with a retain loss", "the same, with retain loss", -INFINITE, 0.25,
-          share("ascent and retain, one expert", "ascent and retain")),
-    Claim("so does NPO", "the same, NPO", -INFINITE, 0.25, share("NPO, one expert", "NPO")),
+    Claim("with a retain loss one expert keeps more than all weights",
+          "rise of the other topic's loss, one expert minus all weights", -INFINITE, 0,
+          over_seeds(_apart("ascent and retain", harm))),
+    Claim("so it does with NPO", "the same, NPO", -INFINITE, 0, over_seeds(_apart("NPO", harm))),
     Claim("with the anchor forget tokens stay at their experts",
           "same experts, one expert", 0.9, INFINITE, _same("ascent, one expert")),
     Claim("where all weights move they leave them",
-          "same experts, one expert minus all weights", 0, INFINITE, over_seeds(_moved_less)),
+          "same experts, one expert minus all weights", 0, INFINITE,
+          over_seeds(_apart("ascent", _same_experts))),
 )  # fmt: skip
 
 
