@@ -105,6 +105,11 @@ def test_each_request_is_one_item_and_points_know_what_remains() -> None:
         )
 
 
+def test_a_method_that_declines_questions_gets_an_objective_for_passages() -> None:
+    assert Continual().method("o3").spec()["objective"] == "npo"
+    assert Continual(epochs=3).method("o3").spec()["epochs"] == 3
+
+
 def test_points_lie_within_the_requests(model: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="between 1 and"):
         Continual.build("continual", requests=5, points=(6,))

@@ -45,6 +45,8 @@ from delible.systems.opening import open_system
 #: Those of them that are there are compared, if nobody says which.
 METHODS = ("o3", "fit", "uld", "npo")
 SPLITS = ("forget", "retain")
+#: Options that a method needs here: a passage has no question that could be declined.
+NEEDED = {"o3": {"objective": "npo"}}
 #: Options of the metrics behind a score, as in the benchmark.
 GENERATED = {"rouge_l_f1": {"max_new_tokens": 32}}
 
@@ -105,7 +107,9 @@ class Continual(Experiment):
             RecipeError: An unknown method.
         """
         chosen = resolve_method(name)
-        given = {"learning_rate": self.learning_rate, "epochs": self.epochs}
+        given = {
+            "learning_rate": self.learning_rate, "epochs": self.epochs, **NEEDED.get(name, {}),
+        }  # fmt: skip
         return chosen.with_options(
             {key: value for key, value in given.items() if value and chosen.takes(key)}
         )
