@@ -30,6 +30,7 @@ from delible.systems.arithmetic import (
     Assistant,
     Subtraction,
     kept_tokens,
+    most_certain,
     subtracted,
     together,
 )
@@ -235,6 +236,47 @@ def test_both_models_answer_in_one_loop_as_each_by_itself(family: str) -> None:
         assert isinstance(score, TokenScores)
         picked = wanted[np.arange(len(wanted)), list(row.ids[row.start :])]
         np.testing.assert_allclose(score.logprobs, picked, atol=2e-4)
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.3, 0.3), (0.3, 0.1, 0.6)])
+def test_of_several_assistants_the_most_certain_one_is_taken_away_at_each_token(
+    shares: tuple[float, ...],
+) -> None:
+    lm = lm_of()
+    several = [
+        assistant_of(lm, HOW.model_copy(update={"filter_share": share}), seed=seed)
+        for seed, share in enumerate(shares)
+    ]
+    joint = together(together(lm, several[:1]), several[1:])
+    picks = []
+    for prompt in PROMPTS:
+        row = lm.template.encode(prompt, ANSWERS[0])
+        ids = list(row.ids)
+        each = [difference(lm, one, ids) for one in several]
+        with torch.inference_mode():
+            alone = [
+                log_softmax(one.lm.core(input_ids=torch.tensor([ids]), use_cache=False)
+                            .logits[0].double().numpy())
+                for one in several
+            ]  # fmt: skip
+        pick = [max(range(3), key=lambda k: alone[k][place].max()) for place in range(len(ids))]
+        picks += pick[row.start - 1 : -1]
+        wanted = log_softmax(np.stack([each[k][place] for place, k in enumerate(pick)]))
+        (score,) = joint.score([Score(prompt, ANSWERS[0])])
+        assert isinstance(score, TokenScores)
+        wanted = wanted[row.start - 1 : -1]
+        picked = wanted[np.arange(len(wanted)), ids[row.start :]]
+        np.testing.assert_allclose(score.logprobs, picked, atol=2e-4)
+    assert len(set(picks)) > 1
+    _, rest = joint.taken_off()
+    assert np.array_equal(logprobs(rest), logprobs(together(lm, several[:2])))
+
+
+def test_certainty_is_that_of_the_likeliest_token_whatever_the_offset() -> None:
+    flat, steep = torch.full((2, 30), 9.0), torch.zeros(2, 30)
+    steep[1, 3] = 2.0
+    assert most_certain([flat, steep]).tolist() == [0, 1]
+    assert most_certain([steep, flat]).tolist() == [0, 0]
 
 
 def test_of_strength_0_it_is_the_model_to_the_bit() -> None:

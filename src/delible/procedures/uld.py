@@ -9,8 +9,9 @@ answers to the forget questions (``generate: augmented``). Both terms have a flo
 runs away; the model is never changed. Whoever takes the assistant away has the model as it was,
 and whoever asks it has what was to be forgotten: this suppresses.
 
-A further request on the result puts a further assistant beside the earlier ones: each is taken off
-by itself, exactly, and each adds its blocks to the time of an answer.
+A further request on the result puts a further assistant beside the earlier ones; at each token
+the most certain of them is taken away. Each is taken off by itself, exactly, and each adds its
+blocks to the time of an answer.
 
 Paper: arXiv 2406.08607. Reference code: UCSB-NLP-Chang/ULD. Deviations: the assistant's logits are
 centred before they are subtracted (in the released code, where filtered tokens get 0 and the others

@@ -7,7 +7,9 @@
 at every position, in scoring, generating and training alike; b are the model's logits, a the
 assistant's: its first blocks with the model's own norm and head, and an adapter beside them. A
 flat assistant changes nothing (without the mean, a common offset of a would move the probability
-of what the filter leaves out). Both models go through one pass and one key-value cache
+of what the filter leaves out). Of several assistants, one per request, the one that is most
+certain of its next token is taken away: none is quite flat about what it was not taught, and many
+of them together wear the model out. Both models go through one pass and one key-value cache
 (:mod:`delible.lm.joint`); the assistant's frozen weights are the model's own tensors.
 
 Paper: arXiv 2406.08607 (ULD).
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
@@ -82,6 +84,12 @@ def subtracted(
     if how.filter_share is None:
         return changed
     return torch.where(kept_tokens(logits.detach(), how.filter_share), changed, logits)
+
+
+def most_certain(assistants: Sequence[Float[Tensor, "tokens vocab"]]) -> Int[Tensor, " tokens"]:
+    """Which assistant gives its likeliest token the highest probability; ties: the first."""
+    sure = [one.amax(dim=-1) - one.logsumexp(dim=-1) for one in assistants]
+    return torch.stack(sure).argmax(dim=0)
 
 
 @dataclass(frozen=True)
@@ -177,9 +185,13 @@ class Arithmetic(LM):
         self._identity = Identity(self.model)
 
     def _combined(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
-        for one, other in zip(self.assistants, others, strict=True):
-            logits = subtracted(logits, other, one.how)
-        return logits
+        if len(others) == 1:
+            return subtracted(logits, others[0], self.assistants[0].how)
+        chosen, found = most_certain(others), logits.clone()
+        for place, (one, other) in enumerate(zip(self.assistants, others, strict=True)):
+            mine = chosen == place
+            found[mine] = subtracted(logits[mine], other[mine], one.how)
+        return found
 
     # ---- identity
 
