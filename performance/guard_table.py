@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,19 @@ def page(found: Mapping[str, Any]) -> str:
     parts += [f"- {note}" for note in about["notes"]]
     parts += [
         "",
-        f"`{about['command']}` on {machine(about['hardware'])}; other work ran beside it; "
-        f"revision {revision(about['git_revision'])}. Made by `performance/guard_table.py`.",
+        f"`{command_of(found)}` on {machine(about['hardware'])}; other work ran beside it; "
+        f"revision {revision(about['git_revision'])}. Made by `performance/guard_table.py`; rows "
+        "with rules in a guard's parts by `performance/scripted_roles.py`.",
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def command_of(found: Mapping[str, Any]) -> str:
+    """The command of the last run, with the guards of all runs."""
+    names = sorted(one for one in found["guards"] if one not in (NOBODY, NEVER) and "," not in one)
+    return re.sub(
+        r"--methods \S+", f"--methods {','.join(names)}", str(found["about"]["command"]), count=1
+    )
 
 
 def _leaks(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> list[str]:

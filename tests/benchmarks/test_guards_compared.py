@@ -291,7 +291,7 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_was(
 
     numbers = {
         "experiment": experiment.spec(), "model": "tiny", "runs": found.runs, "notes": found.notes,
-        "command": "delible bench guards", "git_revision": None,
+        "command": "delible bench guards --methods icku --seeds 1", "git_revision": None,
         "hardware": {"processors": 2, "machine": "x", "threads": 1, "accelerator": None,
                      "precision": "float32"},
     }  # fmt: skip
@@ -302,6 +302,9 @@ def test_a_run_on_a_tiny_model_goes_on_where_it_was(
     elsewhere = {**other, "about": {**entry["about"], "model": "default"}}
     assert set(guard_table.joined(entry, elsewhere)["guards"]) == {"other"}
     text = guard_table.page(entry)
+    named = guard_table.command_of({**entry, "guards": {**entry["guards"], "icul, played": {}}})
+    wanted = sorted(set(rows) - {guard_table.NOBODY, guard_table.NEVER})
+    assert f"--methods {','.join(wanted)} --" in named
     assert text.count("| icku |") == 3
     (line,) = (one for one in text.splitlines() if one.startswith("Not run yet: "))
     assert "`content_filter`" in line
