@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pages import machine, revision, write
+
 from delible.audit.weighing import SAME
 from delible.errors import RunError
-from delible.files import atomic_file, read_json, write_json
-from delible.rundir import git_revision
+from delible.files import read_json
 
 Run = Mapping[str, Any]
 
@@ -150,7 +151,7 @@ def heat(runs: Sequence[Run]) -> list[str]:
 
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a run's ``experiment.json``."""
-    rows, runs, machine = found["rows"], found["runs"], found["hardware"]
+    rows, runs, world = found["rows"], found["runs"], found["experiment"]
     columns = list(rows[0])
 
     def cell(value: Any) -> str:
@@ -160,13 +161,14 @@ def page(found: Mapping[str, Any]) -> str:
 
     parts = [
         f"# The battery: methods under attack, model `{found['model']}`\n",
-        "Made-up people that a model was taught; some are to be forgotten. Every number is the "
+        f"{world['people']} made-up people that a model was taught, {world['forget']} of whom are "
+        f"to be forgotten; audits of depth *{world['depth']}*. Every number is the "
         "lowest e of its attacks: 0, all of the original's knowledge is there; 1, no more than in "
         "a model that never saw it. *Kept* is what is left of the worst part of the rest. "
         "*reference* is that retrained model, audited like the others.\n",
         f"Made by `{found['command']}` and `performance/battery.py`; {found['seconds'] / 60:.0f} "
-        f"minutes on {machine['processors']} cores ({machine['machine']}), revision "
-        f"{str(found.get('git_revision') or git_revision())[:10]}.\n",
+        f"minutes on {machine(found['hardware'])}, other work beside it; revision "
+        f"{revision(found['git_revision'])}.\n",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
         *(f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows),
@@ -180,6 +182,13 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _short(value: Any) -> Any:
+    """Numbers to four digits, so that the file stays small."""
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
     parser.add_argument("run", type=Path, help="folder of a finished 'delible bench battery'")
@@ -189,9 +198,8 @@ def main() -> None:
     if not path.is_file():
         raise RunError("it holds no experiment.json; has the run ended?", where=str(given.run))
     found = read_json(path)
-    write_json(given.page.with_suffix(".json"), found)
-    with atomic_file(given.page) as handle:
-        handle.write(page(found))
+    found["runs"] = [_short(run) for run in found["runs"]]
+    write(given.page, found, page(found))
 
 
 if __name__ == "__main__":

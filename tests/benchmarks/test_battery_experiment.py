@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,23 @@ def test_the_page_says_for_which_methods_a_claim_shows() -> None:
     found = {
         "model": "tiny", "command": "delible bench battery", "seconds": 60.0, "rows": table.rows,
         "runs": table.runs, "notes": table.notes, "git_revision": "abc",
-        "hardware": {"processors": 2, "machine": "x86_64"},
+        "hardware": {"processors": 2, "machine": "x86_64", "threads": 1, "accelerator": None,
+                     "precision": "float32"},
+        "experiment": {"people": 20, "forget": 4, "depth": "quick"},
     }  # fmt: skip
     page = script.page(found)
     said = "shows for npo (0.90 → 0.40); does not show for idk (0.90 → 0.88); has no power for rmu."
     assert said in page
     assert "| quantize: 4 bit | 0.40 | 0.88 | – |" in page
     assert "is used again** (arXiv:2407.00106): not run." in page
+
+
+def test_the_published_page_is_that_of_its_numbers() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "performance"))
+    try:
+        import battery as script
+    finally:
+        sys.path.pop(0)
+    numbers = Path(__file__).parents[2] / "docs" / "results" / "battery.json"
+    found = json.loads(numbers.read_text("utf-8"))
+    assert numbers.with_suffix(".md").read_text("utf-8") == script.page(found)
