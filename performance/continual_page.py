@@ -101,7 +101,8 @@ def page(found: Mapping[str, Any]) -> str:
         "is compared with one that was trained without what is deleted so far: *forget degree* and "
         "*retain utility* are 1 where as much is left as there, and lower on both sides; a score "
         "is a mean of measures, in [0, 100]. After every request all earlier ones are asked "
-        "again. Made by `performance/continual_page.py`, whose head has the commands.\n",
+        "again. `o3` teaches NPO here, since a passage has no question that could be declined. "
+        "Made by `performance/continual_page.py`, whose head has the commands.\n",
     ]
     for run in runs:
         parts += section(run)
