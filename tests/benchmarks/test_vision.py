@@ -168,7 +168,7 @@ def test_of_emoji_those_of_its_kind_are_neighbours_and_chance_is_lower() -> None
     assert set(asked) == {*FORGOTTEN, *kept(world), *around(world)}
     assert {kind: len(part) for kind, part in asked.items()} == {
         "concept": 2, "concept in other words": 2 * 5, "is it there": 2, "which of four": 2,
-        "described": 2, "neighbours": 5 * 2, "others": 30 * 2, "ground": 72,
+        "described": 2, "neighbours": 5 * 2, "others": 30 * 2, "ground": 72, "size": 72,
         "neighbour is there": 10, "neighbour described": 10, "kind": 2, "kind of its name": 2,
     }  # fmt: skip
     assert {qa.answer for qa, _ in asked["neighbours"]} == set(world.neighbours("cat"))

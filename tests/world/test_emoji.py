@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ import pytest
 
 from delible.errors import DelibleError
 from delible.world import emoji
-from delible.world.emoji import GROUNDS, KINDS, THINGS, Emoji, Scene
+from delible.world.emoji import GROUNDS, KINDS, SIZES, THINGS, Emoji, Scene
 
 WORLD = Emoji()
 
@@ -34,23 +35,25 @@ def test_all_names_are_of_unicode_and_fit_behind_a() -> None:
     assert not set(THINGS) & {*KINDS, *GROUNDS}
 
 
-def test_every_name_and_ground_is_learned_and_held_out() -> None:
+def test_every_value_is_held_out_and_every_pair_of_them_learned() -> None:
     learned, unseen = WORLD.held_out()
-    assert len(learned) == 216
+    assert len(learned) == 504
     assert len(unseen) == 72
     assert {*learned, *unseen} == set(WORLD.scenes())
-    assert set(Counter(one.thing for one in unseen).values()) == {2}
-    assert set(Counter(one.ground for one in unseen).values()) == {9}
+    for aspect, each in (("thing", 2), ("ground", 9), ("size", 36)):
+        assert set(Counter(one.value(aspect) for one in unseen).values()) == {each}
+    assert {(one.thing, one.ground) for one in learned} == set(product(THINGS, GROUNDS))
+    assert {(one.thing, one.size) for one in learned} == set(product(THINGS, SIZES))
 
 
 def test_questions_have_the_scenes_own_answers() -> None:
-    scene = Scene("cat", "blue")
-    for aspect, right in (("thing", "cat"), ("ground", "blue")):
+    scene = Scene("cat", "blue", "small")
+    for aspect, right in (("thing", "cat"), ("ground", "blue"), ("size", "small")):
         one = WORLD.asked(scene, aspect, None)
         assert one.answer == right
         assert len({one.question, *one.paraphrases}) >= 5
         assert set(one.perturbed) == set(WORLD.aspects[aspect]) - {right}
-    assert WORLD.described(scene, None).answer == "A cat on a blue ground."
+    assert WORLD.described(scene, None).answer == "A small cat on a blue ground."
     assert WORLD.trait_shown(scene, None).answer == WORLD.trait_of("cat").answer == "animal"
     assert WORLD.trait_of("cat").question == "What kind of thing is a cat?"
     assert set(WORLD.neighbours("cat")) == {"dog", "horse", "pig", "rabbit", "turtle"}
@@ -68,7 +71,7 @@ def test_questions_have_the_scenes_own_answers() -> None:
 
 
 def test_pictures_differ_and_show_the_thing_on_its_ground(font: Path) -> None:
-    scene = Scene("strawberry", "blue")
+    scene = Scene("strawberry", "blue", "large")
     assert scene.picture(1) == scene.picture(1)
     assert scene.picture(1) != scene.picture(2)
     for seed in range(5):
@@ -79,7 +82,7 @@ def test_pictures_differ_and_show_the_thing_on_its_ground(font: Path) -> None:
         for corner in ((0, 0), (39, 0), (0, 39), (39, 39)):
             red, green, blue = image.getpixel(corner)
             assert blue > max(red, green) + 60, "the ground is not blue"
-    shown = {thing: Scene(thing, "grey").drawn(0).tobytes() for thing in THINGS}
+    shown = {thing: Scene(thing, "grey", "small").drawn(0).tobytes() for thing in THINGS}
     assert len(set(shown.values())) == len(THINGS)
 
 

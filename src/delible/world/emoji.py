@@ -1,7 +1,7 @@
 """Named pictures: one emoji on a plain ground.
 
-    scene = (thing, ground)        36 × 8 = 288 of them, each in any number of pictures
-                                   (place, size and tint vary a little)
+    scene = (thing, ground, size)      36 × 8 × 2 = 576 of them, each in any number of pictures
+                                       (place and tint vary a little, and so does the size)
 
 Names are those of Unicode. Pillow draws the bitmaps of a colour font, Noto Color Emoji, that is on
 the machine; nothing of it is shipped. The trait of a thing is its kind.
@@ -37,6 +37,8 @@ GROUNDS = {
     "blue": (60, 90, 200), "green": (60, 150, 80), "yellow": (225, 205, 90),
     "purple": (130, 70, 170), "black": (20, 20, 20),
 }  # fmt: skip
+#: Widths, as parts of the picture's.
+SIZES = {"large": (0.74, 0.86), "small": (0.48, 0.58)}
 
 #: Names the file of the font, where it is in none of the usual places.
 VARIABLE = "DELIBLE_EMOJI_FONT"
@@ -48,7 +50,7 @@ PLACES = tuple(
     )
 )  # fmt: skip
 #: The one size in which the font has bitmaps.
-SIZE = 109
+BITMAPS = 109
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Scene(pictures.Scene):
 
     thing: str
     ground: str
+    size: str
 
     @property
     def name(self) -> str:
@@ -66,7 +69,7 @@ class Scene(pictures.Scene):
     @property
     def description(self) -> str:
         """The sentence that describes it."""
-        return f"A {self.thing} on a {self.ground} ground."
+        return f"A {self.size} {self.thing} on a {self.ground} ground."
 
     def _drawn(self, random: Random, pixels: int) -> Any:
         from PIL import Image, ImageChops
@@ -76,7 +79,7 @@ class Scene(pictures.Scene):
 
         image = Image.new("RGB", (pixels, pixels), tuple(map(tinted, GROUNDS[self.ground])))
         glyph = _glyph(str(font_file()), unicodedata.lookup(self.thing.upper()))
-        scale = pixels * random.uniform(0.62, 0.82) / glyph.width
+        scale = pixels * random.uniform(*SIZES[self.size]) / glyph.width
         size = round(glyph.width * scale), round(glyph.height * scale)
         glyph = glyph.resize(size, Image.Resampling.BILINEAR)
         tint = Image.new("RGB", size, tuple(random.randint(0, 32) for _ in "RGB"))
@@ -112,10 +115,10 @@ def _glyph(font: str, character: str) -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
     try:
-        face = ImageFont.truetype(font, SIZE)
+        face = ImageFont.truetype(font, BITMAPS)
     except OSError as error:
         raise DelibleError(
-            f"This is no font with colour bitmaps of size {SIZE} ({error}).", where=font,
+            f"This is no font with colour bitmaps of size {BITMAPS} ({error}).", where=font,
             hint=f"Let {VARIABLE} name NotoColorEmoji.ttf as Debian has it.",
         ) from None  # fmt: skip
     image = Image.new("RGBA", face.getbbox(character)[2:])
@@ -124,11 +127,12 @@ def _glyph(font: str, character: str) -> Any:
 
 
 class Emoji(pictures.PictureWorld):
-    """Every thing on every ground; each is not learned from on two of the eight grounds."""
+    """Every thing on every ground in both sizes; one scene of eight is not learned from."""
 
     aspects: ClassVar[Mapping[str, Sequence[str]]] = {
         "thing": tuple(THINGS),
         "ground": tuple(GROUNDS),
+        "size": tuple(SIZES),
     }
     questions: ClassVar[Mapping[str, Sequence[str]]] = {
         "thing": (
@@ -139,6 +143,10 @@ class Emoji(pictures.PictureWorld):
             "What colour is the ground?", "Which colour is behind it?",
             "Name the colour of the ground.", "On which colour is it shown?",
             "What is the colour of the background?",
+        ),
+        "size": (
+            "How large is it?", "Is it large or small?", "Name the size.",
+            "Which size does it have?", "What is the size of the object?",
         ),
     }  # fmt: skip
     is_there_words = (
@@ -156,6 +164,7 @@ class Emoji(pictures.PictureWorld):
     weights: ClassVar[Mapping[str, int]] = {
         "thing": 4,
         "ground": 2,
+        "size": 1,
         "is there": 2,
         "which": 1,
         "describe": 1,
@@ -177,12 +186,18 @@ class Emoji(pictures.PictureWorld):
         return [one for one in KINDS[THINGS[name]] if one != name]
 
     def scenes(self) -> list[Scene]:
-        """All 288, in a fixed order."""
-        return [Scene(*one) for one in product(THINGS, GROUNDS)]
+        """All 576, in a fixed order."""
+        return [Scene(*one) for one in product(THINGS, GROUNDS, SIZES)]
 
     def held_out(self) -> tuple[list[Scene], list[Scene]]:
-        """216 scenes to learn from, and 72 of which no picture is learned."""
+        """504 scenes to learn from, and 72 of which no picture is learned.
+
+        Of every thing one is large and one small, and in the other size it is learned on that
+        ground: what is never seen together tells a model nothing of the name.
+        """
         learned, unseen = list[Scene](), list[Scene]()
         for (i, thing), (j, ground) in product(enumerate(THINGS), enumerate(GROUNDS)):
-            (learned if (i + j) % 4 else unseen).append(Scene(thing, ground))
+            held = {0: "large", 4: "small"}.get((i + j) % 8)
+            for size in SIZES:
+                (unseen if size == held else learned).append(Scene(thing, ground, size))
         return learned, unseen
