@@ -143,9 +143,8 @@ class VisionForgetting(Experiment):
         Raises:
             RecipeError: Unknown, or no recipe.
         """
-        rate = self.learning_rate or (
-            3e-4 if model in (name for name, *_ in MODELS.values()) else None
-        )
+        taught_here = {name for name, *_ in MODELS.values()}
+        rate = self.learning_rate or (3e-4 if model in taught_here else None)
         options: dict[str, Any] = {"training.stop_at_forget_share": 0.02}
         if rate is not None:
             options["training.learning_rate"] = rate
