@@ -73,7 +73,7 @@ def part(
         "picture, which a change in the tower cannot touch.",
         "### Found",
         *(f"- {note}" for note in found.notes),
-        f"\nOptions: {json.dumps(options) if options else 'those of the experiment'}; "
+        f"Options: {json.dumps(options) if options else 'those of the experiment'}; "
         f"seeds {seeds}, {seconds / 60:.0f} minutes (other work on the machine included, cached "
         f"parts not) on {platform.machine()}, {torch.get_num_threads()} thread(s), torch "
         f"{torch.__version__}, transformers {transformers.__version__}.",
@@ -82,7 +82,7 @@ def part(
     for one in parts:
         joins = lines and lines[-1][:1] == one[:1] and one[:1] in ("|", "-")
         lines += [one] if joins else ["", one]
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines).strip()
 
 
 def said_of_neighbours(world: PictureWorld, concept: str) -> str:
