@@ -96,7 +96,7 @@ class VLMOptions:
 
 #: What ``tiny-vlm`` and ``tiny-vlm-emoji`` mean.
 TINY_VLM = VLMOptions()
-TINY_VLM_EMOJI = VLMOptions(world="emoji", vocabulary=512)
+TINY_VLM_EMOJI = VLMOptions(world="emoji", rows=28_800, vocabulary=512)
 #: Names and usual options of the models of each world, and the version of both. That is raised
 #: whenever pictures, texts or training change, so that an older copy is not taken.
 MODELS: dict[WorldName, tuple[str, int, VLMOptions]] = {
