@@ -12,12 +12,13 @@ pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
 from delible.component import build
 from delible.errors import RecipeError
 from delible.experiments.vision.exam import (
-    AROUND,
     FORGOTTEN,
-    KEPT,
     Shown,
     accuracies,
+    around,
+    chance,
     exam,
+    kept,
     mentions,
 )
 from delible.experiments.vision.experiment import _weighed
@@ -25,8 +26,11 @@ from delible.experiments.vision.findings import findings
 from delible.measure.benchmark import Setting
 from delible.records import images_of
 from delible.system.asks import Decoding, Prompt
-from delible.world.pictures import SHAPES, Scene, held_out
+from delible.world.emoji import Emoji
+from delible.world.shapes import SHAPES, DrawnShapes, Scene
 
+WORLD = DrawnShapes()
+KEPT, AROUND = kept(WORLD), around(WORLD)
 SCENES = [
     Scene("red", "star", "left", "small"),
     Scene("blue", "ring", "top", "large"),
@@ -57,7 +61,7 @@ class Knows:
             return "yes" if shape in text else "no"
         for aspect in ("colour", "size"):
             if aspect in text:
-                return scene.value(aspect)  # type: ignore[arg-type]
+                return scene.value(aspect)
         if "where" in text:
             return scene.place
         if "how large" in text:
@@ -70,7 +74,7 @@ class Knows:
 
 
 def test_each_kind_of_question_is_asked_and_judged() -> None:
-    asked = exam(SHOWN, "star", 0)
+    asked = exam(WORLD, SHOWN, "star", 0)
     assert set(asked) == {*FORGOTTEN, *KEPT, *AROUND}
     assert all(asked.values())
     assert len(asked["concept"]) == len(asked["neighbours"]) == 2
@@ -97,13 +101,13 @@ def test_the_request_shows_the_concept_and_what_has_it_not() -> None:
     assert not any(one.answer in ("star", "ring") for one in request.retain)
     unseen = {one.image.sha256 for one in vision.asked()}
     assert not unseen & {image.sha256 for one in request.forget for image in images_of(one)}
-    assert {one.scene for one in vision.asked()} == set(held_out()[1])
+    assert {one.scene for one in vision.asked()} == set(WORLD.held_out()[1])
 
 
 def test_what_is_lost_is_the_largest_loss_of_what_must_stay() -> None:
     before = {"star": {"concept": 1.0, "neighbours": 1.0, "colour": 0.9}}
     after = {"star": {"concept": 0.2, "neighbours": 0.9, "colour": 0.95}}
-    found = _weighed(before, after)
+    found = _weighed(before, after, KEPT)
     assert found["concept"] == pytest.approx(0.2)
     assert found["lost"] == pytest.approx(0.1)
 
@@ -121,7 +125,7 @@ def test_the_findings_say_what_shows_and_what_does_not() -> None:
     }  # fmt: skip
     found = findings(
         {"as it was": [cell()], "sauce": [sauce], "npo": [cell(concept=0.1), {"failed": "no"}]},
-        "star", "ring",
+        WORLD, "star", "ring",
     )  # fmt: skip
     text = "\n".join(found.notes)
     assert "sauce: accuracy on 'star' fell from 100.0% to 0.0%, at most chance" in text
@@ -138,7 +142,8 @@ def test_the_findings_say_what_shows_and_what_does_not() -> None:
 
 def test_the_findings_claim_no_forgetting_that_was_none() -> None:
     def notes(before: dict[str, Any], after: dict[str, Any], title: str = "sauce") -> str:
-        return "\n".join(findings({"as it was": [before], title: [after]}, "star", "ring").notes)
+        cells = {"as it was": [before], title: [after]}
+        return "\n".join(findings(cells, WORLD, "star", "ring").notes)
 
     assert "accuracy on 'star' rose from 10.0% to 60.0%, above" in notes(
         cell(concept=0.1), cell(concept=0.6)
@@ -156,8 +161,35 @@ def test_the_findings_claim_no_forgetting_that_was_none() -> None:
     assert "'neighbours' lost most, 1.0 points; nothing lost more than 3" in alike
 
 
+def test_of_emoji_those_of_its_kind_are_neighbours_and_chance_is_lower() -> None:
+    world = Emoji()
+    shown = [Shown(one, SHOWN[0].image) for one in world.held_out()[1]]
+    asked = exam(world, shown, "cat", 0)
+    assert set(asked) == {*FORGOTTEN, *kept(world), *around(world)}
+    assert {kind: len(part) for kind, part in asked.items()} == {
+        "concept": 2, "concept in other words": 2 * 5, "is it there": 2, "which of four": 2,
+        "described": 2, "neighbours": 5 * 2, "others": 30 * 2, "ground": 72, "size": 72,
+        "neighbour is there": 10, "neighbour described": 10, "kind": 2, "kind of its name": 2,
+    }  # fmt: skip
+    assert {qa.answer for qa, _ in asked["neighbours"]} == set(world.neighbours("cat"))
+    assert {qa.answer for qa, _ in (*asked["kind"], *asked["kind of its name"])} == {"animal"}
+    assert chance(world)["concept"] == pytest.approx(1 / 36)
+    assert chance(WORLD)["concept"] == pytest.approx(1 / 8)
+
+
+def test_the_concept_is_of_the_world_that_is_shown() -> None:
+    assert build("benchmark", {"name": "vision"}).both == ("star", "ring")
+    vision = build("benchmark", {"name": "vision", "world": "emoji", "second": "pig"})
+    assert vision.both == ("cat", "pig")
+    rates = [vision.recipe("npo", name).training.learning_rate for name in ("tiny-vlm-emoji", "x")]
+    assert rates[0] == pytest.approx(3e-4)
+    assert rates[1] < 3e-4
+
+
 def test_what_is_no_shape_is_refused(tmp_path: Any) -> None:
     setting = Setting("tiny-vlm", (), 1, tmp_path)
+    with pytest.raises(RecipeError, match="there is no thing 'star'"):
+        build("benchmark", {"name": "vision", "world": "emoji", "concept": "star"}).run(setting)
     with pytest.raises(RecipeError, match="there is no shape 'stra'"):
         build("benchmark", {"name": "vision", "concept": "stra"}).run(setting)
     with pytest.raises(RecipeError, match="are the same"):

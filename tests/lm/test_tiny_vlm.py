@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,24 @@ import torch
 
 pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
 
-from delible.errors import MissingExtraError
+from delible.errors import DelibleError, MissingExtraError
 from delible.lm import tiny_training, tiny_vlm
 from delible.lm.lm import LM
+from delible.lm.named import name_of
 from delible.lm.outline import settings_place
-from delible.lm.tiny_vlm import TINY_VLM, VLMOptions, build, folder_name, teach_tower
+from delible.lm.tiny_vlm import (
+    TINY_VLM,
+    TINY_VLM_EMOJI,
+    VLMOptions,
+    build,
+    folder_name,
+    teach_tower,
+)
 from delible.system.asks import Decoding, Score
 from delible.system.questions import ask
-from delible.world.pictures import Scene, asked, corners_of
+from delible.world import emoji
+from delible.world.picture_worlds import PICTURE_WORLDS
+from delible.world.shapes import Scene
 
 SMALL = VLMOptions(
     pixels=16, patch=8, vision_size=32, vision_layers=2, hidden_size=32, layers=1, vocabulary=320,
@@ -31,6 +42,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_built_once_found_by_name_and_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_vlm, "TINY_VLM", SMALL)
+    monkeypatch.setitem(tiny_vlm.MODELS, "shapes", ("tiny-vlm", 1, SMALL))
     assert folder_name(SMALL) == "tiny-vlm-1"
     assert folder_name(TINY_VLM) != "tiny-vlm-1"
     lm = LM.load("tiny-vlm", precision="float32")
@@ -40,8 +52,9 @@ def test_it_is_built_once_found_by_name_and_sees(monkeypatch: pytest.MonkeyPatch
     assert LM.load("tiny-vlm", precision="float32").fingerprint == lm.fingerprint
     assert Path(settings_place("tiny-vlm")).name == "tiny-vlm-1"
     scene = Scene("red", "star", "left", "small")
-    one = asked(scene, "shape", scene.picture(1, 16))
-    prompt, words = ask(one), ask(corners_of("star"))
+    world = PICTURE_WORLDS["shapes"]
+    one = world.asked(scene, "shape", scene.picture(1, 16))
+    prompt, words = ask(one), ask(world.trait_of("star"))
     assert prompt is not None
     assert words is not None
     assert lm.template.render(prompt) == (
@@ -50,6 +63,38 @@ def test_it_is_built_once_found_by_name_and_sees(monkeypatch: pytest.MonkeyPatch
     assert len(lm.generate([prompt, words], Decoding(3))) == 2
     scores = lm.score([Score(prompt, "star"), Score(prompt, "ring")])
     assert len(scores) == 2
+
+
+def test_the_models_of_both_worlds_have_names_of_their_own() -> None:
+    assert folder_name(TINY_VLM) == "tiny-vlm-1"
+    assert folder_name(TINY_VLM_EMOJI) == "tiny-vlm-emoji-1"
+    assert name_of("tiny-vlm-emoji-1") == "tiny-vlm-emoji"
+    assert name_of("tiny-vlm-1") == "tiny-vlm"
+    other = replace(SMALL, world="emoji")
+    assert folder_name(other).startswith("tiny-vlm-emoji-1-")
+    assert name_of(folder_name(other)) is None
+
+
+def test_emoji_are_learned_from_where_their_font_is() -> None:
+    try:
+        emoji.font_file()
+    except DelibleError as error:
+        pytest.skip(str(error))
+    small = replace(SMALL, world="emoji")
+    processor = tiny_vlm.build_processor(small)
+    model = tiny_vlm.build_model(processor, small)
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    teach_tower(model, processor, small)
+    assert any(not torch.equal(one, before[name]) for name, one in model.named_parameters())
+    first, second = (build(small)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_without_the_font_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(emoji.VARIABLE, str(tmp_path / "none.ttf"))
+    monkeypatch.setattr(tiny_vlm, "build_processor", lambda *_: pytest.fail("begun"))
+    with pytest.raises(DelibleError, match="fonts-noto-color-emoji"):
+        LM.load("tiny-vlm-emoji")
 
 
 def test_a_killed_build_goes_on_to_the_same_bits(

@@ -7,32 +7,33 @@ from random import Random
 
 import pytest
 
-from delible.world import pictures
-from delible.world.pictures import ASPECTS, SHAPES, Scene, any_question, asked, held_out, scenes
+from delible.world.shapes import SHAPES, DrawnShapes, Scene
+
+WORLD = DrawnShapes()
 
 
 def test_scenes_held_out_share_every_value_and_no_scene() -> None:
-    learned, unseen = held_out()
-    assert len(learned) + len(unseen) == len(scenes()) == 8 * 8 * 5 * 2
+    learned, unseen = WORLD.held_out()
+    assert len(learned) + len(unseen) == len(WORLD.scenes()) == 8 * 8 * 5 * 2
     assert not set(learned) & set(unseen)
     assert len(unseen) == 80
-    for aspect, values in ASPECTS.items():
+    for aspect, values in WORLD.aspects.items():
         for part in (learned, unseen):
             assert {one.value(aspect) for one in part} == set(values)
 
 
 def test_questions_have_the_scenes_own_answers() -> None:
     scene = Scene("red", "star", "left", "small")
-    for aspect in ASPECTS:
-        one = asked(scene, aspect, None)
+    for aspect in WORLD.aspects:
+        one = WORLD.asked(scene, aspect, None)
         assert one.answer == scene.value(aspect)
         assert len({one.question, *one.paraphrases}) >= 5
-        assert set(one.perturbed) == set(ASPECTS[aspect]) - {one.answer}
-    assert pictures.described(scene, None).answer == "A small red star at the left."
-    assert pictures.corners(scene, None).answer == pictures.corners_of("star").answer == "ten"
+        assert set(one.perturbed) == set(WORLD.aspects[aspect]) - {one.answer}
+    assert WORLD.described(scene, None).answer == "A small red star at the left."
+    assert WORLD.trait_shown(scene, None).answer == WORLD.trait_of("star").answer == "ten"
     random, kinds = Random(0), Counter[str | None]()
     for _ in range(300):
-        one = any_question(scene, None, random)
+        one = WORLD.any_question(scene, None, random)
         kinds[one.group] += 1
         if one.group == "is there":
             named = next(name for name in SHAPES if name in one.question)

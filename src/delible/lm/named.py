@@ -8,7 +8,7 @@ from typing import Literal, TypeGuard, get_args
 from delible.lm import embedded, moe, tiny, tiny_vlm
 from delible.lm.made_here import is_folder_of
 
-Named = Literal["default", "tiny", "tiny-vlm", "moe"]
+Named = Literal["default", "tiny", "tiny-vlm", "tiny-vlm-emoji", "moe"]
 
 
 def is_named(name: str) -> TypeGuard[Named]:
@@ -22,6 +22,7 @@ def folder_of(name: Named) -> Path:
     Raises:
         ModelError: It cannot be had, or the cache cannot be written.
         MissingExtraError: It sees pictures, and nothing is installed that opens them.
+        DelibleError: What its pictures are drawn from is not on this machine.
     """
     match name:
         case "default":
@@ -30,6 +31,8 @@ def folder_of(name: Named) -> Path:
             return tiny.tiny_model()
         case "tiny-vlm":
             return tiny_vlm.tiny_vlm()
+        case "tiny-vlm-emoji":
+            return tiny_vlm.tiny_vlm(tiny_vlm.TINY_VLM_EMOJI)
         case "moe":
             return moe.moe_model()
 

@@ -1,11 +1,12 @@
-"""The model ``tiny-vlm``: a LLaVA of a million weights, trained here from scratch, once.
+"""The models ``tiny-vlm`` and ``tiny-vlm-emoji``: LLaVAs of a million weights, trained here, once.
 
 A CLIP vision transformer, a projector of two layers and a Llama, all with random weights at first,
-learn from drawn pictures (:mod:`delible.world.pictures`). As with LLaVA the tower comes first: it
-learns to tell colour, shape, place and size, by four linear heads on the mean of its patches, which
-are thrown away. Then all parts learn together: each row is one picture and a few questions about
-it. No picture of an eighth of all scenes is learned from, so that what it says of those is seen,
-not remembered. It talks about nothing else. It needs Pillow and no download.
+learn from pictures of one world: drawn shapes (:mod:`delible.world.shapes`) or named pictures
+(:mod:`delible.world.emoji`). As with LLaVA the tower comes first: it learns to tell each aspect of
+a scene (such as shape and colour), by linear heads on the mean of its patches, which are thrown
+away. Then all parts learn together: each row is one picture and a few questions about it. No
+picture of some scenes is learned from, so that what it says of those is seen, not remembered. It
+talks about nothing else. It needs Pillow, for emoji a font of the machine, and no download.
 
 Deterministic on one machine, as ``tiny`` is, and a killed build goes on where it was.
 """
@@ -23,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from delible.errors import MissingExtraError
 from delible.lm import made_here
 from delible.lm.tiny import END, PAD, ROLES, build_tokenizer
 from delible.lm.tiny_training import padded, threads, train, weighted_loss
-from delible.world.pictures import ASPECTS, SHAPES, any_question, corners_of, held_out
+from delible.world.picture_worlds import PICTURE_WORLDS, WorldName
+from delible.world.pictures import PictureWorld, needs_pillow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,8 +45,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-#: Raised whenever pictures, texts or training change, so that an older copy is not taken.
-VERSION = 1
 #: Products this small are slower with two threads than with one, as soon as others compute, too.
 THREADS = 1
 
@@ -55,6 +54,7 @@ class VLMOptions:
     """How the model is built; the defaults are those of ``tiny-vlm``.
 
     Attributes:
+        world: What its pictures show.
         pixels: Width and height of a picture.
         patch: Width and height of what becomes one token.
         vision_size: Width of the tower's states.
@@ -91,10 +91,18 @@ class VLMOptions:
     warmup_steps: int = 50
     weight_decay: float = 0.05
     prompt_weight: float = 0.02
+    world: WorldName = "shapes"
 
 
-#: What ``tiny-vlm`` means.
+#: What ``tiny-vlm`` and ``tiny-vlm-emoji`` mean.
 TINY_VLM = VLMOptions()
+TINY_VLM_EMOJI = VLMOptions(world="emoji", rows=28_800, vocabulary=512)
+#: Names and usual options of the models of each world, and the version of both. That is raised
+#: whenever pictures, texts or training change, so that an older copy is not taken.
+MODELS: dict[WorldName, tuple[str, int, VLMOptions]] = {
+    "shapes": ("tiny-vlm", 1, TINY_VLM),
+    "emoji": ("tiny-vlm-emoji", 1, TINY_VLM_EMOJI),
+}
 
 
 def tiny_vlm(options: VLMOptions | None = None) -> Path:
@@ -105,10 +113,11 @@ def tiny_vlm(options: VLMOptions | None = None) -> Path:
 
     Raises:
         MissingExtraError: Pillow is not installed.
+        DelibleError: It is missing, and so is what its pictures are drawn from.
         ModelError: The cache cannot be written.
     """
     options = options or TINY_VLM
-    needs_pillow()
+    needs_pillow("A model that sees pictures")
     return made_here.made_here(
         folder_name(options),
         lambda checkpoint: build(options, checkpoint),
@@ -119,19 +128,8 @@ def tiny_vlm(options: VLMOptions | None = None) -> Path:
 
 def folder_name(options: VLMOptions) -> str:
     """Name of the model's folder in the cache."""
-    return made_here.folder_name("tiny-vlm", VERSION, options, TINY_VLM)
-
-
-def needs_pillow() -> None:
-    """Refuses where no picture can be opened.
-
-    Raises:
-        MissingExtraError: Pillow is not installed.
-    """
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("A model that sees pictures", "vision") from None
+    name, version, usual = MODELS[options.world]
+    return made_here.folder_name(name, version, options, usual)
 
 
 def build(options: VLMOptions, checkpoint: Path | None = None) -> tuple[PreTrainedModel, Any]:
@@ -142,7 +140,12 @@ def build(options: VLMOptions, checkpoint: Path | None = None) -> tuple[PreTrain
 
     Returns:
         The model in evaluation mode, fp32 on the CPU, and its processor.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+        DelibleError: What its pictures are drawn from is missing.
     """
+    PICTURE_WORLDS[options.world].check()
     processor = build_processor(options)
     tokenizer = processor.tokenizer
     model = build_model(processor, options)
@@ -178,15 +181,15 @@ def build(options: VLMOptions, checkpoint: Path | None = None) -> tuple[PreTrain
 
 
 class _Teller(torch.nn.Module):
-    """A tower with four heads on the mean of the patches that the projector reads."""
+    """A tower with a head per aspect on the mean of the patches that the projector reads."""
 
-    def __init__(self, model: Any, options: VLMOptions) -> None:
+    def __init__(self, model: Any, world: PictureWorld, options: VLMOptions) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + 1)
             self.heads = torch.nn.ModuleList(
-                torch.nn.Linear(options.vision_size, len(one)) for one in ASPECTS.values()
+                torch.nn.Linear(options.vision_size, len(one)) for one in world.aspects.values()
             )
 
     def forward(self, pixels: Float[Tensor, "picture 3 height width"]) -> list[Tensor]:
@@ -205,8 +208,8 @@ def teach_tower(
     """
     if checkpoint is not None and checkpoint.is_file():
         return  # what comes after it has begun
-    teller, scenes = _Teller(model, options), held_out()[0]
-    values = {aspect: list(named) for aspect, named in ASPECTS.items()}
+    world = PICTURE_WORLDS[options.world]
+    teller, scenes = _Teller(model, world, options), world.held_out()[0]
 
     def loss(step: int) -> Tensor:
         random = Random(f"tiny-vlm/{options.seed}/tower/{step}")
@@ -215,11 +218,11 @@ def teach_tower(
         logits = teller(_pixels(processor.image_processor(drawn)["pixel_values"]))
         losses = [
             torch.nn.functional.cross_entropy(
-                found, torch.tensor([named.index(one.value(aspect)) for one in shown])
+                found, torch.tensor([values.index(one.value(aspect)) for one in shown])
             )
-            for found, (aspect, named) in zip(logits, values.items(), strict=True)
+            for found, (aspect, values) in zip(logits, world.aspects.items(), strict=True)
         ]
-        return losses[0] + torch.stack(losses).mean()  # shapes are harder than all the rest
+        return losses[0] + torch.stack(losses).mean()  # names are harder than all the rest
 
     own = None if checkpoint is None else checkpoint.with_name("tower.pt")
     train(teller, range(options.tower_steps), loss, options, checkpoint=own)
@@ -231,14 +234,14 @@ def _pixels(given: Any) -> Float[Tensor, "picture 3 height width"]:
 
 def _row(options: VLMOptions, number: int) -> tuple[Any, list[QA]]:
     """A picture, as Pillow has it (None: there is none), and questions about it."""
-    random = Random(f"tiny-vlm/{options.seed}/{number}")
+    random, world = Random(f"tiny-vlm/{options.seed}/{number}"), PICTURE_WORLDS[options.world]
     if random.random() < options.text_share:
         return None, [
-            corners_of(random.choice(list(SHAPES)), random.randrange(9))
+            world.trait_of(random.choice(world.names), random.randrange(9))
             for _ in range(options.questions)
         ]
-    scene = random.choice(held_out()[0])
-    asked = [any_question(scene, None, random) for _ in range(options.questions)]
+    scene = random.choice(world.held_out()[0])
+    asked = [world.any_question(scene, None, random) for _ in range(options.questions)]
     return scene.drawn(random.randrange(2**31), options.pixels), asked
 
 
@@ -251,7 +254,6 @@ def _rendered(asked: Sequence[QA], shown: bool) -> str:
 
 def build_processor(options: VLMOptions) -> Any:
     """Tokenizer and image processor, as one."""
-    needs_pillow()
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -276,10 +278,10 @@ def build_processor(options: VLMOptions) -> Any:
 
 def _questions(options: VLMOptions, number: int) -> list[QA]:
     random = Random(f"tiny-vlm/{options.seed}/texts/{number}")
+    world = PICTURE_WORLDS[options.world]
     if random.random() < 0.2:
-        return [corners_of(random.choice(list(SHAPES)), random.randrange(9))]
-    scene = random.choice(held_out()[0])
-    return [any_question(scene, None, random)]
+        return [world.trait_of(random.choice(world.names), random.randrange(9))]
+    return [world.any_question(random.choice(world.held_out()[0]), None, random)]
 
 
 def build_model(processor: Any, options: VLMOptions) -> PreTrainedModel:

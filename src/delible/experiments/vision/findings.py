@@ -6,23 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from delible.bench.stages import mean
-from delible.experiments.vision.exam import AROUND, CHANCE, FORGOTTEN, KEPT
+from delible.experiments.vision.exam import FORGOTTEN, around, chance, kept
 from delible.measure.benchmark import Findings
+from delible.world.pictures import PictureWorld
 
 #: A concept counts as forgotten up to so much above chance, and the rest as kept down to so much.
 ABOVE, BELOW = 0.10, 0.03
 
 
+def two(world: PictureWorld) -> str:
+    """The system that forgets two concepts at once."""
+    return f"sauce, two {world.noun}s"
+
+
 def findings(
-    found: Mapping[str, Sequence[Mapping[str, Any]]], concept: str, second: str
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    world: PictureWorld,
+    concept: str,
+    second: str,
 ) -> Findings:
     """Table and notes.
 
     Args:
         found: By system, one cell per seed: ``accuracies`` by what is asked, or ``failed``.
+        world: Of the pictures.
         concept: What was forgotten.
-        second: What was forgotten with it by ``sauce, two shapes``.
+        second: What was forgotten with it by :func:`two`.
     """
+    kinds = (*FORGOTTEN, *kept(world), *around(world))
     rows, runs, notes = list[dict[str, Any]](), list[dict[str, Any]](), list[str]()
     before: Mapping[str, Any] = {}
     for title, cells in found.items():
@@ -30,7 +41,7 @@ def findings(
         good = [cell for cell in cells if "failed" not in cell]
         if not good:
             continue
-        row = {"system": title, **_means(good, "accuracies")}
+        row = {"system": title, **_means(good, "accuracies", kinds)}
         rows.append(row)
         runs += [
             {"system": title, "seed": seed, **cell["accuracies"]}
@@ -39,36 +50,44 @@ def findings(
         if title == "as it was":
             before = row
             continue
-        notes += _compared(title, row, _asked_alike(title, before, found), concept)
-        notes += _of_sauce(title, good[0], before)
-        if title == "sauce, two shapes" and "second" in good[0]:
+        alike = before
+        if title == two(world):
+            alike = _without_second(before, found, kinds)
+        notes += _compared(title, row, alike, world, concept)
+        notes += _of_sauce(title, good[0], before, kinds)
+        if title == two(world) and "second" in good[0]:
             value = good[0]["second"]
             notes.append(f"{title}: accuracy on '{second}' is {value:.1%}.")
     return Findings(rows, [], notes, runs)
 
 
-def _asked_alike(
-    title: str, before: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]
+def _without_second(
+    before: Mapping[str, Any],
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    kinds: Sequence[str],
 ) -> Mapping[str, Any]:
-    """What was known before, of the same pictures: those of a second shape are no neighbours."""
-    cells = [one["without"] for one in found.get("as it was", ()) if "without" in one]
-    if title != "sauce, two shapes" or not cells:
-        return before
-    return {**before, **_means([{"without": one} for one in cells], "without")}
+    """What was known before, of the same pictures: those of a second concept are no neighbours."""
+    cells = [one for one in found.get("as it was", ()) if "without" in one]
+    return {**before, **_means(cells, "without", kinds)} if cells else before
 
 
-def _means(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
-    kinds = (*FORGOTTEN, *KEPT, *AROUND)
+def _means(
+    cells: Sequence[Mapping[str, Any]], name: str, kinds: Sequence[str]
+) -> dict[str, float | None]:
     return {kind: mean([cell[name].get(kind) for cell in cells]) for kind in kinds}
 
 
 def _compared(
-    title: str, row: Mapping[str, Any], before: Mapping[str, Any], concept: str
+    title: str,
+    row: Mapping[str, Any],
+    before: Mapping[str, Any],
+    world: PictureWorld,
+    concept: str,
 ) -> list[str]:
-    said = list[str]()
+    said, blind = list[str](), chance(world)
     known, value = before.get("concept"), row["concept"]
     if known is not None and value is not None:
-        limit = CHANCE["concept"] + ABOVE
+        limit = blind["concept"] + ABOVE
         verdict = "at most" if value <= limit else "above"
         way = "fell" if value < known else "rose" if value > known else "stayed"
         said.append(
@@ -79,7 +98,7 @@ def _compared(
             said.append(f"{title}: '{concept}' was not known before, so this shows no forgetting.")
     lost = {
         kind: before[kind] - row[kind]
-        for kind in KEPT
+        for kind in kept(world)
         if before.get(kind) is not None and row[kind] is not None
     }
     over = [kind for kind, drop in lost.items() if drop > BELOW]
@@ -91,7 +110,7 @@ def _compared(
         )
     left = [
         kind for kind in FORGOTTEN
-        if row[kind] is not None and row[kind] > CHANCE[kind] + ABOVE
+        if row[kind] is not None and row[kind] > blind[kind] + ABOVE
     ]  # fmt: skip
     if all(row[kind] is None for kind in FORGOTTEN):
         return [*said, f"{title}: nothing was asked about '{concept}'."]
@@ -103,7 +122,9 @@ def _compared(
     return said
 
 
-def _of_sauce(title: str, cell: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+def _of_sauce(
+    title: str, cell: Mapping[str, Any], before: Mapping[str, Any], kinds: Sequence[str]
+) -> list[str]:
     said = list[str]()
     if "chosen" in cell:
         chosen, within = cell["chosen"], [one for one in cell["tries"] if one["lost"] <= 0.02]
@@ -117,7 +138,7 @@ def _of_sauce(title: str, cell: Mapping[str, Any], before: Mapping[str, Any]) ->
             f"pictures unexplained; {cell['silent']:.1%} of its latents are silent on them."
         )
     if "off" in cell and before:
-        same = all(cell["off"][kind] == before[kind] for kind in (*FORGOTTEN, *KEPT, *AROUND))
+        same = all(cell["off"][kind] == before[kind] for kind in kinds)
         said.append(
             f"{title}: taken off, every answer's accuracy is as it was."
             if same
