@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from delible.errors import RunError
-from delible.lm.lm import LM
+from delible.lm.lm import LM, language_model
+from delible.lm.merging import can_stream
 from delible.system import artefact as artefacts
 from delible.systems import opening
 from delible.testing.tiny import tiny_model, tiny_tokenizer
@@ -155,3 +157,46 @@ def test_nothing_that_is_there_is_replaced(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
     (tmp_path / "empty").mkdir()
     assert isinstance(opening.merge(run, tmp_path / "empty"), LM)
+
+
+def other_names(folder: Path) -> Path:
+    """A model whose files call their tensors otherwise than the model does."""
+    base(folder, tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    tensors = {name.removeprefix("model."): one.clone() for name, one in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_above_packed_weights_the_base_is_opened_unpacked(tmp_path: Path) -> None:
+    """Its name and its place are enough: nothing that packs is needed."""
+    below = other_names(tmp_path / "base")
+    expected = adapted(below, tmp_path / "run" / "adapter", target_modules=MATRICES)
+    artefact(below, tmp_path / "run", "int8")
+    lm = opening._unpacked(tmp_path / "run")
+    assert isinstance(lm, LM)
+    assert (lm.base_precision, lm.wears_adapter) == ("bfloat16", True)
+    found = logits(lm.merged().model.float())
+    assert float((found - expected).abs().max()) < 0.3
+
+
+def test_what_was_packed_is_merged_where_the_files_have_other_names(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    below = other_names(tmp_path / "base")
+    expected = adapted(below, tmp_path / "run" / "adapter", target_modules=MATRICES)
+    run = artefact(below, tmp_path / "run", "int8")
+    assert not can_stream(language_model(opening.open_system(run), run))
+    opening.merge(run, tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert float((logits(found) - expected).abs().max()) < 0.3
+
+
+def test_a_model_of_which_nothing_can_be_packed_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("torchao")
+    lm = LM(tiny_model("gpt2"), tiny_tokenizer())
+    with caplog.at_level(logging.WARNING):
+        lm.hold("int8")
+    assert lm.base_precision == "bfloat16"
+    assert "No matrix of this model can be packed in int8" in caplog.text

@@ -323,9 +323,24 @@ def merge(folder: str, out: Path) -> LM:
         merge_files(system, out)
         del system  # of two models in memory one is enough
         return LM.load(str(out), base_precision="bfloat16")
+    if isinstance(system, LM) and system.base_precision in ("int8", "int4"):
+        system = _unpacked(Path(folder).expanduser().resolve())
     lm = _in_weights(system, folder)
     lm.save(out)
     return lm
+
+
+def _unpacked(folder: Path) -> System:
+    """An adapter that was made above packed weights, above the same weights in bf16.
+
+    To be called when it was opened: its base is known to be the one that it was made on.
+    """
+    artefact = artefacts.read(folder)
+    if artefact.base is not None:
+        short = artefact.base.model_copy(update={"precision": "bfloat16", "identity": None})
+        artefact = artefact.model_copy(update={"base": short})
+    below = partial(_open_base, artefact, folder, (folder,), NO_CONTEXT)
+    return kind_of(artefact, folder).open(artefact, folder, below, NO_CONTEXT)
 
 
 def merged_model(folder: str) -> LM:
