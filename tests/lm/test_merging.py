@@ -106,6 +106,9 @@ def test_the_merged_model_computes_what_the_adapted_one_does(
     assert change > 3.0
     digits = 1e-3 if precision is None else 0.05 * change
     assert float((logits(found) - expected).abs().max()) < digits
+    if {"lm_head", "embed_tokens"} & {*settings["target_modules"]}:  # others go by this alone
+        told = json.loads((tmp_path / "merged" / "config.json").read_text())
+        assert told["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("tied", [False, True])

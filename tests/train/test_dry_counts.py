@@ -7,6 +7,7 @@ with V words, width h, L blocks, n heads of width d, k heads of keys, inner widt
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from delible import planning
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
 from delible.testing.tiny import tiny_model, tiny_tokenizer
+from delible.train import estimate as estimating
 from delible.train.estimate import ASSUMED_UTILISATION, Estimate
 from delible.train.recipe import Recipe
+from delible.train.savings import ways_of
 
 V, H, L, N, D, K, INNER = 512, 64, 3, 4, 16, 2, 128
 TABLE, SMALL = V * H, H * K * D
@@ -117,3 +120,50 @@ def test_time_is_two_operations_a_weight_and_way(
     one = L * (2 * (H + N * D) + 2 * (H + K * D) + 3 * (H + INNER))
     work = 4 * (cost.tokens * (BODY + one) + ANSWERS * TABLE) + 2 * cost.tokens * one
     assert adapter.minutes * 60 * 1e9 * ASSUMED_UTILISATION == pytest.approx(work, rel=1e-6)
+
+
+def test_no_more_rows_are_tried_than_make_a_device_busy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the update is the peak a row more needs no memory: as many as fit would be endless."""
+    tried: list[int] = []
+    counted = estimating.memory_of
+
+    def flat(*given: Any, **named: Any) -> Any:
+        tried.append(given[5])
+        memory, told = counted(*given[:5], 1)
+        return replace(memory, passing=0, update=10**9), told
+
+    monkeypatch.setattr(estimating, "memory_of", flat)
+    monkeypatch.setattr(planning, "ways_of", lambda recipe: ways_of(recipe)[:1])
+    request = ForgetRequest(forget=tuple(ROWS), retain=tuple(ROWS))
+    recipe = Recipe.named("npo").changed({}, {"training.batch_size": 4})
+    (way,) = planning.ways_to_fit(str(folder), request, 10**11, method=recipe)
+    assert way.micro_batch_tokens is not None
+    assert 1000 < way.micro_batch_tokens <= 2**17
+    assert max(tried) <= 2**17
+
+
+def test_what_fits_is_what_a_step_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a step share a beginning, whose gradients wait beside those that are there."""
+    monkeypatch.setattr(planning, "ways_of", lambda recipe: ways_of(recipe)[:1])
+    request = ForgetRequest(forget=tuple(ROWS), retain=tuple(ROWS))
+
+    def way(memory: int, tokens: int | str = "auto") -> planning.Fitting:
+        given = {"training.batch_size": 4, "training.micro_batch_tokens": tokens}
+        recipe = Recipe.named("npo").changed({}, given)
+        return planning.ways_to_fit(str(folder), request, memory, method=recipe)[0]
+
+    least = way(10**12).peak
+    for memory in (int(0.98 * least), int(1.3 * least), 2 * least):
+        tokens = way(memory).micro_batch_tokens
+        assert (tokens is not None) == (memory > least)
+        if tokens is not None:
+            _, cost = planning.plan_of(
+                str(folder), request,
+                method=Recipe.named("npo").changed(
+                    {}, {"training.batch_size": 4, "training.micro_batch_tokens": tokens}
+                ),
+            )  # fmt: skip
+            assert cost is not None
+            assert cost.memory.peak <= memory

@@ -6,10 +6,11 @@ Runs and dry runs ask the same: how many tokens fit a pass is decided by the num
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from delible.lm.body import shared_prefix
 from delible.lm.lm import LM
 from delible.precision import matmul_rate
 from delible.train.footprint import (
@@ -35,6 +36,8 @@ from delible.train.slots import Placement
 ASSUMED_UTILISATION = 0.6
 #: Answers that are shown before and after, and their length in tokens.
 SHOWN_ANSWERS, SHOWN_TOKENS = 6, 48
+#: Padded tokens in one pass beyond which no device is any faster.
+LARGEST = 2**17
 
 Rows = Mapping[str, Sequence[Row]]
 
@@ -217,14 +220,20 @@ def tokens_that_fit(
     placement: Placement,
     rows: Rows,
     memory: int,
+    most: int = LARGEST,
 ) -> int | None:
     """The largest micro-batch, in padded tokens, with which a run stays within ``memory`` bytes.
 
     A step of more tokens takes several passes. None: not even one row fits.
+
+    Args:
+        most: Tokens beyond which it is not looked.
     """
     everything = [row.encoded for part in rows.values() for row in part]
     longest = max(everything, key=lambda row: len(row.ids))
-    one = Shape.of([longest])
+    # with a beginning of their own rows would need less: its gradients wait for those of the rest
+    common = shared_prefix([row.ids[: row.start] for row in everything])
+    one = replace(Shape.of([longest]), prefix=common)
 
     def peak(count: int) -> int:
         found, _ = memory_of(
@@ -232,12 +241,14 @@ def tokens_that_fit(
         )
         return found.peak
 
-    if peak(1) > memory:
+    smallest, _ = memory_of(lm, recipe, plan, placement, rows, 1)  # perhaps two rows: both losses
+    if max(smallest.peak, peak(1)) > memory:
         return None
     few, many = peak(4), peak(8)
     # passes grow by the row, but for the head's chunks, which are held once: too few is on the safe
-    # side, and too many is looked at
+    # side, and too many is looked at; where an update is the peak, a few rows more need no more
     count = max(1, 4 + (memory - few) // max(1, (many - few) // 4))
+    count = min(count, max(1, most // one.length))
     for _ in range(3):
         found = peak(count)
         if found <= memory or count == 1:
