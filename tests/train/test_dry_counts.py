@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from delible import planning
 from delible.lm.lm import LM
@@ -167,3 +168,34 @@ def test_what_fits_is_what_a_step_takes(folder: Path, monkeypatch: pytest.Monkey
             )  # fmt: skip
             assert cost is not None
             assert cost.memory.peak <= memory
+
+
+def test_where_weights_are_most_the_largest_pass_that_fits_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the beginning wait for those of the rest, beside those of earlier passes."""
+    monkeypatch.setattr(planning, "ways_of", lambda recipe: ways_of(recipe)[:1])
+    LlamaConfig(
+        vocab_size=V, hidden_size=4096, intermediate_size=16384, num_hidden_layers=3,
+        num_attention_heads=32, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    tiny_tokenizer().save_pretrained(tmp_path)
+    every = tuple(ROWS * 16)
+    request = ForgetRequest(forget=every, retain=every)
+    chosen = Recipe.named("npo").changed(
+        {}, {"training.batch_size": 64, "training.precision": "float32"}
+    )
+    (least,) = planning.ways_to_fit(str(tmp_path), request, 10**12, method=chosen)
+    memory = int(1.05 * least.peak)
+    (way,) = planning.ways_to_fit(str(tmp_path), request, memory, method=chosen)
+    assert way.micro_batch_tokens
+
+    def memory_with(tokens: int) -> Any:
+        given = chosen.changed({}, {"training.micro_batch_tokens": tokens})
+        _, cost = planning.plan_of(str(tmp_path), request, method=given)
+        assert cost is not None
+        return cost.memory
+
+    found = memory_with(way.micro_batch_tokens)
+    assert found.passing > 1.8 * found.gradients  # a copy waits
+    assert found.peak <= memory < memory_with(int(1.6 * way.micro_batch_tokens)).peak

@@ -38,6 +38,8 @@ ASSUMED_UTILISATION = 0.6
 SHOWN_ANSWERS, SHOWN_TOKENS = 6, 48
 #: Padded tokens in one pass beyond which no device is any faster.
 LARGEST = 2**17
+#: Sizes of a pass that are looked at to find the largest one that fits.
+TRIES = 7
 
 Rows = Mapping[str, Sequence[Row]]
 
@@ -245,16 +247,24 @@ def tokens_that_fit(
     if max(smallest.peak, peak(1)) > memory:
         return None
     few, many = peak(4), peak(8)
-    # passes grow by the row, but for the head's chunks, which are held once: too few is on the safe
-    # side, and too many is looked at; where an update is the peak, a few rows more need no more
-    count = max(1, 4 + (memory - few) // max(1, (many - few) // 4))
-    count = min(count, max(1, most // one.length))
-    for _ in range(3):
+    if few > memory:
+        return one.length
+    # passes grow by the row, but for the head's chunks, which are held once; and where an update or
+    # what waits for a gradient is the peak, a few rows more need no more
+    low, below, high = (8, many, 0) if many <= memory else (4, few, 8)
+    count = min(4 + (memory - few) // max(1, (many - few) // 4), max(1, most // one.length))
+    for attempt in range(TRIES):
+        if count <= low:
+            break
         found = peak(count)
-        if found <= memory or count == 1:
-            return count * one.length
-        count = max(1, min(count - 1, count * (memory - few) // max(1, found - few)))
-    return one.length
+        if found <= memory:
+            low, below = count, found
+            count = (low + high) // 2
+        elif attempt % 2:
+            high, count = count, (low + count) // 2
+        else:  # the curve bends upwards: on its chord is too few
+            high, count = count, low + (memory - below) * (count - low) // (found - below)
+    return min(low * one.length, max(most, one.length))
 
 
 def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:
