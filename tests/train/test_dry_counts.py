@@ -17,11 +17,13 @@ from transformers import LlamaConfig
 from delible import planning
 from delible.lm.lm import LM
 from delible.records import QA, ForgetRequest
+from delible.resolving import resolve_method
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 from delible.train import estimate as estimating
 from delible.train.estimate import ASSUMED_UTILISATION, Estimate
 from delible.train.recipe import Recipe
 from delible.train.savings import ways_of
+from delible.train.simulated import Shape
 
 V, H, L, N, D, K, INNER = 512, 64, 3, 4, 16, 2, 128
 TABLE, SMALL = V * H, H * K * D
@@ -170,6 +172,7 @@ def test_what_fits_is_what_a_step_takes(folder: Path, monkeypatch: pytest.Monkey
             assert cost.memory.peak <= memory
 
 
+@pytest.mark.slow
 def test_where_weights_are_most_the_largest_pass_that_fits_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,13 +192,15 @@ def test_where_weights_are_most_the_largest_pass_that_fits_is_found(
     memory = int(1.05 * least.peak)
     (way,) = planning.ways_to_fit(str(tmp_path), request, memory, method=chosen)
     assert way.micro_batch_tokens
+    made = planning._planned(str(tmp_path), request, resolve_method(chosen), 0)
+    rows = [row.encoded for part in made.context.rows.values() for row in part]
+    whole = Shape.of(rows)  # the longest one, and what all of them begin with
 
     def memory_with(tokens: int) -> Any:
-        given = chosen.changed({}, {"training.micro_batch_tokens": tokens})
-        _, cost = planning.plan_of(str(tmp_path), request, method=given)
-        assert cost is not None
-        return cost.memory
+        count = tokens // whole.length
+        parts = (made.lm, made.recipe, made.plan, made.placement, made.context.rows, tokens)
+        return estimating.memory_of(*parts, whole.times(count), several=True)[0]
 
     found = memory_with(way.micro_batch_tokens)
-    assert found.passing > 1.8 * found.gradients  # a copy waits
-    assert found.peak <= memory < memory_with(int(1.6 * way.micro_batch_tokens)).peak
+    assert found.passing > 1.6 * found.gradients  # a copy waits
+    assert found.peak <= memory < memory_with(int(1.4 * way.micro_batch_tokens)).peak
