@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,11 @@ def test_dry_run_prints_a_recipe_that_can_be_given_back(
     assert recipe["objective"] == {"name": "npo", "beta": 0.3}
     assert recipe["place"]["name"] == "lora"
     assert recipe["training"]["max_steps"] == 2
-    for part in ("steps       2", "trainable", "memory", "time", "Nothing was trained"):
+    for part in ("steps ", "trainable", "memory", "time", "Nothing was trained"):
         assert part in done.err
+    told = [line for line in done.err.splitlines() if line.endswith((" GiB", " 2", "at most"))]
+    assert {"steps", "memory", "activations"} <= {line.split()[0] for line in told}
+    assert len({len(re.match(r" *\S+ +", line)[0]) for line in told}) == 1, told  # type: ignore[index]
     assert not (here / "runs").exists()
     (here / "mine.yaml").write_text(done.out, encoding="utf-8")
     again = run(*words[:6], "--method", "mine.yaml", "--dry-run")

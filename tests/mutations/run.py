@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def read(path: Path = LIST) -> list[Mutation]:
         tests = given["tests"]
         mutation = Mutation(
             name, given["file"], given["find"], given["replace"],
-            tuple(tests.split() if isinstance(tests, str) else tests),
+            tuple(shlex.split(tests) if isinstance(tests, str) else tests),
         )  # fmt: skip
         count = (ROOT / "src/delible" / mutation.file).read_text("utf-8").count(mutation.find)
         if count != 1:

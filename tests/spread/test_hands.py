@@ -328,3 +328,11 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'delible\[ray\]'"):
         looked_at()
+
+
+def test_without_ray_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for it hears so before data are read or a model is measured."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'delible\[ray\]'"):
+        check_hands(1, True, None)
+    check_hands(2, False, None)

@@ -51,6 +51,70 @@ def test_plain_descent_moves_by_the_rate_times_the_gradient(
     assert math.sqrt(squares) == pytest.approx(rate * result.history[0]["gradient_norm"], rel=1e-3)
 
 
+def test_a_gradient_that_is_too_long_is_cut_to_the_limit(
+    forget: list[QA], retain: list[QA]
+) -> None:
+    """Its direction stays; what is told is its length before."""
+    starts, moves, norms = weights(make()), [], []
+    for limit in (None, 0.01):
+        lm = make()
+        chosen = recipe(
+            "npo", optimizer="sgd", learning_rate=0.5, max_steps=1, max_gradient_norm=limit
+        )
+        result = Trainer(lm, chosen, {"forget": forget, "retain": retain}).train()
+        after = weights(lm)
+        moves.append(
+            torch.cat([(after[name] - one).double().flatten() for name, one in starts.items()])
+        )
+        norms.append(result.history[0]["gradient_norm"])
+    free, cut = moves
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert norms[0] > 1
+    assert float(cut.norm()) == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert float(free @ cut / (free.norm() * cut.norm())) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_first_step_is_that_of_both_losses_in_float64(
+    forget: list[QA], retain: list[QA]
+) -> None:
+    """NPO and the retain loss by their formulas, over plain logits of the whole batch."""
+    chosen = recipe(
+        "npo", optimizer="sgd", learning_rate=1.0, max_steps=1, batch_size=4,
+        micro_batch_tokens=150, max_gradient_norm=None,
+    )  # fmt: skip
+    seen = Trainer(make(), chosen, {"forget": forget, "retain": retain}).rows()
+    step = make_plan(chosen, seen.rows["forget"], seen.rows["retain"], 0).steps[0]
+    model = make().model.double()
+
+    def answer(row: Any) -> tuple[torch.Tensor, int]:
+        ids, start = row.encoded.ids, row.encoded.start
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=1)
+        every = [logits[place - 1, ids[place]] for place in range(start, len(ids))]
+        return torch.stack(every).sum(), len(every)
+
+    beta, forgotten, kept, tokens = chosen.objective.beta, [], [], 0
+    for row, other in step:
+        mine, _ = answer(seen.rows["forget"][row])
+        ratio = mine - mine.detach()  # the reference is the model before
+        forgotten.append(-2 / beta * torch.nn.functional.logsigmoid(-beta * ratio))
+        assert other is not None
+        score, count = answer(seen.rows["retain"][other])
+        kept.append(-score)
+        tokens += count
+    first, second = torch.stack(forgotten).mean(), torch.stack(kept).sum() / tokens
+    balance = chosen.balance
+    (balance.forget_weight * first + balance.retain_weight * second).backward()
+    expected = {name: (one.detach() - one.grad).float() for name, one in model.named_parameters()}
+    norm = math.sqrt(sum(float(one.grad.pow(2).sum()) for one in model.parameters()))
+    lm = make()
+    told = Trainer(lm, chosen, {"forget": forget, "retain": retain}).train().history[0]
+    assert told["forget_loss"] == pytest.approx(float(first), rel=1e-5)
+    assert told["keep_loss"] == pytest.approx(float(second), rel=1e-5)
+    assert told["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, one in weights(lm).items():
+        torch.testing.assert_close(one, expected[name], rtol=0, atol=2e-5, msg=name)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_each_step_moves_the_weights_by_its_own_rate(
     schedule: Any, forget: list[QA], retain: list[QA]

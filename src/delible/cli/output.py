@@ -130,11 +130,11 @@ class Reporter:
         self.finish_bar()
         self.console.print(title, style="bold", markup=False, soft_wrap=True)
 
-    def field(self, name: str, value: str) -> None:
-        """A name and its value, aligned."""
+    def field(self, name: str, value: str, width: int = 12) -> None:
+        """A name and its value, which begins after ``width`` letters."""
         from rich.text import Text
 
-        self.console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
+        self.console.print(Text.assemble((f"{name:<{width}}", "dim"), value), soft_wrap=True)
 
     def finish_bar(self) -> None:
         """Leaves the last state of the bar on the screen."""

@@ -302,14 +302,18 @@ def _dry_run(
     if cost is None:
         reporter.say("Nothing is trained: seconds per subject, at most.")
         return 0
-    reporter.field("steps", f"{cost.steps:,}")
-    reporter.field("tokens", f"{cost.tokens:,}")
-    reporter.field("trainable", f"{output.count(cost.trainable)} parameters")
-    reporter.field("memory", f"about {max(cost.memory_gib, 0.01):.2f} GiB at most")
+    told = {
+        "steps": f"{cost.steps:,}",
+        "tokens": f"{cost.tokens:,}",
+        "trainable": f"{output.count(cost.trainable)} parameters",
+        "memory": f"about {max(cost.memory_gib, 0.01):.2f} GiB at most",
+    }
     for name, size in cost.memory.parts().items():
-        reporter.field(f"  {name}", f"{size / 2**30:.3f} GiB")
-    reporter.field("micro-batch", f"{cost.micro_batch_tokens:,} tokens")
-    reporter.field("time", f"about {duration(cost.minutes * 60)} on this machine")
+        told[f"  {name}"] = f"{size / 2**30:.3f} GiB"
+    told["micro-batch"] = f"{cost.micro_batch_tokens:,} tokens"
+    told["time"] = f"about {duration(cost.minutes * 60)} on this machine"
+    for name, value in told.items():
+        reporter.field(name, value, width=2 + max(map(len, told)))
     for note in cost.notes:
         reporter.say(note)
     if limit is not None:

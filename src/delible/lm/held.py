@@ -8,6 +8,7 @@ the linear layers of the blocks are packed (torchao), the rest is bf16.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from delible.errors import ModelError
 from delible.lm.sharded import is_share, share_of
 from delible.precision import BasePrecision
+
+logger = logging.getLogger(__name__)
 
 #: Attribute of a model whose blocks are packed: in which precision.
 _PACKED = "delible_packed"
@@ -104,6 +107,10 @@ def _pack(core: nn.Module, anatomy: Any, precision: BasePrecision) -> None:
             hint="Choose --base-precision bfloat16, or int8.",
         ) from error
     setattr(core, _PACKED, precision)
+    if not any(map(is_packed, core.parameters())):
+        logger.warning(
+            f"No matrix of this model can be packed in {precision}: its weights are held in bf16."
+        )
 
 
 def check_packing(precision: BasePrecision) -> None:

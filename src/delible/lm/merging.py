@@ -30,10 +30,12 @@ def low_rank_changes(model: Any) -> dict[str, tuple[Any, list[str]]]:
     """Layers that wear low-rank products, with the names of those that are on.
 
     By the name that the weight has without an adapter. Empty where an adapter changes something
-    else too (embeddings, whole modules, magnitudes of weights).
+    else too (embeddings, whole modules, biases, magnitudes of weights).
     """
     found: dict[str, tuple[Any, list[str]]] = {}
     core = model.get_base_model()
+    if any(getattr(one, "bias", "none") != "none" for one in model.peft_config.values()):
+        return {}
     for path, module in core.named_modules():
         if not hasattr(module, "merged_adapters"):
             continue
@@ -46,11 +48,35 @@ def low_rank_changes(model: Any) -> dict[str, tuple[Any, list[str]]]:
 
 
 def _has_more(module: Any) -> bool:
-    """Whether a layer's adapter is no low-rank product, or more than one: a bias, a magnitude."""
+    """Whether a layer's adapter is no low-rank product of its weight alone: it has a bias or a
+    magnitude, or is of a fused tensor of experts.
+    """
+    if hasattr(module, "parameter_name"):
+        return True
     products = len(getattr(module, "lora_A", {}))
     biases = getattr(module, "lora_bias", {})
     magnitudes = getattr(module, "lora_magnitude_vector", {})
     return not products or any(biases.values()) or len(magnitudes) > 0
+
+
+def untie_changed_tables(model: Any, core: Any) -> None:
+    """Gives the head a table of its own where low-rank products lie beside it or the embedding.
+
+    Tied, both would get what was learned beside one of them.
+    """
+    tables = [core.get_input_embeddings(), core.get_output_embeddings()]
+    plain = [one.get_base_layer() if hasattr(one, "get_base_layer") else one for one in tables]
+    if plain[0].weight is not plain[1].weight or not any(map(_wears_product, tables)):
+        return
+    plain[1].weight = torch.nn.Parameter(
+        plain[1].weight.detach().clone(), requires_grad=plain[1].weight.requires_grad
+    )
+    for settings in {id(one): one for one in (core.config, core.config.get_text_config())}.values():
+        settings.tie_word_embeddings = False
+
+
+def _wears_product(module: Any) -> bool:
+    return any(len(getattr(module, name, ())) for name in ("lora_A", "lora_embedding_A"))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from delible.lm.derive import derive
 from delible.lm.held import held_in, hold
 from delible.lm.identity import Identity
 from delible.lm.load import ModelInfo
-from delible.lm.merging import change_of, low_rank_changes
+from delible.lm.merging import change_of, low_rank_changes, untie_changed_tables
 from delible.lm.saved_adapter import with_adapter
 from delible.precision import BasePrecision, Precision, Resolved, resolve
 
@@ -137,6 +137,7 @@ class Worn(Body):
                     f"{self.base_precision}.",
                     hint="'delible merge RUN --out FOLDER' merges it into the base's own files.",
                 )
+            untie_changed_tables(self.model, self.core)
             if self._merged_exactly():
                 return
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import importlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from delible.errors import RecipeError
+from delible.errors import MissingExtraError, RecipeError
 from delible.spread.pieces import Chain, Hands, Key, Work
 from delible.watching import SECONDS_BETWEEN_LINES
 
@@ -52,6 +53,7 @@ def check_hands(jobs: int, ray: bool, cpus: int | None) -> None:
 
     Raises:
         RecipeError: Both ``jobs`` and ``ray``, ``cpus`` without ``ray``, or numbers below one.
+        MissingExtraError: Ray is asked for and not installed.
     """
     for name, number in (("jobs", jobs), ("cpus", cpus)):
         if number is not None and number < 1:
@@ -60,6 +62,20 @@ def check_hands(jobs: int, ray: bool, cpus: int | None) -> None:
         raise RecipeError("give either --jobs or --ray.", hint="Ray decides by itself how many.")
     if cpus is not None and not ray:
         raise RecipeError("--cpus is about a Ray cluster.", hint="Add --ray, or leave it out.")
+    if ray:
+        check_ray()
+
+
+def check_ray() -> Any:
+    """Ray's own module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise MissingExtraError("Spreading runs with --ray", "ray") from None
 
 
 @contextmanager

@@ -305,18 +305,42 @@ def merge(folder: str, out: Path) -> LM:
 
     Args:
         folder: An artefact, or anything that :func:`open_lm` takes.
-        out: A folder that transformers loads afterwards.
+        out: A folder that transformers loads afterwards; it is made, or is empty.
 
     Raises:
-        RunError: A part cannot be expressed in weights (a guard, a hook); says which.
+        RunError: A part cannot be expressed in weights (a guard, a hook), and which; or there is
+            something in ``out``.
     """
+    out = Path(out).expanduser()
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RunError(
+            "there is something already, and it would be replaced.",
+            where=str(out),
+            hint="Choose another --out folder, or delete this one.",
+        )
     system = open_system(folder)
     if isinstance(system, LM) and system.base_precision != "float32" and can_stream(system):
         merge_files(system, out)
+        del system  # of two models in memory one is enough
         return LM.load(str(out), base_precision="bfloat16")
+    if isinstance(system, LM) and system.base_precision in ("int8", "int4"):
+        system = _unpacked(Path(folder).expanduser().resolve())
     lm = _in_weights(system, folder)
     lm.save(out)
     return lm
+
+
+def _unpacked(folder: Path) -> System:
+    """An adapter that was made above packed weights, above the same weights in bf16.
+
+    To be called when it was opened: its base is known to be the one that it was made on.
+    """
+    artefact = artefacts.read(folder)
+    if artefact.base is not None:
+        short = artefact.base.model_copy(update={"precision": "bfloat16", "identity": None})
+        artefact = artefact.model_copy(update={"base": short})
+    below = partial(_open_base, artefact, folder, (folder,), NO_CONTEXT)
+    return kind_of(artefact, folder).open(artefact, folder, below, NO_CONTEXT)
 
 
 def merged_model(folder: str) -> LM:

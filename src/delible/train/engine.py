@@ -370,7 +370,7 @@ class Trainer:
         if rough_activation_bytes(lm, most) + moving < free:
             return enough
         parts = (lm, self.recipe, plan, placement, context.rows)
-        return max(64, min(enough, tokens_that_fit(*parts, free + held) or 64))
+        return max(64, min(enough, tokens_that_fit(*parts, free + held, enough) or 64))
 
     def _widen(self, placement: Placement) -> None:
         """Weights that move are fp32: a small update of a shorter number rounds away."""

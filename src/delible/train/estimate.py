@@ -6,10 +6,11 @@ Runs and dry runs ask the same: how many tokens fit a pass is decided by the num
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from delible.lm.body import shared_prefix
 from delible.lm.lm import LM
 from delible.precision import matmul_rate
 from delible.train.footprint import (
@@ -35,6 +36,10 @@ from delible.train.slots import Placement
 ASSUMED_UTILISATION = 0.6
 #: Answers that are shown before and after, and their length in tokens.
 SHOWN_ANSWERS, SHOWN_TOKENS = 6, 48
+#: Padded tokens in one pass beyond which no device is any faster.
+LARGEST = 2**17
+#: Sizes of a pass that are looked at to find the largest one that fits.
+TRIES = 7
 
 Rows = Mapping[str, Sequence[Row]]
 
@@ -217,14 +222,20 @@ def tokens_that_fit(
     placement: Placement,
     rows: Rows,
     memory: int,
+    most: int = LARGEST,
 ) -> int | None:
     """The largest micro-batch, in padded tokens, with which a run stays within ``memory`` bytes.
 
     A step of more tokens takes several passes. None: not even one row fits.
+
+    Args:
+        most: Tokens beyond which it is not looked.
     """
     everything = [row.encoded for part in rows.values() for row in part]
     longest = max(everything, key=lambda row: len(row.ids))
-    one = Shape.of([longest])
+    # with a beginning of their own rows would need less: its gradients wait for those of the rest
+    common = shared_prefix([row.ids[: row.start] for row in everything])
+    one = replace(Shape.of([longest]), prefix=common)
 
     def peak(count: int) -> int:
         found, _ = memory_of(
@@ -232,18 +243,28 @@ def tokens_that_fit(
         )
         return found.peak
 
-    if peak(1) > memory:
+    smallest, _ = memory_of(lm, recipe, plan, placement, rows, 1)  # perhaps two rows: both losses
+    if max(smallest.peak, peak(1)) > memory:
         return None
     few, many = peak(4), peak(8)
-    # passes grow by the row, but for the head's chunks, which are held once: too few is on the safe
-    # side, and too many is looked at
-    count = max(1, 4 + (memory - few) // max(1, (many - few) // 4))
-    for _ in range(3):
+    if few > memory:
+        return one.length
+    # passes grow by the row, but for the head's chunks, which are held once; and where an update or
+    # what waits for a gradient is the peak, a few rows more need no more
+    low, below, high = (8, many, 0) if many <= memory else (4, few, 8)
+    count = min(4 + (memory - few) // max(1, (many - few) // 4), max(1, most // one.length))
+    for attempt in range(TRIES):
+        if count <= low:
+            break
         found = peak(count)
-        if found <= memory or count == 1:
-            return count * one.length
-        count = max(1, min(count - 1, count * (memory - few) // max(1, found - few)))
-    return one.length
+        if found <= memory:
+            low, below = count, found
+            count = (low + high) // 2
+        elif attempt % 2:
+            high, count = count, (low + count) // 2
+        else:  # the curve bends upwards: on its chord is too few
+            high, count = count, low + (memory - below) * (count - low) // (found - below)
+    return min(low * one.length, max(most, one.length))
 
 
 def _read(lm: LM, recipe: Recipe) -> tuple[tuple[int | str, ...], bool]:
