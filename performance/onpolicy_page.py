@@ -1,13 +1,13 @@
 """The page ``docs/results/onpolicy.md``: methods that learn from the model's own answers.
 
-Reads folders of ``delible bench world`` runs, one per model, and of ``delible bench battery`` runs
-of the same methods, for the verdicts. Writes ``NAME.json``, the numbers of every cell, and
-``NAME.md``: a table per model, and for each paper whether its direction shows. Models that the
-JSON file has and that are not named now stay.
+Reads folders of ``delible bench world`` runs, one per model with and without ``--tune``, and of
+``delible bench battery`` runs, for the verdicts. Writes ``NAME.json``, the numbers of every cell,
+and ``NAME.md``: a table per run, and for each paper whether its direction shows. Runs that the JSON
+file has and that are not named now stay.
 
 Run: delible bench world --model tiny --seeds 3 --out runs/onpolicy-tiny \\
          --methods rule,purge,reinvent,rejection_finetuning,on_policy_dpo,npo,idk
-     delible bench battery --model tiny --depth quick --out runs/onpolicy-audits \\
+     delible bench battery --model tiny --out runs/onpolicy-audits \\
          --methods rule,purge,reinvent,rejection_finetuning,on_policy_dpo,npo,idk
      python performance/onpolicy_page.py docs/results/onpolicy.md runs/onpolicy-tiny \\
          --audits runs/onpolicy-audits
@@ -37,7 +37,6 @@ COLUMNS = {
     SAID: "says it",
     "paraphrase_probability/forget": "in other words",
     "rouge_l_recall/forget_reverse": "asked in reverse",
-    "rouge_l_recall/forget_multi_hop": "over two facts",
     "answer_probability/forget": "forget probability",
     REFUSED: "refuses it",
     OVER_REFUSED: "refuses neighbours",
@@ -59,7 +58,7 @@ def read(folder: Path) -> dict[str, Any]:
     cells = [read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     if not cells:
         raise RunError("the run has no results yet.", where=str(folder))
-    kept = ("benchmark", "model", "versions", "hardware")
+    kept = ("benchmark", "model", "tune", "versions", "hardware")
     return {**{key: described[key] for key in kept}, "git": git_revision(),
             "cells": [_slim(cell) for cell in cells]}  # fmt: skip
 
@@ -98,8 +97,9 @@ def section(run: Mapping[str, Any], audits: Mapping[str, str]) -> list[str]:
     names = dict.fromkeys([REFERENCE, ORIGINAL, *sorted(one["method"] for one in cells)])
     known = [key for key in COLUMNS if any(key in one["numbers"] for one in cells)]
     world = run["benchmark"]
+    seeds = _seeds(run)
     lines = [
-        f"## Model `{run['model']}`\n",
+        f"## {_title(run)}\n",
         f"{world['people']} people, {world['forget']} of them to forget. "
         f"{machine(run['hardware'])}; other work ran beside it. Code: {revision(run['git'])}.\n",
         f"| method | {' | '.join(COLUMNS[key] for key in known)} | generated tokens | steps "
@@ -119,8 +119,9 @@ def section(run: Mapping[str, Any], audits: Mapping[str, str]) -> list[str]:
                 for key in ("generated_tokens", "steps")]  # fmt: skip
         seconds = _mean([one["seconds"] for one in done])
         plain = name in (REFERENCE, ORIGINAL)
+        ended = "" if plain or len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
         lines.append(
-            f"| {name} | {' | '.join(shown)} | {' | '.join(told)} "
+            f"| {name}{ended} | {' | '.join(shown)} | {' | '.join(told)} "
             f"| {'–' if plain else seconds} | {audits.get(name, '–')} |"
         )
     return [*lines, ""]
@@ -157,9 +158,9 @@ CLAIMS = (
           "says it, the original minus rule", 0.5, INFINITE, less(SAID, "rule", ORIGINAL)),
     Claim("PURGE (2601.20568): what is forbidden is said less",
           "says it, the original minus purge", 0.5, INFINITE, less(SAID, "purge", ORIGINAL)),
-    Claim("PURGE: less too where nobody trained on the question",
-          "ROUGE-L over two facts, the original minus purge", 0, INFINITE,
-          less("rouge_l_recall/forget_multi_hop", "purge", ORIGINAL)),
+    Claim("PURGE: less too where nobody trained on the answer",
+          "probability in other words, the original minus purge", 0, INFINITE,
+          less("paraphrase_probability/forget", "purge", ORIGINAL)),
     Claim("PURGE: more than the best of as many answers teaches",
           "says it, rejection_finetuning minus purge", 0, INFINITE,
           less(SAID, "purge", "rejection_finetuning")),
@@ -170,23 +171,24 @@ CLAIMS = (
 
 def page(found: Mapping[str, Any]) -> str:
     """The Markdown page of a JSON file's content."""
-    runs = sorted(found["runs"], key=lambda run: str(run["model"]), reverse=True)
+    runs = sorted(found["runs"], key=_title)
     parts = [
         "# On-policy methods on `world`\n",
         "A model is taught a made-up world and forgets some of its people; every method runs with "
-        "its own defaults. *Says it*: the share of forgotten answers that are said; *in other "
-        "words*, *asked in reverse* and *over two facts* are questions and answers that nobody "
-        "trained on. *Refuses neighbours* is over-refusal. Behind ± is the half width of the 95 % "
+        "its own defaults, or with options that a search over its ranges found on the same rows, "
+        "where a table says so. *Says it*: the share of forgotten answers that are said; *in "
+        "other words* and *asked in reverse* are answers and questions that nobody trained on. "
+        "*Refuses neighbours* is over-refusal. Behind ± is the half width of the 95 % "
         "interval over seeds. *Audit says* is the verdict of an audit of the depth in brackets, "
         "in the world of `delible bench battery`. Made by `performance/onpolicy_page.py`, whose "
         "head has the commands.\n",
     ]
     for run in runs:
-        parts += section(run, found["audits"].get(run["model"], {}))
-    found_by_model = {run["model"]: [claim.number(_entry(run)) for claim in CLAIMS] for run in runs}
+        parts += section(run, {} if run["tune"] else found["audits"].get(run["model"], {}))
+    numbers = {_title(run): [one.number(_entry(run)) for one in CLAIMS] for run in runs}
     parts += [
         "## What papers claim, and what shows here\n",
-        *claims_table(CLAIMS, found_by_model),
+        *claims_table(CLAIMS, numbers),
     ]
     parts.append(
         "\nWhat comes of `reinvent` when facts are handed back, and of a forced beginning, is "
@@ -196,8 +198,17 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def _entry(run: Mapping[str, Any]) -> Entry:
-    done = [one for one in run["cells"] if not one.get("failed")]
-    return Entry(done, 1 + max(int(one["seed"]) for one in run["cells"]))
+    return Entry([one for one in run["cells"] if not one.get("failed")], _seeds(run))
+
+
+def _seeds(run: Mapping[str, Any]) -> int:
+    return 1 + max(int(one["seed"]) for one in run["cells"])
+
+
+def _title(run: Mapping[str, Any]) -> str:
+    """A run of the page: its model, and whether its methods were tuned."""
+    how = f"after a search of {run['tune']} trials" if run["tune"] else "defaults"
+    return f"Model `{run['model']}`, {how}"
 
 
 def main() -> None:
@@ -210,7 +221,7 @@ def main() -> None:
     numbers = given.page.with_suffix(".json")
     found = read_json(numbers) if numbers.exists() else {"runs": [], "audits": {}}
     for run in map(read, given.runs):
-        found["runs"] = [*(one for one in found["runs"] if one["model"] != run["model"]), run]
+        found["runs"] = [*(one for one in found["runs"] if _title(one) != _title(run)), run]
     for folder in given.audits:
         model = read_json(folder / "experiment.json")["model"]
         found["audits"][model] = found["audits"].get(model, {}) | verdicts(folder)

@@ -28,7 +28,7 @@ def cell(method: str, seed: int, said: float, refused: float, **other: Any) -> d
 def written(folder: Path) -> Path:
     (folder / "cells").mkdir(parents=True)
     write_json(folder / "bench.json", {
-        "benchmark": {"name": "world", "people": 20, "forget": 2}, "model": "tiny",
+        "benchmark": {"name": "world", "people": 20, "forget": 2}, "model": "tiny", "tune": 0,
         "versions": {}, "hardware": {"processors": 2, "machine": "m", "threads": 1,
                                      "accelerator": None, "precision": "float32"},
     })  # fmt: skip
@@ -36,7 +36,7 @@ def written(folder: Path) -> Path:
     cells = [
         cell("original", 0, 0.9, 0.0), cell("reference", 0, 0.1, 0.0),
         cell("rule", 0, 0.2, 0.1, **drawn), cell("rule", 1, 0.1, 0.2, **drawn),
-        cell("idk", 0, 0.0, 0.9), cell("idk", 1, 0.0, 0.7),
+        cell("npo", 0, 0.5, 0.0), cell("idk", 0, 0.0, 0.9), cell("idk", 1, 0.0, 0.7),
         {**cell("purge", 0, 0, 0), "failed": "no names", "numbers": {}},
     ]  # fmt: skip
     for number, one in enumerate(cells):
@@ -60,6 +60,8 @@ def test_a_table_and_its_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text = page.read_text("utf-8")
     # means over two seeds; Student's half width of (0.2, 0.1) is 0.05 x 12.706
     assert "| rule | 0.15 ± 0.64 | 0.15 ± 0.64 | 1,200 | 30 | 10 | suppressed (quick) |" in text
+    assert "| npo (1 of 2 seeds) | 0.50 | 0.00 |" in text
+    assert "## Model `tiny`, defaults" in text
     assert "| original | 0.90 | 0.00 | – | – | – | – |" in text
     assert "| purge | failed: no names |" in text
     said = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| RULE")}

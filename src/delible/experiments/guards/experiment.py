@@ -231,14 +231,9 @@ class GuardsCompared(Experiment):
         return {**asked_now, **self._over([*recalls, asked_now["recalls"]])}
 
     def _guarded(
-        self,
-        guard: Guard,
-        start: Path,
-        task: Task,
-        attacks: Sequence[Asking],
-        harmless: Sequence[str],
-        setting: Setting,
-    ) -> Cell:
+        self, guard: Guard, start: Path, task: Task, attacks: Sequence[Asking],
+        harmless: Sequence[str], setting: Setting,
+    ) -> Cell:  # fmt: skip
         lm, notes = self._before(guard, start, task, setting)
         context = Context(roles=roles_of(setting.roles))
 
