@@ -12,10 +12,13 @@ import pytest
 
 from delible.bench import cell as one_cell
 from delible.bench import run as runner
+from delible.bench.cell import _options
 from delible.bench.run import ORIGINAL, REFERENCE, bench, method_names
 from delible.bench.table import mean_of_runs
+from delible.benchmarks.world import WorldBenchmark
 from delible.context import Context
 from delible.errors import RecipeError
+from delible.measure.benchmark import Data
 from delible.systems.scripted import Scripted
 from delible.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -151,6 +154,18 @@ def test_names_and_groups() -> None:
     assert "rocr" not in everything
     with pytest.raises(RecipeError, match="unknown method 'npoo'"):
         method_names(["npoo"])
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("npo", 5e-5), ("purge", 5e-5), ("rome", None), ("grace", None), ("wise", None)],
+)
+def test_the_budget_is_for_what_trains_weights(method: str, rate: float | None) -> None:
+    benchmark = WorldBenchmark()
+    manifest = {"method": method, "model": "default", "tune": 0, "options": {"seed": 1}}
+    options, _ = _options(benchmark, manifest, benchmark.tasks(Data())[0], [])
+    assert options.get("learning_rate") == rate
+    assert options["seed"] == 1
 
 
 def test_prompt_attacks_are_refused(model: str) -> None:

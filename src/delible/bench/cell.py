@@ -214,7 +214,9 @@ def _options(
     if method in (ORIGINAL, REFERENCE):
         return given, {}
     chosen = resolve_method(method)
-    budget = benchmark.budget(str(manifest["model"]))
+    # an editor's rate is that of a search for a value, not of training
+    trains = chosen.card.kind in ("recipe", "procedure")
+    budget = benchmark.budget(str(manifest["model"])) if trains else {}
     options = {**{name: value for name, value in budget.items() if chosen.takes(name)}, **given}
     if not manifest["tune"] or not chosen.ranges():
         return options, {}

@@ -173,8 +173,9 @@ class Benchmark(Component):
         return Learning()
 
     def budget(self, model: str) -> Mapping[str, Any]:
-        """Training options of every recipe, so that all get the same budget; none by default:
-        every recipe trains as its file says.
+        """Training options of every recipe and procedure that takes them, so that all get the same
+        budget; none by default: every method trains as its file says. Editors and interventions
+        train nothing: they keep their own.
         """
         return {}
 
