@@ -175,8 +175,9 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# On-policy methods on `world`\n",
         "A model is taught a made-up world and forgets some of its people; every method runs with "
-        "its own defaults, or with options that a search over its ranges found on the same rows, "
-        "where a table says so. *Says it*: the share of forgotten answers that are said; *in "
+        "its own defaults but for the rate and the most steps of the benchmark where it takes them "
+        "(on `tiny` 2e-4 and 20), or with options that a search over its ranges found on the same "
+        "rows, where a table says so. *Says it*: the share of forgotten answers that are said; *in "
         "other words* and *asked in reverse* are answers and questions that nobody trained on. "
         "*Refuses neighbours* is over-refusal. Behind ± is the half width of the 95 % "
         "interval over seeds. *Audit says* is the verdict of an audit of the depth in brackets, "
