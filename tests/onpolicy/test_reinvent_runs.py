@@ -57,14 +57,14 @@ def apart(one: Outcome, other: Outcome) -> float:
 def test_without_the_reward_term_it_is_fine_tuning_on_retain_rows() -> None:
     plain = {"unlearn_weight": 0.0, "retain_weight": 1.0}
     one, other = run(prefix="", **plain), run(prefix="I know it:", group_size=2, **plain)
-    assert apart(one, other) == pytest.approx(0.0, abs=1e-6)  # no completion counts
+    assert apart(one, other) == pytest.approx(0.0, abs=2e-5)  # no completion counts; rounding
     assert apart(run(**plain), run(retain=RETAIN[:1], **plain)) > 1e-4
     assert apart(run(unlearn_weight=1.0), run(**plain)) > 1e-4
 
 
 def test_without_the_retain_term_no_retain_row_counts() -> None:
     plain = {"unlearn_weight": 1.0, "retain_weight": 0.0}
-    assert apart(run(**plain), run(retain=RETAIN[:1], **plain)) == pytest.approx(0.0, abs=1e-6)
+    assert apart(run(**plain), run(retain=RETAIN[:1], **plain)) == pytest.approx(0.0, abs=2e-5)
     assert apart(run(prefix="", **plain), run(prefix="I know it:", **plain)) > 1e-4
 
 
