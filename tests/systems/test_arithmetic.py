@@ -547,3 +547,15 @@ def test_training_that_could_not_be_kept_is_refused_before_any_work(
     assert "undo" in str(caught.value)
     assert begun == []
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_goes_through_several_assistants() -> None:
+    from delible.planning import plan_of
+    from delible.train.recipe import Recipe
+
+    lm = lm_of()
+    joint = together(lm, [assistant_of(lm), assistant_of(lm, seed=1)])
+    assert joint.generate(PROMPTS, Decoding(5)) == [
+        joint.generate([one], Decoding(5))[0] for one in PROMPTS
+    ]
+    assert plan_of and Recipe

@@ -187,10 +187,10 @@ class Arithmetic(LM):
     def _combined(self, logits: Tensor, others: Sequence[Tensor]) -> Tensor:
         if len(others) == 1:
             return subtracted(logits, others[0], self.assistants[0].how)
-        chosen, found = most_certain(others), logits.clone()
+        chosen, found = most_certain(others), logits
         for place, (one, other) in enumerate(zip(self.assistants, others, strict=True)):
-            mine = chosen == place
-            found[mine] = subtracted(logits[mine], other[mine], one.how)
+            mine = (chosen == place)[..., None]  # no indexing by it: a dry run has no numbers
+            found = torch.where(mine, subtracted(logits, other, one.how), found)
         return found
 
     # ---- identity

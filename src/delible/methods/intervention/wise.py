@@ -62,8 +62,8 @@ LENGTHS = (5, 10)
     retrain_goal=False,
     weakest="paraphrases, a given beginning of the answer",
     advice="a smaller --ratio meets more wordings, and more of what is to be kept; where close "
-    "questions lose, take grace: at its end a question about somebody else reads nearly the same "
-    "(default model: all of them reach the copy there, and a third of them is lost)",
+    "questions lose, take grace: at its end a question about somebody else reads nearly the "
+    "same, and reaches the copy, too",
     badges=("parity", "variant"),
     variant="Refusals as targets; margins and steps in the model's own units; each token is judged "
     "by itself; the edits of a copy are trained together.",
