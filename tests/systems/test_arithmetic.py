@@ -549,13 +549,13 @@ def test_training_that_could_not_be_kept_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_goes_through_several_assistants() -> None:
-    from delible.planning import plan_of
-    from delible.train.recipe import Recipe
+def test_several_assistants_answer_in_batches_and_without_numbers() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     lm = lm_of()
     joint = together(lm, [assistant_of(lm), assistant_of(lm, seed=1)])
-    assert joint.generate(PROMPTS, Decoding(5)) == [
-        joint.generate([one], Decoding(5))[0] for one in PROMPTS
-    ]
-    assert plan_of and Recipe
+    each = [joint.generate([one], Decoding(5))[0] for one in PROMPTS]
+    assert joint.generate(PROMPTS, Decoding(5)) == each
+    with FakeTensorMode():  # as the estimate of a run goes through it
+        found = joint._combined(torch.empty(7, 40), [torch.empty(7, 40), torch.empty(7, 40)])
+    assert found.shape == (7, 40)
