@@ -152,6 +152,10 @@ class Continual(Experiment):
                 )
         setting.progress("done", total, total)
         result = findings(found, sequences, failed)
+        result.notes += [
+            f"{name}: with {option} {value} here, since a passage has no question to decline."
+            for name in methods for option, value in NEEDED.get(name, {}).items()
+        ]  # fmt: skip
         cells = [
             {"task": f"after {point.requests}", "method": name, "seed": point.seed,
              "numbers": point.scores}
