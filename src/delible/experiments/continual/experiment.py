@@ -16,6 +16,7 @@ draws a line from the start to one reference at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,10 +153,11 @@ class Continual(Experiment):
                 )
         setting.progress("done", total, total)
         result = findings(found, sequences, failed)
-        result.notes += [
+        told = [
             f"{name}: with {option} {value} here, since a passage has no question to decline."
             for name in methods for option, value in NEEDED.get(name, {}).items()
         ]  # fmt: skip
+        result = replace(result, notes=[*result.notes, *told])
         cells = [
             {"task": f"after {point.requests}", "method": name, "seed": point.seed,
              "numbers": point.scores}
